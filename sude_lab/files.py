@@ -1,0 +1,134 @@
+"""Files and folders that are written whole or not at all."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from sude_lab.errors import UserError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NEARLY_FULL = 1 << 20  # bytes
+
+
+@contextmanager
+def atomic_write(path: Path | str) -> Iterator[Path]:
+    """Write the file `path` whole, or leave what was there before.
+
+    Yields a temporary path in the same folder, with the same suffix (savers that choose the format
+    by the suffix work), for the body to create. It takes the place of `path` when the body
+    succeeds and is removed when the body fails or is interrupted. Missing parent folders are
+    created, and removed again on failure.
+
+    Raises:
+        UserError: `path` is a folder, cannot be written there, or the disk is full.
+    """
+    path = Path(os.path.abspath(path))
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file to write.")
+    with _temporary_sibling(path) as temporary:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Write the folder `path` whole, or not at all.
+
+    Yields a new, empty temporary folder beside `path` for the body to fill. It is renamed to
+    `path` when the body succeeds and removed when the body fails or is interrupted. Missing parent
+    folders are created, and removed again on failure. An empty folder at `path` is replaced.
+
+    Raises:
+        UserError: `path` is a file, a folder that is not empty, the current folder or a mount
+            point, cannot be written there, or the disk is full.
+    """
+    path = Path(os.path.abspath(path))
+    _require_free(path)  # before the work, which may take minutes
+    with _temporary_sibling(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        _require_free(path)  # again: another process may have been quicker
+        try:
+            if path.is_dir():
+                path.rmdir()  # not every system renames onto an empty folder
+            os.replace(temporary, path)
+        except OSError as error:  # for example a mount point or a symbolic link
+            if error.errno in _FULL:
+                raise
+            raise UserError(
+                f"{path} cannot be replaced ({error.strerror}): name a folder that does not exist."
+            ) from error
+
+
+@contextmanager
+def _temporary_sibling(path: Path) -> Iterator[Path]:
+    """A fresh name in the folder of `path`; on failure nothing of it stays."""
+    # Not `tempfile`: its files and folders are closed to everyone but their owner, and stay so.
+    temporary = path.with_name(f".partial-{uuid4().hex[:8]}-{path.name}")
+    created = [folder for folder in path.parents if not folder.exists()]
+    try:
+        _make_folder(path.parent)
+        yield temporary
+    except BaseException as error:  # KeyboardInterrupt too: nothing half-written stays
+        full = _means_full_disk(error, path.parent)  # before the clean-up frees some
+        with suppress(OSError):  # a failing clean-up must not hide the first error
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        for folder in created:
+            with suppress(OSError):
+                folder.rmdir()
+        if full:
+            raise UserError(
+                f"No space is left on the disk to write {path}: free some and run again."
+            ) from error
+        raise
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise UserError(
+            f"The folder {folder} cannot be made ({error.strerror}): name another one."
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"The folder {folder} is not writable: name another one.")
+
+
+def _require_free(path: Path) -> None:
+    if path.is_dir():
+        if path == Path.cwd():  # replacing it would leave the shell in a folder that is gone
+            raise UserError(f"{path} is the current folder: name a new folder in it.")
+        if any(path.iterdir()):
+            raise UserError(f"The folder {path} exists and is not empty: name a new one.")
+    elif path.exists():
+        raise UserError(f"{path} is a file: name a new folder.")
+
+
+def _flush(file: Path) -> None:
+    """Force the content to the disk, so that a crash after the rename cannot leave it empty."""
+    with file.open("r+b") as stream:
+        os.fsync(stream.fileno())
+
+
+def _means_full_disk(error: BaseException, folder: Path) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    if not isinstance(error, Exception):
+        return False
+    # safetensors and pyarrow report it in the words of the system, in classes of their own.
+    if os.strerror(errno.ENOSPC) in str(error):
+        return True
+    # numpy ("100 requested and 7 written") and torch.save ("unexpected pos") do not say: look.
+    if isinstance(error, OSError | RuntimeError) and folder.is_dir():
+        return shutil.disk_usage(folder).free < _NEARLY_FULL
+    return False

@@ -1,0 +1,199 @@
+"""One picture of the user: from any file that Pillow can read to the square the model sees.
+
+Grids of pictures come from `diffusers.utils.make_image_grid`.
+"""
+
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from sude_lab.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers.image_processor import VaeImageProcessor
+
+MAX_ASPECT = 20
+"""Longest over shortest side beyond which a centre square says nothing of the picture."""
+
+_ANIMATED = {"GIF", "WEBP", "PNG", "AVIF"}
+
+
+class PictureError(UserError):
+    """A picture cannot be used: one sentence that names the file, the reason and what to do."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture ready for the model: square, RGB, 8 bit, upright.
+
+    Attributes:
+        image: The square picture.
+        notes: One sentence for each liberty that was taken with the file; the command line prints
+            them.
+        source: The file it came from.
+    """
+
+    image: Image.Image
+    notes: tuple[str, ...]
+    source: Path
+
+
+def load_picture(path: Path | str, *, resolution: int) -> Picture:
+    """Read one picture as an upright RGB square of `resolution` pixels.
+
+    In this order: the first frame (a note says so), EXIF orientation, 16-bit and floating-point
+    values scaled to 8 bit, CMYK to RGB by the embedded ICC profile where there is one,
+    transparency over white, centre crop, Lanczos resize (a note says so where it enlarges).
+
+    Raises:
+        PictureError: the file does not exist, is a folder or empty, is not a picture, is damaged,
+            has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or is a single pixel or a thin strip.
+        UserError: `resolution` is not positive.
+    """
+    if resolution < 1:
+        raise UserError(f"The resolution must be at least 1 pixel, not {resolution}.")
+    path = Path(path)
+    _require_file(path)
+    notes: list[str] = []
+    image = _decode(path, notes)
+    width, height = image.size
+    if max(image.size) == 1:
+        raise PictureError(f"{path} is a single pixel: use a larger picture.")
+    if min(image.size) == 1 or max(image.size) > MAX_ASPECT * min(image.size):
+        raise PictureError(
+            f"{path} is a strip of {width} x {height} pixels: crop it to about a square first."
+        )
+    if min(image.size) < resolution:
+        notes.append(
+            f"{path.name} is {width} x {height} pixels, smaller than the model's "
+            f"{resolution} x {resolution}: it is enlarged and will look soft."
+        )
+    square = ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.LANCZOS)
+    return Picture(image=square, notes=tuple(notes), source=path)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """The picture as a float32 tensor of shape (1, 3, H, W) with values in [-1, 1]."""
+    return _processor().preprocess(image)
+
+
+def to_images(tensor: torch.Tensor) -> list[Image.Image]:
+    """The inverse of `to_tensor` for a batch (B, 3, H, W); values outside [-1, 1] are clipped."""
+    return _processor().postprocess(tensor.detach(), output_type="pil")
+
+
+@cache
+def _processor() -> "VaeImageProcessor":
+    # Imported on first use: whoever only checks a picture does not wait for diffusers.
+    from diffusers.image_processor import VaeImageProcessor
+
+    return VaeImageProcessor(do_resize=False, do_convert_rgb=True)
+
+
+def _require_file(path: Path) -> None:
+    """Say what is wrong with the path before a decoder says it less clearly."""
+    try:
+        if path.is_dir():
+            raise PictureError(f"{path} is a folder: name one picture file.")
+        if not path.exists():
+            raise PictureError(f"{path} does not exist: check the path of the picture.")
+        if not path.is_file():  # a pipe or a device may never end
+            raise PictureError(f"{path} is not a regular file: name one picture file.")
+        if path.stat().st_size == 0:
+            raise PictureError(f"{path} is empty (zero bytes): copy or download it again.")
+    except OSError as error:  # a name too long, a folder without permission
+        raise PictureError(
+            f"{path} cannot be opened ({error.strerror}): check the path."
+        ) from error
+
+
+def _decode(path: Path, notes: list[str]) -> Image.Image:
+    """The first frame, upright, as RGB; every failure of Pillow becomes a sentence."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns up to twice its limit: the limit is the limit here.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                _note_frames(file, path, notes)
+                # A frame counter may have moved on through the file.
+                file.seek(0)
+                return _to_rgb(ImageOps.exif_transpose(file), path, notes)
+    except PictureError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PictureError(
+            f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, the most that is read: "
+            "make it smaller first."
+        ) from error
+    except UnidentifiedImageError as error:
+        raise PictureError(
+            f"{path} is not a picture that can be read here (HEIC is not, for example): "
+            "save it as JPEG or PNG."
+        ) from error
+    except PermissionError as error:
+        raise PictureError(f"{path} may not be read: change its permissions.") from error
+    except Exception as error:  # decoders meet damaged bytes with errors of every class
+        raise PictureError(
+            f"{path} is damaged or cut short ({error}): copy or download it again."
+        ) from error
+
+
+def _note_frames(file: Image.Image, path: Path, notes: list[str]) -> None:
+    frames = getattr(file, "n_frames", 1)
+    if frames == 1 or file.format == "MPO":  # a phone's JPEG with a preview or a depth map
+        return
+    kind = (
+        f"is animated with {frames} frames"
+        if file.format in _ANIMATED
+        else (f"holds {frames} pictures")
+    )
+    notes.append(f"{path.name} {kind}: only the first is used.")
+
+
+def _to_rgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        image = _to_8_bit(image, path, notes)
+    if image.mode == "CMYK":
+        return _from_cmyk(image, path, notes)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bit(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
+    """Scale 16-bit, 32-bit and floating-point grey to 8 bit; Pillow's own `convert` clips."""
+    values = np.asarray(image, dtype=np.float64)
+    low, high = values.min(), values.max()
+    if not np.isfinite(low + high):
+        raise PictureError(f"{path} has values that are not finite: save it as 8-bit PNG.")
+    white = 1.0 if image.mode == "F" else 65535.0
+    if low < 0 or high > white:  # neither format says what white is
+        notes.append(
+            f"{path.name} has values from {low:g} to {high:g}: they become black to white."
+        )
+        values, white = values - low, max(high - low, 1.0)
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+
+
+def _from_cmyk(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if profile:
+        try:
+            converted = ImageCms.profileToProfile(
+                image, BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+        except (ImageCms.PyCMSError, OSError):
+            notes.append(f"{path.name} has a colour profile that cannot be used: it is ignored.")
+        else:
+            assert converted is not None  # it is None only when converting in place
+            return converted
+    return image.convert("RGB")
