@@ -1,0 +1,242 @@
+"""Tune on drawn subjects and let the oracle judge: the protocol behind every reported number.
+
+Development subjects choose settings, held-out subjects (other seeds) are reported. Both lists
+follow from a fixed seed, so nobody chooses them.
+
+    python -m sude_lab.toy.study --subjects held-out --num-seeds 3 --out data/results/held_out.csv
+
+Finished (subject, variant, seed) are never redone: give the command again to continue.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import tyro
+from PIL import Image
+from tqdm.auto import tqdm
+
+from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
+from sude_lab.files import atomic_write
+from sude_lab.generation import generate
+from sude_lab.methods import get_method
+from sude_lab.prompts import fill, photo_of, with_attribute
+from sude_lab.toy import world
+from sude_lab.toy.oracle import Oracle, judge, load_oracle
+from sude_lab.tuning import Step, TuningConfig, resolve, tune
+
+KEYS = ["subject", "method", "variant", "seed"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A drawn subject: its name, the scene of its one picture, and the picture."""
+
+    name: str
+    scene: world.Scene
+    picture: Image.Image = field(compare=False)
+
+    @property
+    def other_attributes(self) -> tuple[str, ...]:
+        """The attributes of its category that its one picture does not show."""
+        return tuple(a for a in world.ATTRIBUTES[self.scene.category] if a != self.scene.attribute)
+
+
+def subject(group: str, number: int, category: str | None = None) -> Subject:
+    """Return subject `number` of a group ("development", "held-out", "demo"); no choice is made.
+
+    The one picture shows the first attribute of the category (sitting, unlit, plain) on the plain
+    ground, without a companion.
+    """
+    rng = random.Random(f"{group}-{number}")
+    category = category or world.CATEGORIES[number % len(world.CATEGORIES)]
+    look = world.sample_look(rng)
+    if look.pattern == "plain" and look.accent is None:  # nothing private but a colour: too easy
+        look = replace(look, accent=rng.choice(tuple(world.ACCENTS)))
+    scene = world.vary(world.Scene(category, world.ATTRIBUTES[category][0], look), rng)
+    return Subject(f"{group}-{number}-{category.replace(' ', '-')}", scene, world.draw(scene, 256))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A named change of the tuning settings."""
+
+    name: str
+    settings: dict[str, Any]
+
+
+PLAIN = Variant("plain", {"weight_sude": 0.0})
+SUDE = Variant("sude", {})
+NO_TRUNCATION = Variant("sude, no truncation", {"truncate": False, "prior": "current"})
+
+
+def measure(
+    backbone: Backbone,
+    oracle: Oracle,
+    who: Subject,
+    config: TuningConfig | None,
+    *,
+    seed: int,
+    num_images: int,
+    grids: dict[str, list[Image.Image]] | None = None,
+) -> list[dict[str, Any]]:
+    """Draw the subject under its tuning prompt and every other attribute; return a row a picture.
+
+    Without `config` the backbone is the untuned one and draws the category instead. The numbers
+    are those of `sude_lab.toy.oracle.Reading`; `grids` collects the pictures by attribute.
+    """
+    rows = []
+    for attribute in (None, *who.other_attributes):
+        if config is None:
+            words = who.scene.category
+            prompt = photo_of(f"{attribute} {words}" if attribute else words)
+        else:
+            template = (config.prompt or get_method(config.method).template).replace(
+                "{category}", who.scene.category
+            )
+            prompt = fill(with_attribute(template, attribute), config.token)
+        images = generate(backbone, prompt, num_images=num_images, seed=seed, batch_size=16)
+        reading = judge(oracle, images, who.scene, attribute)
+        if grids is not None:
+            grids[attribute or "as tuned"] = images
+        rows += [
+            {
+                "attribute": attribute or "",
+                "prompt": prompt,
+                "image": k,
+                "attribute_alignment": round(reading.attribute_alignment[k].item(), 5),
+                "subject_fidelity": round(reading.subject_fidelity[k].item(), 5),
+                "category_alignment": round(reading.category_alignment[k].item(), 5),
+            }
+            for k in range(num_images)
+        ]
+    return rows
+
+
+def tune_and_measure(
+    base: Backbone,
+    oracle: Oracle,
+    who: Subject,
+    config: TuningConfig,
+    *,
+    num_images: int,
+    on_step: Callable[[Step], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Tune a copy of `base` on one subject, draw and judge; return the rows of `measure`."""
+    backbone = base.copy()
+    config = resolve(config, backbone)
+    started, gates, rhos = time.time(), [], []
+    for step in tune(config, backbone, who.picture):
+        gates.append(step.gate.float().mean().item())
+        rhos.append(step.rho.mean().item())
+        if on_step:
+            on_step(step)
+    seconds = time.time() - started
+    about = describe(config) | {
+        "open_gates": float(np.mean(gates)),
+        "rho": float(np.mean(rhos)),
+        "tuning_seconds": round(seconds, 1),
+    }
+    rows = measure(backbone, oracle, who, config, seed=config.seed + 500, num_images=num_images)
+    return [about | row for row in rows]
+
+
+def describe(config: TuningConfig) -> dict[str, Any]:
+    """Return the settings that a row of results carries."""
+    return {
+        "category": config.category,
+        "method": config.method,
+        "weight_sude": config.weight_sude,
+        "truncate": config.truncate,
+        "prior": config.prior,
+        "weighting": config.weighting,
+        "seed": config.seed,
+        "steps": config.max_train_steps,
+    }
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Which subjects, methods, variants and seeds to run."""
+
+    out: Path
+    """CSV file of the results; rows that are there are not run again."""
+    subjects: Literal["development", "held-out"] = "development"
+    numbers: tuple[int, ...] = (0, 1, 2, 3, 4)
+    methods: tuple[str, ...] = ("dreambooth", "textual_inversion")
+    variants: tuple[str, ...] = ("plain", "sude")
+    """plain, sude, 'sude, no truncation', or settings such as 'weight_sude=2,prior=current'."""
+    num_seeds: int = 1
+    num_images: int = 8
+    settings: str = ""
+    """Settings for every variant, such as 'max_train_steps=200,learning_rate=3e-4'."""
+    backbone: str = EMBEDDED
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """Read 'weight_sude=2,prior=current' as settings; numbers and booleans are recognised."""
+    import yaml
+
+    settings = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, _, value = part.partition("=")
+        # YAML reads 1e-4 as text: numbers first.
+        try:
+            settings[name] = int(value) if value.isdigit() else float(value)
+        except ValueError:
+            settings[name] = yaml.safe_load(value)
+    return settings
+
+
+def parse_variant(text: str) -> Variant:
+    """Return the variant of a name, or of settings written out."""
+    for known in (PLAIN, SUDE, NO_TRUNCATION):
+        if text == known.name:
+            return known
+    return Variant(text, parse_settings(text))
+
+
+def run_study(config: StudyConfig) -> pd.DataFrame:
+    """Run what is missing of a study, keep every result at once, return all rows."""
+    table = pd.read_csv(config.out) if config.out.is_file() else pd.DataFrame(columns=KEYS)
+    base, oracle = open_backbone(config.backbone), load_oracle()
+    jobs = [
+        (subject(config.subjects, n), method, parse_variant(v), seed)
+        for seed in range(config.num_seeds)
+        for n in config.numbers
+        for method in config.methods
+        for v in config.variants
+    ]
+    for who, method, variant, seed in tqdm(jobs, desc="study", unit="run"):
+        key = dict(zip(KEYS, (who.name, method, variant.name, seed), strict=True))
+        if len(table) and (table[KEYS] == pd.Series(key)).all(axis=1).any():
+            continue
+        tuning = TuningConfig(
+            image=Path(f"{who.name}.png"),
+            category=who.scene.category,
+            method=method,  # type: ignore[arg-type]
+            seed=seed,
+            backbone=config.backbone,
+            **(parse_settings(config.settings) | variant.settings),
+        )
+        try:
+            rows = tune_and_measure(base, oracle, who, tuning, num_images=config.num_images)
+        except ValueError as error:  # recorded, and the others go on
+            rows = [{"attribute": "", "error": str(error)}]
+        table = pd.concat([table, pd.DataFrame([key | row for row in rows])], ignore_index=True)
+        with atomic_write(config.out) as path:
+            table.to_csv(path, index=False)
+    return table
+
+
+if __name__ == "__main__":
+    from sude_lab.metrics import summarize
+
+    print(summarize(run_study(tyro.cli(StudyConfig))).round(3).to_string())
