@@ -1,0 +1,190 @@
+"""The command line: `sude-lab demo | tune | generate | lab`, generated from the dataclasses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from sude_lab.errors import UserError
+from sude_lab.tuning import TuningConfig, with_preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Tune on one drawn picture with and without SuDe, and write a report of the difference."""
+
+    out: Path
+    """Folder for results.csv, report.html and the runs."""
+    seed: int = 0
+    """Seed of the subject, of the tuning and of the drawn pictures."""
+    category: str = "dog"
+    """What the subject is: any category of the embedded model."""
+    method: Literal["dreambooth", "textual_inversion"] = "dreambooth"
+    num_images: int = 8
+    """Pictures for every prompt."""
+    max_train_steps: int | None = None
+    truncation: bool = True
+    """Add a third run without the truncation of eq. 9."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune(TuningConfig):
+    """Tune a model on one picture, regularised by SuDe."""
+
+    image: Positional[Path]  # type: ignore[misc]
+    """The one picture of the subject."""
+    out: Path
+    """Folder of the run; it must be new, or hold the run to resume."""
+    preset: Literal["default", "paper", "reference"] = "default"
+    """paper: the text's choices; reference: the authors' code's; single flags still win."""
+    resume: bool = False
+    """Continue an unfinished run; it ends with the same weights as an unbroken one."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+    num_samples: int = 4
+    """Pictures a prompt in samples.png; 0 draws none."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts of samples.png, with {S*}; none: the tuning prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Draw pictures with a finished run."""
+
+    run: Positional[Path]
+    """The folder that `sude-lab tune` wrote."""
+    prompt: Positional[str]
+    """What to draw; {S*} is the subject: "photo of a running {S*} dog"."""
+    out: Path
+    """Folder for the pictures; it must be new or empty."""
+    num_images: int = 8
+    seed: int = 0
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Open the notebooks in JupyterLab."""
+
+    browser: bool = True
+    """Open a browser window."""
+
+
+def _demo(args: Demo) -> None:
+    from sude_lab.demo import REPORT, run_demo, table_with_intervals
+
+    table = run_demo(**vars(args))
+    print(table_with_intervals(table).round(3).to_string(index=False))
+    print(f"Open {args.out / REPORT} in a browser.")
+
+
+def _tune(args: Tune) -> None:
+    from sude_lab.runs import run_tuning
+
+    config = TuningConfig(**{f.name: getattr(args, f.name) for f in fields(TuningConfig)})
+    if args.checkpoint_every < 1 or args.num_samples < 0:
+        raise UserError("--checkpoint-every must be at least 1 and --num-samples at least 0.")
+    run = run_tuning(
+        with_preset(config, args.preset),
+        args.out,
+        resume=args.resume,
+        checkpoint_every=args.checkpoint_every,
+        num_samples=args.num_samples,
+        sample_prompts=list(args.sample_prompts) or None,
+    )
+    print(f"The run is in {run.folder}.")
+    print(f'Draw with it: sude-lab generate {run.folder} "photo of a {{S*}}" --out pictures')
+
+
+def _generate(args: Generate) -> None:
+    from sude_lab.files import atomic_folder
+    from sude_lab.generation import generate
+    from sude_lab.prompts import PLACEHOLDER
+    from sude_lab.runs import Run
+
+    run = Run.open(args.run)
+    if not args.prompt.strip():
+        raise UserError('The prompt is empty: for example "photo of a {S*}".')
+    backbone = run.load(args.device)
+    if PLACEHOLDER not in args.prompt:
+        print(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.", file=sys.stderr)
+    unknown = backbone.unknown_words(args.prompt)
+    if unknown:
+        print(
+            f"The model has never met {', '.join(map(repr, unknown))}; it knows: "
+            f"{', '.join(backbone.known_words)}.",
+            file=sys.stderr,
+        )
+    with atomic_folder(args.out) as folder:
+        images = generate(
+            backbone,
+            run.prompt(args.prompt),
+            num_images=args.num_images,
+            seed=args.seed,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            negative_prompt=args.negative_prompt,
+            progress=True,
+        )
+        for k, image in enumerate(images):
+            image.save(folder / f"{k:03d}.png")
+    print(f"{len(images)} pictures are in {args.out}.")
+
+
+def _lab(args: Lab) -> None:
+    from sude_lab.backbone import data_folder
+
+    notebooks = data_folder().parent / "notebooks"
+    if not notebooks.is_dir():
+        raise UserError(f"There are no notebooks in {notebooks}: run from a clone.")
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={notebooks}"]
+    code = subprocess.call(command + ([] if args.browser else ["--no-browser"]))
+    if code:
+        raise UserError("JupyterLab did not start: install it with `pip install jupyterlab`.")
+
+
+_COMMANDS = {Demo: _demo, Tune: _tune, Generate: _generate, Lab: _lab}
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Tune, tyro.conf.subcommand("tune")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Lab, tyro.conf.subcommand("lab")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; a `UserError` is one sentence on stderr and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        command = tyro.cli(
+            Command,  # type: ignore[arg-type]
+            args=arguments,
+            prog="sude-lab",
+            description="One picture of your dog should not cost a model what it knows of dogs.",
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
+        _COMMANDS[type(command)](command)
+    except UserError as error:
+        print(f"sude-lab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sude-lab: stopped; continue a tuning run with --resume.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

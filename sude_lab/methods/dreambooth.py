@@ -1,0 +1,105 @@
+"""DreamBooth (arXiv 2208.12242): tune the UNet itself so that a rare name means the subject."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sude_lab.backbone import Backbone
+from sude_lab.methods.base import Method
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class DreamBooth(Method):
+    """Train the UNet (all of it, its attention, or LoRA beside it), on request the text encoder.
+
+    `prompt`: "photo of a {S*} [category]". The subject's token starts from a rare word and is
+    trained where `token_learning_rate` is not 0.
+    """
+
+    name: ClassVar[str] = "dreambooth"
+    template: ClassVar[str] = "photo of a {S*} {category}"
+    defaults: ClassVar[dict[str, Any]] = {
+        "learning_rate": 5e-6,
+        "token_learning_rate": 0.0,
+        "weight_sude": 0.4,
+        "max_train_steps": 800,
+        "train_batch_size": 1,
+        "initializer": "sks",
+    }
+
+    def prepare(self) -> None:
+        """Open the chosen part of the UNet, and the text encoder and the token on request."""
+        unet, text_encoder = self.backbone.unet, self.backbone.text_encoder
+        if self.config.train == "lora":
+            from peft import LoraConfig
+
+            # peft draws the adapters from the global generator: give it ours for that moment.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.config.seed)
+                unet.add_adapter(
+                    LoraConfig(
+                        r=self.config.lora_rank,
+                        lora_alpha=self.config.lora_rank,
+                        target_modules=list(ATTENTION),
+                    )
+                )
+        for name, p in unet.named_parameters():
+            if self._is_trained(name):
+                self.parameters[f"unet.{name}"] = p.requires_grad_(True)  # type: ignore[assignment]
+        if self.config.train_text_encoder:
+            for name, p in text_encoder.named_parameters():
+                self.parameters[f"text_encoder.{name}"] = p.requires_grad_(True)
+        if self.config.token_learning_rate:
+            self.parameters["token.vector"] = self.token_vector
+        if self.config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+            unet.train()
+
+    def _is_trained(self, name: str) -> bool:
+        if self.config.train == "lora":
+            return ".lora_" in name
+        if self.config.train == "attention":
+            return ".attn1." in name or ".attn2." in name
+        return True
+
+    @property
+    def keeps_pretrained(self) -> bool:  # type: ignore[override]
+        """LoRA leaves the original weights in place: switching the adapters off is enough."""
+        return self.config.train != "lora"
+
+    @torch.no_grad()
+    def predict_pretrained(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Return the model output of the UNet as it was before tuning."""
+        if self.config.train != "lora":
+            return super().predict_pretrained(x_t, t, condition)
+        self.backbone.unet.disable_adapters()
+        try:
+            return self.backbone.predict(x_t, t, condition)
+        finally:
+            self.backbone.unet.enable_adapters()
+
+    def save(self, folder: Path) -> None:
+        """Write the weights; LoRA as `pytorch_lora_weights.safetensors` for `load_lora_weights`."""
+        super().save(folder)
+        if self.config.train != "lora":
+            return
+        from diffusers import StableDiffusionPipeline
+        from peft import get_peft_model_state_dict
+
+        (folder / "unet.safetensors").unlink()
+        StableDiffusionPipeline.save_lora_weights(
+            folder, unet_lora_layers=get_peft_model_state_dict(self.backbone.unet)
+        )
+
+    @classmethod
+    def load(cls, backbone: Backbone, folder: Path) -> None:
+        """Put saved weights, or the LoRA adapters, into a freshly opened backbone."""
+        super().load(backbone, folder)
+        if (folder / LORA_FILE).is_file():
+            backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
