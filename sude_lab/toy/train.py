@@ -48,7 +48,7 @@ class TrainConfig:
     out: Path = Path("data/embedded")
     """Folder the finished pipeline is written to."""
     num_pictures: int = 24_000
-    vae_steps: int = 5_000
+    vae_steps: int = 6_000
     vae_batch_size: int = 8
     vae_learning_rate: float = 2e-3
     vae_kl_weight: float = 1e-6
@@ -267,7 +267,9 @@ def train_vae(config: TrainConfig, pictures: Any, device: torch.device) -> Autoe
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=_step_generator(config.seed, step))
         y = vae.decode(posterior.mean + posterior.std * noise.to(device)).sample
-        x, y = _opponent(x), _opponent(y)
+        # Red-green is learned last and slowly: it counts most until the last fifth.
+        emphasis = 6.0 if step < config.vae_steps * 4 // 5 else 2.0
+        x, y = _opponent(x, emphasis), _opponent(y, emphasis)
         edges = F.l1_loss(y.diff(dim=-1), x.diff(dim=-1)) + F.l1_loss(
             y.diff(dim=-2), x.diff(dim=-2)
         )
@@ -277,7 +279,7 @@ def train_vae(config: TrainConfig, pictures: Any, device: torch.device) -> Autoe
     for step, _, ema in train_loop(  # noqa: B007
         {"vae": vae},
         loss_of_step,
-        warmup_cosine(config.vae_steps, 100, config.vae_steps * 2 // 5),
+        warmup_cosine(config.vae_steps, 100, config.vae_steps // 5),
         steps=config.vae_steps,
         learning_rate=config.vae_learning_rate,
         checkpoint=checkpoint,
@@ -300,10 +302,10 @@ def train_vae(config: TrainConfig, pictures: Any, device: torch.device) -> Autoe
     return vae
 
 
-def _opponent(x: Tensor) -> Tensor:
-    """Return brightness, red-green and yellow-blue: colour counts double, it is learned last."""
+def _opponent(x: Tensor, red_green: float) -> Tensor:
+    """Return brightness, red-green (with its weight) and yellow-blue."""
     r, g, b = x.unbind(1)
-    return torch.stack([(r + g + b) / 3, 2 * (r - g), r + g - 2 * b], dim=1)
+    return torch.stack([(r + g + b) / 3, red_green * (r - g), r + g - 2 * b], dim=1)
 
 
 @torch.no_grad()
@@ -421,7 +423,7 @@ def export(pipeline: StableDiffusionPipeline, out: Path) -> None:
     if out.exists():
         old = out.with_name(out.name + ".old")
         os.replace(out, old)
-        for name in ("README.md", FACTS_FILE):
+        for name in ("README.md", "training.md", "alignment.csv", FACTS_FILE):
             if (old / name).exists():
                 os.replace(old / name, temporary / name)
         os.replace(temporary, out)

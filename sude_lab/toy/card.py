@@ -1,0 +1,115 @@
+"""Write the embedded model's card: what it was trained on, how long, and what the oracle sees.
+
+    python -m sude_lab.toy.card --num-images 16
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import tyro
+from tqdm.auto import tqdm
+
+from sude_lab.backbone import data_folder, open_backbone
+from sude_lab.files import atomic_write
+from sude_lab.generation import generate, sampling_settings
+from sude_lab.toy import world
+from sude_lab.toy.oracle import ALL_ATTRIBUTES, HEADS, load_oracle
+
+
+@dataclass(frozen=True)
+class CardConfig:
+    """How many pictures the table counts."""
+
+    num_images: int = 16
+    seed: int = 0
+    notes: Path = Path("data/embedded/training.md")
+    """What only the one who trained knows: steps, time, machine."""
+
+
+def alignment_table(num_images: int, seed: int) -> pd.DataFrame:
+    """Return, for every (category, attribute), the oracle's mean probabilities on base samples."""
+    base, oracle = open_backbone(), load_oracle()
+    rows = []
+    pairs = [(c, a) for c in world.CATEGORIES for a in world.ATTRIBUTES[c]]
+    for category, attribute in tqdm(pairs, desc="base samples", unit="prompt"):
+        prompt = world.attribute_prompt(attribute, category)
+        images = generate(base, prompt, num_images=num_images, seed=seed, batch_size=16)
+        seen = oracle.read(images)
+        allowed = [ALL_ATTRIBUTES.index(a) for a in world.ATTRIBUTES[category]]
+        among = seen["attribute"][:, allowed]
+        among = among / among.sum(-1, keepdim=True)
+        place = world.ATTRIBUTES[category].index(attribute)
+        rows.append(
+            {
+                "category": category,
+                "attribute": attribute,
+                "prompt": prompt,
+                "attribute_alignment": round(among[:, place].mean().item(), 3),
+                "category_alignment": round(
+                    seen["category"][:, HEADS["category"].index(category)].mean().item(), 3
+                ),
+                "pictures": num_images,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def main(config: CardConfig) -> None:
+    """Measure and write `README.md` and `alignment.csv` into the pipeline's folder."""
+    folder = data_folder() / "embedded"
+    table = alignment_table(config.num_images, config.seed)
+    with atomic_write(folder / "alignment.csv") as path:
+        table.to_csv(path, index=False)
+    held = pd.read_csv(data_folder() / "oracle" / "held_out_accuracy.csv")
+    asked = table[table["attribute"] != "plain"]
+    settings = sampling_settings(open_backbone())
+    size = sum(f.stat().st_size for f in folder.rglob("*.safetensors")) / 2**20
+    text = f"""# The embedded model
+
+A `StableDiffusionPipeline` of {size:.0f} MiB, trained from nothing on pictures that we draw:
+`StableDiffusionPipeline.from_pretrained("data/embedded")` is all it needs. It is meant for learning
+and testing SuDe on a laptop; it can draw nothing but its own world.
+
+## Data
+Drawings of {world.RESOLUTION} x {world.RESOLUTION} pixels by `sude_lab.toy.world`, made for this
+project, with the captions of `caption`. Categories: {", ".join(world.CATEGORIES)}. Attributes:
+{"; ".join(f"{c}: {', '.join(a)}" for c, a in world.ATTRIBUTES.items())}. Backgrounds:
+{", ".join(world.BACKGROUNDS)}. Companions: {", ".join(world.COMPANIONS)}. Captions name the private
+look (colours, pattern, collar or base) half of the time, drop every part at random and are empty in
+10 % of cases. The words {", ".join(world.RARE_TOKENS)} are in the vocabulary and in no caption.
+
+## Training
+{config.notes.read_text(encoding="utf-8").strip()}
+
+Drawn with DDIM, {settings["num_inference_steps"]} steps, guidance {settings["guidance_scale"]}.
+
+## Oracle
+`data/oracle`, a small convolutional network, judges what pictures show. Share of right answers on
+held-out scenes, as drawn and as the autoencoder renders them with latent noise:
+
+{held.to_markdown(index=False)}
+
+What it sees in this model's own samples, {config.num_images} pictures a prompt, seed {config.seed},
+mean probability of the attribute among those of its category (mean over attributes that a word asks
+for {asked["attribute_alignment"].mean():.2f}, lowest {asked["attribute_alignment"].min():.2f}), and
+of the category. "Plain" has no word of its own: its prompt names the category alone, so other
+materials are right answers too.
+`python -m sude_lab.toy.card --num-images {config.num_images} --seed {config.seed}`
+
+{table.drop(columns="pictures").to_markdown(index=False)}
+
+## Limits
+Flat drawings of nine things, always facing right, one of each: no photos, no people, no text.
+The oracle was trained on the same world and shares its blind spots.
+"""
+    with atomic_write(folder / "README.md") as path:
+        path.write_text(text, encoding="utf-8")
+    print(table.to_string(index=False))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(CardConfig))
