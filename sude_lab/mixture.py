@@ -1,0 +1,281 @@
+"""An exact world: a mixture of Gaussians, in which every quantity of the paper has a closed form.
+
+The data are x_0 ~ sum_n w_n N(m_n, s_n^2 I), and a condition c is a set of components (a label).
+Noising a Gaussian gives a Gaussian, so eps, p(x_{t-1} | x_t, c) and p(c | x_t) are all exact, and
+eq. 4-7 and 11-13 of arXiv 2403.06775 can be checked, not believed.
+
+Only eq. 6 is an approximation here: p(x_{t-1} | x_t, c) is a mixture with one Gaussian for each
+component that c allows, and its variance depends on c a little. With many components, or long
+steps, it is far from N(mean, sigma_t^2 I); as steps get shorter the difference vanishes
+(`implicit_classifier_error`).
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sude_lab import diffusion
+from sude_lab.classifier import class_log_ratio
+from sude_lab.diffusion import Schedule, alpha_bars
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianMixture:
+    """Components with isotropic variance and a label each.
+
+    p(x_0) = sum_n w_n N(x_0; m_n, s_n^2 I): the data behind eq. 1, arXiv 2403.06775.
+
+    Args:
+        weights: w, (N,), non-negative, summing to one.
+        means: m, (N, D).
+        variances: s^2, (N,), positive.
+        labels: class of each component, LongTensor (N,), from 0; a class may hold many components.
+
+    Raises:
+        ValueError: shapes, dtypes or ranges are not these.
+    """
+
+    weights: Tensor
+    means: Tensor
+    variances: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        count = (len(self.weights),)
+        shapes = (self.weights.shape, self.variances.shape, self.labels.shape)
+        if any(shape != count for shape in shapes) or self.means.ndim != 2:
+            raise ValueError("weights, variances and labels must be (N,), means (N, D).")
+        if self.means.shape[:1] != count:
+            raise ValueError(f"means must hold {count[0]} rows, got {len(self.means)}.")
+        if self.labels.dtype != torch.long or bool((self.labels < 0).any()):
+            raise ValueError("labels must be a LongTensor counting from 0.")
+        if not bool((self.variances > 0).all()):
+            raise ValueError("variances must be positive.")
+        if bool((self.weights < 0).any()) or abs(float(self.weights.sum()) - 1) > 1e-6:
+            raise ValueError("weights must be non-negative and sum to one.")
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of labels."""
+        return int(self.labels.max()) + 1
+
+    def restrict(self, members: Tensor) -> "GaussianMixture":
+        """The mixture given that the component is one of ``members``.
+
+        w_n -> w_n [n in members] / sum, Bayes' rule for a condition c of arXiv 2403.06775, eq. 5.
+        Components keep their places and labels, so a condition on a condition is
+        ``restrict(a).restrict(b)`` (c_sub and c_cate of eq. 12).
+
+        Args: members: bool (N,).
+
+        Raises:
+            ValueError: not bool (N,), or no member has weight.
+        """
+        if members.dtype != torch.bool or members.shape != self.weights.shape:
+            raise ValueError(f"members must be a bool tensor {tuple(self.weights.shape)}.")
+        kept = torch.where(members, self.weights, torch.zeros_like(self.weights))
+        if not bool(kept.sum() > 0):
+            raise ValueError("No component of these members has any weight.")
+        return replace(self, weights=kept / kept.sum())
+
+    def given(self, label: int | None) -> "GaussianMixture":
+        """The mixture of one class, p(x_0 | c) of arXiv 2403.06775, eq. 5; None: no condition.
+
+        Raises:
+            ValueError: no component has this label.
+        """
+        return self if label is None else self.restrict(self.labels == label)
+
+    def log_prob(
+        self, x_t: Tensor, t: Tensor, schedule: Schedule, label: int | None = None
+    ) -> Tensor:
+        """log p(x_t | c) = log sum_n w_n N(x_t; sqrt(abar_t) m_n, (abar_t s_n^2 + 1 - abar_t) I).
+
+        The marginal of arXiv 2403.06775, eq. 1. Args: x_t (B, D), t (B,). Returns nats, (B,).
+
+        Raises:
+            ValueError: ``t`` is not a valid LongTensor (B,), or no component has this label.
+        """
+        abar, _ = alpha_bars(t, schedule)
+        return self.given(label)._log_joint(x_t, abar).logsumexp(1)
+
+    def class_log_posterior(self, x_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+        """log p(c | x_t) for every class: log C_t of arXiv 2403.06775, eq. 5, exactly.
+
+        Args: x_t (B, D), t (B,). Returns nats, (B, C); a class without weight has -inf.
+
+        Raises:
+            ValueError: ``t`` is not a valid LongTensor (B,).
+        """
+        abar, _ = alpha_bars(t, schedule)
+        return self._class_log_posterior(x_t, abar)
+
+    def class_log_posterior_prev(self, x_prev: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+        """log p(c | x_{t-1}) for every class: the left side of arXiv 2403.06775, eq. 5, exactly.
+
+        x_t adds nothing once x_{t-1} is known (Markov): p(c | x_{t-1}, x_t) = p(c | x_{t-1}).
+        At t = 0, x_{-1} is the clean sample. Args: x_prev (B, D), t (B,). Returns nats, (B, C).
+
+        Raises:
+            ValueError: ``t`` is not a valid LongTensor (B,).
+        """
+        _, abar_prev = alpha_bars(t, schedule)
+        return self._class_log_posterior(x_prev, abar_prev)
+
+    def x_0_mean(
+        self, x_t: Tensor, t: Tensor, schedule: Schedule, label: int | None = None
+    ) -> Tensor:
+        """E[x_0 | x_t, c], what a perfect x_0-network outputs for eq. 2 of arXiv 2403.06775.
+
+        sum_n p(n | x_t, c) [m_n + sqrt(abar_t) s_n^2 / v_n (x_t - sqrt(abar_t) m_n)],
+        v_n = abar_t s_n^2 + 1 - abar_t. Args: x_t (B, D), t (B,). Returns (B, D).
+
+        Raises:
+            ValueError: ``t`` is not a valid LongTensor (B,), or no component has this label.
+        """
+        abar, _ = alpha_bars(t, schedule)
+        responsibilities = self.given(label)._log_joint(x_t, abar).softmax(1)
+        return (responsibilities.unsqueeze(2) * self._component_x_0(x_t, abar)).sum(1)
+
+    def eps(self, x_t: Tensor, t: Tensor, schedule: Schedule, label: int | None = None) -> Tensor:
+        """E[eps | x_t, c], what a perfect eps-network outputs.
+
+        (x_t - sqrt(abar_t) E[x_0 | x_t, c]) / sqrt(1 - abar_t), arXiv 2403.06775, eq. 1 solved for
+        eps; it is also -sqrt(1 - abar_t) grad log p(x_t | c). Args: x_t (B, D), t (B,).
+        Returns (B, D).
+
+        Raises:
+            ValueError: ``t`` is not a valid LongTensor (B,), or no component has this label.
+        """
+        sample_schedule = replace(schedule, prediction_type="sample")
+        return diffusion.to_eps(self.x_0_mean(x_t, t, schedule, label), x_t, t, sample_schedule)
+
+    def reverse_mean_exact(
+        self, x_t: Tensor, t: Tensor, schedule: Schedule, label: int | None = None
+    ) -> Tensor:
+        """E[x_{t-1} | x_t, c]: x_theta(x_t, c, t) of a perfect network, exactly.
+
+        posterior_mean(x_t, E[x_0 | x_t, c]), the minimiser of arXiv 2403.06775, eq. 2: the mean of
+        q(x_{t-1} | x_t, x_0) is linear in x_0. Args: x_t (B, D), t (B,). Returns (B, D).
+
+        Raises:
+            ValueError: ``t`` is not a valid LongTensor (B,), or no component has this label.
+        """
+        x_0 = self.x_0_mean(x_t, t, schedule, label)
+        return diffusion.posterior_mean(x_t, x_0, t, schedule)
+
+    def reverse_log_prob_exact(
+        self, x_prev: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, label: int | None = None
+    ) -> Tensor:
+        """log p(x_{t-1} | x_t, c), which arXiv 2403.06775, eq. 6, takes for a Gaussian.
+
+        sum_n p(n | x_t, c) N(x_{t-1}; posterior_mean(x_t, E[x_0 | x_t, n]), u_n I), with
+        u_n = (variance of q(x_{t-1} | x_t, x_0)) + b^2 s_n^2 (1 - abar_t) / v_n,
+        b = sqrt(abar_{t-1}) beta_t / (1 - abar_t) the weight of x_0 in the posterior mean.
+        Args: x_prev, x_t (B, D), t (B,). Returns nats, (B,).
+
+        Raises:
+            ValueError: ``t`` is not a valid LongTensor (B,), or no component has this label.
+        """
+        abar, abar_prev = alpha_bars(t, schedule)
+        log_weights = self.given(label)._log_joint(x_t, abar).log_softmax(1)
+        # One row for each (sample, component): the reverse step of that component alone.
+        batch, count = log_weights.shape
+        x_0 = self._component_x_0(x_t, abar).flatten(0, 1)
+        means = diffusion.posterior_mean(
+            x_t.repeat_interleave(count, 0), x_0, t.repeat_interleave(count), schedule
+        ).reshape(batch, count, -1)
+
+        b = (abar_prev.sqrt() * (1 - abar / abar_prev) / (1 - abar)).to(x_t).unsqueeze(1)
+        small = replace(schedule, variance_type="fixed_small")
+        q_variance = diffusion.posterior_variance(t, small).to(x_t).unsqueeze(1)
+        noise = (1 - abar).to(x_t).unsqueeze(1)
+        x_0_variance = self.variances * noise / self._variance(x_t, abar)
+        density = _log_normal(x_prev.unsqueeze(1), means, q_variance + b**2 * x_0_variance)
+        return (log_weights + density).logsumexp(1)
+
+    def sample(
+        self, n: int, generator: torch.Generator, label: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw clean samples and their labels: x_0 (n, D) and labels (n,).
+
+        x_0 ~ p(x_0 | c) = sum_n w_n N(m_n, s_n^2 I), the data of arXiv 2403.06775, eq. 1.
+
+        Raises:
+            ValueError: no component has this label.
+        """
+        component = torch.multinomial(self.given(label).weights, n, True, generator=generator)
+        noise = torch.randn(
+            (n, self.means.shape[1]),
+            generator=generator,
+            dtype=self.means.dtype,
+            device=self.means.device,
+        )
+        x_0 = self.means[component] + self.variances[component].sqrt().unsqueeze(1) * noise
+        return x_0, self.labels[component]
+
+    def _variance(self, x: Tensor, abar: Tensor) -> Tensor:
+        """v_n = abar s_n^2 + 1 - abar, (B, N)."""
+        abar = abar.unsqueeze(1)
+        return abar.to(x) * self.variances + (1 - abar).to(x)
+
+    def _centred(self, x: Tensor, abar: Tensor) -> Tensor:
+        """x - sqrt(abar) m_n, (B, N, D)."""
+        return x.unsqueeze(1) - abar.sqrt().to(x).reshape(-1, 1, 1) * self.means
+
+    def _log_joint(self, x: Tensor, abar: Tensor) -> Tensor:
+        """log w_n + log N(x; sqrt(abar) m_n, v_n I), (B, N)."""
+        centred = self._centred(x, abar)
+        density = _log_normal(centred, torch.zeros_like(centred), self._variance(x, abar))
+        return self.weights.log() + density
+
+    def _component_x_0(self, x: Tensor, abar: Tensor) -> Tensor:
+        """E[x_0 | x, n], (B, N, D)."""
+        gain = abar.sqrt().to(x).unsqueeze(1) * self.variances / self._variance(x, abar)
+        return self.means + gain.unsqueeze(2) * self._centred(x, abar)
+
+    def _class_log_posterior(self, x: Tensor, abar: Tensor) -> Tensor:
+        """log p(c | x) from the components' posterior, (B, C)."""
+        log_posterior = self._log_joint(x, abar).log_softmax(1)
+        of_class = self.labels == torch.arange(self.num_classes, device=x.device).unsqueeze(1)
+        masked = log_posterior.unsqueeze(1).masked_fill(~of_class, -math.inf)
+        return masked.logsumexp(2)
+
+
+def implicit_classifier_error(
+    mixture: GaussianMixture,
+    x_prev: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    schedule: Schedule,
+    label: int,
+) -> Tensor:
+    """What eq. 5 loses by taking eq. 6 for a Gaussian: estimated minus exact log p(c | x_{t-1}).
+
+    log C_t + class_log_ratio(x_{t-1}; exact means, sigma_t^2) - log p(c | x_{t-1}),
+    arXiv 2403.06775, eq. 5 with eq. 6. Everything but the Gaussian is exact, so this is the price
+    of eq. 6 alone. With x_{t-1} drawn from the reverse step it shrinks in proportion to the step
+    beta_t, i.e. to 1/T, while the signal log p(c | x_{t-1}) - log C_t shrinks with its square root.
+
+    Args: x_prev, x_t: (B, D); t: (B,). Returns nats, (B,), signed.
+
+    Raises:
+        ValueError: ``t`` is not a valid LongTensor (B,), no component has this label, or the
+            variance is zero (fixed_small at t = 0).
+    """
+    mean_class = mixture.reverse_mean_exact(x_t, t, schedule, label)
+    mean_uncond = mixture.reverse_mean_exact(x_t, t, schedule)
+    variance = diffusion.posterior_variance(t, schedule)
+    log_ratio = class_log_ratio(x_prev, mean_class, mean_uncond, variance)
+    log_prior = mixture.class_log_posterior(x_t, t, schedule)[:, label]
+    exact = mixture.class_log_posterior_prev(x_prev, t, schedule)[:, label]
+    return log_prior + log_ratio - exact
+
+
+def _log_normal(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """log N(x; mean, variance I) over the last dimension; (B, N, D), (B, N) -> (B, N)."""
+    distance = (x - mean).square().sum(-1)
+    dimensions = mean.shape[-1]
+    return -distance / (2 * variance) - 0.5 * dimensions * torch.log(2 * math.pi * variance)
