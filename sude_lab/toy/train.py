@@ -48,7 +48,7 @@ class TrainConfig:
     out: Path = Path("data/embedded")
     """Folder the finished pipeline is written to."""
     num_pictures: int = 24_000
-    vae_steps: int = 6_000
+    vae_steps: int = 7_000
     vae_batch_size: int = 8
     vae_learning_rate: float = 2e-3
     vae_kl_weight: float = 1e-6

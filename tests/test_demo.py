@@ -1,0 +1,75 @@
+"""The demo writes what it says, and its page needs no network."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from sude_lab.demo import REPORT, RESULTS, run_demo, table_with_intervals
+from sude_lab.errors import UserError
+
+COLUMNS = {
+    "subject",
+    "category",
+    "method",
+    "weight_sude",
+    "truncate",
+    "seed",
+    "attribute",
+    "attribute_alignment",
+    "subject_fidelity",
+    "category_alignment",
+}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    run_demo(out, num_images=2, max_train_steps=3, progress=False)
+    return out
+
+
+def test_results_are_tidy(demo: Path) -> None:
+    table = pd.read_csv(demo / RESULTS)
+    assert set(table.columns) >= COLUMNS
+    assert set(table["variant"]) == {"untuned model", "plain", "sude", "sude, no truncation"}
+    assert table["attribute_alignment"].between(0, 1).all()
+    assert (table.groupby(["variant", "prompt"]).size() == 2).all()
+
+
+def test_the_page_is_whole_and_needs_no_network(demo: Path) -> None:
+    page = (demo / REPORT).read_text(encoding="utf-8")
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    assert "$" not in re.sub(r"base64,[^'\"]*", "", page)  # every field was filled in
+    assert page.count("<img") >= 4 + 4 * 5
+    assert "[" in page and "rho" in page
+
+
+def test_a_second_call_keeps_finished_runs(demo: Path) -> None:
+    weights = demo / "runs" / "sude" / "weights"
+    before = {f: f.stat().st_mtime_ns for f in weights.iterdir()}
+    first = pd.read_csv(demo / RESULTS)
+    again = run_demo(demo, num_images=2, max_train_steps=3, progress=False)
+    assert {f: f.stat().st_mtime_ns for f in weights.iterdir()} == before
+    pd.testing.assert_series_equal(
+        first["attribute_alignment"], again["attribute_alignment"], check_exact=True
+    )
+
+
+def test_a_demo_of_other_settings_is_refused(demo: Path) -> None:
+    with pytest.raises(UserError, match="other settings"):
+        run_demo(demo, num_images=2, max_train_steps=4, progress=False)
+
+
+def test_intervals_hold_their_means(demo: Path) -> None:
+    means = table_with_intervals(pd.read_csv(demo / RESULTS, keep_default_na=False))
+    for name in ("attribute_alignment", "subject_fidelity"):
+        assert (means[f"{name}_low"] <= means[name]).all()
+        assert (means[name] <= means[f"{name}_high"]).all()
+
+
+def test_an_unknown_category_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="horse"):
+        run_demo(tmp_path / "out", category="horse", progress=False)
+    assert not (tmp_path / "out").exists()

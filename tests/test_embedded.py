@@ -1,0 +1,107 @@
+"""The embedded model as it ships: a true diffusers pipeline that knows its world."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from sude_lab.backbone import Backbone, open_backbone
+from sude_lab.generation import generate
+from sude_lab.toy import world
+from sude_lab.toy.oracle import ALL_ATTRIBUTES, HEADS, Oracle, load_oracle
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "data" / "embedded"
+
+
+@pytest.fixture(scope="module")
+def base() -> Backbone:
+    return open_backbone(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Oracle:
+    return load_oracle()
+
+
+def test_it_is_small_and_safetensors_only() -> None:
+    files = [f for f in FOLDER.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 40e6
+    assert not [f for f in files if f.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+    index = json.loads((FOLDER / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_plain_diffusers_loads_and_draws_without_sude_lab(tmp_path: Path, oracle: Oracle) -> None:
+    script = tmp_path / "plain.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from diffusers import StableDiffusionPipeline\n"
+        f"pipe = StableDiffusionPipeline.from_pretrained({str(FOLDER)!r})\n"
+        "g = torch.Generator().manual_seed(0)\n"
+        "images = pipe(['photo of a running dog'] * 8, num_inference_steps=20,\n"
+        "              guidance_scale=4.0, generator=g).images\n"
+        f"for k, image in enumerate(images): image.save(f'{tmp_path}/{{k}}.png')\n"
+        "assert not any(name.startswith('sude_lab') for name in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", str(script)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = oracle.read([Image.open(tmp_path / f"{k}.png") for k in range(8)])
+    dog, running = HEADS["category"].index("dog"), ALL_ATTRIBUTES.index("running")
+    assert seen["category"][:, dog].mean() > 0.8
+    assert seen["attribute"][:, running].mean() > 0.8
+
+
+@pytest.mark.parametrize("category", world.CATEGORIES)
+def test_it_draws_every_attribute_of_a_category(
+    base: Backbone, oracle: Oracle, category: str
+) -> None:
+    """The bar of the model card, on four pictures each; the card's table has more."""
+    right = []
+    for attribute in world.ATTRIBUTES[category]:
+        prompt = world.attribute_prompt(attribute, category)
+        seen = oracle.read(generate(base, prompt, num_images=4, seed=1))
+        right.append(seen["category"][:, HEADS["category"].index(category)])
+        if attribute != "plain":  # no word asks for it
+            right.append(seen["attribute"][:, ALL_ATTRIBUTES.index(attribute)])
+    assert torch.cat(right).mean() > 0.85
+
+
+def test_the_oracle_is_right_on_drawings_it_has_never_seen() -> None:
+    table = pd.read_csv(ROOT / "data" / "oracle" / "held_out_accuracy.csv", index_col="head")
+    assert set(table.index) == set(HEADS)
+    assert table.loc[["category", "attribute", "background"], "drawings"].min() >= 0.98
+
+
+def test_the_oracle_reads_fresh_drawings(oracle: Oracle) -> None:
+    """Not the stored table: new drawings, counted here."""
+    import random
+
+    from sude_lab.toy.oracle import labels
+
+    rng = random.Random("fresh drawings")
+    drawn = [world.sample_scene(rng) for _ in range(200)]
+    seen = oracle.read([world.draw(s) for s in drawn])
+    for head in ("category", "attribute", "background", "pattern", "accent"):
+        truth = torch.tensor([labels(s)[head] for s in drawn])
+        assert (seen[head].argmax(-1) == truth).float().mean() > 0.95, head
+
+
+def test_the_tokenizer_knows_every_word_as_one_token(base: Backbone) -> None:
+    for word in (*world.vocabulary(), *world.RARE_TOKENS):
+        ids = base.tokenizer(word, add_special_tokens=False).input_ids
+        assert len(ids) == 1, word
+    assert base.known_words == world.vocabulary()
+
+
+def test_the_model_card_states_what_it_must() -> None:
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for heading in ("Data", "Training", "Oracle", "Limits"):
+        assert f"## {heading}" in card

@@ -1,0 +1,70 @@
+"""The README and the notebooks name what is really there."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("name", ["demo", "test"])
+def test_ci_runs_the_readme_command(name: str) -> None:
+    block = re.search(rf"<!-- ci: {name} -->\n```bash\n(.+?)```", README, re.S)
+    assert block and "pip install -e" in block[1]
+    assert f" {name}" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_picture_and_link_is_there() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_the_map_names_real_functions_and_tests() -> None:
+    tests = (ROOT / "tests" / "test_paper.py").read_text(encoding="utf-8")
+    rows = [line for line in README.splitlines() if "`test_" in line]
+    assert len(rows) >= 9
+    for row in rows:
+        module = None
+        for name in re.findall(r"`([a-z_]+\.)?([A-Za-z_]+)`", row.split("|")[2]):
+            module = (
+                importlib.import_module(f"sude_lab.{name[0].rstrip('.')}") if name[0] else module
+            )
+            assert hasattr(module, name[1]), name
+        for number in re.findall(r"test_eq_(\d\d)\*", row):
+            assert f"def test_eq_{number}_" in tests
+
+
+def test_every_readme_flag_exists() -> None:
+    from sude_lab.cli import Demo, Generate, Tune
+
+    known = {f for c in (Demo, Generate, Tune) for f in c.__dataclass_fields__}
+    for flag in set(re.findall(r"--(?:no-)?([a-z][a-z-]+)", README)):
+        if flag.replace("-", "_") in known:
+            continue
+        study = importlib.import_module("sude_lab.toy.study").StudyConfig.__dataclass_fields__
+        assert flag.replace("-", "_") in study, flag
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_checked_cells_have_something_to_compare(path: Path) -> None:
+    """nbval compares nothing in a cell without a count, and nothing with an empty output."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    checked = [c for c in cells if "NBVAL_CHECK_OUTPUT" in "".join(c["source"])]
+    assert checked
+    for cell in checked:
+        assert cell["execution_count"] is not None and cell["outputs"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_cells_are_short_and_the_file_is_small(path: Path) -> None:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert "".join(cell["source"]).count("\n") < 20
+    assert path.stat().st_size < 600_000
