@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tokenizers import AddedToken
 from torch import Tensor
 
 from sude_lab.diffusion import Schedule
@@ -171,9 +172,11 @@ class Backbone:
                 "choose a new one, like <sks>."
             )
         start = self.tokenizer(initializer, add_special_tokens=False).input_ids
-        self.tokenizer.add_tokens(token)
+        # A single word: the letters of a token like "og" must not be cut out of "dog".
+        self.tokenizer.add_tokens(AddedToken(token, single_word=True))
         index = int(self.tokenizer.convert_tokens_to_ids(token))
-        self.text_encoder.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
+        with torch.random.fork_rng(devices=[]):  # the new row is drawn before it is written over
+            self.text_encoder.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
         table = self.text_encoder.get_input_embeddings().weight
         with torch.no_grad():
             table[index] = table[start].mean(dim=0)
@@ -227,13 +230,16 @@ def open_backbone(
 
     folder = resolve_source(source)
     where = pick_device(device)
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise UserError(f"There is no dtype {dtype!r}: use auto, float32, bfloat16 or float16.")
     _check_source(folder)
+    facts = _read_facts(Path(folder) / FACTS_FILE)
     try:
         with _quiet():
             pipeline = StableDiffusionPipeline.from_pretrained(
                 folder, use_safetensors=True, safety_checker=None, requires_safety_checker=False
             )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # loaders, and the client of the hub, fail with errors of any class
         raise UserError(
             f"{source} could not be opened as a Stable Diffusion pipeline "
             f"({type(error).__name__}: {str(error)[:160]}): name a complete pipeline folder with "
@@ -248,11 +254,20 @@ def open_backbone(
     else:
         precision = getattr(torch, dtype)
     pipeline.to(where)
-    facts = {}
-    path = Path(folder) / FACTS_FILE
-    if path.is_file():
-        facts = json.loads(path.read_text(encoding="utf-8"))
     return Backbone(pipeline, str(source), where, precision, facts)
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        kinds = {"words": list, "categories": list, "tuning": dict, "generation": dict}
+        if all(isinstance(facts.get(key, kind()), kind) for key, kind in kinds.items()):
+            return facts
+    except (ValueError, AttributeError):
+        pass
+    raise UserError(f"{path} does not hold a model's facts: the file is damaged.")
 
 
 @contextmanager
@@ -292,6 +307,10 @@ def _check_source(folder: str) -> None:
             raise UserError(
                 f"{folder} holds a {name}: only StableDiffusionPipeline is supported so far."
             )
+        # Looked for here, because transformers makes an empty tokenizer where there is none.
+        for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+            if not (path / part).is_dir():
+                raise UserError(f"{folder} lacks the folder {part}: the pipeline is not complete.")
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", folder):
         raise UserError(
             f"There is no pipeline folder {folder}: name a folder, a hub id such as "

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -39,7 +42,7 @@ class Demo:
 class Tune(TuningConfig):
     """Tune a model on one picture, regularised by SuDe."""
 
-    image: Positional[Path]  # type: ignore[misc]
+    image: Positional[Path]
     """The one picture of the subject."""
     out: Path
     """Folder of the run; it must be new, or hold the run to resume."""
@@ -53,6 +56,9 @@ class Tune(TuningConfig):
     """Pictures a prompt in samples.png; 0 draws none."""
     sample_prompts: tuple[str, ...] = ()
     """Prompts of samples.png, with {S*}; none: the tuning prompt."""
+
+    def __post_init__(self) -> None:
+        """Leave the checks to the `TuningConfig` that is made of this, outside the parser."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +160,12 @@ def _lab(args: Lab) -> None:
         raise UserError("JupyterLab did not start: install it with `pip install jupyterlab`.")
 
 
-_COMMANDS = {Demo: _demo, Tune: _tune, Generate: _generate, Lab: _lab}
+_COMMANDS: dict[type, Callable[[Any], None]] = {
+    Demo: _demo,
+    Tune: _tune,
+    Generate: _generate,
+    Lab: _lab,
+}
 
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -164,18 +175,34 @@ Command = (
 )
 
 
+def _parse(arguments: Sequence[str] | None) -> Any:
+    """Read the arguments; the box of several lines that tyro prints becomes one sentence."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(
+                Command,
+                args=arguments,
+                prog="sude-lab",
+                description="One picture of your dog should not cost a model what it knows of "
+                "dogs.",
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = re.sub(r"\x1b\[[\d;]*m", "", said.getvalue()).splitlines()
+        # The first line is the box's lid with a title: the sentence follows it.
+        text = " ".join(line.strip("│╭╮╰╯─ ") for line in lines[1:])
+        raise UserError(text or "These arguments cannot be read: see sude-lab --help.") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a `UserError` is one sentence on stderr and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
-        command = tyro.cli(
-            Command,  # type: ignore[arg-type]
-            args=arguments,
-            prog="sude-lab",
-            description="One picture of your dog should not cost a model what it knows of dogs.",
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-        )
+        command = _parse(arguments)
         _COMMANDS[type(command)](command)
     except UserError as error:
         print(f"sude-lab: {error}", file=sys.stderr)

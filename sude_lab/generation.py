@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -51,7 +52,12 @@ def generate(
     if num_images < 1:
         raise UserError(f"The number of images is {num_images}: it must be at least 1.")
     if not 1 <= steps <= backbone.schedule.num_timesteps:
-        raise UserError(f"The number of inference steps is {steps}: it must be 1 to 1000.")
+        last = backbone.schedule.num_timesteps
+        raise UserError(f"The number of inference steps is {steps}: it must be 1 to {last}.")
+    if not math.isfinite(settings["guidance_scale"]):
+        raise UserError(f"The guidance scale is {settings['guidance_scale']}: it must be finite.")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"The seed is {seed}: it must lie between 0 and {2**32 - 1}.")
     pipeline = backbone.pipeline
     config = dict(pipeline.scheduler.config)
     shape = (

@@ -12,12 +12,14 @@ While a run is under way the folder holds `config.json`, `picture.png` and `chec
 from __future__ import annotations
 
 import json
+import pickle
 import platform
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -134,18 +136,20 @@ def run_tuning(
     state, rows = None, []
     if resume and (out / CONFIG).is_file():
         _check_same(_read_config(out / CONFIG), config, out)
+        _check_same_picture(picture.image, config.image, out)
         if (out / CHECKPOINT).is_file():
-            state = torch.load(out / CHECKPOINT, weights_only=True, map_location="cpu")
+            state = _read_checkpoint(out / CHECKPOINT)
             rows = state.pop("rows")
 
     started = time.time()
     done = state["step"] if state else 0
     steps = tune(config, backbone, picture.image, state=state)
-    step: Step | None = None
+    # Before the bar: what is wrong with the settings shows here, and is one sentence then.
+    first = next(steps)
     with tqdm(
         total=config.max_train_steps, initial=done, desc=label, unit="step", disable=not progress
     ) as bar:
-        for step in steps:
+        for step in chain([first], steps):
             if step.number == 1:
                 _begin(out, config, picture.image)
             rows.append(step.row())
@@ -160,7 +164,6 @@ def run_tuning(
             if step.number % checkpoint_every == 0 and step.number < config.max_train_steps:
                 with atomic_write(out / CHECKPOINT) as path:
                     torch.save(step.state_dict() | {"rows": rows}, path)
-    assert step is not None
     _keep_weights(out, step)
     with atomic_write(out / METRICS) as path:
         pd.DataFrame(rows).to_csv(path, index=False)
@@ -195,10 +198,17 @@ def _read_config(path: Path) -> TuningConfig:
         if unknown:
             raise UserError(f"{path} has the unknown setting {unknown[0]!r}.")
         return TuningConfig(**values | {"image": Path(values["image"])})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is not a run's configuration: the file is damaged.") from error
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is damaged: delete it, and --resume starts anew.") from error
 
 
 def _check_same(old: TuningConfig, new: TuningConfig, out: Path) -> None:
@@ -210,6 +220,19 @@ def _check_same(old: TuningConfig, new: TuningConfig, out: Path) -> None:
                 f"The run in {out} was started with --{flag} {before}, not {now}: resume it with "
                 "the same settings, or choose another --out."
             )
+
+
+def _check_same_picture(picture: Image.Image, source: Path, out: Path) -> None:
+    """The file may have moved; what it shows must be what the run began with."""
+    if not (out / PICTURE).is_file():  # stopped between the first two files
+        return
+    with Image.open(out / PICTURE) as begun:
+        same = begun.convert("RGB").tobytes() == picture.tobytes()
+    if not same:
+        raise UserError(
+            f"The run in {out} was started on another picture than {source}: resume it with that "
+            "one, or choose another --out."
+        )
 
 
 def _begin(out: Path, config: TuningConfig, picture: Image.Image) -> None:

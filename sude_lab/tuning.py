@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -238,8 +239,7 @@ def tune(
     Raises:
         UserError: the settings do not fit the model, the loss became NaN, or memory ran out.
     """
-    if config.max_train_steps is None or config.train_batch_size is None:
-        config = resolve(config, backbone)
+    config = resolve(config, backbone)
     try:
         yield from _tune(config, backbone, picture, state)
     except torch.OutOfMemoryError as error:
@@ -266,15 +266,18 @@ def _tune(
     method = get_method(config.method)(backbone, config)
     prompt = [method.subject_prompt()]
     groups = method.groups()
-    if not groups:
-        raise UserError("Nothing would be trained: give --learning-rate a value above 0.")
+    if not any(group["lr"] for group in groups):
+        raise UserError(
+            "Nothing would be trained: give --learning-rate or --token-learning-rate a value above "
+            "0."
+        )
     optimizer = torch.optim.AdamW(groups, weight_decay=config.adam_weight_decay)
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = list(method.parameters.values())
     first = 0
     if state is not None:
         method.load_state_dict(state["trained"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         first = state["step"]
     if not method.changes_subject_text:
         with torch.no_grad():
@@ -351,7 +354,7 @@ def _tune(
             return {
                 "step": number,
                 "trained": method.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "optimizer": copy.deepcopy(optimizer.state_dict()),
             }
 
         yield Step(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sude_lab.backbone import Backbone
+from sude_lab.errors import UserError
 from sude_lab.methods.base import Method
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -51,7 +52,7 @@ class DreamBooth(Method):
                 )
         for name, p in unet.named_parameters():
             if self._is_trained(name):
-                self.parameters[f"unet.{name}"] = p.requires_grad_(True)  # type: ignore[assignment]
+                self.parameters[f"unet.{name}"] = p.requires_grad_(True)
         if self.config.train_text_encoder:
             for name, p in text_encoder.named_parameters():
                 self.parameters[f"text_encoder.{name}"] = p.requires_grad_(True)
@@ -102,4 +103,10 @@ class DreamBooth(Method):
         """Put saved weights, or the LoRA adapters, into a freshly opened backbone."""
         super().load(backbone, folder)
         if (folder / LORA_FILE).is_file():
-            backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
+            try:
+                backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
+            except (RuntimeError, ValueError) as error:
+                raise UserError(
+                    "The run's LoRA weights do not fit this model: open the run with the backbone "
+                    "it was tuned on."
+                ) from error

@@ -1,6 +1,6 @@
 """Write the embedded model's card: what it was trained on, how long, and what the oracle sees.
 
-    python -m sude_lab.toy.card --num-images 16
+python -m sude_lab.toy.card --num-images 16
 """
 
 from __future__ import annotations

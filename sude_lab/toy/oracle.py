@@ -162,7 +162,7 @@ class OracleConfig:
     pipeline: Path = Path("data/embedded")
     out: Path = Path("data/oracle")
     num_pictures: int = 24_000
-    steps: int = 3_000
+    steps: int = 2_000
     batch_size: int = 64
     learning_rate: float = 2e-3
     seed: int = 0

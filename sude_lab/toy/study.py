@@ -10,20 +10,24 @@ Finished (subject, variant, seed) are never redone: give the command again to co
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import torch
 import tyro
 from PIL import Image
 from tqdm.auto import tqdm
 
 from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
+from sude_lab.errors import UserError
 from sude_lab.files import atomic_write
 from sude_lab.generation import generate
 from sude_lab.methods import get_method
@@ -175,6 +179,8 @@ class StudyConfig:
     """plain, sude, 'sude, no truncation', or settings such as 'weight_sude=2,prior=current'."""
     num_seeds: int = 1
     num_images: int = 8
+    workers: int = 2
+    """Processes, one thread each."""
     settings: str = ""
     """Settings for every variant, such as 'max_train_steps=200,learning_rate=3e-4'."""
     backbone: str = EMBEDDED
@@ -204,36 +210,65 @@ def parse_variant(text: str) -> Variant:
 
 
 def run_study(config: StudyConfig) -> pd.DataFrame:
-    """Run what is missing of a study, keep every result at once, return all rows."""
+    """Run what is missing of a study, keep every result at once, return all rows.
+
+    With several workers each computes with one thread: for a small model that is faster than one
+    worker with several threads, and a run's numbers do not depend on how many workers there are.
+    """
     table = pd.read_csv(config.out) if config.out.is_file() else pd.DataFrame(columns=KEYS)
-    base, oracle = open_backbone(config.backbone), load_oracle()
+    done = set(table[KEYS].itertuples(index=False, name=None))
     jobs = [
-        (subject(config.subjects, n), method, parse_variant(v), seed)
+        (subject(config.subjects, n).name, method, parse_variant(v).name, seed)
         for seed in range(config.num_seeds)
         for n in config.numbers
         for method in config.methods
         for v in config.variants
     ]
-    for who, method, variant, seed in tqdm(jobs, desc="study", unit="run"):
-        key = dict(zip(KEYS, (who.name, method, variant.name, seed), strict=True))
-        if len(table) and (table[KEYS] == pd.Series(key)).all(axis=1).any():
-            continue
+    missing = [job for job in dict.fromkeys(jobs) if job not in done]
+    with ProcessPoolExecutor(
+        config.workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_open_models,
+        initargs=(config,),
+    ) as pool:
+        running = [pool.submit(_run_job, config, job) for job in missing]
+        for future in tqdm(as_completed(running), total=len(missing), desc="study", unit="run"):
+            table = pd.concat([table, pd.DataFrame(future.result())], ignore_index=True)
+            with atomic_write(config.out) as path:
+                table.to_csv(path, index=False)
+    return table
+
+
+_models: dict[str, Any] = {}
+"""What a worker keeps open between its jobs."""
+
+
+def _open_models(config: StudyConfig) -> None:
+    torch.set_num_threads(1)
+    _models["base"] = open_backbone(config.backbone)
+    _models["oracle"] = load_oracle()
+
+
+def _run_job(config: StudyConfig, job: tuple[str, str, str, int]) -> list[dict[str, Any]]:
+    name, method, variant, seed = job
+    who = next(s for s in (subject(config.subjects, n) for n in config.numbers) if s.name == name)
+    settings = parse_settings(config.settings) | parse_variant(variant).settings
+    key = dict(zip(KEYS, job, strict=True))
+    try:
         tuning = TuningConfig(
-            image=Path(f"{who.name}.png"),
+            image=Path(f"{name}.png"),
             category=who.scene.category,
             method=method,  # type: ignore[arg-type]
             seed=seed,
             backbone=config.backbone,
-            **(parse_settings(config.settings) | variant.settings),
+            **settings,
         )
-        try:
-            rows = tune_and_measure(base, oracle, who, tuning, num_images=config.num_images)
-        except ValueError as error:  # recorded, and the others go on
-            rows = [{"attribute": "", "error": str(error)}]
-        table = pd.concat([table, pd.DataFrame([key | row for row in rows])], ignore_index=True)
-        with atomic_write(config.out) as path:
-            table.to_csv(path, index=False)
-    return table
+        rows = tune_and_measure(
+            _models["base"], _models["oracle"], who, tuning, num_images=config.num_images
+        )
+    except UserError as error:  # recorded with its reason; the others go on
+        rows = [{"attribute": "", "error": str(error)}]
+    return [key | row for row in rows]
 
 
 if __name__ == "__main__":

@@ -52,10 +52,10 @@ class TrainConfig:
     vae_batch_size: int = 8
     vae_learning_rate: float = 2e-3
     vae_kl_weight: float = 1e-6
-    unet_steps: int = 9_000
-    unet_batch_size: int = 32
-    unet_learning_rate: float = 1.2e-3
-    unet_decay_steps: int = 2_500
+    unet_steps: int = 6_400
+    unet_batch_size: int = 16
+    unet_learning_rate: float = 1e-3
+    unet_decay_steps: int = 2_200
     """The learning rate falls along a cosine over the last so many steps."""
     ema_decay: float = 0.999
     seed: int = 0
