@@ -226,7 +226,8 @@ def open_backbone(
         UserError: there is no such pipeline, it is not a Stable Diffusion text-to-image pipeline,
             its weights are not safetensors, or the device is not there.
     """
-    from diffusers import StableDiffusionPipeline
+    with _quiet():  # the first import hints at packages that are not needed
+        from diffusers import StableDiffusionPipeline
 
     folder = resolve_source(source)
     where = pick_device(device)
