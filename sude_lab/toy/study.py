@@ -258,7 +258,7 @@ def _run_job(config: StudyConfig, job: tuple[str, str, str, int]) -> list[dict[s
         tuning = TuningConfig(
             image=Path(f"{name}.png"),
             category=who.scene.category,
-            method=method,
+            method=method,  # type: ignore[arg-type]
             seed=seed,
             backbone=config.backbone,
             **settings,
