@@ -46,5 +46,5 @@ def render(chosen: list[Scene], path: Path | None = None, workers: int = 2) -> n
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
     """Map uint8 pictures (N, H, W, 3) to floats in [-1, 1] of shape (N, 3, H, W)."""
-    x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
+    x = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2)
     return x.float().div_(127.5).sub_(1.0)
