@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +63,8 @@ class TrainConfig:
     checkpoint_every: int = 250
     picture_every: int = 1_000
     device: str = "auto"
-    stage: str = "all"
-    """all | vae | unet | export"""
+    stage: Literal["all", "vae"] = "all"
+    """vae stops after the autoencoder."""
 
 
 # --- parts ---------------------------------------------------------------------------------------
