@@ -150,7 +150,7 @@ def difference_figure(grids: Grids, per_cell: int = 2) -> Figure:
     from matplotlib.figure import Figure
 
     columns = len(next(iter(grids.values())))
-    figure = Figure(figsize=(1.9 * columns + 1.5, 1.05 * len(grids) + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.9 * columns + 1.5, 0.98 * len(grids) + 0.35), layout="constrained")
     plots.picture_table(figure.subplots(), grids, per_cell)
     return figure
 

@@ -69,6 +69,33 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
+def replaced_folder(path: Path | str) -> Iterator[Path]:
+    """Write the folder `path` whole, in place of the one that is there, or leave that as it is.
+
+    As `atomic_folder`, for results that a command makes anew. The old folder is moved aside, not
+    deleted, until the new one is in place.
+
+    Raises:
+        UserError: as `atomic_folder`.
+    """
+    path = Path(os.path.abspath(path))
+    if not path.is_dir():
+        with atomic_folder(path) as folder:
+            yield folder
+        return
+    with _temporary_sibling(path) as old, _temporary_sibling(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        os.replace(path, old)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            os.replace(old, path)
+            raise
+        shutil.rmtree(old)
+
+
+@contextmanager
 def _temporary_sibling(path: Path) -> Iterator[Path]:
     """A fresh name in the folder of `path`; on failure nothing of it stays."""
     # Not `tempfile`: its files and folders are closed to everyone but their owner, and stay so.

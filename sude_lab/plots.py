@@ -77,6 +77,12 @@ def picture_table(
     return ax
 
 
+def difference(before: Image.Image, after: Image.Image) -> Image.Image:
+    """Return how two pictures differ, as a picture: grey where they agree."""
+    a, b = (np.asarray(image.convert("RGB"), dtype=int) for image in (before, after))
+    return Image.fromarray((128 + (b - a) // 2).astype(np.uint8))
+
+
 def measures(ax: Axes, table: pd.DataFrame, names: Sequence[str]) -> Axes:
     """Draw the means of measures by variant with their intervals (`name_low`, `name_high`)."""
     width = 0.8 / len(table)
@@ -97,6 +103,73 @@ def measures(ax: Axes, table: pd.DataFrame, names: Sequence[str]) -> Axes:
     ax.set_ylim(0, 1.05)
     ax.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.14))
     return ax
+
+
+def paired_runs(
+    ax: Axes,
+    runs: pd.DataFrame,
+    *,
+    before: str = "plain",
+    after: str = "sude",
+    x: str = "subject_fidelity",
+    y: str = "attribute_alignment",
+) -> Axes:
+    """Draw an arrow a (subject, seed) from the run without SuDe to the run with it."""
+    pairs = runs[runs["variant"] == before].merge(
+        runs[runs["variant"] == after], on=["subject", "seed"], suffixes=("_before", "_after")
+    )
+    subjects = list(dict.fromkeys(pairs["subject"]))
+    for row in pairs.to_dict("records"):
+        colour = f"C{subjects.index(row['subject']) % 10}"
+        start, end = ((row[f"{x}_{k}"], row[f"{y}_{k}"]) for k in ("before", "after"))
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.3})
+        ax.plot(*start, "o", color=colour, markersize=4)
+    for k, subject in enumerate(subjects):
+        ax.plot([], [], "-", color=f"C{k % 10}", label=subject)
+    ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "), xlim=(0, 1), ylim=(0, 1.02))
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    return ax
+
+
+def curves(
+    ax: Axes,
+    x: Sequence[float] | np.ndarray,
+    lines: Mapping[str, Sequence[float] | np.ndarray],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    log: bool = False,
+) -> Axes:
+    """Draw named lines over one x, told apart by colour and by dash; `log` for both axes."""
+    for k, (name, y) in enumerate(lines.items()):
+        ax.plot(x, np.asarray(y), label=name, color=_SAFE[k % len(_SAFE)], ls=_DASHES[k % 4])
+    if log:
+        ax.set(xscale="log", yscale="log")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set_title(title, fontsize=10)
+    if len(lines) > 1:
+        ax.legend(frameon=False, fontsize=9)
+    return ax
+
+
+def confusion(ax: Axes, counts: np.ndarray, names: Sequence[str]) -> Axes:
+    """Draw how often each truth (row) was given each name (column), as shares of the row."""
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    ax.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    for i, j in np.ndindex(*counts.shape):
+        if counts[i, j]:
+            tone = "black" if shares[i, j] > 0.6 else "white"
+            ax.text(j, i, int(counts[i, j]), ha="center", va="center", color=tone, fontsize=8)
+    ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlabel="what the model calls it", ylabel="what it is")
+    return ax
+
+
+_SAFE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's colours, which the colour-blind tell apart."""
+_DASHES = ("-", "--", "-.", ":")
 
 
 def _colour(name: str) -> str | None:

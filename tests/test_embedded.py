@@ -70,8 +70,7 @@ def test_it_draws_every_attribute_of_a_category(
         prompt = world.attribute_prompt(attribute, category)
         seen = oracle.read(generate(base, prompt, num_images=4, seed=1))
         right.append(seen["category"][:, HEADS["category"].index(category)])
-        if attribute != "plain":  # no word asks for it
-            right.append(seen["attribute"][:, ALL_ATTRIBUTES.index(attribute)])
+        right.append(seen["attribute"][:, ALL_ATTRIBUTES.index(attribute)])
     assert torch.cat(right).mean() > 0.85
 
 
@@ -106,3 +105,12 @@ def test_the_model_card_states_what_it_must() -> None:
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     for heading in ("Data", "Training", "Oracle", "Limits"):
         assert f"## {heading}" in card
+
+
+def test_the_tokenizer_s_three_files_agree(tmp_path: Path) -> None:
+    """transformers 5 reads tokenizer.json, earlier ones vocab.json and merges.txt."""
+    folder = ROOT / "data" / "embedded" / "tokenizer"
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    assert json.loads((folder / "vocab.json").read_text(encoding="utf-8")) == model["vocab"]
+    merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    assert merges == [" ".join(pair) for pair in model["merges"]]

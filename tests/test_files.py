@@ -10,7 +10,7 @@ import torch
 
 from sude_lab import files
 from sude_lab.errors import UserError
-from sude_lab.files import atomic_folder, atomic_write
+from sude_lab.files import atomic_folder, atomic_write, replaced_folder
 
 
 def everything(folder: Path) -> list[str]:
@@ -196,3 +196,15 @@ def test_folder_that_cannot_be_replaced(tmp_path: Path) -> None:
         pass
     assert_one_sentence(error, "link")
     assert everything(tmp_path) == ["link", "real"]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        with replaced_folder(tmp_path / "kept") as folder:
+            (folder / f"{text}.txt").write_text(text)
+    assert [p.name for p in (tmp_path / "kept").iterdir()] == ["second.txt"]
+    with pytest.raises(RuntimeError), replaced_folder(tmp_path / "kept") as folder:
+        (folder / "third.txt").write_text("third")
+        raise RuntimeError
+    assert [p.name for p in (tmp_path / "kept").iterdir()] == ["second.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]

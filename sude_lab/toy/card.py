@@ -64,7 +64,6 @@ def main(config: CardConfig) -> None:
     with atomic_write(folder / "alignment.csv") as path:
         table.to_csv(path, index=False)
     held = pd.read_csv(data_folder() / "oracle" / "held_out_accuracy.csv")
-    asked = table[table["attribute"] != "plain"]
     settings = sampling_settings(open_backbone())
     size = sum(f.stat().st_size for f in folder.rglob("*.safetensors")) / 2**20
     text = f"""# The embedded model
@@ -93,10 +92,9 @@ held-out scenes, as drawn and as the autoencoder renders them with latent noise:
 {held.to_markdown(index=False)}
 
 What it sees in this model's own samples, {config.num_images} pictures a prompt, seed {config.seed},
-mean probability of the attribute among those of its category (mean over attributes that a word asks
-for {asked["attribute_alignment"].mean():.2f}, lowest {asked["attribute_alignment"].min():.2f}), and
-of the category. "Plain" has no word of its own: its prompt names the category alone, so other
-materials are right answers too.
+mean probability of the attribute among those of its category (mean
+{table["attribute_alignment"].mean():.3f}, lowest {table["attribute_alignment"].min():.3f}), and of
+the category:
 `python -m sude_lab.toy.card --num-images {config.num_images} --seed {config.seed}`
 
 {table.drop(columns="pictures").to_markdown(index=False)}

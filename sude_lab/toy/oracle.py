@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from sude_lab.backbone import data_folder
 from sude_lab.errors import UserError
-from sude_lab.files import atomic_folder
+from sude_lab.files import replaced_folder
 from sude_lab.toy import dataset, world
 
 ALL_ATTRIBUTES = tuple(dict.fromkeys(a for values in world.ATTRIBUTES.values() for a in values))
@@ -162,7 +162,7 @@ class OracleConfig:
     pipeline: Path = Path("data/embedded")
     out: Path = Path("data/oracle")
     num_pictures: int = 24_000
-    steps: int = 2_000
+    steps: int = 2_200
     batch_size: int = 64
     learning_rate: float = 2e-3
     seed: int = 0
@@ -203,7 +203,7 @@ def train_oracle(config: OracleConfig) -> pd.DataFrame:
     vae = AutoencoderKL.from_pretrained(vae_folder, use_safetensors=True).eval()
     latents = torch.load(config.work / "latents.pt", weights_only=True)
     generator = torch.Generator().manual_seed(config.seed)
-    number = min(8_000, len(latents))
+    number = min(12_000, len(latents))
     decoded = _rendered(vae, latents[:number], generator)
     truth = {k: torch.tensor([labels(s)[k] for s in scenes]) for k in HEADS}
 
@@ -246,7 +246,7 @@ def train_oracle(config: OracleConfig) -> pd.DataFrame:
     table = pd.DataFrame(
         {name: _accuracy(oracle, x, held) for name, x in sets.items()}, index=list(HEADS)
     )
-    with atomic_folder(config.out) as folder:
+    with replaced_folder(config.out) as folder:
         save_file(oracle.state_dict(), folder / "oracle.safetensors")
         table.round(4).to_csv(folder / "held_out_accuracy.csv", index_label="head")
         (folder / "training.json").write_text(

@@ -41,21 +41,27 @@ LATENT_CHANNELS = 8
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What the embedded pipeline is trained with; the defaults made the weights in `data/`."""
+    """What the embedded pipeline is trained with, from nothing to a model like the one in `data/`.
+
+    How those very weights came about, sitting by sitting, is told in `data/embedded/training.md`.
+    """
 
     work: Path = Path("build/toy")
     """Folder for pictures, checkpoints and progress grids."""
     out: Path = Path("data/embedded")
     """Folder the finished pipeline is written to."""
+    init: Path | None = None
+    """Pipeline folder to go on from, after a change of the drawings say: its autoencoder is kept,
+    its UNet and text encoder are where training begins."""
     num_pictures: int = 24_000
     vae_steps: int = 7_000
     vae_batch_size: int = 8
     vae_learning_rate: float = 2e-3
     vae_kl_weight: float = 1e-6
-    unet_steps: int = 5_600
-    unet_batch_size: int = 16
+    unet_steps: int = 7_200
+    unet_batch_size: int = 32
     unet_learning_rate: float = 1e-3
-    unet_decay_steps: int = 2_000
+    unet_decay_steps: int = 2_600
     """The learning rate falls along a cosine over the last so many steps."""
     min_snr_gamma: float = 5.0
     ema_decay: float = 0.999
@@ -85,6 +91,8 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
         min_frequency=1,
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
+        # Named here, or the trainer numbers them by chance, and merges of equal count with them.
+        special_tokens=[f"{letter}</w>" for letter in sorted(alphabet)],
         show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(words)] * 2, trainer)
@@ -92,10 +100,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     tokens = dict.fromkeys([*sorted(alphabet), *(f"{letter}</w>" for letter in sorted(alphabet))])
     tokens.update(dict.fromkeys(sorted(state["vocab"], key=state["vocab"].__getitem__)))
     vocab = {token: index for index, token in enumerate([*tokens, BOS, EOS])}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    merges = ["#version: 0.2", *(" ".join(pair) for pair in state["merges"])]
-    (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    write_vocabulary(folder, vocab, state["merges"])
     special = {
         "bos_token": AddedToken(BOS, special=True),
         "eos_token": AddedToken(EOS, special=True),
@@ -103,6 +108,14 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(
         folder, model_max_length=MAX_TOKENS, pad_token=EOS, unk_token=EOS, **special
     )
+
+
+def write_vocabulary(folder: Path, vocab: dict[str, int], merges: list[list[str]]) -> None:
+    """Write `vocab.json` and `merges.txt`, the two files of a CLIP tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def build_vae() -> AutoencoderKL:
@@ -296,12 +309,17 @@ def train_vae(config: TrainConfig, pictures: Any, device: torch.device) -> Autoe
     with torch.no_grad():
         held = dataset.to_tensor(pictures[-512:]).to(device)
         latents = torch.cat([vae.encode(x).latent_dist.mean for x in held.split(64)])
-        again = torch.cat([vae.decode(z).sample.clamp(-1, 1) for z in latents.split(64)])
-    psnr = 10 * torch.log10(4 / (again - held).square().mean((1, 2, 3))).mean()
     _sharpen(vae)
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    print(f"autoencoder: PSNR {psnr:.2f} dB, scaling factor {vae.config.scaling_factor}")
     return vae
+
+
+@torch.no_grad()
+def reconstruction(vae: AutoencoderKL, pictures: Any, device: torch.device) -> float:
+    """Return the mean peak signal-to-noise ratio of decoded pictures, in dB."""
+    x = dataset.to_tensor(pictures).to(device)
+    y = torch.cat([vae.decode(vae.encode(p).latent_dist.mean).sample for p in x.split(64)])
+    return (10 * torch.log10(4 / (y.clamp(-1, 1) - x).square().mean((1, 2, 3)))).mean().item()
 
 
 @torch.no_grad()
@@ -365,8 +383,14 @@ def train_unet(
 ) -> StableDiffusionPipeline:
     """Train UNet and text encoder together on the plain epsilon loss, return the whole pipeline."""
     torch.manual_seed(config.seed + 1)
-    tokenizer = build_tokenizer(config.work / "tokenizer")
-    text_encoder, unet = build_text_encoder(tokenizer).to(device), build_unet().to(device)
+    if config.init:
+        known = StableDiffusionPipeline.from_pretrained(config.init, use_safetensors=True)
+        tokenizer, text_encoder, unet = known.tokenizer, known.text_encoder, known.unet
+    else:
+        tokenizer = build_tokenizer(config.work / "tokenizer")
+        text_encoder, unet = build_text_encoder(tokenizer), build_unet()
+    text_encoder.to(device).train()
+    unet.to(device).train()
     scheduler = build_scheduler()
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
@@ -438,7 +462,8 @@ def export(pipeline: StableDiffusionPipeline, out: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_pretrained(temporary, safe_serialization=True)
     # transformers 5 writes tokenizer.json alone; earlier ones read these two.
-    build_tokenizer(temporary / "tokenizer")
+    state = json.loads((temporary / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    write_vocabulary(temporary / "tokenizer", state["model"]["vocab"], state["model"]["merges"])
     words = list(world.vocabulary())
     facts = {
         "categories": list(world.CATEGORIES),
@@ -471,7 +496,12 @@ def main(config: TrainConfig) -> None:
     pictures = dataset.render(
         scenes, config.work / f"pictures-{config.num_pictures}-{config.seed}.npy"
     )
-    vae = train_vae(config, pictures, device)
+    if config.init:
+        vae = AutoencoderKL.from_pretrained(config.init / "vae", use_safetensors=True).to(device)
+        vae.eval().requires_grad_(False)
+    else:
+        vae = train_vae(config, pictures, device)
+    print(f"autoencoder: {reconstruction(vae, pictures[-512:], device):.2f} dB on 512 drawings")
     if config.stage == "vae":
         return
     latents = encode_all(vae, pictures, config.work / "latents.pt", device)

@@ -165,7 +165,7 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
         return ""
     look, named = scene.look, keep(0.55)
     words = []
-    if keep(0.75) and scene.attribute != "plain":
+    if keep(0.75):
         words.append(scene.attribute)
     if named and keep(0.85):
         words.append(look.colour)
@@ -189,7 +189,7 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
 
 def attribute_prompt(attribute: str, subject: str) -> str:
     """Return 'photo of a running sks dog' for an attribute and the words that name a subject."""
-    return photo_of(subject if attribute == "plain" else f"{attribute} {subject}")
+    return photo_of(f"{attribute} {subject}")
 
 
 def vocabulary() -> tuple[str, ...]:
@@ -495,12 +495,17 @@ def _draw_animal(c: _Canvas) -> None:
     dark_ear = _mix(main, _OUTLINE, 0.35)
     _paint(c, ears, dark_ear if kind.ears == "floppy" else main)
     if look.accent:
-        neck = (hx * 0.68 + (pattern_centre[0] + 0.06) * 0.32, hy * 0.62 + pattern_centre[1] * 0.38)
-        _paint(
-            c,
-            [_ellipse(neck[0], neck[1], 0.115, 0.05, 28 if scene.attribute != "sitting" else 5)],
-            ACCENTS[look.accent],
-        )
+        if scene.attribute == "running":  # between ear and leg, across the body
+            band = _ellipse(hx - 0.115, hy + 0.07, 0.115, 0.055, 62)
+            collar = Image.composite(_mask(c, [band]), c.mask(), _mask(c, body))
+        else:
+            near_head = 0.56 if kind.ears == "round" else 0.66
+            x = hx * near_head + (pattern_centre[0] + 0.06) * (1 - near_head)
+            y = hy * (near_head - 0.06) + pattern_centre[1] * (1.06 - near_head)
+            collar = _mask(
+                c, [_ellipse(x, y, 0.125, 0.062, 5 if scene.attribute == "sitting" else 28)]
+            )
+        c.paste(ACCENTS[look.accent], collar)
     _paint(c, head, main)
     if kind.ears == "floppy":
         _paint(c, ears, dark_ear)
@@ -529,12 +534,13 @@ def _face(c: _Canvas, kind: _Species, hx: float, hy: float, r: float) -> None:
     nose_y = hy + (0.03 if kind.snout else 0.035)
     _paint(c, [_ellipse(nose_x, nose_y, 0.022, 0.017)], (230, 120, 140) if dark else (60, 40, 44))
     if c.scene.attribute == "open mouth":
-        mouth = [_ellipse(hx + 0.045 + kind.snout * 0.6, hy + 0.095, 0.062, 0.058)]
+        x, y = hx + 0.045 + kind.snout * 0.6, hy + 0.115
+        mouth = [_ellipse(x, y, 0.085, 0.085)]
         c.paste(_OUTLINE, _mask(c, mouth, grow=0.014))
         _paint(c, mouth, (160, 24, 40))
-        _paint(
-            c, [_ellipse(hx + 0.05 + kind.snout * 0.6, hy + 0.122, 0.04, 0.028)], (248, 120, 140)
-        )
+        tongue = [_ellipse(x + 0.008, y + 0.062, 0.052, 0.068)]
+        c.paste(_OUTLINE, _mask(c, tongue, grow=0.008))
+        _paint(c, tongue, (248, 120, 140))
 
 
 def _material(c: _Canvas, parts: list[Part], colour: tuple[int, int, int], attribute: str) -> None:
@@ -555,7 +561,7 @@ def _material(c: _Canvas, parts: list[Part], colour: tuple[int, int, int], attri
         return
     base, light, deep = {
         "golden": ((232, 178, 32), (255, 240, 150), (160, 108, 10)),
-        "metal": ((160, 170, 184), (244, 248, 255), (92, 100, 116)),
+        "metal": ((146, 158, 178), (248, 251, 255), (66, 76, 98)),
     }[attribute]
     c.paste(base, mask)
     for x, w, tone in (

@@ -1,0 +1,125 @@
+"""Questions to a model that is not being tuned: which prompt fits, how sure it is, what it sees.
+
+`prompt_errors` names a picture with the classifier inside the model. One term of its sum is eq. 5
+with eq. 6 of arXiv 2403.06775 at x_{t-1} := the mean of q(x_{t-1} | x_t, x_0); the whole sum is the
+classifier of "Your diffusion model is secretly a zero-shot classifier" (arXiv 2303.16203), there
+found from the evidence lower bound. `thresholds` is tau_t of eq. 8 over t; `answers` and `decode`
+show what prompts make of one noised picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sude_lab.backbone import Backbone
+from sude_lab.classifier import squared_distance
+from sude_lab.diffusion import add_noise, to_eps
+from sude_lab.errors import UserError
+from sude_lab.losses import sude_threshold, sude_weight
+from sude_lab.prompts import photo_of
+
+
+@torch.no_grad()
+def answers(
+    backbone: Backbone,
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+    timesteps: Sequence[int],
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Yield what the model predicts of N noised pictures at M timesteps under K prompts.
+
+    Batches of rows: (index into (N, M, K) flattened, x_t, eps, t, eps_theta(x_t, c_k, t)). All
+    prompts of a picture share x_t and its noise, which follows from (seed, n) alone. Pictures must
+    have the model's resolution. N x M x K evaluations of the UNet.
+
+    Raises:
+        UserError: there is no picture, prompt or timestep, or a timestep is out of range.
+    """
+    schedule, device = backbone.schedule, backbone.device
+    times = torch.tensor(list(timesteps), dtype=torch.long)
+    if not len(pictures) or not len(prompts) or not len(times):
+        raise UserError("Give at least one picture, one prompt and one timestep.")
+    if not 0 <= int(times.min()) <= int(times.max()) < schedule.num_timesteps:
+        raise UserError(f"Timesteps must lie between 0 and {schedule.num_timesteps - 1}.")
+    condition = backbone.encode_prompts(list(prompts))
+    starts = range(0, len(pictures), batch_size)
+    x_0 = torch.cat(
+        [backbone.encode_pictures(list(pictures[i : i + batch_size]))[0] for i in starts]
+    )
+    generators = [torch.Generator().manual_seed(seed * 1_000_003 + n) for n in range(len(x_0))]
+    shape = (len(times), *x_0.shape[1:])
+    noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+    rows = torch.arange(len(x_0) * len(times) * len(prompts))
+    for part in tqdm(rows.split(batch_size), desc="asking", unit="batch", disable=not progress):
+        n, m, k = torch.unravel_index(part, (len(x_0), len(times), len(prompts)))
+        t, eps = times[m].to(device), noise[n, m].to(device)
+        x_t = add_noise(x_0[n.to(device)], eps, t, schedule)
+        output = backbone.predict(x_t, t, condition[k.to(device)])
+        yield part, x_t, eps, t, to_eps(output, x_t, t, schedule)
+
+
+def prompt_errors(
+    backbone: Backbone,
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+    timesteps: Sequence[int],
+    **settings: Any,
+) -> Tensor:
+    """Return how badly each prompt predicts the noise of each picture, (N, M, K), per dimension.
+
+    ||eps - eps_theta(x_t, c_k, t)||^2 / D for N pictures, M timesteps, K prompts; the picture is
+    named by the prompt with the least. Times D and the weight k_t of `sude_lab.losses.sude_weight`
+    this is ||x_{t-1} - x_theta(c_k)||^2 / (2 sigma_t^2) of arXiv 2403.06775, eq. 6.
+
+    Settings and errors: those of `answers`.
+    """
+    parts = [
+        squared_distance(guess, eps).cpu() / eps[0].numel()
+        for _, _, eps, _, guess in answers(backbone, pictures, prompts, timesteps, **settings)
+    ]
+    return torch.cat(parts).reshape(len(pictures), len(timesteps), len(prompts))
+
+
+def thresholds(
+    backbone: Backbone,
+    pictures: Sequence[Image.Image],
+    category: str,
+    timesteps: Sequence[int],
+    *,
+    weighting: str = "exact",
+    **settings: Any,
+) -> Tensor:
+    """Return tau_t for noised pictures of a category, (N, M), nats.
+
+    -w_t ||eps_theta(c_cate) - eps_theta(null)||^2, arXiv 2403.06775, eq. 8 in eps-space: minus the
+    size of the category's guidance direction. `weighting` as in `sude_lab.losses.sude_weight`.
+
+    Settings and errors: those of `answers`.
+    """
+    parts = []
+    # Two prompts, an even batch: both answers of a picture lie in one batch, side by side.
+    settings = settings | {"batch_size": 2 * max(1, settings.get("batch_size", 64) // 2)}
+    prompts = ["", photo_of(category)]
+    for _, _, _, t, guess in answers(backbone, pictures, prompts, timesteps, **settings):
+        uncond, of_class = guess[0::2], guess[1::2]
+        weight = sude_weight(t[0::2], backbone.schedule, weighting).to(guess.dtype)
+        parts.append(sude_threshold(of_class, uncond, 0.5 / weight).cpu())
+    return torch.cat(parts).reshape(len(pictures), len(timesteps))
+
+
+@torch.no_grad()
+def decode(backbone: Backbone, latents: Tensor) -> list[Image.Image]:
+    """Return latents (B, C, h, w), scaled as the UNet has them, as pictures."""
+    vae = backbone.pipeline.vae
+    pixels = vae.decode(latents.to(backbone.device) / vae.config.scaling_factor).sample
+    return backbone.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
