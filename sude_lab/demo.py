@@ -123,7 +123,7 @@ def run_demo(
         table.to_csv(path, index=False)
     strip = difference_figure(grids)
     with atomic_write(out / STRIP) as path:
-        strip.savefig(path, dpi=110)
+        strip.savefig(path, dpi=110, bbox_inches="tight")
     with atomic_write(out / REPORT) as path:
         path.write_text(report(who, table, grids, runs, seed), encoding="utf-8")
     return table
@@ -255,5 +255,5 @@ def _png(image: Image.Image) -> str:
 
 def _figure(figure: Figure) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -127,7 +127,7 @@ def paired_runs(
     for k, subject in enumerate(subjects):
         ax.plot([], [], "-", color=f"C{k % 10}", label=subject)
     ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "), xlim=(0, 1), ylim=(0, 1.02))
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 

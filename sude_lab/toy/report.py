@@ -106,7 +106,7 @@ def main(config: ReportConfig) -> None:
         path.write_text(text + "\n", encoding="utf-8")
     runs = per_run(table)
     methods = list(dict.fromkeys(runs["method"]))
-    figure = Figure(figsize=(4.6 * len(methods), 4.2), layout="constrained")
+    figure = Figure(figsize=(6.2 * len(methods), 4.2), layout="constrained")
     for ax, method in zip(figure.subplots(1, len(methods), squeeze=False)[0], methods, strict=True):
         plots.paired_runs(ax, runs[runs["method"] == method])
         ax.set_title(method.replace("_", " "), fontsize=10)
