@@ -160,7 +160,7 @@ def confusion(ax: Axes, counts: np.ndarray, names: Sequence[str]) -> Axes:
     for i, j in np.ndindex(*counts.shape):
         if counts[i, j]:
             tone = "black" if shares[i, j] > 0.6 else "white"
-            ax.text(j, i, int(counts[i, j]), ha="center", va="center", color=tone, fontsize=8)
+            ax.text(j, i, str(int(counts[i, j])), ha="center", va="center", color=tone, fontsize=8)
     ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
     ax.set_yticks(range(len(names)), names)
     ax.set(xlabel="what the model calls it", ylabel="what it is")

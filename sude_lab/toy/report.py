@@ -49,11 +49,12 @@ def means_table(table: pd.DataFrame) -> pd.DataFrame:
             "": row["variant"],
         }
         for measure, name in NAMES.items():
-            line[name] = f"{row[measure]:.2f}"
+            text = f"{row[measure]:.2f}"
             gain = row.get(f"{measure}_gain")
             if gain is not None and gain == gain:
                 low, high = row[f"{measure}_low"], row[f"{measure}_high"]
-                line[name] += f" ({gain:+.2f} [{low:+.2f}, {high:+.2f}])"
+                text += f" ({gain:+.2f} [{low:+.2f}, {high:+.2f}])"
+            line[name] = text
         watched = runs.loc[(row["method"], row["variant"])]
         seen = row["variant"] != "plain"
         line["open gates"] = f"{watched['open_gates']:.0%}" if seen else ""
