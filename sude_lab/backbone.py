@@ -11,7 +11,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from PIL import Image
 from tokenizers import AddedToken
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from sude_lab.diffusion import Schedule
 from sude_lab.errors import UserError
@@ -29,6 +30,7 @@ from sude_lab.prompts import PLACEHOLDER
 
 EMBEDDED = "embedded"
 FACTS_FILE = "sude_lab.json"
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
 def data_folder() -> Path:
@@ -74,6 +76,99 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+@dataclass(frozen=True)
+class Condition:
+    """What the UNet is told beside x_t and t; the first dimension of every tensor is the batch."""
+
+    hidden: Tensor
+    """The text encoder's hidden states, (B, L, D); SDXL's two encoders side by side in D."""
+    pooled: Tensor | None = None
+    """SDXL: the whole prompt as one vector, (B, P)."""
+    sizes: Tensor | None = None
+    """SDXL: original size, crop and target size in pixels, (B, 6)."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
+        """Apply a function to every tensor that is there."""
+        parts = (self.hidden, self.pooled, self.sizes)
+        return Condition(*(None if x is None else function(x) for x in parts))  # type: ignore[arg-type]
+
+    def __getitem__(self, index: Any) -> Condition:
+        """Return the conditions of some rows: an index tensor, a list or a slice."""
+        return self.map(lambda x: x[index])
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def expand(self, size: int) -> Condition:
+        """Return one condition as a batch of `size` equal rows."""
+        return self.map(lambda x: x.expand(size, *x.shape[1:]))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The UNet's keyword arguments for this condition."""
+        found: dict[str, Any] = {"encoder_hidden_states": self.hidden}
+        if self.pooled is not None:
+            found["added_cond_kwargs"] = {"text_embeds": self.pooled, "time_ids": self.sizes}
+        return found
+
+
+def concatenate(conditions: list[Condition]) -> Condition:
+    """Return the rows of several conditions one below the other."""
+    parts = [
+        [getattr(c, name) for c in conditions if getattr(c, name) is not None]
+        for name in ("hidden", "pooled", "sizes")
+    ]
+    return Condition(*(torch.cat(p) if p else None for p in parts))  # type: ignore[arg-type]
+
+
+@contextmanager
+def without_adapters(unet: nn.Module) -> Iterator[None]:
+    """Switch the LoRA adapters (peft) of a UNet off for a moment, where it has any."""
+    layers: list[Any] = [
+        m for m in unet.modules() if hasattr(m, "adapter_layer_names") and not m.disable_adapters
+    ]
+    # peft stops the gradients of what it switches off, and lets them all flow when it is back on.
+    flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for p, needed in flags:
+            p.requires_grad_(needed)
+
+
+class FrozenUNet:
+    """A UNet as it is now, whatever is done to its weights later; called like the UNet.
+
+    Only the tensors that require gradients now are copied. LoRA adapters (peft) leave the original
+    weights in place: they are switched off for the call, and nothing is copied for them.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.unet = unet
+        self._kept = {
+            name: p.detach().clone()
+            for name, p in unet.named_parameters()
+            if p.requires_grad and ".lora_" not in name
+        }
+
+    @property
+    def num_bytes(self) -> int:
+        """How much memory the copy takes, in bytes."""
+        return sum(p.numel() * p.element_size() for p in self._kept.values())
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the UNet returned before."""
+        with without_adapters(self.unet):
+            if self._kept:
+                return functional_call(self.unet, self._kept, args, kwargs)
+            return self.unet(*args, **kwargs)
+
+
 @dataclass
 class Backbone:
     """A Stable Diffusion pipeline with what tuning asks of it.
@@ -94,13 +189,30 @@ class Backbone:
 
     @property
     def text_encoder(self) -> Any:
-        """The text encoder that turns a prompt into the condition c."""
+        """The (first) text encoder, which turns a prompt into the condition c."""
         return self.pipeline.text_encoder
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of the text encoder."""
+        """The tokenizer of the (first) text encoder."""
         return self.pipeline.tokenizer
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether this is an SDXL: two text encoders, and a condition with more than words."""
+        return getattr(self.pipeline, "text_encoder_2", None) is not None
+
+    @property
+    def text_encoders(self) -> dict[str, Any]:
+        """The text encoders by the names of their folders: one, or SDXL's two."""
+        names = ("text_encoder", "text_encoder_2") if self.is_xl else ("text_encoder",)
+        return {name: getattr(self.pipeline, name) for name in names}
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """The tokenizer of every text encoder."""
+        names = ("tokenizer", "tokenizer_2") if self.is_xl else ("tokenizer",)
+        return [getattr(self.pipeline, name) for name in names]
 
     @property
     def schedule(self) -> Schedule:
@@ -131,7 +243,7 @@ class Backbone:
         """Return the words of `text` that the model was not trained on, where that is known."""
         if not self.known_words:
             return []
-        words = re.findall(r"[^\W\d_]+", text.replace(PLACEHOLDER, " ").lower())
+        words = re.findall(r"[^\W\d_]+", re.sub(r"\{S\*\d*\}", " ", text).lower())
         return [word for word in dict.fromkeys(words) if word not in self.known_words]
 
     def check_category(self, category: str) -> str:
@@ -156,50 +268,81 @@ class Backbone:
             )
         return category
 
-    def add_token(self, token: str, initializer: str) -> int:
-        """Add the word `token` for the subject, start its embedding at that of `initializer`.
+    def add_token(self, token: str, initializer: str) -> list[int]:
+        """Add the word `token` for a subject, start its embedding at that of `initializer`.
 
-        The embedding of an initializer of several tokens is their mean. Returns the new id.
+        The embedding of an initializer of several tokens is their mean. Returns the new id in every
+        tokenizer.
 
         Raises:
-            UserError: the token is empty, has a space, or already means something.
+            UserError: the token is empty, has a space, or already means something, or the
+                initializer says nothing.
         """
         if not token or token != token.strip() or len(token.split()) != 1:
             raise UserError(f"The token {token!r} must be one word without spaces, like <sks>.")
-        if token.lower() in self.tokenizer.get_vocab() or self._is_one_token(token):
+        if any(self._is_known(tokenizer, token) for tokenizer in self.tokenizers):
             raise UserError(
                 f"The token {token!r} is already in the vocabulary and means something: "
                 "choose a new one, like <sks>."
             )
-        start = self.tokenizer(initializer, add_special_tokens=False).input_ids
-        # A single word: the letters of a token like "og" must not be cut out of "dog".
-        self.tokenizer.add_tokens(AddedToken(token, single_word=True))
-        index = int(self.tokenizer.convert_tokens_to_ids(token))
-        with torch.random.fork_rng(devices=[]):  # the new row is drawn before it is written over
-            self.text_encoder.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
-        table = self.text_encoder.get_input_embeddings().weight
-        with torch.no_grad():
-            table[index] = table[start].mean(dim=0)
-        return index
+        if not initializer.strip():
+            raise UserError(f"The token {token!r} must start from a word: --initializer is empty.")
+        ids = []
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders.values(), strict=True):
+            start = tokenizer(initializer, add_special_tokens=False).input_ids
+            # A single word: the letters of a token like "og" must not be cut out of "dog".
+            tokenizer.add_tokens(AddedToken(token, single_word=True))
+            index = int(tokenizer.convert_tokens_to_ids(token))
+            with torch.random.fork_rng(devices=[]):  # the new row is drawn, then written over
+                encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            table = encoder.get_input_embeddings().weight
+            with torch.no_grad():
+                table[index] = table[start].mean(dim=0)
+            ids.append(index)
+        return ids
 
-    def _is_one_token(self, word: str) -> bool:
-        return len(self.tokenizer(word, add_special_tokens=False).input_ids) == 1
+    @staticmethod
+    def _is_known(tokenizer: Any, word: str) -> bool:
+        pieces = tokenizer(word, add_special_tokens=False).input_ids
+        return word.lower() in tokenizer.get_vocab() or len(pieces) == 1
 
-    def tokenize(self, prompts: list[str]) -> Tensor:
+    def tokenize(self, prompts: list[str], tokenizer: Any = None) -> Tensor:
         """Return token ids (B, L), padded to the text encoder's length, on the device."""
-        ids = self.tokenizer(
-            prompts,
+        tokenizer = tokenizer or self.tokenizer
+        # A word of several vectors stands for all of them, here as in the pipeline's own call.
+        ids = tokenizer(
+            self.pipeline.maybe_convert_prompt(prompts, tokenizer),
             padding="max_length",
-            max_length=self.tokenizer.model_max_length,
+            max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids
         return ids.to(self.device)
 
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Return the condition c of every prompt, (B, L, D); gradients flow where they are on."""
+    def encode_prompts(self, prompts: list[str]) -> Condition:
+        """Return the condition c of the prompts; gradients flow where they are on."""
         with self.autocast():
-            return self.text_encoder(self.tokenize(prompts))[0]
+            if not self.is_xl:
+                return Condition(self.text_encoder(self.tokenize(prompts))[0])
+            outputs = [
+                encoder(self.tokenize(prompts, tokenizer), output_hidden_states=True)
+                for tokenizer, encoder in zip(
+                    self.tokenizers, self.text_encoders.values(), strict=True
+                )
+            ]
+            hidden = torch.cat([out.hidden_states[-2] for out in outputs], dim=-1)
+            side = float(self.resolution)
+            sizes = torch.tensor([[side, side, 0.0, 0.0, side, side]], device=self.device)
+            return Condition(hidden, outputs[-1].text_embeds, sizes.expand(len(prompts), 6))
+
+    def null_condition(self) -> Condition:
+        """Return the condition of no prompt, one row: "" encoded; SDXL was trained with zeros."""
+        null = self.encode_prompts([""])
+        if self.is_xl and self.pipeline.config.force_zeros_for_empty_prompt:
+            assert null.pooled is not None
+            zeros = torch.zeros_like
+            return Condition(zeros(null.hidden), zeros(null.pooled), null.sizes)
+        return null
 
     @torch.no_grad()
     def encode_pictures(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
@@ -209,10 +352,10 @@ class Backbone:
         scale = self.pipeline.vae.config.scaling_factor
         return posterior.mean * scale, posterior.std * scale
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: Tensor, unet: Any = None) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, unet: Any = None) -> Tensor:
         """Return the model output (eps, x_0 or v, by the schedule) in float32, (B, C, h, w)."""
         with self.autocast():
-            return (unet or self.unet)(x_t, t, encoder_hidden_states=condition).sample.float()
+            return (unet or self.unet)(x_t, t, **condition.arguments).sample.float()
 
 
 def open_backbone(
@@ -227,7 +370,7 @@ def open_backbone(
             its weights are not safetensors, or the device is not there.
     """
     with _quiet():  # the first import hints at packages that are not needed
-        from diffusers import StableDiffusionPipeline
+        from diffusers import DiffusionPipeline
 
     folder = resolve_source(source)
     where = pick_device(device)
@@ -237,9 +380,11 @@ def open_backbone(
     facts = _read_facts(Path(folder) / FACTS_FILE)
     try:
         with _quiet():
-            pipeline = StableDiffusionPipeline.from_pretrained(
+            pipeline = DiffusionPipeline.from_pretrained(
                 folder, use_safetensors=True, safety_checker=None, requires_safety_checker=False
             )
+        if type(pipeline).__name__ not in PIPELINES:
+            raise ValueError(f"it is a {type(pipeline).__name__}")
     except Exception as error:  # loaders, and the client of the hub, fail with errors of any class
         raise UserError(
             f"{source} could not be opened as a Stable Diffusion pipeline "
@@ -247,8 +392,9 @@ def open_backbone(
             "safetensors weights, or a hub id that this machine can reach."
         ) from error
     pipeline.set_progress_bar_config(disable=True)
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-        part.requires_grad_(False).eval()
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
     if dtype == "auto":
         bf16 = where.type == "cuda" and torch.cuda.is_bf16_supported()
         precision = torch.bfloat16 if bf16 else torch.float32
@@ -304,12 +450,13 @@ def _check_source(folder: str) -> None:
             name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
         except (ValueError, AttributeError) as error:
             raise UserError(f"{index} is not a pipeline's index: the folder is damaged.") from error
-        if name != "StableDiffusionPipeline":
-            raise UserError(
-                f"{folder} holds a {name}: only StableDiffusionPipeline is supported so far."
-            )
+        if name not in PIPELINES:
+            raise UserError(f"{folder} holds a {name}: it must be one of {', '.join(PIPELINES)}.")
         # Looked for here, because transformers makes an empty tokenizer where there is none.
-        for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
+        if name == "StableDiffusionXLPipeline":
+            parts += ["text_encoder_2", "tokenizer_2"]
+        for part in parts:
             if not (path / part).is_dir():
                 raise UserError(f"{folder} lacks the folder {part}: the pipeline is not complete.")
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", folder):

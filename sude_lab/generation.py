@@ -59,7 +59,9 @@ def generate(
     if not 0 <= seed < 2**32:
         raise UserError(f"The seed is {seed}: it must lie between 0 and {2**32 - 1}.")
     pipeline = backbone.pipeline
-    config = dict(pipeline.scheduler.config)
+    # Latents are not clipped; files as old as Stable Diffusion 1.4's do not say so, and DDIM's own
+    # default would clip them.
+    config = {"clip_sample": False} | dict(pipeline.scheduler.config)
     shape = (
         backbone.unet.config.in_channels,
         backbone.unet.config.sample_size,
@@ -81,7 +83,8 @@ def generate(
                     latents=torch.stack(noise).to(backbone.device),
                     num_inference_steps=steps,
                     guidance_scale=settings["guidance_scale"],
-                    negative_prompt=[negative_prompt or ""] * len(indices),
+                    # None and "" differ for SDXL: None is the null condition it was trained with.
+                    negative_prompt=[negative_prompt] * len(indices) if negative_prompt else None,
                 ).images
     finally:
         pipeline.scheduler = trained_with

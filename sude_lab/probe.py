@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import Backbone
+from sude_lab.backbone import Backbone, concatenate
 from sude_lab.classifier import squared_distance
 from sude_lab.diffusion import add_noise, to_eps
 from sude_lab.errors import UserError
@@ -51,7 +51,9 @@ def answers(
         raise UserError("Give at least one picture, one prompt and one timestep.")
     if not 0 <= int(times.min()) <= int(times.max()) < schedule.num_timesteps:
         raise UserError(f"Timesteps must lie between 0 and {schedule.num_timesteps - 1}.")
-    condition = backbone.encode_prompts(list(prompts))
+    # No prompt is not always the encoded "": SDXL was trained with zeros.
+    conditions = [backbone.encode_prompts([p]) if p else backbone.null_condition() for p in prompts]
+    condition = concatenate(conditions)
     starts = range(0, len(pictures), batch_size)
     x_0 = torch.cat(
         [backbone.encode_pictures(list(pictures[i : i + batch_size]))[0] for i in starts]

@@ -18,9 +18,16 @@ def photo_of(words: str) -> str:
     return f"photo of {article(words)} {words}"
 
 
-def fill(prompt: str, token: str) -> str:
-    """Return `prompt` with the subject's token in place of {S*}."""
-    return prompt.replace(PLACEHOLDER, token)
+def placeholder(number: int) -> str:
+    """Return the placeholder of subject `number`: {S*}, {S*2}, {S*3}, ..."""
+    return PLACEHOLDER if number == 0 else f"{{S*{number + 1}}}"
+
+
+def fill(prompt: str, *tokens: str) -> str:
+    """Return `prompt` with the subjects' tokens in place of {S*}, {S*2}, ..."""
+    for number, token in enumerate(tokens):
+        prompt = prompt.replace(placeholder(number), token)
+    return prompt
 
 
 def with_attribute(template: str, attribute: str | None) -> str:

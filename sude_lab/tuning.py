@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,21 +22,23 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sude_lab.backbone import EMBEDDED, Backbone
-from sude_lab.diffusion import add_noise, to_eps, training_target
+from sude_lab.backbone import EMBEDDED, Backbone, Condition, concatenate
+from sude_lab.class_images import class_latents
+from sude_lab.diffusion import add_noise, training_target
 from sude_lab.errors import UserError
-from sude_lab.losses import (
-    gate,
-    guidance_projection,
-    subject_loss,
-    sude_loss,
-    sude_threshold,
-    sude_weight,
-    total_loss,
-    truncate,
-)
+from sude_lab.losses import class_regularizer, subject_loss, total_loss
 from sude_lab.methods import Method, get_method
 from sude_lab.prompts import PLACEHOLDER, photo_of
+from sude_lab.regularizer import SudeTerms, sude_terms
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One subject of a run: its picture, what it is, and its new word."""
+
+    image: Path
+    category: str
+    token: str
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class TuningConfig:
     """What the subject is, in words the model knows: dog, candle, stuffed animal."""
     backbone: str = EMBEDDED
     """embedded, a pipeline folder, or a hub id."""
-    method: Literal["dreambooth", "textual_inversion"] = "dreambooth"
-    """The baseline that SuDe regularises."""
+    method: str = "dreambooth"
+    """The baseline that SuDe regularises: dreambooth, custom_diffusion, vico, textual_inversion."""
     weight_sude: float | None = None
     """w_s of eq. 10; 0 is the plain baseline."""
     prior: Literal["current", "pretrained"] | None = None
@@ -74,19 +77,32 @@ class TuningConfig:
     """DreamBooth: train the text encoder too."""
     token: str = "<sks>"
     """The new word for the subject; write {S*} in prompts."""
+    more_subjects: tuple[str, ...] = ()
+    """More subjects of the same run, as "candle=<my-candle>=candle.png"; in prompts {S*2}, ..."""
     initializer: str | None = None
     """Words whose embedding the new word starts from."""
+    num_vectors: int | None = None
+    """Vectors that the new word stands for; more hold more of the look."""
     prompt: str | None = None
     """The tuning prompt, with {S*} and, if wished, {category}; None: the method's own."""
     prior_loss_weight: float | None = None
     """w_r of eq. 10, on pictures of the category that the model draws before tuning."""
+    regularizer: Literal["images", "teacher"] = "images"
+    """images: predict the noise of the class images (DreamBooth's code); teacher: predict what the
+    model before tuning predicts of them (eq. 14 as it is written)."""
     num_class_images: int | None = None
+    class_images: Path | None = None
+    """Folder of pictures of the category to use in place of drawn ones."""
     horizontal_flip: bool = False
     """Mirror the picture half of the time (a look that is not symmetric would be lost)."""
     resolution: int | None = None
     """Side of the picture in pixels; None: the model's own."""
     max_grad_norm: float = 1.0
     adam_weight_decay: float = 1e-2
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit needs the package bitsandbytes and a CUDA card."""
+    gradient_accumulation_steps: int = 1
+    """Batches a step: the same step as one batch so many times as large, in less memory."""
     gradient_checkpointing: bool = False
     seed: int = 0
     device: str = "auto"
@@ -101,7 +117,9 @@ class TuningConfig:
             "learning_rate": (0.0, 10.0),
             "token_learning_rate": (0.0, 10.0),
             "num_class_images": (1, 100_000),
+            "gradient_accumulation_steps": (1, 100_000),
             "lora_rank": (1, 4096),
+            "num_vectors": (1, 64),
             "lr_warmup_steps": (0, 10_000_000),
             "max_grad_norm": (0.0, math.inf),
             "adam_weight_decay": (0.0, 10.0),
@@ -115,6 +133,35 @@ class TuningConfig:
                 raise UserError(f"--{flag} is {value}: it must lie between {low} and {high}.")
         if self.prompt is not None and PLACEHOLDER not in self.prompt:
             raise UserError(f"The tuning prompt {self.prompt!r} must contain {PLACEHOLDER}.")
+        tokens = [subject.token for subject in self.subjects]
+        if len(set(tokens)) < len(tokens):
+            raise UserError(f"Every subject needs a token of its own: {', '.join(tokens)}.")
+
+    @property
+    def asks_pretrained(self) -> bool:
+        """Whether the run asks the model as it was before tuning (fields at None: it may)."""
+        sude = (self.weight_sude != 0 or self.monitor_sude) and self.prior != "current"
+        teacher = self.prior_loss_weight != 0 and self.regularizer == "teacher"
+        return sude or teacher
+
+    @property
+    def subjects(self) -> tuple[Subject, ...]:
+        """All subjects of the run, the first one first.
+
+        Raises:
+            UserError: one of `more_subjects` is not of the form category=token=picture.
+        """
+        found = [Subject(self.image, self.category, self.token)]
+        for text in self.more_subjects:
+            category, _, rest = text.partition("=")
+            token, _, image = rest.partition("=")
+            if not (category and token and image):
+                raise UserError(
+                    f"--more-subjects {text!r} must read category=token=picture, "
+                    'for example "candle=<my-candle>=candle.png".'
+                )
+            found.append(Subject(Path(image), category, token))
+        return tuple(found)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -156,6 +203,7 @@ GENERAL_DEFAULTS: dict[str, Any] = {
     "train_text_encoder": False,
     "prior_loss_weight": 0.0,
     "num_class_images": 16,
+    "num_vectors": 1,
 }
 
 
@@ -177,14 +225,19 @@ def resolve(config: TuningConfig, backbone: Backbone) -> TuningConfig:
         for f in fields(config)
         if getattr(config, f.name) is None and f.name in known
     }
-    return replace(config, category=backbone.check_category(config.category), **missing)
+    more = tuple(
+        f"{backbone.check_category(s.category)}={s.token}={s.image}" for s in config.subjects[1:]
+    )
+    category = backbone.check_category(config.category)
+    return replace(config, category=category, more_subjects=more, **missing)
 
 
 @dataclass(frozen=True)
 class Step:
     """One step of tuning; tensors are (B,), detached, on the CPU, NaN where nothing was computed.
 
-    `loss_subject`, `loss_sude` and `tau` are means over the latent's dimensions, before w_s.
+    `loss_subject`, `loss_sude` and `tau` are means over the latent's dimensions, before w_s;
+    `loss_own` is the method's own loss (ViCo's attention), with its weight.
     """
 
     number: int
@@ -195,6 +248,7 @@ class Step:
     gate: Tensor
     rho: Tensor
     loss_regularizer: float
+    loss_own: float
     learning_rate: float
     method: Method
     state_dict: Callable[[], dict[str, Any]]
@@ -211,6 +265,7 @@ class Step:
             "open_gates": self.gate.float().mean().item(),
             "rho": self.rho.mean().item(),
             "loss_regularizer": self.loss_regularizer,
+            "loss_own": self.loss_own,
             "learning_rate": self.learning_rate,
         }
 
@@ -223,154 +278,305 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 def tune(
     config: TuningConfig,
     backbone: Backbone,
-    picture: Image.Image,
+    picture: Image.Image | Sequence[Image.Image],
     *,
     state: dict[str, Any] | None = None,
+    accelerator: Any = None,
 ) -> Iterator[Step]:
-    """Tune `backbone` in place on one picture and yield every step.
+    """Tune `backbone` in place on one picture (one of each subject) and yield every step.
 
     The loss is the batch mean of L_sub + w_s lambda_tau L_sude + w_r L_reg (arXiv 2403.06775,
-    eq. 10), every term a mean over the latent's dimensions, L_sub the loss the model was trained
-    with. Eq. 7-9 are computed in eps-space: at fixed x_t the mean is an affine map of eps, so the
-    loss is the same and no digits are lost in differences of means.
+    eq. 10) and the method's own loss, every term a mean over the latent's dimensions, L_sub the
+    loss the model was trained with; eq. 7-9 are those of `sude_lab.regularizer.sude_terms`.
 
-    `state` continues a run from `Step.state_dict()`. Use the backbone for one run only.
+    `state` continues a run from `Step.state_dict()`. With an `accelerate.Accelerator` of several
+    processes each takes its part of one larger batch, and all take the same step. Use the backbone
+    for one run only.
 
     Raises:
         UserError: the settings do not fit the model, the loss became NaN, or memory ran out.
     """
     config = resolve(config, backbone)
+    pictures = [picture] if isinstance(picture, Image.Image) else list(picture)
+    if len(pictures) != len(config.subjects):
+        raise UserError(
+            f"There are {len(config.subjects)} subjects and {len(pictures)} pictures: give one "
+            "of each."
+        )
     try:
-        yield from _tune(config, backbone, picture, state)
+        yield from _tune(config, backbone, pictures, state, _Processes(accelerator))
     except torch.OutOfMemoryError as error:
         raise UserError(
-            "The device ran out of memory: use --train lora, --gradient-checkpointing, a smaller "
-            "--train-batch-size or --resolution."
+            "The device ran out of memory: use --train lora, --gradient-checkpointing, "
+            "--optimizer adamw8bit, --dtype bfloat16, or a smaller --train-batch-size with "
+            "--gradient-accumulation-steps, or a smaller --resolution."
         ) from error
 
 
+@dataclass(frozen=True)
+class _Losses:
+    """What one batch gave, (B,) each."""
+
+    t: Tensor
+    subject: Tensor
+    sude: SudeTerms
+    regularizer: Tensor
+    own: Tensor
+    total: Tensor
+
+
 def _tune(
-    config: TuningConfig, backbone: Backbone, picture: Image.Image, state: dict[str, Any] | None
+    config: TuningConfig,
+    backbone: Backbone,
+    pictures: list[Image.Image],
+    state: dict[str, Any] | None,
+    processes: _Processes,
 ) -> Iterator[Step]:
     assert config.max_train_steps is not None and config.train_batch_size is not None
-    assert config.weight_sude is not None and config.weighting is not None
-    assert config.prior_loss_weight is not None
     schedule, device, size = backbone.schedule, backbone.device, config.train_batch_size
-    latents_mean, latents_std = _picture_latents(config, backbone, picture)
+    latents = [_picture_latents(config, backbone, picture) for picture in pictures]
     with torch.no_grad():
-        uncond_0, class_0 = _conditions(backbone, config, size)
-    class_latents = None
+        fixed = _conditions(backbone, config)
+    regularized = None
     if config.prior_loss_weight:
-        class_latents = _class_latents(config, backbone)
+        with processes.in_turn():  # the first one draws, the others find them drawn
+            regularized = [class_latents(config, backbone, s.category) for s in config.subjects]
 
     method = get_method(config.method)(backbone, config)
-    prompt = [method.subject_prompt()]
+    method.start([mean for mean, _ in latents])
     groups = method.groups()
     if not any(group["lr"] for group in groups):
         raise UserError(
             "Nothing would be trained: give --learning-rate or --token-learning-rate a value above "
             "0."
         )
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.adam_weight_decay)
+    optimizer = _optimizer(config, groups)
+    scaler = torch.amp.GradScaler(device.type, enabled=backbone.dtype == torch.float16)
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = list(method.parameters.values())
     first = 0
     if state is not None:
-        method.load_state_dict(state["trained"])
-        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        try:
+            method.load_state_dict(state["trained"])
+            optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+            scaler.load_state_dict(copy.deepcopy(state.get("scaler", {})))
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                "The checkpoint does not fit this run's weights and optimiser: start a new run."
+            ) from error
         first = state["step"]
-    if not method.changes_subject_text:
-        with torch.no_grad():
-            fixed_subject = backbone.encode_prompts(prompt)
-    with_sude = config.weight_sude > 0 or config.monitor_sude
-    nothing = torch.full((size,), math.nan)
+    prompts = method.subject_prompts()
+    with torch.no_grad():
+        fixed_subjects = backbone.encode_prompts(prompts)
 
+    def one_batch(batch: _Batch) -> _Losses:
+        null, classes = fixed
+        if method.changes_text and (config.prior == "current" or batch.z_0 is not None):
+            null, classes = _conditions(backbone, config)
+        subjects = (
+            backbone.encode_prompts(prompts) if method.changes_subject_text else fixed_subjects
+        )
+        x_t = add_noise(batch.x_0, batch.eps, batch.t, schedule)
+        output = method.predict(x_t, batch.t, subjects[batch.which], batch.which)
+        own = method.own_loss()
+        dims = x_t[0].numel()
+        target = training_target(batch.x_0, batch.eps, batch.t, schedule)
+        of_subject = subject_loss(output, target) / dims
+        sude = _sude(config, backbone, method, output, x_t, batch, (null, classes), fixed)
+        regularizer = torch.zeros_like(of_subject)
+        if batch.z_0 is not None and batch.noise is not None:
+            z_t = add_noise(batch.z_0, batch.noise, batch.t, schedule)
+            guess = method.predict_current(z_t, batch.t, classes[batch.which])
+            if config.regularizer == "teacher":
+                teacher = method.predict_pretrained(z_t, batch.t, fixed[1][batch.which])
+                regularizer = class_regularizer(guess, teacher) / dims
+            else:
+                noise_target = training_target(batch.z_0, batch.noise, batch.t, schedule)
+                regularizer = subject_loss(guess, noise_target) / dims
+        assert config.weight_sude is not None and config.prior_loss_weight is not None
+        total = total_loss(
+            of_subject,
+            sude.gated,
+            regularizer,
+            config.weight_sude,
+            config.prior_loss_weight,
+        )
+        if own is None:
+            own = torch.zeros_like(of_subject)
+        return _Losses(batch.t, of_subject, sude, regularizer, own, total + own)
+
+    accumulate = config.gradient_accumulation_steps
     for number in range(first + 1, config.max_train_steps + 1):
         generator = step_generator(config.seed, number)
         warm = min(1.0, number / max(1, config.lr_warmup_steps))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * warm
-        # Everything random is drawn on the CPU: the same numbers on every device.
-        x_0, eps, t = _draw(latents_mean, latents_std, size, schedule.num_timesteps, generator)
-        x_0, eps, t = x_0.to(device), eps.to(device), t.to(device)
-        x_t = add_noise(x_0, eps, t, schedule)
-
-        c_subject = (
-            backbone.encode_prompts(prompt) if method.changes_subject_text else fixed_subject
+        # Everything random is drawn on the CPU, for all processes alike: the same numbers on every
+        # device, and one process with the whole batch takes the same step as many with their parts.
+        whole = _draw(
+            latents, size * accumulate * processes.number, schedule.num_timesteps, generator
         )
-        output = backbone.predict(x_t, t, c_subject.expand(size, -1, -1))
-        dims = x_0[0].numel()
-        loss_subject = subject_loss(output, training_target(x_0, eps, t, schedule)) / dims
-
-        loss_sude = tau = rho = nothing.to(device)
-        opened = torch.zeros(size, dtype=torch.bool, device=device)
-        gated = torch.zeros_like(loss_subject)
-        if with_sude:
-            uncond, category = uncond_0, class_0
-            with torch.no_grad():
-                if config.prior == "current" and method.changes_text:
-                    uncond, category = _conditions(backbone, config, size)
-                predict = (
-                    backbone.predict if config.prior == "current" else method.predict_pretrained
-                )
-                both = predict(
-                    torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([uncond, category])
-                )
-                eps_uncond, eps_class = (to_eps(o, x_t, t, schedule) for o in both.chunk(2))
-            eps_subject = to_eps(output, x_t, t, schedule)
-            # A weight of 0 (t = 0 with `exact`) becomes an infinite variance: no loss, shut gate.
-            variance = 0.5 / sude_weight(t, schedule, config.weighting).to(x_t.dtype)
-            loss_sude = sude_loss(eps_subject, eps_class, eps_uncond, variance) / dims
-            tau = sude_threshold(eps_class, eps_uncond, variance) / dims
-            rho = guidance_projection(eps_subject, eps_class, eps_uncond)
-            opened = gate(loss_sude, tau)
-            gated = truncate(loss_sude, tau) if config.truncate else loss_sude
-
-        loss_regularizer = torch.zeros_like(loss_subject)
-        if class_latents is not None:
-            # eq. 14 in DreamBooth's own form: the noise of pictures that the model itself drew.
-            pick = torch.randint(len(class_latents), (size,), generator=generator)
-            noise = torch.randn(x_0.shape, generator=generator).to(device)
-            z_0 = class_latents[pick].to(device)
-            z_t = add_noise(z_0, noise, t, schedule)
-            c_class = _conditions(backbone, config, size)[1] if method.changes_text else class_0
-            guess = backbone.predict(z_t, t, c_class)
-            loss_regularizer = subject_loss(guess, training_target(z_0, noise, t, schedule)) / dims
-
-        loss = total_loss(
-            loss_subject, gated, loss_regularizer, config.weight_sude, config.prior_loss_weight
-        ).mean()
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"The loss became {loss.item()} at step {number}: lower --learning-rate or "
-                "--weight-sude, or keep the truncation on."
-            )
+        if regularized is not None:
+            whole = _draw_class_images(whole, regularized, generator)
+        mine = whole.rows(processes.part(len(whole.t)))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-        optimizer.step()
+        seen = []
+        for k in range(accumulate):
+            batch = mine.rows(slice(k * size, (k + 1) * size)).to(device)
+            losses = one_batch(batch)
+            _check_finite(number, processes.gather(losses.t), processes.gather(losses.total))
+            scaler.scale(losses.total.mean() / accumulate).backward()
+            seen.append(losses)
+        processes.average([p.grad for p in parameters if p.grad is not None])
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+        if not scaler.is_enabled():  # the scaler leaves out a step whose gradient overflowed
+            drawn = torch.cat([losses.t for losses in seen])
+            _check_finite(number, processes.gather(drawn), norm.expand(1), "gradient")
+        scaler.step(optimizer)
+        scaler.update()
 
         def snapshot(number: int = number) -> dict[str, Any]:
             return {
                 "step": number,
                 "trained": method.state_dict(),
                 "optimizer": copy.deepcopy(optimizer.state_dict()),
+                "scaler": scaler.state_dict(),
             }
+
+        def told(pick: Callable[[_Losses], Tensor], seen: list[_Losses] = seen) -> Tensor:
+            return processes.gather(torch.cat([pick(x).detach() for x in seen])).cpu()
 
         yield Step(
             number,
-            t.cpu(),
-            loss_subject.detach().cpu(),
-            loss_sude.detach().cpu(),
-            tau.detach().cpu(),
-            opened.cpu(),
-            rho.detach().cpu(),
-            loss_regularizer.detach().mean().item(),
+            told(lambda x: x.t),
+            told(lambda x: x.subject),
+            told(lambda x: x.sude.loss),
+            told(lambda x: x.sude.threshold),
+            told(lambda x: x.sude.gate),
+            told(lambda x: x.sude.rho),
+            told(lambda x: x.regularizer).mean().item(),
+            told(lambda x: x.own).mean().item(),
             max(group["lr"] for group in optimizer.param_groups),
             method,
             snapshot,
         )
     method.finish()
+
+
+def _check_finite(number: int, t: Tensor, values: Tensor, what: str = "loss") -> None:
+    """Stop before the weights are spoilt; with a value for each t, name those that went wrong."""
+    values = values.detach()
+    wrong = ~torch.isfinite(values)
+    if bool(wrong.any()):
+        bad = t[wrong] if len(t) == len(values) else t
+        raise UserError(
+            f"The {what} became {values[wrong][0].item()} at step {number} "
+            f"(t = {', '.join(map(str, bad.tolist()))}): lower --learning-rate or --weight-sude, "
+            "or keep the truncation on."
+        )
+
+
+def _with_sude(config: TuningConfig) -> bool:
+    return bool(config.weight_sude) or config.monitor_sude
+
+
+def _sude(
+    config: TuningConfig,
+    backbone: Backbone,
+    method: Method,
+    output: Tensor,
+    x_t: Tensor,
+    batch: _Batch,
+    now: tuple[Condition, Condition],
+    fixed: tuple[Condition, Condition],
+) -> SudeTerms:
+    """Return eq. 7-9 of a batch; where SuDe is neither used nor watched, NaN and shut gates."""
+    if not _with_sude(config):
+        nothing = torch.full_like(x_t[:, 0, 0, 0], math.nan)
+        shut = torch.zeros_like(nothing, dtype=torch.bool)
+        return SudeTerms(nothing, nothing, torch.zeros_like(nothing), shut, nothing)
+    assert config.weighting is not None
+    null, classes = now if config.prior == "current" else fixed
+    predict = method.predict_current if config.prior == "current" else method.predict_pretrained
+    condition = concatenate([null.expand(len(x_t)), classes[batch.which]])
+    with torch.no_grad():
+        both = predict(torch.cat([x_t, x_t]), torch.cat([batch.t, batch.t]), condition)
+    uncond, category = both.chunk(2)
+    return sude_terms(
+        output,
+        category,
+        uncond,
+        x_t,
+        batch.t,
+        backbone.schedule,
+        weighting=config.weighting,
+        truncated=config.truncate,
+    )
+
+
+def _optimizer(config: TuningConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=config.adam_weight_decay)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError(
+            "--optimizer adamw8bit needs the package bitsandbytes: pip install bitsandbytes."
+        ) from error
+    return AdamW8bit(groups, weight_decay=config.adam_weight_decay)
+
+
+class _Processes:
+    """The processes that share a run: one, or those of an Accelerator."""
+
+    def __init__(self, accelerator: Any = None) -> None:
+        self.accelerator = accelerator
+        self.number = accelerator.num_processes if accelerator else 1
+
+    def part(self, size: int) -> slice:
+        """Return the rows of this process among `size`."""
+        each = size // self.number
+        index = self.accelerator.process_index if self.accelerator else 0
+        return slice(index * each, (index + 1) * each)
+
+    def average(self, gradients: list[Tensor]) -> None:
+        """Replace gradients by their means over the processes."""
+        if self.number > 1:
+            for gradient in gradients:
+                gradient.copy_(self.accelerator.reduce(gradient, reduction="mean"))
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return the rows of all processes, in their order."""
+        return self.accelerator.gather(values) if self.number > 1 else values
+
+    def in_turn(self) -> AbstractContextManager[Any]:
+        """Return a context that the main process passes before the others."""
+        return self.accelerator.main_process_first() if self.number > 1 else nullcontext()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What a step draws: latents, noise, t, whose picture it is, and the same for class images."""
+
+    x_0: Tensor
+    eps: Tensor
+    t: Tensor
+    which: Tensor
+    z_0: Tensor | None = None
+    noise: Tensor | None = None
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> _Batch:
+        found: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: function(v) for k, v in found.items() if v is not None})
+
+    def rows(self, index: slice) -> _Batch:
+        return self._map(lambda x: x[index])
+
+    def to(self, device: torch.device) -> _Batch:
+        return self._map(lambda x: x.to(device))
 
 
 def _picture_latents(
@@ -388,33 +594,35 @@ def _picture_latents(
 
 
 def _draw(
-    mean: Tensor, std: Tensor, size: int, num_timesteps: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw latents of one of the pictures (B, C, h, w), noise of that shape, and t (B,)."""
-    shape = (size, *mean.shape[1:])
-    pick = torch.randint(len(mean), (size,), generator=generator)
-    x_0 = mean[pick] + std[pick] * torch.randn(shape, generator=generator)
+    latents: list[tuple[Tensor, Tensor]], size: int, num_timesteps: int, generator: torch.Generator
+) -> _Batch:
+    """Draw latents of the subjects' pictures (B, C, h, w), noise of that shape, and t (B,)."""
+    means = torch.stack([mean for mean, _ in latents])
+    deviations = torch.stack([std for _, std in latents])
+    which = torch.zeros(size, dtype=torch.long)
+    if len(latents) > 1:
+        which = torch.randint(len(latents), (size,), generator=generator)
+    pick = torch.randint(means.shape[1], (size,), generator=generator)
+    shape = (size, *means.shape[2:])
+    x_0 = means[which, pick] + deviations[which, pick] * torch.randn(shape, generator=generator)
     eps = torch.randn(shape, generator=generator)
-    return x_0, eps, torch.randint(num_timesteps, (size,), generator=generator)
+    t = torch.randint(num_timesteps, (size,), generator=generator)
+    return _Batch(x_0, eps, t, which)
 
 
-def _conditions(backbone: Backbone, config: TuningConfig, size: int) -> tuple[Tensor, Tensor]:
-    """Return the null condition and the category's, each (B, L, D)."""
-    pair = backbone.encode_prompts(["", photo_of(config.category)])
-    return pair[:1].expand(size, -1, -1), pair[1:].expand(size, -1, -1)
+def _draw_class_images(
+    batch: _Batch, class_latents: list[Tensor], generator: torch.Generator
+) -> _Batch:
+    """Add a class image of every sample's category, with noise of its own."""
+    number = min(len(z) for z in class_latents)
+    pick = torch.randint(number, batch.t.shape, generator=generator)
+    noise = torch.randn(batch.x_0.shape, generator=generator)
+    rows = zip(batch.which.tolist(), pick.tolist(), strict=True)
+    z_0 = torch.stack([class_latents[who][k] for who, k in rows])
+    return replace(batch, z_0=z_0, noise=noise)
 
 
-def _class_latents(config: TuningConfig, backbone: Backbone) -> Tensor:
-    """Draw the category with the model as it is and return the latents, for prior preservation."""
-    from sude_lab.generation import generate
-
-    assert config.num_class_images is not None
-    images = generate(
-        backbone,
-        photo_of(config.category),
-        num_images=config.num_class_images,
-        seed=config.seed + 10_000,
-        progress=True,
-    )
-    mean, _ = backbone.encode_pictures(images)
-    return mean.cpu()
+def _conditions(backbone: Backbone, config: TuningConfig) -> tuple[Condition, Condition]:
+    """Return the null condition, one row, and the category's of every subject."""
+    categories = [photo_of(s.category) for s in config.subjects]
+    return backbone.null_condition(), backbone.encode_prompts(categories)

@@ -5,7 +5,8 @@ No test here reaches a network: a hub id must fail at once, and be told in one s
 
 import json
 import os
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,11 @@ def build_pipeline(folder: Path, *, text_width: int = 32) -> None:
             sample_size=32,
             scaling_factor=0.7,
         )
+        # More rows than any vocabulary of the drawn world: how many random numbers are drawn, and
+        # with them every weight below, must not hang on its size.
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=len(tokenizer),
+                vocab_size=2048,
                 hidden_size=text_width,
                 intermediate_size=2 * text_width,
                 num_hidden_layers=2,
@@ -74,8 +77,14 @@ def build_pipeline(folder: Path, *, text_width: int = 32) -> None:
                 projection_dim=text_width,
             )
         )
-        # Random words differ by 0.02 as they are made: too alike to tell two conditions apart.
-        text_encoder.get_input_embeddings().weight.data.mul_(20)
+        # Random words differ by 0.02 as they are made: too alike to tell two conditions apart. And
+        # what a word means must not hang on its number, which is another after every training of
+        # the tokenizer.
+        text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for word, index in tokenizer.get_vocab().items():
+            meaning = torch.Generator().manual_seed(zlib.crc32(word.encode()))
+            row = 0.4 * torch.randn(text_width, generator=meaning)
+            text_encoder.get_input_embeddings().weight.data[index] = row
         unet = UNet2DConditionModel(
             sample_size=8,
             in_channels=4,
@@ -100,6 +109,14 @@ def build_pipeline(folder: Path, *, text_width: int = 32) -> None:
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     (folder / FACTS_FILE).write_text(json.dumps(FACTS), encoding="utf-8")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is computed once is kept here for these tests, and never where the user's lies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUDE_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from sude_lab import backbone as module
-from sude_lab.backbone import FACTS_FILE, Backbone, data_folder, open_backbone, pick_device
+from sude_lab.backbone import (
+    FACTS_FILE,
+    PIPELINES,
+    Backbone,
+    Condition,
+    concatenate,
+    data_folder,
+    open_backbone,
+    pick_device,
+)
 from sude_lab.errors import UserError
 from sude_lab.pictures import to_tensor
 
@@ -105,9 +114,9 @@ def test_bfloat16_computes_forward_passes_and_keeps_weights_in_float32(tiny_fold
     half = open_backbone(tiny_folder, device="cpu", dtype="bfloat16")
     assert half.dtype == torch.bfloat16
     assert {p.dtype for p in half.unet.parameters()} == {torch.float32}
-    assert half.encode_prompts(["photo of a dog"]).dtype in (torch.bfloat16, torch.float32)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     condition = half.encode_prompts(["photo of a dog"])
+    assert condition.hidden.dtype in (torch.bfloat16, torch.float32)
     seen = half.predict(x, torch.tensor([500]), condition)
     full = open_backbone(tiny_folder, device="cpu", dtype="float32")
     expected = full.predict(x, torch.tensor([500]), full.encode_prompts(["photo of a dog"]))
@@ -150,10 +159,11 @@ def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_pipeline_of_another_class_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(UserError) as error:
         open_backbone(tmp_path, device="cpu")
-    assert "StableDiffusionXLPipeline" in sentence(error)
+    assert "FluxPipeline" in sentence(error)
+    assert all(name in sentence(error) for name in PIPELINES)
 
 
 @pytest.mark.parametrize("content", [b"", b"{half", b"[1, 2]", b"\xff\xfe\x00"])
@@ -208,7 +218,7 @@ def test_an_error_of_the_hubs_client_is_one_sentence(monkeypatch: pytest.MonkeyP
     def fail(*args: object, **kwargs: object) -> None:
         raise ConnectError("no route\nto host")
 
-    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", fail)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
     with pytest.raises(UserError) as error:
         open_backbone("nobody/no-such-pipeline", device="cpu")
     assert "ConnectError: no route to host" in sentence(error)
@@ -252,11 +262,12 @@ def test_a_category_that_cannot_work_is_refused(tiny: Backbone, given: str, expe
 def test_unknown_words_are_told_once_and_leave_the_placeholder_out(tiny: Backbone) -> None:
     text = "photo of a {S*} dog on the moon, moon's Photo"
     assert tiny.unknown_words(text) == ["moon", "s"]
+    assert tiny.unknown_words("photo of a {S*} dog on the {S*2} cat and {S*13}") == ["and"]
 
 
 def test_a_token_becomes_one_word_that_starts_at_its_initializer(tiny: Backbone) -> None:
     table = tiny.text_encoder.get_input_embeddings().weight.detach().clone()
-    index = tiny.add_token("<sks>", "stuffed animal")
+    (index,) = tiny.add_token("<sks>", "stuffed animal")
     ids = tiny.tokenizer("photo of a <sks> dog", add_special_tokens=False).input_ids
     assert ids.count(index) == 1 and len(ids) == 5
     words = tiny.tokenizer("stuffed animal", add_special_tokens=False).input_ids
@@ -293,10 +304,19 @@ def test_a_token_cannot_be_added_twice(tiny: Backbone) -> None:
         tiny.add_token("<sks>", "dog")
 
 
+@pytest.mark.parametrize("initializer", ["", "  "])
+def test_a_token_that_starts_from_nothing_is_refused(tiny: Backbone, initializer: str) -> None:
+    size = len(tiny.tokenizer)
+    with pytest.raises(UserError) as error:
+        tiny.add_token("<sks>", initializer)
+    assert "--initializer is empty" in sentence(error)
+    assert len(tiny.tokenizer) == size
+
+
 def test_a_token_whose_letters_stand_in_other_words_leaves_them_alone(tiny: Backbone) -> None:
     prompts = ["photo of a dog", "photo of a stuffed animal"]
     before = tiny.tokenize(prompts)
-    index = tiny.add_token("og", "cat")
+    (index,) = tiny.add_token("og", "cat")
     assert torch.equal(tiny.tokenize(prompts), before)
     ids = tiny.tokenizer("photo of a og dog", add_special_tokens=False).input_ids
     assert ids.count(index) == 1 and len(ids) == 5
@@ -312,8 +332,13 @@ def test_prompts_encode_as_the_pipeline_encodes_them(tiny: Backbone) -> None:
         prompts[0], "cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
     )
     seen = tiny.encode_prompts(prompts)
-    torch.testing.assert_close(seen, torch.cat([expected, null]))
-    assert (seen[0] - seen[1]).norm() > 0.1 * seen[0].norm()
+    torch.testing.assert_close(seen.hidden, torch.cat([expected, null]))
+    assert (seen.hidden[0] - seen.hidden[1]).norm() > 0.1 * seen.hidden[0].norm()
+    assert seen.pooled is None and seen.sizes is None
+    assert len(seen) == 2
+    alone = tiny.null_condition()
+    assert len(alone) == 1
+    torch.testing.assert_close(alone.hidden, null)
 
 
 @torch.no_grad()
@@ -330,4 +355,34 @@ def test_pictures_encode_as_the_vae_encodes_them(tiny: Backbone) -> None:
 def test_predict_is_the_unets_own_output(tiny: Backbone) -> None:
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     t, condition = torch.tensor([10, 900]), tiny.encode_prompts(["", "photo of a dog"])
-    assert torch.equal(tiny.predict(x, t, condition), tiny.unet(x, t, condition).sample)
+    expected = tiny.unet(x, t, encoder_hidden_states=condition.hidden).sample
+    assert torch.equal(tiny.predict(x, t, condition), expected)
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_a_condition_is_indexed_expanded_and_joined_by_rows(xl: bool) -> None:
+    def condition(rows: int, start: float) -> Condition:
+        hidden = start + torch.arange(rows * 6.0).reshape(rows, 2, 3)
+        return Condition(hidden, hidden[:, 0], hidden[:, 1]) if xl else Condition(hidden)
+
+    def parts(c: Condition) -> list[torch.Tensor]:
+        found = [c.hidden, c.pooled, c.sizes]
+        assert all((x is None) == (not xl) for x in found[1:])
+        return [x for x in found if x is not None]
+
+    some, one = condition(3, 0.0), condition(1, 100.0)
+    for whole, row in zip(parts(some), parts(some[torch.tensor([2, 0, 2])]), strict=True):
+        assert torch.equal(row, torch.stack([whole[2], whole[0], whole[2]]))
+    for whole, row in zip(parts(some), parts(some[1:2]), strict=True):
+        assert torch.equal(row, whole[1:2])
+    for alone, many in zip(parts(one), parts(one.expand(4)), strict=True):
+        assert torch.equal(many, torch.cat([alone] * 4))
+    joined = concatenate([one, some, one])
+    assert len(joined) == 5
+    for a, b, both in zip(parts(one), parts(some), parts(joined), strict=True):
+        assert torch.equal(both, torch.cat([a, b, a]))
+    told = some.arguments
+    assert told.pop("encoder_hidden_states") is some.hidden
+    added = told.pop("added_cond_kwargs", {})
+    assert not told
+    assert added == ({"text_embeds": some.pooled, "time_ids": some.sizes} if xl else {})

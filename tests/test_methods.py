@@ -1,5 +1,7 @@
 """A method trains what it names and nothing else, keeps the old model at hand, and saves whole."""
 
+import copy
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from sude_lab.backbone import Backbone, open_backbone
 from sude_lab.errors import UserError
@@ -46,7 +49,9 @@ def config(**settings: Any) -> TuningConfig:
     )
 
 
-def run(settings: TuningConfig, backbone: Backbone, picture: Image.Image) -> Step:
+def run(
+    settings: TuningConfig, backbone: Backbone, picture: Image.Image | list[Image.Image]
+) -> Step:
     *_, last = tune(settings, backbone, picture)
     return last
 
@@ -63,7 +68,7 @@ def tensors(backbone: Backbone) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def probe(fresh: Fresh) -> dict[str, torch.Tensor]:
+def probe(fresh: Fresh) -> dict[str, Any]:
     """A noisy latent, two timesteps, and the answer of the model as it was before tuning."""
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     t, backbone = torch.tensor([20, 700]), fresh()
@@ -72,14 +77,14 @@ def probe(fresh: Fresh) -> dict[str, torch.Tensor]:
         return {"x": x, "t": t, "c": condition, "before": backbone.predict(x, t, condition)}
 
 
-def predict(backbone: Backbone, probe: dict[str, torch.Tensor]) -> torch.Tensor:
+def predict(backbone: Backbone, probe: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         return backbone.predict(probe["x"], probe["t"], probe["c"])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_exactly_the_named_parameters_move_and_the_old_model_still_answers(
-    case: str, fresh: Fresh, picture: Image.Image, probe: dict[str, torch.Tensor]
+    case: str, fresh: Fresh, picture: Image.Image, probe: dict[str, Any]
 ) -> None:
     settings, may_move = CASES[case]
     backbone, before = fresh(), {k: v.clone() for k, v in tensors(fresh()).items()}
@@ -137,15 +142,191 @@ def test_prompts_name_the_token_and_the_category(fresh: Fresh) -> None:
     ):
         backbone = fresh()
         settings = resolve(replace(config(method=name), category="stuffed animal"), backbone)
-        assert METHODS[name](backbone, settings).subject_prompt() == expected
+        assert METHODS[name](backbone, settings).subject_prompts() == [expected]
     backbone = fresh()
     settings = resolve(config(prompt="{S*} the {category}", token="<rex>"), backbone)
-    assert METHODS["dreambooth"](backbone, settings).subject_prompt() == "<rex> the dog"
+    assert METHODS["dreambooth"](backbone, settings).subject_prompts() == ["<rex> the dog"]
+
+
+def test_every_subject_has_a_prompt_with_its_own_token_and_category(fresh: Fresh) -> None:
+    more = ("stuffed animal=<bear>=bear.png", "candle=<wax>=wax.png")
+    for name, prompt, expected in (
+        (
+            "dreambooth",
+            None,
+            ["photo of a <sks> dog", "photo of a <bear> stuffed animal", "photo of a <wax> candle"],
+        ),
+        ("textual_inversion", None, ["photo of a <sks>", "photo of a <bear>", "photo of a <wax>"]),
+        ("dreambooth", "{S*}, a {category}", ["<sks>, a dog", "<bear>, a stuffed animal"]),
+    ):
+        backbone = fresh()
+        chosen = config(method=name, more_subjects=more[: len(expected) - 1], prompt=prompt)
+        assert METHODS[name](backbone, resolve(chosen, backbone)).subject_prompts() == expected
+
+
+def test_dreambooths_tokens_start_from_a_rare_word_each_and_inversions_from_the_category(
+    fresh: Fresh,
+) -> None:
+    more = ("cat=<cat-1>=cat.png", "candle=<wax>=wax.png")
+    rare = METHODS["dreambooth"].initializers
+    assert len(set(rare)) == len(rare) >= 3
+    for name, expected in (
+        ("dreambooth", rare[:3]),
+        ("textual_inversion", ("dog", "cat", "candle")),
+    ):
+        backbone = fresh()
+        table = backbone.text_encoder.get_input_embeddings().weight.detach().clone()
+        method = METHODS[name](backbone, resolve(config(method=name, more_subjects=more), backbone))
+        rows = [
+            table[backbone.tokenizer(word, add_special_tokens=False).input_ids].mean(dim=0)
+            for word in expected
+        ]
+        assert torch.equal(method.tokens["text_encoder"].vectors, torch.stack(rows))
+        assert len(torch.stack(rows).unique(dim=0)) == 3
+
+
+def test_several_subjects_with_the_same_word_for_good_are_refused(fresh: Fresh) -> None:
+    more = ("cat=<cat-1>=cat.png",)
+    chosen = config(more_subjects=more, initializer="cat")
+    with pytest.raises(UserError, match="--token-learning-rate"):
+        METHODS["dreambooth"](fresh(), chosen)
+    METHODS["dreambooth"](fresh(), replace(chosen, token_learning_rate=1e-3))
 
 
 def test_an_unknown_method_is_refused_with_those_there_are() -> None:
-    with pytest.raises(UserError, match=r"'lora'.*dreambooth, textual_inversion\."):
+    with pytest.raises(UserError, match=rf"'lora'.*{re.escape(', '.join(METHODS))}\."):
         get_method("lora")
+    assert {"dreambooth", "textual_inversion"} <= set(METHODS)
+
+
+# --- the model before tuning ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"weight_sude": 1.0, "prior": "pretrained"}, True),
+        ({"weight_sude": 0.0, "monitor_sude": True, "prior": "pretrained"}, True),
+        ({"weight_sude": 0.0, "prior_loss_weight": 1.0, "regularizer": "teacher"}, True),
+        ({"weight_sude": 1.0, "prior": "current"}, False),
+        ({"weight_sude": 0.0, "prior": "pretrained"}, False),
+        ({"weight_sude": 0.0, "prior_loss_weight": 1.0}, False),
+    ],
+)
+def test_the_old_weights_are_kept_only_where_the_run_asks_for_them(
+    settings: dict[str, Any], kept: bool, fresh: Fresh, probe: dict[str, Any]
+) -> None:
+    backbone = fresh()
+    method = METHODS["dreambooth"](backbone, resolve(config(**settings), backbone))
+    assert (method.frozen is not None) == kept
+    if kept:
+        seen = method.predict_pretrained(probe["x"], probe["t"], probe["c"])
+        assert torch.equal(seen, probe["before"])
+    else:
+        with pytest.raises(ValueError, match="not kept"):
+            method.predict_pretrained(probe["x"], probe["t"], probe["c"])
+
+
+# --- two text encoders ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def _tiny_xl(tiny_folder: Path) -> Backbone:
+    """SDXL's way of building, in small: two text encoders, and a UNet that is told sizes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = plain(tiny_folder)
+        config_2 = replace_config(base.text_encoder.config, hidden_size=48, projection_dim=24)
+        unet = UNet2DConditionModel.from_config(
+            base.unet.config,
+            cross_attention_dim=32 + 48,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 24,
+        )
+        pipeline = StableDiffusionXLPipeline(
+            base.vae,
+            base.text_encoder,
+            CLIPTextModelWithProjection(config_2),
+            base.tokenizer,
+            copy.deepcopy(base.tokenizer),
+            unet,
+            base.scheduler,
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    for part in (pipeline.vae, *(pipeline.text_encoder, pipeline.text_encoder_2, pipeline.unet)):
+        part.requires_grad_(False).eval()
+    return Backbone(pipeline, "xl", torch.device("cpu"))
+
+
+def replace_config(config: Any, **changed: Any) -> CLIPTextConfig:
+    return CLIPTextConfig(**config.to_dict() | changed)
+
+
+def test_dreambooth_trains_every_text_encoder_and_their_words(
+    _tiny_xl: Backbone, picture: Image.Image, tmp_path: Path
+) -> None:
+    tuned = _tiny_xl.copy()
+    settings = config(
+        train="attention",
+        train_text_encoder=True,
+        learning_rate=1e-3,
+        token_learning_rate=1e-2,
+        prior="current",
+        more_subjects=("cat=<cat-1>=cat.png",),
+        train_batch_size=2,
+        max_train_steps=3,
+    )
+    *_, step = tune(settings, tuned, [picture, Image.new("RGB", (32, 32), "teal")])
+    assert {name.partition(".")[0] for name in step.method.parameters} == {
+        "unet",
+        "text_encoder",
+        "text_encoder_2",
+        "token",
+    }
+    for name in ("text_encoder", "text_encoder_2"):
+        old, new = (dict(b.text_encoders[name].named_parameters()) for b in (_tiny_xl, tuned))
+        # SDXL reads the hidden states before the last layer, and of the first encoder nothing else.
+        unread = ("layers.1.", "final_layer_norm") if name == "text_encoder" else ()
+        for key, value in old.items():
+            if "token_embedding" in key:
+                assert len(new[key]) == len(value) + 2
+            elif not any(part in key for part in unread):
+                assert not torch.equal(new[key], value), (name, key)
+    step.method.save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "learned_embeds-2.safetensors",
+        "learned_embeds.safetensors",
+        "text_encoder.safetensors",
+        "text_encoder_2.safetensors",
+        "unet.safetensors",
+    ]
+    loaded = _tiny_xl.copy()
+    get_method("dreambooth").load(loaded, tmp_path)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    prompts = ["photo of a <sks> dog", "photo of a <cat-1> cat"]
+    with torch.no_grad():
+        before, seen, expected = (
+            b.predict(x, torch.tensor([400, 40]), b.encode_prompts(texts))
+            for b, texts in (
+                (_tiny_xl, ["photo of a dog", "photo of a cat"]),
+                (loaded, prompts),
+                (tuned, prompts),
+            )
+        )
+    assert torch.equal(seen, expected)
+    assert (seen - before).norm() > 1e-3 * before.norm()
+
+
+def test_a_token_of_two_encoders_does_not_fit_one_and_the_other_way_round(
+    _tiny_xl: Backbone, fresh: Fresh, picture: Image.Image, tmp_path: Path
+) -> None:
+    settings = config(method="textual_inversion", max_train_steps=1)
+    for backbone, other in ((_tiny_xl.copy(), fresh()), (fresh(), _tiny_xl.copy())):
+        folder = tmp_path / str(backbone.is_xl)
+        run(replace(settings, token_learning_rate=1e-2), backbone, picture).method.save(folder)
+        with pytest.raises(UserError, match="backbone it was tuned on"):
+            get_method("textual_inversion").load(other, folder)
 
 
 # --- SuDe and the words of the prompt ------------------------------------------------------------
@@ -175,7 +356,7 @@ def test_a_token_within_the_categorys_letters_does_not_switch_sude_off(
         if "token_embedding" in name:
             continue
         assert torch.equal(value, seen["<sks>", 1.0].state_dict()["trained"][name]), name
-        if name.endswith("weight") or name == "token.vector":
+        if name.endswith("weight") or name == "token.text_encoder":
             assert not torch.equal(value, seen["og", 0.0].state_dict()["trained"][name]), name
     assert torch.isfinite(seen["og", 1.0].loss_sude).all()
 
@@ -228,8 +409,8 @@ def test_a_learned_token_loads_with_load_textual_inversion(
     pipeline.load_textual_inversion(tmp_path, weight_name="learned_embeds.safetensors")
     with torch.no_grad():
         seen, _ = pipeline.encode_prompt("photo of a <sks>", "cpu", 1, False)
-        assert torch.equal(seen, backbone.encode_prompts(["photo of a <sks>"]))
-        assert not torch.equal(seen, backbone.encode_prompts(["photo of a dog"]))
+        assert torch.equal(seen, backbone.encode_prompts(["photo of a <sks>"]).hidden)
+        assert not torch.equal(seen, backbone.encode_prompts(["photo of a dog"]).hidden)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -247,6 +428,56 @@ def test_saved_weights_load_into_a_fresh_backbone(
             for b in (tuned, loaded)
         ]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-6, atol=1e-6)
+
+
+def test_many_subjects_load_into_a_fresh_backbone_each_with_its_own_token(
+    fresh: Fresh, picture: Image.Image, tmp_path: Path
+) -> None:
+    """Twelve, because a sort by name would put the tenth before the second."""
+    tuned, loaded = fresh(), fresh()
+    settings = config(
+        train="attention",
+        train_text_encoder=True,  # its table holds a row for each token, in their order
+        token_learning_rate=1e-2,
+        max_train_steps=1,
+        more_subjects=tuple(f"dog=<dog-{k}>=dog.png" for k in range(2, 13)),
+    )
+    run(settings, tuned, [picture] * 12).method.save(tmp_path)
+    get_method(settings.method).load(loaded, tmp_path)
+    prompts = [f"photo of a {s.token} dog" for s in settings.subjects]
+    assert len(prompts) == 12
+    with torch.no_grad():
+        seen, expected = (b.encode_prompts(prompts).hidden for b in (loaded, tuned))
+    assert torch.equal(loaded.tokenize(prompts), tuned.tokenize(prompts))
+    assert torch.equal(seen, expected)
+
+
+def test_weights_saved_in_the_middle_of_a_run_have_the_tokens_of_that_moment(
+    fresh: Fresh, picture: Image.Image, tmp_path: Path
+) -> None:
+    """The text encoder's own table gets the tokens only as the run ends."""
+    backbone, loaded = fresh(), fresh()
+    settings = config(train_text_encoder=True, token_learning_rate=1e-2, max_train_steps=3)
+    for step in tune(settings, backbone, picture):
+        if step.number == 2:
+            step.method.save(tmp_path)
+            with torch.no_grad():
+                expected = backbone.encode_prompts(["photo of a <sks> dog"]).hidden
+    get_method(settings.method).load(loaded, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded.encode_prompts(["photo of a <sks> dog"]).hidden, expected)
+
+
+@pytest.mark.parametrize("name", ["learned_embeds.safetensors", "unet.safetensors"])
+def test_damaged_weights_are_refused_in_one_sentence(
+    name: str, fresh: Fresh, picture: Image.Image, tmp_path: Path
+) -> None:
+    run(config(), fresh(), picture).method.save(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="damaged") as error:
+        get_method("dreambooth").load(fresh(), tmp_path)
+    assert name in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("case", ["attention", "textual inversion"])
@@ -279,3 +510,50 @@ def test_a_checkpoint_of_other_weights_is_refused(fresh: Fresh, picture: Image.I
     state = run(config(train="attention"), fresh(), picture).state_dict()
     with pytest.raises(UserError, match="other trained weights"):
         next(tune(config(train="lora"), fresh(), picture, state=state | {"step": 1}))
+
+
+# --- a word of several vectors -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_word_of_several_vectors_is_trained_saved_and_read_by_plain_diffusers(
+    name: str, fresh: Fresh, picture: Image.Image, tmp_path: Path
+) -> None:
+    """A prompt says the word once; all its vectors are read, here and by the pipeline itself."""
+    backbone = fresh()
+    settings = config(
+        method=name,
+        num_vectors=3,
+        initializer="dog",
+        token_learning_rate=1e-2,
+        prior_loss_weight=0.0,
+        more_subjects=("cat=<tom>=cat.png",),
+    )
+    steps = list(tune(settings, backbone, [picture, picture]))
+    words = ["<sks>", "<sks>_1", "<sks>_2"]
+    ids = backbone.tokenizer.convert_tokens_to_ids(words)
+    line = backbone.tokenize(["photo of a <sks> dog"])[0].tolist()
+    place = line.index(ids[0])
+    assert line[place : place + 3] == ids
+    assert line[place + 3] == backbone.tokenizer("dog", add_special_tokens=False).input_ids[0]
+    table = backbone.text_encoder.get_input_embeddings().weight
+    assert len(table[ids].unique(dim=0)) == 3, "the vectors are trained alike"
+
+    steps[-1].method.save(tmp_path)
+    again, plain = fresh(), fresh()
+    get_method(name).load(again, tmp_path)
+    for ending in ("", "-2"):
+        file = f"learned_embeds{ending}.safetensors"
+        plain.pipeline.load_textual_inversion(tmp_path, weight_name=file)
+    prompts = ["photo of a running <sks> dog", "a <tom> on the <sks>"]
+    with torch.no_grad():
+        expected = backbone.encode_prompts(prompts).hidden
+        assert torch.equal(again.encode_prompts(prompts).hidden, expected)
+        assert torch.equal(plain.encode_prompts(prompts).hidden, expected)
+        drawn = backbone.pipeline.encode_prompt(prompts, "cpu", 1, False)[0]
+    assert torch.equal(drawn, expected)
+
+
+def test_the_number_of_vectors_must_be_one_or_more() -> None:
+    with pytest.raises(UserError, match="--num-vectors is 0"):
+        config(num_vectors=0)

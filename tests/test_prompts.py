@@ -2,7 +2,7 @@
 
 import pytest
 
-from sude_lab.prompts import article, fill, photo_of, with_attribute
+from sude_lab.prompts import article, fill, photo_of, placeholder, with_attribute
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,14 @@ def test_photo_of_takes_the_right_article() -> None:
 def test_fill_replaces_every_placeholder_and_nothing_else() -> None:
     assert fill("a {S*} dog beside a {S*}", "<sks>") == "a <sks> dog beside a <sks>"
     assert fill("photo of a {category}", "<sks>") == "photo of a {category}"
+
+
+def test_every_subject_has_a_placeholder_of_its_own() -> None:
+    assert [placeholder(k) for k in (0, 1, 10)] == ["{S*}", "{S*2}", "{S*11}"]
+    tokens = [f"<{letter}>" for letter in "abcdefghijkl"]
+    text = "a {S*} beside a {S*2}, a {S*12}, and the {S*2}"
+    assert fill(text, *tokens) == "a <a> beside a <b>, a <l>, and the <b>"
+    assert fill(text, "<a>") == "a <a> beside a {S*2}, a {S*12}, and the {S*2}"
 
 
 def test_fill_takes_a_token_with_signs_that_mean_something_to_regular_expressions() -> None:

@@ -7,12 +7,27 @@ from __future__ import annotations
 
 from sude_lab.errors import UserError
 from sude_lab.methods.base import Method
+from sude_lab.methods.custom_diffusion import CustomDiffusion
 from sude_lab.methods.dreambooth import DreamBooth
 from sude_lab.methods.textual_inversion import TextualInversion
+from sude_lab.methods.vico import ViCo
 
-METHODS: dict[str, type[Method]] = {"dreambooth": DreamBooth, "textual_inversion": TextualInversion}
+METHODS: dict[str, type[Method]] = {
+    "dreambooth": DreamBooth,
+    "custom_diffusion": CustomDiffusion,
+    "vico": ViCo,
+    "textual_inversion": TextualInversion,
+}
 
-__all__ = ["METHODS", "DreamBooth", "Method", "TextualInversion", "get_method"]
+__all__ = [
+    "METHODS",
+    "CustomDiffusion",
+    "DreamBooth",
+    "Method",
+    "TextualInversion",
+    "ViCo",
+    "get_method",
+]
 
 
 def get_method(name: str) -> type[Method]:

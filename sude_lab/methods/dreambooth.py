@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError
@@ -19,7 +18,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 class DreamBooth(Method):
     """Train the UNet (all of it, its attention, or LoRA beside it), on request the text encoder.
 
-    `prompt`: "photo of a {S*} [category]". The subject's token starts from a rare word and is
+    `prompt`: "photo of a {S*} [category]". A subject's token starts from a rare word and is
     trained where `token_learning_rate` is not 0.
     """
 
@@ -31,12 +30,22 @@ class DreamBooth(Method):
         "weight_sude": 0.4,
         "max_train_steps": 800,
         "train_batch_size": 1,
-        "initializer": "sks",
     }
+    initializers: ClassVar[tuple[str, ...]] = ("sks", "pll", "ohwx", "zwx", "olis")
 
     def prepare(self) -> None:
-        """Open the chosen part of the UNet, and the text encoder and the token on request."""
-        unet, text_encoder = self.backbone.unet, self.backbone.text_encoder
+        """Open the chosen part of the UNet, and the text encoders and the tokens on request.
+
+        Raises:
+            UserError: two subjects would have the same word for good.
+        """
+        words = [self.initializer(number) for number in range(len(self.subjects))]
+        if not self.config.token_learning_rate and len(set(words)) < len(words):
+            raise UserError(
+                "Several subjects' tokens start from the same word and stay there: give "
+                "--token-learning-rate a value above 0."
+            )
+        unet = self.backbone.unet
         if self.config.train == "lora":
             from peft import LoraConfig
 
@@ -54,13 +63,11 @@ class DreamBooth(Method):
             if self._is_trained(name):
                 self.parameters[f"unet.{name}"] = p.requires_grad_(True)
         if self.config.train_text_encoder:
-            for name, p in text_encoder.named_parameters():
-                self.parameters[f"text_encoder.{name}"] = p.requires_grad_(True)
+            for part, encoder in self.backbone.text_encoders.items():
+                for name, p in encoder.named_parameters():
+                    self.parameters[f"{part}.{name}"] = p.requires_grad_(True)
         if self.config.token_learning_rate:
-            self.parameters["token.vector"] = self.token_vector
-        if self.config.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-            unet.train()
+            self.train_tokens()
 
     def _is_trained(self, name: str) -> bool:
         if self.config.train == "lora":
@@ -69,32 +76,15 @@ class DreamBooth(Method):
             return ".attn1." in name or ".attn2." in name
         return True
 
-    @property
-    def keeps_pretrained(self) -> bool:  # type: ignore[override]
-        """LoRA leaves the original weights in place: switching the adapters off is enough."""
-        return self.config.train != "lora"
-
-    @torch.no_grad()
-    def predict_pretrained(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """Return the model output of the UNet as it was before tuning."""
-        if self.config.train != "lora":
-            return super().predict_pretrained(x_t, t, condition)
-        self.backbone.unet.disable_adapters()
-        try:
-            return self.backbone.predict(x_t, t, condition)
-        finally:
-            self.backbone.unet.enable_adapters()
-
     def save(self, folder: Path) -> None:
         """Write the weights; LoRA as `pytorch_lora_weights.safetensors` for `load_lora_weights`."""
         super().save(folder)
         if self.config.train != "lora":
             return
-        from diffusers import StableDiffusionPipeline
         from peft import get_peft_model_state_dict
 
         (folder / "unet.safetensors").unlink()
-        StableDiffusionPipeline.save_lora_weights(
+        self.backbone.pipeline.save_lora_weights(
             folder, unet_lora_layers=get_peft_model_state_dict(self.backbone.unet)
         )
 

@@ -11,7 +11,8 @@ class TextualInversion(Method):
     """Train the embedding of S* alone; `prompt`: "photo of a {S*}".
 
     The token starts from the category's own word. The UNet never changes, so the priors `current`
-    and `pretrained` are the same.
+    and `pretrained` are the same. One vector holds little of a look; with several (`num_vectors`)
+    the subject comes closer, and the category is forgotten as by the other methods.
     """
 
     name: ClassVar[str] = "textual_inversion"
@@ -22,9 +23,8 @@ class TextualInversion(Method):
         "weight_sude": 0.4,
         "max_train_steps": 2000,
         "train_batch_size": 1,
-        "initializer": None,
     }
 
     def prepare(self) -> None:
         """Open the token's embedding."""
-        self.parameters["token.vector"] = self.token_vector
+        self.train_tokens()

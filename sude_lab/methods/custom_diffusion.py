@@ -1,0 +1,87 @@
+"""Custom Diffusion (arXiv 2212.04488): tune what the picture reads in the words, and a new word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from sude_lab.backbone import Backbone
+from sude_lab.errors import UserError
+from sude_lab.methods.base import Method, _read
+
+
+class CustomDiffusion(Method):
+    """Train the keys and values of every cross-attention, and the subjects' new words.
+
+    `prompt`: "photo of a {S*} [category]". The weights to_k and to_v of every attn2 are the only
+    ones of the UNet that meet the text; all subjects of a run share them, each has its own word.
+    Words start from rare ones, which say little beside the category, also to a model that never met
+    them (to start from the category itself would say it twice). Prior preservation is on: give real
+    pictures with `class_images`, else the model draws them.
+
+    Of the authors' code: 1e-5 is the learning rate of their command, which its `--scale_lr`
+    multiplies by the batch size, by the number of processes, and by 2 for the class images (4e-5
+    for a batch of 2 on one card). They tune 250 steps for one subject, 500 for two. Left out: their
+    changes of the picture's size ("a far away", "zoomed in" in the prompt), and their stop of the
+    gradient at the first token's key and value.
+
+    What `save` writes is drawn from in plain diffusers, without sude_lab, after
+
+        pipe.unet.load_state_dict(load_file("weights/unet.safetensors"), strict=False)
+        pipe.load_textual_inversion("weights", weight_name="learned_embeds.safetensors")
+
+    The first line returns `unexpected_keys`, which must be empty; further subjects are in
+    `learned_embeds-2.safetensors` and so on. There is no file for `load_attn_procs`: diffusers 0.42
+    reads such a file and changes nothing, without a word (its issue 9320).
+    """
+
+    name: ClassVar[str] = "custom_diffusion"
+    template: ClassVar[str] = "photo of a {S*} {category}"
+    defaults: ClassVar[dict[str, Any]] = {
+        "learning_rate": 1e-5,
+        "token_learning_rate": 1e-5,
+        "weight_sude": 2.0,
+        "max_train_steps": 250,
+        "train_batch_size": 2,
+        "prior_loss_weight": 1.0,
+        "num_class_images": 200,
+    }
+    initializers: ClassVar[tuple[str, ...]] = ("ktn", "pll", "ucd")
+
+    def prepare(self) -> None:
+        """Open the keys and values of the cross-attentions, and the subjects' words."""
+        for name, p in keys_and_values(self.backbone.unet).items():
+            p.requires_grad_(True)
+            self.parameters[f"unet.{name}"] = p
+        if self.config.token_learning_rate:
+            self.train_tokens()
+
+    @classmethod
+    def load(cls, backbone: Backbone, folder: Path) -> None:
+        """Put saved weights into a freshly opened backbone.
+
+        Raises:
+            UserError: the weights are not there, are damaged, or do not belong to this model.
+        """
+        path = folder / "unet.safetensors"
+        if not path.is_file():
+            raise UserError(f"The run's weights {path} are not there: tune it anew.")
+        # A smaller model's weights would fit some layers of a larger one: all or nothing.
+        if _read(path)[0].keys() != keys_and_values(backbone.unet).keys():
+            raise UserError(
+                "The run's keys and values are not those of this model's cross-attentions: open "
+                "the run with the backbone it was tuned on."
+            )
+        super().load(backbone, folder)
+
+
+def keys_and_values(unet: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights that make keys and values of the text, in every cross-attention.
+
+    K = W_k c, V = W_v c, arXiv 2212.04488, section 3: `to_k` and `to_v` of every `attn2`, by the
+    names of the UNet's state dict; (inner width, text width) each.
+    """
+    ends = (".attn2.to_k.weight", ".attn2.to_v.weight")
+    return {name: p for name, p in unet.named_parameters() if name.endswith(ends)}

@@ -1,0 +1,523 @@
+"""ViCo (arXiv 2306.00971): the model stays as it is; a word and attention to the picture are new.
+
+The pieces: `otsu_threshold` and `subject_mask` find the subject in an attention map,
+`attention_loss` keeps that map honest, `image_block` is what is trained, `ImageAttention` joins it
+to a pipeline, and `ViCo` is the method. A prompt without S* is answered as by the plain model.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sude_lab.backbone import Backbone, Condition
+from sude_lab.errors import UserError
+from sude_lab.methods.base import _ELSEWHERE, Method, _read, token_words
+
+FILE = "vico.safetensors"
+REFERENCES = "references"
+ATTENTION_WEIGHT = 5e-4
+"""Weight of `attention_loss`, the paper's."""
+PROMPTS_KEPT = 4096
+_CALL = "_image_attention_call"
+
+
+# --- The subject in an attention map --------------------------------------------------------------
+
+
+def otsu_threshold(values: Tensor) -> Tensor:
+    """Return the threshold that parts numbers into two groups whose means differ most.
+
+    T = argmax_T w_0 w_1 (mu_0 - mu_1)^2, Otsu 1979 ("A threshold selection method from gray-level
+    histograms"), w and mu being the share and the mean of the values <= T and of those > T. Every
+    split is tried, none is lost in the bins of a histogram.
+
+    Args: values: (B, N). Returns (B,), the largest value of the lower group, so that `values > T`
+    is the upper one; where all N values are equal, that value, and nothing lies above it.
+
+    Raises:
+        ValueError: the values are not (B, N) with N > 0.
+    """
+    if values.ndim != 2 or not values.shape[1]:
+        raise ValueError(f"Values must be (B, N) with N > 0, got {tuple(values.shape)}.")
+    number = values.shape[1]
+    if number == 1:
+        return values[:, 0]
+    x, _ = values.sort(dim=1)
+    # T moves with the values: take them from 0 to 1, where no square is lost to rounding.
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = y - y[:, :1]
+    y = y / y[:, -1:].clamp(min=torch.finfo(y.dtype).tiny)
+    low = torch.arange(1, number, device=x.device)
+    high = number - low
+    low_sum = y.cumsum(dim=1)[:, :-1]
+    high_sum = y.sum(dim=1, keepdim=True) - low_sum
+    between = low * high * (high_sum / high - low_sum / low).square()
+    between = between.masked_fill(x[:, 1:] == x[:, :-1], -1.0)  # equal values stay together
+    return x.gather(1, between.argmax(dim=1, keepdim=True)).squeeze(1)
+
+
+def subject_mask(attention: Tensor) -> Tensor:
+    """Return where the subject is: the positions whose attention to S* is above Otsu's threshold.
+
+    Args: attention: (B, N). Returns bool (B, N); where no position stands out, all of them, so that
+    there is always something to attend to.
+    """
+    mask = attention > otsu_threshold(attention).unsqueeze(1)
+    return mask | ~mask.any(dim=1, keepdim=True)
+
+
+def attention_loss(subject: Tensor, end: Tensor) -> Tensor:
+    """Ask S* to look where the end of the text looks, which sums up the prompt: at the subject.
+
+    mean_i (A_i / max A - E_i / max E)^2, arXiv 2306.00971, the attention regularisation: A is a
+    reference's attention map to S*, E the one to the end-of-text token, which is detached here.
+
+    Args: subject, end: (B, N), probabilities. Returns (B,), no unit.
+    """
+    end = (end / end.amax(dim=1, keepdim=True)).detach()
+    return (subject / subject.amax(dim=1, keepdim=True) - end).square().mean(dim=1)
+
+
+def token_attention(attn: Any, hidden: Tensor, context: Tensor) -> Tensor:
+    """Return what a cross-attention layer of diffusers gives to every token.
+
+    softmax(Q K^T / sqrt(d)) of each head, then the mean over the heads.
+
+    Args: hidden: (B, N, D), as the layer gets it; context: (B, L, C). Returns (B, N, L).
+    """
+    query = attn.head_to_batch_dim(attn.to_q(hidden))
+    key = attn.head_to_batch_dim(attn.to_k(context))
+    scores = attn.get_attention_scores(query, key)
+    return scores.unflatten(0, (-1, attn.heads)).float().mean(dim=1)
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What one layer's text attention says of the references: (B, N) each, N positions."""
+
+    subject: Tensor
+    """Attention to S* (the mean of its places, where the prompt has several)."""
+    end: Tensor
+    """Attention to the first end-of-text token."""
+
+
+# --- The image cross-attention --------------------------------------------------------------------
+
+
+def decoder_layers(unet: nn.Module) -> dict[str, Any]:
+    """Return every second transformer block of the up path by name: the 2nd, 4th, ... of its way.
+
+    Stable Diffusion 1 and 2 have 9, so 4 are chosen; of 2, the second; of 1, that one.
+
+    Raises:
+        UserError: there is none.
+    """
+    from diffusers.models.attention import BasicTransformerBlock
+
+    found = [
+        (name, module)
+        for name, module in unet.named_modules()
+        if name.startswith("up_blocks.")
+        and isinstance(module, BasicTransformerBlock)
+        and module.attn2 is not None
+    ]
+    if not found:
+        raise UserError(
+            "ViCo needs transformer blocks in the UNet's up path, and this model has none: choose "
+            "another --method."
+        )
+    return dict(found[1::2] or found)
+
+
+def image_block(host: Any) -> Any:
+    """Return an image cross-attention block for a transformer block of the UNet, not yet trained.
+
+    Self-attention, cross-attention to the reference, feed-forward, all with weights of its own. It
+    starts as a copy of its host, the cross-attention (and its norm) as one of the host's
+    self-attention: both look for like places in features of this layer, so what they look for has
+    a meaning from the first step. The three layers that write the result start at zero: at step 0
+    the block changes nothing and the model is still the one that was opened. (The authors' code
+    starts from random weights, which disturbs the model until they are trained.)
+    """
+    block = copy.deepcopy(host)
+    block.attn2, block.norm2 = copy.deepcopy(host.attn1), copy.deepcopy(host.norm1)
+    for last in (block.attn1.to_out[0], block.attn2.to_out[0], block.ff.net[2]):
+        for p in last.parameters():
+            nn.init.zeros_(p)
+    return block
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """Where the subjects' words are in a prompt: places by subject, the first named one first."""
+
+    places: dict[int, list[int]]
+    end: int
+    plain: bool = False
+    """Since then a prompt without such a word has had the same hidden states."""
+
+
+@dataclass
+class _Call:
+    """A call of the UNet whose batch has references below its own rows."""
+
+    size: int
+    """Rows of the batch itself, B."""
+    rows: Tensor
+    """Which of them have a reference, (R,)."""
+    words: Tensor
+    """Weights that average over the places of S*, (R, L)."""
+    ends: Tensor
+    """The same for the end-of-text token, one-hot, (R, L)."""
+    seen: Maps | None = None
+    """From a layer's text attention to the end of that layer."""
+
+
+class ImageAttention(nn.Module):
+    """Image cross-attention in a pipeline, by hooks: its UNet keeps its weights and their names.
+
+    A row of the UNet's batch whose prompt names a subject gets a second row: the subject's clean
+    latent (no noise), with the same t and the same prompt. Both pass the UNet in one batch. After
+    every chosen layer the image block lets the noisy row attend to its reference, masked to the
+    subject; at the end the reference rows are dropped. Rows whose prompt names no subject pass as
+    in the plain model, among them the unconditional half of classifier-free guidance: no S*, no map
+    to mask by. A negative prompt that names a subject is treated as any prompt.
+
+    What a row's prompt says is known from the text encoder: a hook keeps, for every prompt with a
+    subject's word, a digest of the hidden states and the word's places, and the UNet's rows are
+    looked up by their bits. So it works in any call of the pipeline, whatever is batched with what,
+    but not for embeddings that this text encoder did not return as they are (mixed or weighted
+    prompts, `clip_skip`): such rows pass as in the plain model. While S* has learned nothing, it
+    and the word it started from make the same hidden states: the prompt that was read last counts.
+
+    A copy of the pipeline (`copy.deepcopy`) has image attention of its own; `save_pretrained`
+    writes the plain model.
+
+    Args: token_ids: the ids of each subject's words, in the order of `references`, (K, C, h, w).
+    """
+
+    references: Tensor
+
+    def __init__(self, backbone: Backbone, token_ids: list[list[int]], references: Tensor) -> None:
+        super().__init__()
+        hosts = decoder_layers(backbone.unet)
+        self.names = list(hosts)
+        self.blocks = nn.ModuleList(image_block(host) for host in hosts.values())
+        self.register_buffer(REFERENCES, references.to(backbone.device))
+        self.subject_of = {i: k for k, ids in enumerate(token_ids) for i in ids}
+        self.end_id = backbone.tokenizer.eos_token_id
+        self._on = True
+        self._size: int | None = None
+        self._which: list[int] | None = None
+        self._record: list[Maps] | None = None
+        self._prompts: dict[bytes, _Prompt] = {}
+        # Bound methods, no closures: copies of the pipeline then call the copy of this object.
+        for number, host in enumerate(hosts.values()):
+            host.attn2.register_forward_pre_hook(self._look, with_kwargs=True)
+            host.register_forward_hook(partial(self._attend, number), with_kwargs=True)
+        backbone.unet.register_forward_pre_hook(self._add_references, with_kwargs=True)
+        backbone.unet.register_forward_hook(self._drop_references)
+        backbone.text_encoder.register_forward_hook(self._read, with_kwargs=True)
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Return the blocks' weights, by the names of the layers they belong to."""
+        return {
+            f"{name}.{own}": p
+            for name, block in zip(self.names, self.blocks, strict=True)
+            for own, p in block.named_parameters()
+        }
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Let every prompt be answered by the plain model for a moment."""
+        before, self._on = self._on, False
+        try:
+            yield
+        finally:
+            self._on = before
+
+    @contextmanager
+    def recording(self, which: Tensor) -> Iterator[list[Maps]]:
+        """Use the references of subjects `which`, (B,), and fill a list with the layers' maps.
+
+        Raises:
+            ValueError: a row's prompt does not name its subject.
+        """
+        self._which, self._record = which.tolist(), []
+        try:
+            yield self._record
+        finally:
+            # Before the backward pass: what gradient checkpointing computes anew is not recorded.
+            self._which, self._record = None, None
+
+    # Hooks, in the order in which they are called -------------------------------------------------
+
+    def _read(
+        self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Keep what the text encoder made of every prompt with a subject's word."""
+        ids = args[0] if args else kwargs["input_ids"]
+        for key, line in zip(_digests(output[0]), ids.tolist(), strict=True):
+            places: dict[int, list[int]] = {}
+            for place, index in enumerate(line):
+                if index in self.subject_of:
+                    places.setdefault(self.subject_of[index], []).append(place)
+            before = self._prompts.pop(key, None)
+            if places:
+                end = line.index(self.end_id) if self.end_id in line else len(line) - 1
+                self._prompts[key] = _Prompt(places, end)
+            elif before is not None:
+                self._prompts[key] = replace(before, plain=True)
+        for key in list(islice(self._prompts, max(0, len(self._prompts) - PROMPTS_KEPT))):
+            del self._prompts[key]
+
+    def _add_references(
+        self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Put the references below the batch."""
+        self._size = None
+        if not self._on:
+            return None
+        inputs = inspect.signature(unet.forward).bind(*args, **kwargs).arguments
+        sample, t, hidden = (inputs[n] for n in ("sample", "timestep", "encoder_hidden_states"))
+        prompts = [self._prompts.get(key) for key in _digests(hidden)]
+        subjects = self._subjects(prompts)
+        if not subjects:
+            return None
+        if self.references.device != sample.device:  # no part of the UNet, so not moved with it
+            self.to(sample.device)
+        words, ends = torch.zeros(2, len(subjects), hidden.shape[1])
+        for k, (row, subject) in enumerate(subjects.items()):
+            prompt = prompts[row]
+            assert prompt is not None
+            words[k, prompt.places[subject]] = 1 / len(prompt.places[subject])
+            ends[k, prompt.end] = 1
+        rows = torch.tensor(list(subjects), device=sample.device)
+        references = self.references[list(subjects.values())].to(sample.dtype)
+        if references.shape[2:] != sample.shape[2:]:  # drawn at another size than tuned at
+            references = F.interpolate(
+                references, size=sample.shape[2:], mode="bilinear", antialias=True
+            )
+        self._size = len(sample)
+        inputs["sample"] = torch.cat([sample, references])
+        if isinstance(t, Tensor) and t.numel() > 1:  # one t for all needs no more rows
+            inputs["timestep"] = torch.cat([t, t[rows]])
+        # The layers learn of this call by the tensor that they are given anyway: gradient
+        # checkpointing gives them the same one again, long after other calls were made.
+        inputs["encoder_hidden_states"] = torch.cat([hidden, hidden[rows]])
+        call = _Call(self._size, rows, words.to(sample.device), ends.to(sample.device))
+        setattr(inputs["encoder_hidden_states"], _CALL, call)
+        return (), inputs
+
+    def _subjects(self, prompts: list[_Prompt | None]) -> dict[int, int]:
+        """Return the subject of every row that has one: the one asked for, else the first named."""
+        if self._which is None:
+            return {k: next(iter(p.places)) for k, p in enumerate(prompts) if p and not p.plain}
+        for row, (prompt, subject) in enumerate(zip(prompts, self._which, strict=True)):
+            if prompt is None or subject not in prompt.places:
+                raise ValueError(
+                    f"The prompt of sample {row} does not name subject {subject}, or was not "
+                    "encoded by this backbone."
+                )
+        return dict(enumerate(self._which))
+
+    def _look(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See what a layer's text attention makes of the references; compute no loss here."""
+        context = kwargs.get("encoder_hidden_states")
+        call = getattr(context, _CALL, None)
+        if call is None or context is None:
+            return
+        attention = token_attention(attn, args[0][call.size :], context[call.size :])
+        subject, end = ((attention * of[:, None]).sum(dim=-1) for of in (call.words, call.ends))
+        call.seen = Maps(subject, end)
+
+    def _attend(
+        self,
+        number: int,
+        host: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
+    ) -> Tensor | None:
+        """Let the noisy rows attend to their references, after layer `number`."""
+        # By place where gradient checkpointing calls the layer, by name elsewhere.
+        context = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
+        call = getattr(context, _CALL, None)
+        if call is None:
+            return None
+        maps, call.seen = call.seen, None
+        if self._record is not None:
+            self._record.append(maps)
+        noisy, reference = output[: call.size], output[call.size :]
+        hidden = ~subject_mask(maps.subject.detach())
+        bias = torch.zeros_like(maps.subject, dtype=output.dtype)
+        bias = bias.masked_fill(hidden, torch.finfo(output.dtype).min)
+        block: Any = self.blocks[number]
+        attended = block(
+            noisy[call.rows],
+            # Normalised as the noisy rows are: keys and values as a self-attention makes them.
+            encoder_hidden_states=block.norm2(reference),
+            encoder_attention_mask=bias.unsqueeze(1),
+        )
+        noisy = noisy.index_copy(0, call.rows, attended.to(noisy.dtype))
+        return torch.cat([noisy, reference])
+
+    def _drop_references(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Return the batch's own rows of the UNet's answer."""
+        size, self._size = self._size, None
+        if size is None:
+            return None
+        if isinstance(output, tuple):
+            return (output[0][:size], *output[1:])
+        return type(output)(sample=output.sample[:size])
+
+
+def _digests(hidden: Tensor) -> list[bytes]:
+    """Return a short name for every row of hidden states, (B, L, D): the same bits, the same."""
+    rows = hidden.detach().float().cpu().contiguous().numpy()
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
+
+
+# --- The method -----------------------------------------------------------------------------------
+
+
+class ViCo(Method):
+    """Train S* and image cross-attention blocks in every second layer of the UNet's up path.
+
+    `prompt`: "photo of a {S*}". The UNet and the text encoder are frozen. The reference of a
+    subject is its picture's latent, kept beside the blocks in `vico.safetensors`; where a picture
+    is drawn at another size than the run's, the latent is resampled. A prompt that names several
+    subjects uses the reference of the first one.
+
+    SuDe's classifier reads "photo of a dog" and "", which do not name the subject: the blocks have
+    no part in its answers, now or before tuning, and the priors `current` and `pretrained` are the
+    same. SuDe's gradient reaches blocks and S* through the subject's own prediction.
+
+    Of the authors' code: steps, rates and weights. Ours are Otsu's threshold over every split (they
+    try nine), blocks that start as no change, and a loss for every sample.
+    """
+
+    name: ClassVar[str] = "vico"
+    template: ClassVar[str] = "photo of a {S*}"
+    defaults: ClassVar[dict[str, Any]] = {
+        "learning_rate": 1e-5,
+        "token_learning_rate": 5e-3,
+        "weight_sude": 1.5,
+        "max_train_steps": 400,
+        "train_batch_size": 1,
+    }
+
+    def prepare(self) -> None:
+        """Add the blocks; open them and the subjects' words.
+
+        Raises:
+            UserError: the model is an SDXL, or has no transformer blocks in its up path.
+        """
+        _check_one_text_encoder(self.backbone)
+        shape = (len(self.subjects), self.backbone.unet.config.in_channels, 1, 1)
+        ids = self.tokens["text_encoder"].groups
+        self.images = ImageAttention(self.backbone, ids, torch.zeros(shape))
+        self.maps: list[Maps] = []
+        """What the layers of the last `predict` saw."""
+        for name, p in self.images.weights().items():
+            p.requires_grad = True
+            self.parameters[f"image.{name}"] = p
+        self.train_tokens()
+
+    def start(self, latents: list[Tensor]) -> None:
+        """Take the subjects' clean latents as references, never mirrored."""
+        references = torch.cat([latent[:1] for latent in latents])
+        self.images.references = references.to(self.backbone.device)
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, which: Tensor) -> Tensor:
+        """Return the subject's model output with image attention; the prompts must name `which`."""
+        with self.images.recording(which) as self.maps:
+            return self.backbone.predict(x_t, t, condition)
+
+    def own_loss(self) -> Tensor | None:
+        """Return 5e-4 times `attention_loss`, summed over layers, of the last `predict`, (B,)."""
+        if not self.maps:
+            return None
+        losses = [attention_loss(maps.subject, maps.end) for maps in self.maps]
+        return ATTENTION_WEIGHT * torch.stack(losses).sum(dim=0)
+
+    def predict_pretrained(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Return the model output without image attention, which is the UNet before tuning."""
+        with torch.no_grad(), self.images.off():
+            return self.backbone.predict(x_t, t, condition)
+
+    def predict_current(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Return what the model says of a prompt without the subject: the UNet never changes."""
+        with self.images.off():
+            return self.backbone.predict(x_t, t, condition)
+
+    def save(self, folder: Path) -> None:
+        """Write the words as `learned_embeds*.safetensors`, blocks and references as one file."""
+        super().save(folder)
+        tensors: dict[str, Tensor] = {
+            name: p.detach().cpu().contiguous() for name, p in self.images.weights().items()
+        }
+        tensors[REFERENCES] = self.images.references.cpu().contiguous()
+        words = json.dumps([subject.token for subject in self.subjects])
+        save_file(tensors, folder / FILE, metadata={"tokens": words})
+
+    @classmethod
+    def load(cls, backbone: Backbone, folder: Path) -> None:
+        """Add words, blocks and references to a freshly opened backbone.
+
+        Raises:
+            UserError: the weights are not there, are damaged, or do not belong to this model.
+        """
+        _check_one_text_encoder(backbone)
+        path = folder / FILE
+        if not path.is_file():
+            raise UserError(f"The run's weights {path} are not there: tune it anew.")
+        tensors, about = _read(path)
+        super().load(backbone, folder)
+        words = json.loads(about.get("tokens", "[]"))
+        vocabulary = backbone.tokenizer.get_vocab()
+        references = tensors.pop(REFERENCES, torch.zeros(0))
+        shape = (len(words), backbone.unet.config.in_channels)
+        if not words or references.ndim != 4 or references.shape[:2] != shape:
+            raise UserError(f"{path.name} holds no references for this model: {_ELSEWHERE}")
+        ids = []
+        for word in words:
+            if word not in vocabulary:
+                raise UserError(f"The run has no embedding of its token {word!r}: tune it anew.")
+            number = 1
+            while f"{word}_{number}" in vocabulary:
+                number += 1
+            ids.append([vocabulary[one] for one in token_words(word, number)])
+        images = ImageAttention(backbone, ids, references)
+        weights = images.weights()
+        fits = tensors.keys() == weights.keys() and all(
+            tensors[name].shape == p.shape for name, p in weights.items()
+        )
+        if not fits:
+            raise UserError(f"The run's image attention does not fit this model: {_ELSEWHERE}")
+        with torch.no_grad():
+            for name, p in weights.items():
+                p.copy_(tensors[name])
+
+
+def _check_one_text_encoder(backbone: Backbone) -> None:
+    if backbone.is_xl:
+        raise UserError(
+            "ViCo is made for models with one text encoder and not for SDXL: choose Stable "
+            "Diffusion 1 or 2, or another --method."
+        )
