@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -90,11 +91,13 @@ def measure(
     seed: int,
     num_images: int,
     grids: dict[str, list[Image.Image]] | None = None,
+    guide: Callable[[str | None], AbstractContextManager[Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Draw the subject under its tuning prompt and every other attribute; return a row a picture.
 
     Without `config` the backbone is the untuned one and draws the category instead. The numbers
-    are those of `sude_lab.toy.oracle.Reading`; `grids` collects the pictures by attribute.
+    are those of `sude_lab.toy.oracle.Reading`; `grids` collects the pictures by attribute, and
+    `guide` gives the context in which those of an attribute are drawn.
     """
     rows = []
     for attribute in (None, *who.other_attributes):
@@ -106,7 +109,8 @@ def measure(
                 "{category}", who.scene.category
             )
             prompt = fill(with_attribute(template, attribute), config.token)
-        images = generate(backbone, prompt, num_images=num_images, seed=seed, batch_size=16)
+        with guide(attribute) if guide else nullcontext():
+            images = generate(backbone, prompt, num_images=num_images, seed=seed, batch_size=16)
         reading = judge(oracle, images, who.scene, attribute)
         if grids is not None:
             grids[attribute or "as tuned"] = images
@@ -132,6 +136,7 @@ def tune_and_measure(
     *,
     num_images: int,
     on_step: Callable[[Step], None] | None = None,
+    grids: dict[str, list[Image.Image]] | None = None,
 ) -> list[dict[str, Any]]:
     """Tune a copy of `base` on one subject, draw and judge; return the rows of `measure`."""
     backbone = base.copy()
@@ -148,7 +153,8 @@ def tune_and_measure(
         "rho": float(np.mean(rhos)),
         "tuning_seconds": round(seconds, 1),
     }
-    rows = measure(backbone, oracle, who, config, seed=config.seed + 500, num_images=num_images)
+    seed = config.seed + 500
+    rows = measure(backbone, oracle, who, config, seed=seed, num_images=num_images, grids=grids)
     return [about | row for row in rows]
 
 
@@ -258,7 +264,7 @@ def _run_job(config: StudyConfig, job: tuple[str, str, str, int]) -> list[dict[s
         tuning = TuningConfig(
             image=Path(f"{name}.png"),
             category=who.scene.category,
-            method=method,  # type: ignore[arg-type]
+            method=method,
             seed=seed,
             backbone=config.backbone,
             **settings,

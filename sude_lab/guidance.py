@@ -1,0 +1,470 @@
+"""SuDe without training: while a tuned model draws, pull it back to its category by its hinge.
+
+For any model that was tuned without SuDe and the frozen model it came from. At each step of the
+sampler, with u the model output (eps, x_0 or v) at the same (x_t, t), a bar for the frozen model,
+c_sub = "photo of a running {S*}" and c_class = "photo of a running dog":
+
+    d = u_bar(c_class) - u_bar(null)       the category's guidance direction
+    a = u_tuned(c_sub) - u_bar(null)       where the subject is
+    rho = <a, d> / ||d||^2                 `sude_lab.losses.guidance_projection`, per sample
+    guided prediction + g w max(0, 1 - rho) d                                               (*)
+
+with g the strength and w the scale of classifier-free guidance. It costs two predictions of the
+frozen model a step, in one batched call.
+
+**From the hinge.** Truncated SuDe (arXiv 2403.06775, eq. 7-9) is, up to a constant,
+(||d||^2 / sigma_t^2) max(0, 1 - rho), see `sude_lab.losses.hinge_loss`. While rho < 1 its gradient
+with respect to the subject's prediction is the constant -d / sigma_t^2. A gradient step of size
+eta gives a' = a + (eta / sigma_t^2) d and rho' = rho + eta / sigma_t^2. Tuning takes many small
+steps until the gate of eq. 9 shuts at rho = 1; here the prediction itself takes the one step that
+shuts it, eta / sigma_t^2 = 1 - rho:
+
+    a' = a + max(0, 1 - rho) d,  so that  rho' = 1 where rho < 1, and a' = a elsewhere.
+
+**It is the smallest change that does.** {b: <b, d> >= ||d||^2} is the half-space of eq. 9's shut
+gate, L_sude <= tau_t. For any b in it, ||b - a|| ||d|| >= <b - a, d> >= ||d||^2 (1 - rho) by
+Cauchy-Schwarz, so ||b - a|| >= (1 - rho) ||d|| = ||a' - a||, with equality only along d, that is
+for b = a'. Hence a' is the projection of a onto the half-space: SuDe's constraint is met with the
+smallest change in L2. With another g, rho' = rho + g (1 - rho): g < 1 goes a part of the way, g > 1
+overshoots to rho' = 1 + (g - 1)(1 - rho).
+
+**From the prediction to (*).** Guidance forms u_neg + w (u_cond - u_neg). Adding c d to u_cond adds
+w c d to the result, whatever u_neg is: the correction of the conditional half, g max(0, 1 - rho) d,
+is (*) after guidance. Without guidance the conditional prediction is the result, and w = 1.
+
+**Any prediction type.** At fixed (x_t, t), v and x_0 are affine in eps: u = s eps + b(x_t), with
+s = 1 / sqrt(abar_t) for v and s = -sqrt(1 - abar_t) / sqrt(abar_t) for x_0. So a and d both become
+s times what they are for eps, rho stays, and u + c d in the model's own output is eps + c d in eps,
+for either sign of s: no conversion is needed. A rescaled input (Euler) changes nothing either, as
+all predictions are made at the same one.
+
+**Where it is plugged in.** A pipeline's `callback_on_step_end` comes after the scheduler's step and
+may replace latents and embeddings, not the prediction. `sude_guidance` is therefore a forward hook
+on the pipeline's UNet, for StableDiffusionPipeline, StableDiffusionXLPipeline and others that stack
+[unconditional, conditional] in one batch (not for perturbed-attention guidance, which stacks three
+kinds). diffusers' modular pipelines do have a place for it, the guider: `SudeGuidance`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.guiders import ClassifierFreeGuidance
+from torch import Tensor, nn
+
+from sude_lab.backbone import (
+    Backbone,
+    Condition,
+    concatenate,
+    open_backbone,
+    without_adapters,
+)
+from sude_lab.errors import UserError
+from sude_lab.losses import guidance_projection
+from sude_lab.prompts import article, placeholder
+
+if TYPE_CHECKING:
+    from sude_lab.tuning import TuningConfig
+
+
+def sude_correction(
+    output_subject: Tensor,
+    output_class: Tensor,
+    output_uncond: Tensor,
+    strength: float = 1.0,
+    *,
+    hinge: bool = True,
+) -> Tensor:
+    """What to add to the subject's prediction so that its category agrees.
+
+    g max(0, 1 - rho) d, the module's docstring; without `hinge` g d, which is plain composition of
+    the two prompts: the class is added however much of it the subject has already.
+
+    Args: outputs (B, ...) of one (x_t, t), in any one parametrisation: the tuned model's for the
+    subject, the frozen model's for the class prompt and for no prompt. Where d = 0 nothing is
+    added. Returns (B, ...), in the dtype of `output_subject`; half precision is computed in
+    float32.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    rho = guidance_projection(output_subject, output_class, output_uncond)
+    share = strength * torch.relu(1 - rho) if hinge else torch.full_like(rho, strength)
+    d = output_class.to(rho.dtype) - output_uncond.to(rho.dtype)
+    return (share.reshape(-1, *[1] * (d.ndim - 1)) * d).to(output_subject.dtype)
+
+
+def sude_guided(
+    guided: Tensor,
+    output_subject: Tensor,
+    output_class: Tensor,
+    output_uncond: Tensor,
+    *,
+    guidance_scale: float,
+    strength: float = 1.0,
+    hinge: bool = True,
+) -> Tensor:
+    """The prediction of classifier-free guidance, corrected by SuDe.
+
+    guided + g w max(0, 1 - rho) d, equation (*) of the module's docstring, per sample.
+
+    Args: guided: u_neg + w (u_cond - u_neg), (B, ...); guidance_scale: w; the rest as
+    `sude_correction`. Returns (B, ...).
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    correction = sude_correction(output_subject, output_class, output_uncond, strength, hinge=hinge)
+    return guided + guidance_scale * correction
+
+
+def to_class_prompt(prompt: str, *categories: str) -> str:
+    """Return the prompt with {S*}, {S*2}, ... as their categories, for the frozen model.
+
+    "photo of a running {S*}" and "photo of a running {S*} dog" both become "photo of a running
+    dog".
+    """
+    for number, category in enumerate(categories):
+        mark, word = re.escape(placeholder(number)), re.escape(category)
+        prompt = re.sub(
+            rf"(?:\b(an?)\s+)?{mark}(?:\s+{word}\b)?",
+            lambda m, c=category: f"{article(c)} {c}" if m[1] else c,  # type: ignore[misc]
+            prompt,
+            flags=re.IGNORECASE,
+        )
+    return prompt
+
+
+def has_adapters(unet: nn.Module) -> bool:
+    """Whether the UNet carries a LoRA (peft) that can be switched off.
+
+    Raises:
+        UserError: it is fused into the weights.
+    """
+    layers = [m for m in unet.modules() if hasattr(m, "adapter_layer_names")]
+    if any(layer.merged for layer in layers):
+        raise UserError(
+            "The LoRA is fused into the weights and cannot be switched off: call unfuse_lora() on "
+            "the pipeline, or give the UNet from before."
+        )
+    return bool(layers)
+
+
+@contextmanager
+def sude_guidance(
+    pipeline: Any,
+    frozen: Any,
+    class_prompt: str | Condition,
+    strength: float = 1.0,
+    *,
+    null: Condition | None = None,
+    hinge: bool = True,
+) -> Iterator[list[Tensor]]:
+    """Let a pipeline draw by equation (*) of the module's docstring while the context is open.
+
+        with sude_guidance(pipeline, None, "photo of a running dog"):       # a LoRA
+            images = pipeline("photo of a running <sks> dog").images
+
+    Works with classifier-free guidance and without, with any scheduler, negative prompt and
+    `num_images_per_prompt`, with SDXL's added conditions (sizes are those of the call) and
+    ControlNet's residuals. `guidance_rescale` takes the corrected prediction for the conditional
+    one.
+
+    Args:
+        pipeline: the tuned pipeline; its UNet is put back as it was, also after an error.
+        frozen: the UNet as it was before tuning, called like one: a UNet, a
+            `sude_lab.backbone.FrozenUNet`, or None to switch the pipeline's LoRA off for it.
+        class_prompt: the drawn prompt with the category in the subject's place, encoded by the
+            pipeline's text encoders without their LoRA; or its `Condition`, one row or one a
+            picture: encode it with the frozen text encoder where that was tuned.
+        strength: g; 0 leaves the pipeline alone.
+        null: the condition of no prompt; None encodes it with the pipeline.
+        hinge: False composes the two prompts plainly, for comparison.
+
+    Yields:
+        A list that gets rho, (B,), of every step.
+
+    Raises:
+        UserError: the strength is negative or not finite, the pipeline has no UNet, `frozen` is
+            None and there is no LoRA to switch off, or it is fused; while drawing: there are
+            several class conditions, and not as many as pictures.
+    """
+    if not 0 <= strength < math.inf:
+        raise UserError(f"The strength of SuDe guidance is {strength}: it must be at least 0.")
+    unet = getattr(pipeline, "unet", None)
+    # Asked of the class: the property itself has no value before the first call.
+    if unet is None or not hasattr(type(pipeline), "do_classifier_free_guidance"):
+        raise UserError(
+            f"A {type(pipeline).__name__} has no UNet with guidance by text: use a Stable "
+            "Diffusion pipeline."
+        )
+    if frozen is None and not has_adapters(unet):
+        raise UserError(
+            "The pipeline has no LoRA to switch off: give the UNet that it was tuned from."
+        )
+    seen: list[Tensor] = []
+    if strength == 0:
+        yield seen
+        return
+    classes, null = _conditions(pipeline, class_prompt, null)
+    asking = False  # the frozen model may be this very UNet, whose hooks then run again
+    call: dict[str, Any] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not asking:
+            call.clear()
+            names = ("sample", "timestep", "encoder_hidden_states")
+            call.update(zip(names, args, strict=False), **kwargs)
+
+    def correct(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        nonlocal asking
+        if asking:
+            return None
+        whole = output[0]
+        # [unconditional, conditional] with guidance, else the conditional rows alone.
+        number = len(whole) // (2 if pipeline.do_classifier_free_guidance else 1)
+        subject = whole[-number:]
+        frozen_call = _frozen_call(call, len(whole), number, classes, null)
+        asking = True
+        try:
+            with torch.no_grad(), without_adapters(unet) if frozen is None else nullcontext():
+                output_frozen = (unet if frozen is None else frozen)(**frozen_call)[0]
+        finally:
+            asking = False
+        category, uncond = output_frozen.chunk(2)
+        seen.append(guidance_projection(subject, category, uncond).detach())
+        corrected = subject + sude_correction(subject, category, uncond, strength, hinge=hinge)
+        whole = torch.cat([whole[:-number], corrected])
+        return (whole, *output[1:]) if isinstance(output, tuple) else type(output)(sample=whole)
+
+    # First to see the call and last to see the output: a method may have hooks of its own (ViCo).
+    hooks = (
+        unet.register_forward_pre_hook(note, with_kwargs=True, prepend=True),
+        unet.register_forward_hook(correct),
+    )
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def guidance_for(
+    config: TuningConfig, backbone: Backbone, prompt: str, strength: float
+) -> AbstractContextManager[list[Tensor]]:
+    """Return `sude_guidance` for a tuned backbone and a prompt with {S*}.
+
+    A backbone whose UNet carries a LoRA is its own frozen base; else the base is opened again
+    beside it, which takes its memory a second time.
+    """
+    words = to_class_prompt(prompt, *(subject.category for subject in config.subjects))
+    if has_adapters(backbone.unet) and not config.train_text_encoder:
+        return sude_guidance(backbone.pipeline, None, words, strength)
+    if not strength > 0:  # nothing to do, or refused: no base is needed for that
+        return sude_guidance(backbone.pipeline, backbone.unet, words, strength)
+    base = open_backbone(config.backbone, device=str(backbone.device), dtype=config.dtype)
+    with torch.no_grad():
+        classes, null = base.encode_prompts([words]), base.null_condition()
+    return sude_guidance(backbone.pipeline, base.unet, classes, strength, null=null)
+
+
+class SudeGuidance(ClassifierFreeGuidance):
+    """The guider of diffusers' modular pipelines that draws by (*) of the module's docstring.
+
+    Classifier-free guidance with two more batches, for the class prompt and for no prompt, made by
+    the frozen model: the pipeline's own with its LoRA off, or `frozen`.
+
+        guider = SudeGuidance(
+            guidance_scale=7.5,
+            class_inputs={"prompt_embeds": c.hidden, "text_embeds": c.pooled},
+            null_inputs={"prompt_embeds": n.hidden, "text_embeds": n.pooled},
+        )
+        pipeline.update_components(guider=guider)
+
+    Args:
+        strength: g.
+        class_inputs: the model inputs of the class prompt, one row each, by the names the pipeline
+            gives its guider (SDXL: prompt_embeds and text_embeds); other inputs are taken from the
+            drawn prompt.
+        null_inputs: the same for no prompt.
+        frozen: the denoiser as it was before tuning; None switches the LoRA off.
+
+    The rest are `ClassifierFreeGuidance`'s. Tensors and models are no part of the configuration
+    that `save_pretrained` writes; `new` hands them on.
+    """
+
+    _input_predictions: ClassVar[list[str]] = [
+        "pred_cond",
+        "pred_uncond",
+        "pred_class",
+        "pred_null",
+    ]
+    ignore_for_config: ClassVar[list[str]] = ["class_inputs", "null_inputs", "frozen"]
+
+    @register_to_config
+    def __init__(
+        self,
+        guidance_scale: float = 7.5,
+        guidance_rescale: float = 0.0,
+        use_original_formulation: bool = False,
+        start: float = 0.0,
+        stop: float = 1.0,
+        enabled: bool = True,
+        strength: float = 1.0,
+        *,
+        class_inputs: dict[str, Tensor],
+        null_inputs: dict[str, Tensor],
+        frozen: nn.Module | None = None,
+    ) -> None:
+        super().__init__(
+            guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled
+        )
+        self.strength = strength
+        self.class_inputs, self.null_inputs = class_inputs, null_inputs
+        self.frozen = frozen
+        self._switched = ExitStack()
+
+    def new(self, **kwargs: Any) -> SudeGuidance:
+        """Return a copy of this guider with some settings changed."""
+        settings = {k: v for k, v in self.config.items() if not k.startswith("_")}
+        settings |= {name: getattr(self, name) for name in self.ignore_for_config}
+        return type(self)(**settings | kwargs)
+
+    @property
+    def num_conditions(self) -> int:
+        """The number of batches of a step."""
+        return super().num_conditions + (2 if self._is_sude_enabled() else 0)
+
+    def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
+        """Begin a step; a model that an error left switched is put back first."""
+        self._switched.close()
+        super().set_state(step, num_inference_steps, timestep)
+
+    def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
+        """Return the batches of a step: conditional, unconditional, class, null."""
+        return self._batches(lambda index, name: self._prepare_batch(data, index, name))
+
+    def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
+        """Return the batches of a step: conditional, unconditional, class, null."""
+        return self._batches(
+            lambda index, name: self._prepare_batch_from_block_state(
+                input_fields, data, index, name
+            )
+        )
+
+    def prepare_models(self, denoiser: nn.Module) -> None:
+        """Before the batches of the class and of no prompt, make the model the frozen one."""
+        super().prepare_models(denoiser)
+        if self._count_prepared > super().num_conditions:
+            switched = (
+                without_adapters(denoiser)
+                if self.frozen is None
+                else _answering_as(denoiser, self.frozen)
+            )
+            self._switched.enter_context(switched)
+
+    def cleanup_models(self, denoiser: nn.Module) -> None:
+        """Put the model back."""
+        self._switched.close()
+        super().cleanup_models(denoiser)
+
+    def forward(
+        self,
+        pred_cond: Tensor,
+        pred_uncond: Tensor | None = None,
+        pred_class: Tensor | None = None,
+        pred_null: Tensor | None = None,
+    ) -> Any:
+        """Return the guided prediction with SuDe's correction."""
+        if pred_class is not None and pred_null is not None:
+            pred_cond = pred_cond + sude_correction(pred_cond, pred_class, pred_null, self.strength)
+        return super().forward(pred_cond, pred_uncond)
+
+    def _is_sude_enabled(self) -> bool:
+        return bool(self._enabled and self.strength)
+
+    def _batches(self, make: Callable[[int, str], Any]) -> list[Any]:
+        batches = [make(0, "pred_cond")]
+        if self._is_cfg_enabled():
+            batches.append(make(1, "pred_uncond"))
+        if self._is_sude_enabled():
+            for name, inputs in (
+                ("pred_class", self.class_inputs),
+                ("pred_null", self.null_inputs),
+            ):
+                batch = make(0, name)
+                for key, value in inputs.items():
+                    if not hasattr(batch, key):
+                        raise UserError(
+                            f"This pipeline gives its guider no {key!r}: name its own inputs."
+                        )
+                    given = getattr(batch, key)
+                    setattr(batch, key, value.to(given).expand(len(given), *value.shape[1:]))
+                batches.append(batch)
+        return batches
+
+
+@contextmanager
+def _answering_as(module: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Let a module answer with another one's output."""
+    before = module.__dict__.get("forward")  # accelerate puts one of its own there
+    module.__dict__["forward"] = lambda *args, **kwargs: other(*args, **kwargs)
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
+
+
+@torch.no_grad()
+def _conditions(
+    pipeline: Any, prompt: str | Condition, null: Condition | None
+) -> tuple[Condition, Condition]:
+    """Return the class condition and that of no prompt, encoded where they are not given."""
+    backbone = Backbone(pipeline, source="", device=pipeline._execution_device)
+    with ExitStack() as stack:
+        for encoder in backbone.text_encoders.values():
+            stack.enter_context(without_adapters(encoder))
+        if isinstance(prompt, str):
+            prompt = backbone.encode_prompts([prompt])
+        return prompt, null or backbone.null_condition()
+
+
+def _frozen_call(
+    call: dict[str, Any], rows: int, number: int, classes: Condition, null: Condition
+) -> dict[str, Any]:
+    """Return the UNet's arguments for [class, null] from those of its call on `rows` rows.
+
+    What comes with the conditional rows (latents, t, sizes, ControlNet's residuals) stays; the
+    prompts are replaced.
+    """
+    if len(classes) not in (1, number):
+        raise UserError(
+            f"There are {len(classes)} class conditions for {number} pictures: give one, or one "
+            "for each picture."
+        )
+    twice = list(range(rows - number, rows)) * 2
+
+    def select(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[twice] if value.ndim and len(value) == rows else value
+        if isinstance(value, dict):
+            return {key: select(v) for key, v in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(select(v) for v in value)
+        return value
+
+    wanted = concatenate([c.expand(number) for c in (classes, null)])
+    call = {key: select(value) for key, value in call.items()}
+    call["encoder_hidden_states"] = wanted.hidden.to(call["encoder_hidden_states"])
+    added = call.get("added_cond_kwargs")
+    if added and wanted.pooled is not None:
+        added["text_embeds"] = wanted.pooled.to(added["text_embeds"])
+    return call | {"return_dict": False}
