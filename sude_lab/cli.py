@@ -1,4 +1,4 @@
-"""The command line: `sude-lab demo | tune | generate | lab`, generated from the dataclasses."""
+"""The command line: `sude-lab demo | tune | generate | export | lab`, made from the dataclasses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Demo:
     """Seed of the subject, of the tuning and of the drawn pictures."""
     category: str = "dog"
     """What the subject is: any category of the embedded model."""
-    method: Literal["dreambooth", "textual_inversion"] = "dreambooth"
+    method: Literal["dreambooth", "custom_diffusion", "vico", "textual_inversion"] = "dreambooth"
     num_images: int = 8
     """Pictures for every prompt."""
     max_train_steps: int | None = None
@@ -56,6 +56,15 @@ class Tune(TuningConfig):
     """Pictures a prompt in samples.png; 0 draws none."""
     sample_prompts: tuple[str, ...] = ()
     """Prompts of samples.png, with {S*}; none: the tuning prompt."""
+    validation_every: int = 0
+    """Steps between the grids in validation/; 0 draws none. The result is the same to the bit."""
+    validation_prompts: tuple[str, ...] = ()
+    """Prompts of the grids in validation/; none: those of samples.png."""
+    report_to: str = "tensorboard"
+    """tensorboard, wandb, or any tracker accelerate knows; all that are installed; none."""
+    kohya: bool = False
+    """With --train lora: write the LoRA in kohya's format, too, for the web UIs."""
+    kohya_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
     def __post_init__(self) -> None:
         """Leave the checks to the `TuningConfig` that is made of this, outside the parser."""
@@ -76,7 +85,23 @@ class Generate:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
+    sude_guidance: float = 0.0
+    """SuDe without training: strength g of the pull back to the category; 1 meets it, 0 is none."""
     device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a finished run in a form that other programs read."""
+
+    run: Positional[Path]
+    """The folder that `sude-lab tune` wrote."""
+    out: Path
+    """A new folder for a pipeline, a new .safetensors file for kohya."""
+    format: Literal["pipeline", "kohya"] = "pipeline"
+    """pipeline: a whole diffusers pipeline folder; kohya: a LoRA for the web UIs."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Precision of the weights; none: float32 for a pipeline, float16 for kohya."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +121,15 @@ def _demo(args: Demo) -> None:
 
 
 def _tune(args: Tune) -> None:
+    from torch import distributed
+
     from sude_lab.runs import run_tuning
 
     config = TuningConfig(**{f.name: getattr(args, f.name) for f in fields(TuningConfig)})
     if args.checkpoint_every < 1 or args.num_samples < 0:
         raise UserError("--checkpoint-every must be at least 1 and --num-samples at least 0.")
+    if args.validation_every < 0:
+        raise UserError("--validation-every must be at least 0; 0 draws no grids.")
     run = run_tuning(
         with_preset(config, args.preset),
         args.out,
@@ -108,7 +137,15 @@ def _tune(args: Tune) -> None:
         checkpoint_every=args.checkpoint_every,
         num_samples=args.num_samples,
         sample_prompts=list(args.sample_prompts) or None,
+        validation_every=args.validation_every,
+        validation_prompts=list(args.validation_prompts) or None,
+        report_to=args.report_to,
+        kohya=args.kohya_dtype if args.kohya else None,
     )
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+    if _process():
+        return
     print(f"The run is in {run.folder}.")
     print(f'Draw with it: sude-lab generate {run.folder} "photo of a {{S*}}" --out pictures')
 
@@ -116,6 +153,7 @@ def _tune(args: Tune) -> None:
 def _generate(args: Generate) -> None:
     from sude_lab.files import atomic_folder
     from sude_lab.generation import generate
+    from sude_lab.guidance import guidance_for
     from sude_lab.prompts import PLACEHOLDER
     from sude_lab.runs import Run
 
@@ -123,7 +161,8 @@ def _generate(args: Generate) -> None:
     if not args.prompt.strip():
         raise UserError('The prompt is empty: for example "photo of a {S*}".')
     backbone = run.load(args.device)
-    if PLACEHOLDER not in args.prompt:
+    prompt = run.prompt(args.prompt)
+    if prompt == args.prompt:
         print(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.", file=sys.stderr)
     unknown = backbone.unknown_words(args.prompt)
     if unknown:
@@ -132,10 +171,11 @@ def _generate(args: Generate) -> None:
             f"{', '.join(backbone.known_words)}.",
             file=sys.stderr,
         )
-    with atomic_folder(args.out) as folder:
+    guided = guidance_for(run.config, backbone, args.prompt, args.sude_guidance)
+    with guided, atomic_folder(args.out) as folder:
         images = generate(
             backbone,
-            run.prompt(args.prompt),
+            prompt,
             num_images=args.num_images,
             seed=args.seed,
             num_inference_steps=args.num_inference_steps,
@@ -146,6 +186,19 @@ def _generate(args: Generate) -> None:
         for k, image in enumerate(images):
             image.save(folder / f"{k:03d}.png")
     print(f"{len(images)} pictures are in {args.out}.")
+
+
+def _export(args: Export) -> None:
+    from sude_lab.export import export_pipeline, write_kohya
+    from sude_lab.runs import Run
+
+    run = Run.open(args.run)
+    if args.format == "kohya":
+        write_kohya(run.weights, args.out, args.dtype or "float16")
+        print(f"The LoRA is {args.out}.")
+    else:
+        export_pipeline(run, args.out, args.dtype or "float32")
+        print(f"The pipeline is in {args.out}.")
 
 
 def _lab(args: Lab) -> None:
@@ -164,6 +217,7 @@ _COMMANDS: dict[type, Callable[[Any], None]] = {
     Demo: _demo,
     Tune: _tune,
     Generate: _generate,
+    Export: _export,
     Lab: _lab,
 }
 
@@ -171,6 +225,7 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Lab, tyro.conf.subcommand("lab")]
 )
 
@@ -197,6 +252,12 @@ def _parse(arguments: Sequence[str] | None) -> Any:
         raise UserError(text or "These arguments cannot be read: see sude-lab --help.") from None
 
 
+def _process() -> int:
+    """The number of this process among those that were launched together; 0 is the main one."""
+    told = (os.environ.get(name) for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
+    return next((int(rank) for rank in told if rank), 0)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a `UserError` is one sentence on stderr and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -205,7 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = _parse(arguments)
         _COMMANDS[type(command)](command)
     except UserError as error:
-        print(f"sude-lab: {error}", file=sys.stderr)
+        # The main process speaks for all; what one knows alone is told with its number.
+        who = f" (process {_process()})" if _process() else ""
+        print(f"sude-lab{who}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sude-lab: stopped; continue a tuning run with --resume.", file=sys.stderr)

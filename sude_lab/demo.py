@@ -100,6 +100,7 @@ def run_demo(
                 backbone=backbone,
                 resume=unfinished,
                 num_samples=0,
+                report_to="none",  # results.csv and the report tell it all
                 progress=progress,
                 label=f"tuning, {variant.name}",
             )

@@ -1,41 +1,54 @@
-"""A run's folder: configuration, picture, metrics, weights, sample grid; written whole; resumed.
+"""A run's folder: configuration, pictures, metrics, weights, sample grid; written whole; resumed.
 
     DIR/config.json        every setting, defaults filled in
-    DIR/picture.png        the picture as the model saw it
+    DIR/picture.png        the picture as the model saw it; further subjects': picture-2.png, ...
     DIR/metrics.csv        one row a step
     DIR/samples.png        rows: prompts, columns: seeds
     DIR/weights/           safetensors
+    DIR/README.md          the model card: what this is, and how to load it elsewhere
     DIR/environment.json   versions, device, seconds
-While a run is under way the folder holds `config.json`, `picture.png` and `checkpoint.pt` alone.
+and, where it was asked for,
+    DIR/logs/              the tracker's files (TensorBoard's by default)
+    DIR/validation/        step-000200.png, ...: the sample grid while tuning
+    DIR/DIR_kohya.safetensors   a LoRA for the web UIs
+While a run is under way the folder holds config.json, the pictures, `checkpoint.pt`, validation/
+and logs/ alone; a run that failed after a step also leaves `weights-step-000123/`, the weights
+after the last step that was finished. Each file is written whole, except a tracker's, which grow;
+nothing is read from those. `environment.json` comes last: where it is, the run is finished.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
+import os
 import platform
+import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from diffusers.utils import make_image_grid
 from PIL import Image
+from torch import nn
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import Backbone, open_backbone
+from sude_lab.backbone import Backbone, open_backbone, pick_device
 from sude_lab.errors import UserError
+from sude_lab.export import CARD, Precision, model_card, write_kohya
 from sude_lab.files import atomic_folder, atomic_write
 from sude_lab.generation import generate
 from sude_lab.methods import get_method
 from sude_lab.pictures import load_picture
-from sude_lab.prompts import fill
+from sude_lab.prompts import PLACEHOLDER, fill, placeholder
 from sude_lab.tuning import Step, TuningConfig, resolve, tune
 
 CONFIG, PICTURE, METRICS = "config.json", "picture.png", "metrics.csv"
@@ -45,6 +58,7 @@ SAMPLES, WEIGHTS, ENVIRONMENT, CHECKPOINT = (
     "environment.json",
     "checkpoint.pt",
 )
+LOGS, VALIDATION = "logs", "validation"
 
 
 @dataclass(frozen=True)
@@ -74,25 +88,100 @@ class Run:
         """Return the steps, one row each."""
         return pd.read_csv(self.folder / METRICS)
 
-    def picture(self) -> Image.Image:
-        """Return the picture the run was tuned on, as the model saw it."""
-        return Image.open(self.folder / PICTURE).convert("RGB")
+    def picture(self, number: int = 0) -> Image.Image:
+        """Return the picture of subject `number`, as the model saw it."""
+        return Image.open(self.folder / picture_name(number)).convert("RGB")
+
+    @property
+    def weights(self) -> Path:
+        """The folder of the run's weights.
+
+        Raises:
+            UserError: no safetensors are there.
+        """
+        folder = self.folder / WEIGHTS
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(
+                f"{folder} holds no safetensors, the only weights that are read: put the run's "
+                "own back, or tune again."
+            )
+        return folder
 
     def load(self, device: str = "auto") -> Backbone:
-        """Open the backbone with the run's weights in it."""
+        """Open the backbone with the run's weights in it.
+
+        Raises:
+            UserError: the weights are missing, damaged, or not those of this model and method.
+        """
+        weights, method = self.weights, get_method(self.config.method)
         backbone = open_backbone(self.config.backbone, device=device, dtype=self.config.dtype)
-        get_method(self.config.method).load(backbone, self.folder / WEIGHTS)
+        try:
+            method.load(backbone, weights)
+        except UserError:
+            raise
+        except Exception as error:  # foreign files fail in the loaders with errors of any class
+            raise UserError(
+                f"The weights in {weights} could not be loaded ({type(error).__name__}: "
+                f"{str(error)[:160]}): they are damaged, or not a {self.config.method} run's."
+            ) from error
         return backbone
 
     def prompt(self, text: str) -> str:
-        """Return `text` with {S*} replaced by the subject's token."""
-        return fill(text, self.config.token)
+        """Return `text` with {S*} (and {S*2}, ...) replaced by the subjects' tokens.
+
+        Raises:
+            UserError: the text names a subject that the run does not have.
+        """
+        return _filled(text, self.config)
+
+
+def picture_name(number: int) -> str:
+    """Return the name of the file of subject `number`'s picture: picture.png, picture-2.png, ..."""
+    return PICTURE if number == 0 else f"picture-{number + 1}.png"
 
 
 def default_prompts(config: TuningConfig) -> list[str]:
-    """Return the prompts of a run's sample grid: the one it was tuned with."""
+    """Return the prompts of a run's sample grid: those it was tuned with."""
     template = config.prompt or get_method(config.method).template
-    return [template.replace("{category}", config.category)]
+    return [
+        template.replace(PLACEHOLDER, placeholder(k)).replace("{category}", s.category)
+        for k, s in enumerate(config.subjects)
+    ]
+
+
+def _filled(text: str, config: TuningConfig) -> str:
+    filled = fill(text, *(s.token for s in config.subjects))
+    left = re.search(r"\{S\*\d*\}", filled)
+    if left:
+        raise UserError(
+            f"The prompt {text!r} asks for {left.group()}, but the run has "
+            f"{len(config.subjects)} subject(s): the first is {PLACEHOLDER}."
+        )
+    return filled
+
+
+def launched(device: str) -> Any:
+    """Return the Accelerator of the processes that `accelerate launch` started; None without it.
+
+    torchrun, mpirun and accelerate's `notebook_launcher` count, too.
+
+    Raises:
+        UserError: accelerate cannot set the processes up.
+    """
+    told = ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    if not any(name in os.environ for name in told):
+        return None
+    from accelerate import Accelerator
+
+    try:
+        return Accelerator(cpu=pick_device(device).type == "cpu")
+    except (RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"accelerate could not set the processes up ({str(error)[:160]}): change what "
+            "`accelerate config` or the flags of `accelerate launch` say."
+        ) from error
 
 
 def run_tuning(
@@ -103,6 +192,10 @@ def run_tuning(
     checkpoint_every: int = 100,
     sample_prompts: list[str] | None = None,
     num_samples: int = 4,
+    validation_every: int = 0,
+    validation_prompts: list[str] | None = None,
+    report_to: str = "tensorboard",
+    kohya: Precision | None = None,
     backbone: Backbone | None = None,
     on_step: Callable[[Step], None] | None = None,
     progress: bool = True,
@@ -111,69 +204,160 @@ def run_tuning(
     """Tune on `config.image` and write the run's folder; with `resume` continue where it stopped.
 
     A resumed run ends with the same weights as an unbroken one: what step k draws follows from
-    (seed, k), and the checkpoint holds the trained tensors and the optimiser.
+    (seed, k), and the checkpoint holds the trained tensors and the optimiser. Under `accelerate
+    launch` each process computes `train_batch_size` samples of a larger batch, and the main process
+    alone writes, draws and tells.
+
+    Args:
+        config: The settings of the run.
+        out: The run's folder.
+        resume: Whether to continue an unfinished run.
+        checkpoint_every: Steps between checkpoints.
+        sample_prompts: The rows of samples.png; None: the tuning prompts.
+        num_samples: Pictures a prompt; 0 draws no grid.
+        validation_every: Steps between grids of `validation_prompts` (None: `sample_prompts`); 0
+            draws none. Drawing changes no bit of the result.
+        report_to: tensorboard, another tracker of accelerate's, "all" that are installed, or none.
+        kohya: The precision in which to write a LoRA for the web UIs as well; None writes none.
+        backbone: The model, opened; None: `config.backbone` is opened.
+        on_step: Called after every step, in every process.
+        progress: Whether to show bars.
+        label: What the bar says.
 
     Raises:
         UserError: bad input (nothing is written then), another run in the folder, or a failure
-            while tuning (the checkpoint stays).
+            while tuning (the checkpoint, and the weights after the last finished step, stay).
     """
     out = Path(out)
+    trackers = _Trackers(report_to)
+    accelerator = launched(config.device)
+    main = accelerator is None or accelerator.is_main_process
     _check_folder(out, resume)
     if (out / ENVIRONMENT).is_file():
         if resume:
-            tqdm.write(f"The run in {out} is already finished.")
+            if main:
+                tqdm.write(f"The run in {out} is already finished.")
             return Run.open(out)
         raise UserError(f"{out} already holds a finished run: choose another --out.")
     # Bad input is found before the model is opened and before anything is written.
-    load_picture(config.image, resolution=64)
-    backbone = backbone or open_backbone(config.backbone, device=config.device, dtype=config.dtype)
+    for subject in config.subjects:
+        load_picture(subject.image, resolution=64)
+    if validation_every and not num_samples:
+        raise UserError(
+            "--validation-every draws --num-samples pictures a prompt: give at least 1."
+        )
+    backbone = backbone or _open_backbone(config, accelerator)
     config = resolve(config, backbone)
+    samples = [_filled(p, config) for p in sample_prompts or default_prompts(config)]
+    validated = [_filled(p, config) for p in validation_prompts or []] or samples
+    if kohya:
+        _check_lora(config)
     assert config.resolution is not None and config.max_train_steps is not None
-    picture = load_picture(config.image, resolution=config.resolution)
-    for note in picture.notes:
+    loaded = [load_picture(s.image, resolution=config.resolution) for s in config.subjects]
+    for note in [note for picture in loaded for note in picture.notes if main]:
         tqdm.write(note)
+    pictures = [picture.image for picture in loaded]
 
-    state, rows = None, []
+    state: dict[str, Any] | None = None
+    rows: list[dict[str, float]] = []
     if resume and (out / CONFIG).is_file():
         _check_same(_read_config(out / CONFIG), config, out)
-        _check_same_picture(picture.image, config.image, out)
+        _check_same_pictures(pictures, config, out)
         if (out / CHECKPOINT).is_file():
             state = _read_checkpoint(out / CHECKPOINT)
             rows = state.pop("rows")
 
     started = time.time()
     done = state["step"] if state else 0
-    steps = tune(config, backbone, picture.image, state=state)
+    steps = tune(config, backbone, pictures, state=state, accelerator=accelerator)
+    steps = _keeping(steps, out, accelerator)
     # Before the bar: what is wrong with the settings shows here, and is one sentence then.
     first = next(steps)
-    with tqdm(
-        total=config.max_train_steps, initial=done, desc=label, unit="step", disable=not progress
-    ) as bar:
-        for step in chain([first], steps):
-            if step.number == 1:
-                _begin(out, config, picture.image)
-            rows.append(step.row())
-            bar.update()
-            bar.set_postfix(
-                loss=f"{rows[-1]['loss_subject']:.4f}",
-                gates=f"{rows[-1]['open_gates']:.2f}",
-                refresh=False,
-            )
-            if on_step:
-                on_step(step)
-            if step.number % checkpoint_every == 0 and step.number < config.max_train_steps:
-                with atomic_write(out / CHECKPOINT) as path:
-                    torch.save(step.state_dict() | {"rows": rows}, path)
-    _keep_weights(out, step)
-    with atomic_write(out / METRICS) as path:
-        pd.DataFrame(rows).to_csv(path, index=False)
-    seconds = time.time() - started
-    _draw_samples(out, config, backbone, sample_prompts, num_samples, progress)
-    # Written last: its presence says that the run is finished.
-    with atomic_write(out / ENVIRONMENT) as path:
-        path.write_text(json.dumps(_environment(backbone, seconds, rows), indent=2))
-    (out / CHECKPOINT).unlink(missing_ok=True)
+    if main:
+        if not done:
+            _begin(out, config, pictures)
+        trackers.begin(out / LOGS, config, first.number)
+    try:
+        with tqdm(
+            total=config.max_train_steps,
+            initial=done,
+            desc=label,
+            unit="step",
+            disable=not (progress and main),
+        ) as bar:
+            for step in chain([first], steps):
+                rows.append(step.row())
+                bar.update()
+                bar.set_postfix(
+                    loss=f"{rows[-1]['loss_subject']:.4f}",
+                    gates=f"{rows[-1]['open_gates']:.2f}",
+                    refresh=False,
+                )
+                if on_step:
+                    on_step(step)
+                if not main:
+                    continue
+                trackers.log(rows[-1])
+                if step.number % checkpoint_every == 0 and step.number < config.max_train_steps:
+                    with atomic_write(out / CHECKPOINT) as path:
+                        torch.save(step.state_dict() | {"rows": rows}, path)
+                if validation_every and step.number % validation_every == 0:
+                    file = out / VALIDATION / f"step-{step.number:06d}.png"
+                    try:
+                        grid = _draw_grid(file, config, backbone, validated, num_samples)
+                    except UserError as error:
+                        raise _told(error, out, step) from error
+                    trackers.picture(grid, step.number)
+    finally:
+        trackers.finish()
+    if main:
+        _keep_weights(out / WEIGHTS, step)
+        with atomic_write(out / METRICS) as path:
+            pd.DataFrame(rows).to_csv(path, index=False)
+        seconds = time.time() - started
+        if num_samples:
+            _draw_grid(out / SAMPLES, config, backbone, samples, num_samples, progress)
+        if kohya:
+            name = f"{out.resolve().name}_kohya.safetensors"
+            (out / name).unlink(missing_ok=True)  # of a run stopped at this very point
+            write_kohya(out / WEIGHTS, out / name, kohya)
+        grid_name = SAMPLES if num_samples else None
+        card = model_card(config, backbone, out / WEIGHTS, samples, grid=grid_name)
+        with atomic_write(out / CARD) as path:
+            path.write_text(card, encoding="utf-8")
+        for folder in out.glob("weights-step-*"):  # of a failure before the resume
+            shutil.rmtree(folder)
+        # Written last: its presence says that the run is finished.
+        with atomic_write(out / ENVIRONMENT) as path:
+            about = _environment(backbone, seconds, rows, accelerator)
+            path.write_text(json.dumps(about, indent=2))
+        (out / CHECKPOINT).unlink(missing_ok=True)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
     return Run.open(out)
+
+
+def _open_backbone(config: TuningConfig, accelerator: Any) -> Backbone:
+    """Open the model where the launcher says, in the precision that the launcher says."""
+    device, dtype = config.device, config.dtype
+    if accelerator is not None:
+        if accelerator.num_processes > 1 or device == "auto":
+            # accelerate numbers CPUs, too: cpu:0, cpu:1.
+            device = "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
+        if dtype == "auto":
+            told = {"bf16": "bfloat16", "fp16": "float16"}
+            return open_backbone(
+                config.backbone, device=device, dtype=told.get(accelerator.mixed_precision, "auto")
+            )
+    return open_backbone(config.backbone, device=device, dtype=dtype)
+
+
+def _check_lora(config: TuningConfig) -> None:
+    if config.method != "dreambooth" or config.train != "lora" or config.train_text_encoder:
+        raise UserError(
+            "--kohya writes a LoRA of the UNet: tune with --method dreambooth --train lora and "
+            "without --train-text-encoder, or leave --kohya out."
+        )
 
 
 def _check_folder(out: Path, resume: bool) -> None:
@@ -190,14 +374,26 @@ def _check_folder(out: Path, resume: bool) -> None:
         raise UserError(f"There is no run to resume in {out}: leave --resume out to start one.")
 
 
+# --- what a run began with -----------------------------------------------------------------------
+
+
 def _read_config(path: Path) -> TuningConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         known = {f.name for f in fields(TuningConfig)}
         unknown = sorted(values.keys() - known)
         if unknown:
-            raise UserError(f"{path} has the unknown setting {unknown[0]!r}.")
-        return TuningConfig(**values | {"image": Path(values["image"])})
+            raise UserError(
+                f"{path} has the unknown setting {unknown[0]!r}: open it with the version of "
+                "sude_lab that wrote it."
+            )
+        for name in ("image", "class_images"):
+            if values.get(name) is not None:
+                values[name] = Path(values[name])
+        values["more_subjects"] = tuple(values.get("more_subjects", ()))
+        config = TuningConfig(**values)
+        get_method(config.method)
+        return config
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -206,14 +402,22 @@ def _read_config(path: Path) -> TuningConfig:
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # damaged bytes fail with errors of any class
         raise UserError(f"{path} is damaged: delete it, and --resume starts anew.") from error
+    if not isinstance(state, dict) or not {"step", "trained", "optimizer", "rows"} <= state.keys():
+        raise UserError(
+            f"{path} is no checkpoint of this version of sude_lab: delete it, and --resume starts "
+            "anew."
+        )
+    return state
 
 
 def _check_same(old: TuningConfig, new: TuningConfig, out: Path) -> None:
     for f in fields(TuningConfig):
         before, now = getattr(old, f.name), getattr(new, f.name)
+        if f.name == "more_subjects":  # the files may have moved
+            before, now = ([(s.category, s.token) for s in c.subjects[1:]] for c in (old, new))
         if before != now and f.name not in ("image", "device"):
             flag = f.name.replace("_", "-")
             raise UserError(
@@ -222,61 +426,212 @@ def _check_same(old: TuningConfig, new: TuningConfig, out: Path) -> None:
             )
 
 
-def _check_same_picture(picture: Image.Image, source: Path, out: Path) -> None:
-    """The file may have moved; what it shows must be what the run began with."""
-    if not (out / PICTURE).is_file():  # stopped between the first two files
-        return
-    with Image.open(out / PICTURE) as begun:
-        same = begun.convert("RGB").tobytes() == picture.tobytes()
-    if not same:
-        raise UserError(
-            f"The run in {out} was started on another picture than {source}: resume it with that "
-            "one, or choose another --out."
-        )
+def _check_same_pictures(pictures: list[Image.Image], config: TuningConfig, out: Path) -> None:
+    """The files may have moved; what they show must be what the run began with."""
+    for number, (picture, subject) in enumerate(zip(pictures, config.subjects, strict=True)):
+        kept = out / picture_name(number)
+        if not kept.is_file():  # stopped between the first files
+            continue
+        with Image.open(kept) as begun:
+            same = begun.convert("RGB").tobytes() == picture.tobytes()
+        if not same:
+            raise UserError(
+                f"The run in {out} was started on another picture than {subject.image}: resume it "
+                "with that one, or choose another --out."
+            )
 
 
-def _begin(out: Path, config: TuningConfig, picture: Image.Image) -> None:
+def _begin(out: Path, config: TuningConfig, pictures: list[Image.Image]) -> None:
     with atomic_write(out / CONFIG) as path:
         path.write_text(json.dumps(asdict(config), indent=2, default=str), encoding="utf-8")
-    with atomic_write(out / PICTURE) as path:
-        picture.save(path)
+    for number, picture in enumerate(pictures):
+        with atomic_write(out / picture_name(number)) as path:
+            picture.save(path)
 
 
-def _keep_weights(out: Path, step: Step) -> None:
+# --- what a failure leaves -----------------------------------------------------------------------
+
+
+def _keeping(steps: Iterator[Step], out: Path, accelerator: Any) -> Iterator[Step]:
+    """Pass the steps on; where tuning fails after one of them, keep the weights and name them."""
+    last = None
+    try:
+        for step in steps:
+            last = step
+            yield step
+    except UserError as error:
+        told: UserError = error
+        if accelerator is None or accelerator.is_main_process:
+            told = _told(error, out, last)
+        # All fail alike and wait until the weights are kept: the first process that ends ends all.
+        # Where the memory of one ran out the others know nothing of it, and waiting has no end.
+        if accelerator is not None and not isinstance(error.__cause__, torch.OutOfMemoryError):
+            accelerator.wait_for_everyone()
+        if told is error:
+            raise
+        raise told from error
+
+
+def _told(error: UserError, out: Path, last: Step | None) -> UserError:
+    """Keep the weights after the step `last`; return the error with where they are."""
+    kept = []
+    if last is not None and (out / CONFIG).is_file():
+        folder = out / f"weights-step-{last.number:06d}"
+        try:
+            _keep_weights(folder, last)
+            kept.append(f"the weights after step {last.number} ({folder})")
+        except UserError:  # for example a full disk, which may be the first error's reason, too
+            pass
+    if (out / CHECKPOINT).is_file():
+        step = _read_checkpoint(out / CHECKPOINT)["step"]
+        kept.append(f"the checkpoint of step {step} ({out / CHECKPOINT})")
+    if not kept:
+        return error
+    return UserError(f"{str(error).rstrip('.')}; kept: {' and '.join(kept)}.")
+
+
+def _keep_weights(folder: Path, step: Step) -> None:
     # A folder left by a run that was stopped at this very point is of no use: write it anew.
-    shutil.rmtree(out / WEIGHTS, ignore_errors=True)
-    with atomic_folder(out / WEIGHTS) as folder:
-        step.method.save(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    with atomic_folder(folder) as unfinished:
+        step.method.save(unfinished)
 
 
-def _draw_samples(
-    out: Path,
+# --- what is drawn and told ----------------------------------------------------------------------
+
+
+@contextmanager
+def _undisturbed(backbone: Backbone) -> Iterator[None]:
+    """Draw in the midst of tuning: afterwards modes and the state of chance are as before."""
+    parts = [p for p in backbone.pipeline.components.values() if isinstance(p, nn.Module)]
+    training = [module for part in parts for module in part.modules() if module.training]
+    with torch.random.fork_rng(devices=[backbone.device] if backbone.device.type == "cuda" else []):
+        for part in parts:
+            part.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _draw_grid(
+    file: Path,
     config: TuningConfig,
     backbone: Backbone,
-    prompts: list[str] | None,
+    prompts: Sequence[str],
     number: int,
-    progress: bool,
-) -> None:
-    if not number:
-        return
-    rows = prompts if prompts is not None else default_prompts(config)
-    images = [
-        image
-        for prompt in tqdm(rows, desc="drawing samples", unit="prompt", disable=not progress)
-        for image in generate(
-            backbone, fill(prompt, config.token), num_images=number, seed=config.seed
+    progress: bool = False,
+) -> Image.Image:
+    """Draw `number` pictures of every prompt into one file, a row a prompt; return it."""
+    images: list[Image.Image] = []
+    try:
+        with _undisturbed(backbone):
+            for prompt in tqdm(
+                prompts, desc="drawing samples", unit="prompt", disable=not progress
+            ):
+                images += generate(backbone, prompt, num_images=number, seed=config.seed)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"The device ran out of memory while {file.name} was drawn: use a smaller "
+            "--num-samples."
+        ) from error
+    grid = make_image_grid(images, len(prompts), number)
+    with atomic_write(file) as path:
+        grid.save(path)
+    return grid
+
+
+class _Trackers:
+    """The trackers of a run, by accelerate's names and classes; nothing is imported for none."""
+
+    def __init__(self, report_to: str) -> None:
+        self.names = _tracker_names(report_to)
+        self.begun: list[Any] = []
+
+    def begin(self, folder: Path, config: TuningConfig, first: int) -> None:
+        """Start the trackers; what they write on this machine goes into `folder`."""
+        if not self.names:
+            return
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        folder.mkdir(exist_ok=True)
+        own: dict[str, dict[str, Any]] = {
+            # What was logged after the checkpoint of a run that is resumed is hidden.
+            "tensorboard": {"purge_step": first},
+            "wandb": {"dir": str(folder), "name": folder.parent.name},
+        }
+        settings = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in asdict(config).items()
+        }
+        for name in self.names:
+            kind = LOGGER_TYPE_TO_CLASS[name]
+            where = [str(folder)] if kind.requires_logging_directory else []
+            try:
+                tracker = kind("sude_lab", *where, **own.get(name, {}))
+                tracker.start()
+                tracker.store_init_configuration(settings)
+            except Exception as error:  # each tracker fails in its own way: no account, no network
+                raise UserError(
+                    f"The tracker {name} could not be started ({type(error).__name__}: "
+                    f"{str(error)[:160]}): set it up, or --resume with --report-to none."
+                ) from error
+            self.begun.append(tracker)
+
+    def log(self, row: dict[str, float]) -> None:
+        """Log one step."""
+        values = {name: value for name, value in row.items() if name != "step"}
+        for tracker in self.begun:
+            tracker.log(values, step=int(row["step"]))
+
+    def picture(self, grid: Image.Image, step: int) -> None:
+        """Show a validation grid, where the tracker can."""
+        for tracker in self.begun:
+            if tracker.name == "tensorboard":
+                batch = np.asarray(grid)[None]
+                tracker.log_images({"validation": batch}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({"validation": [grid]}, step=step)
+
+    def finish(self) -> None:
+        """Let the trackers write what they still hold."""
+        for tracker in self.begun:
+            tracker.finish()
+
+
+def _tracker_names(report_to: str) -> list[str]:
+    """Return accelerate's names of the trackers.
+
+    Raises:
+        UserError: accelerate knows none of that name, or its package is not installed.
+    """
+    if report_to == "none":
+        return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
+    here = [str(name) for name in get_available_trackers()]
+    if report_to == "all":
+        return here
+    if report_to not in LOGGER_TYPE_TO_CLASS:
+        known = ", ".join(["none", "all", *LOGGER_TYPE_TO_CLASS])
+        raise UserError(f"There is no tracker {report_to!r}: choose --report-to among {known}.")
+    # A class that was registered with accelerate by hand is in no list of packages.
+    if report_to in LoggerType.list() and report_to not in here:
+        raise UserError(
+            f"--report-to {report_to} needs the package {report_to}: pip install {report_to}, or "
+            "use --report-to none."
         )
-    ]
-    with atomic_write(out / SAMPLES) as path:
-        make_image_grid(images, len(rows), number).save(path)
+    return [report_to]
 
 
 def _environment(
-    backbone: Backbone, seconds: float, rows: list[dict[str, float]]
+    backbone: Backbone, seconds: float, rows: list[dict[str, float]], accelerator: Any
 ) -> dict[str, Any]:
-    names = ("sude-lab", "torch", "diffusers", "transformers", "peft", "safetensors", "pillow")
+    names = ("sude-lab", "torch", "diffusers", "transformers", "peft", "accelerate")
     versions = {}
-    for name in names:
+    for name in (*names, "safetensors", "pillow"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # a checkout that was not installed
@@ -286,6 +641,7 @@ def _environment(
         "machine": platform.machine(),
         "device": str(backbone.device),
         "precision": str(backbone.dtype).removeprefix("torch."),
+        "processes": 1 if accelerator is None else accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "seconds": round(seconds, 2),
         "steps": len(rows),

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from sude_lab import cli
 from sude_lab.cli import main
@@ -52,7 +54,8 @@ def test_tune_then_generate(tune: Tune, tmp_path: Path, capsys: pytest.CaptureFi
     assert "tuning" in said.err  # the progress bar
     run = Run.open(out)
     assert run.config.weight_sude == 0.5 and len(run.metrics()) == 2
-    assert (out / "samples.png").is_file()
+    assert {p.name for p in out.iterdir()} >= {"samples.png", "README.md", "logs"}
+    assert list((out / "logs").rglob("events.out.tfevents.*"))  # TensorBoard, by default
 
     words = ["photo of a running {S*} dog", "--num-images", "3", "--seed", "0", "--device", "cpu"]
     assert main(["generate", str(out), *words, "--out", str(drawn)]) == 0
@@ -65,6 +68,10 @@ def test_tune_then_generate(tune: Tune, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["generate", str(out), *words, "--out", str(tmp_path / "okapi")]) == 0
     said = capsys.readouterr()
     assert "'okapi'" in said.err and "no {S*}" in said.err
+
+    words[0] = "photo of a {S*} and a {S*2}"
+    refusal = main(["generate", str(out), *words, "--out", str(tmp_path / "two")])
+    assert "asks for {S*2}" in refused(refusal, capsys)
 
     words[0] = "photo of a {S*}"
     assert "not empty" in refused(main(["generate", str(out), *words, "--out", str(drawn)]), capsys)
@@ -110,6 +117,79 @@ def test_resume_continues_an_interrupted_run(
 def test_two_words_are_a_category(tune: Tune, tmp_path: Path) -> None:
     assert tune("--out", tmp_path / "run", category="stuffed animal") == 0
     assert Run.open(tmp_path / "run").config.category == "stuffed animal"
+
+
+def test_two_subjects_are_tuned_and_drawn_together(
+    tune: Tune, subject_picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, second = tmp_path / "run", f"candle=<my-candle>={subject_picture}"
+    assert tune("--out", out, "--more-subjects", second, "--token-learning-rate", "1e-3") == 0
+    assert [s.token for s in Run.open(out).config.subjects] == ["<sks>", "<my-candle>"]
+    assert (out / "picture-2.png").is_file()
+    capsys.readouterr()
+    words = ["photo of a {S*2} on a {S*} dog", "--num-images", "1", "--device", "cpu"]
+    assert main(["generate", str(out), *words, "--out", str(tmp_path / "drawn")]) == 0
+    assert "never met" not in capsys.readouterr().err
+
+
+def close(a: Run, b: Run) -> None:
+    """The same weights but for the order in which floats were added."""
+    for path in (a.folder / "weights").iterdir():
+        theirs = load_file(b.folder / "weights" / path.name)
+        for name, value in load_file(path).items():
+            torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=2e-5)
+
+
+def test_batches_are_accumulated_and_activations_recomputed(tune: Tune, tmp_path: Path) -> None:
+    many = ("--max-train-steps", 2, "--prior-loss-weight", 0)
+    cases: dict[str, tuple[object, ...]] = {
+        "whole": ("--train-batch-size", 4),
+        "halves": ("--train-batch-size", 2, "--gradient-accumulation-steps", 2),
+        "recomputed": ("--train-batch-size", 4, "--gradient-checkpointing"),
+        "other": ("--train-batch-size", 2),
+    }
+    for name, flags in cases.items():
+        assert tune("--out", tmp_path / name, *many, *flags) == 0
+    runs = {name: Run.open(tmp_path / name) for name in cases}
+    assert runs["halves"].config.gradient_accumulation_steps == 2
+    assert runs["recomputed"].config.gradient_checkpointing
+    for name in ("halves", "recomputed"):
+        close(runs[name], runs["whole"])
+        for column in ("loss_subject", "loss_sude", "rho"):
+            expected = pytest.approx(runs["whole"].metrics()[column].tolist(), rel=1e-3, abs=1e-6)
+            assert runs[name].metrics()[column].tolist() == expected
+    with pytest.raises(AssertionError, match="not close"):
+        close(runs["other"], runs["whole"])
+
+
+def test_validation_grids_are_drawn_on_request(tune: Tune, tmp_path: Path) -> None:
+    flags = ("--max-train-steps", 2, "--num-samples", 1, "--validation-every", 1)
+    prompts = ("--validation-prompts", "photo of a {S*}", "photo of a running {S*}")
+    assert tune("--out", tmp_path / "run", *flags, *prompts, "--report-to", "none") == 0
+    grids = sorted((tmp_path / "run" / "validation").iterdir())
+    assert [g.name for g in grids] == ["step-000001.png", "step-000002.png"]
+    assert Image.open(grids[0]).size == (32, 64)
+    assert not (tmp_path / "run" / "logs").exists()
+
+
+def test_a_run_is_exported(tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "my-dog"
+    assert tune("--out", out, "--train", "lora", "--kohya", "--kohya-dtype", "bfloat16") == 0
+    assert (out / "my-dog_kohya.safetensors").is_file()
+    capsys.readouterr()
+    whole, lora = tmp_path / "pipeline", tmp_path / "dog.safetensors"
+    assert main(["export", str(out), "--out", str(whole)]) == 0
+    assert f"The pipeline is in {whole}." in capsys.readouterr().out
+    assert (whole / "model_index.json").is_file()
+    assert main(["export", str(out), "--format", "kohya", "--out", str(lora)]) == 0
+    assert f"The LoRA is {lora}." in capsys.readouterr().out
+    assert {value.dtype for value in load_file(lora).values()} == {torch.float16}
+    again = ["export", str(out), "--out", str(whole)]
+    assert "not empty" in refused(main(again), capsys)
+    again = ["export", str(out), "--format", "kohya", "--out", str(lora)]
+    assert "exists already" in refused(main(again), capsys)
+    again = ["export", str(tmp_path), "--out", str(tmp_path / "x")]
+    assert "not a run's folder" in refused(main(again), capsys)
 
 
 # --- pictures as people have them ----------------------------------------------------------------
@@ -215,6 +295,13 @@ def test_a_decompression_bomb_is_refused(
         (["--device", "abacus"], "'abacus'"),
         (["--backbone", "/no/such/folder"], "/no/such/folder"),
         (["--preset", "best"], "best"),
+        (["--report-to", "paper"], "no tracker 'paper'"),
+        (["--validation-every", "-1"], "--validation-every"),
+        (["--validation-every", "1"], "--num-samples"),
+        (["--kohya"], "--train lora"),
+        (["--more-subjects", "candle"], "must read category=token=picture"),
+        (["--more-subjects", "candle=<c>=missing.png"], "missing.png does not exist"),
+        (["--sample-prompts", "a {S*2}"], "asks for {S*2}"),
         (["--no-such-flag", "1"], "--no-such-flag"),
     ],
 )
@@ -298,7 +385,7 @@ def test_help_names_the_commands_and_ends_well(capsys: pytest.CaptureFixture[str
         main(["--help"])
     assert stop.value.code == 0
     said = capsys.readouterr()
-    assert all(name in said.out for name in ("demo", "tune", "generate", "lab"))
+    assert all(name in said.out for name in ("demo", "tune", "generate", "export", "lab"))
 
 
 def test_lab_says_where_the_notebooks_should_be(
