@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,8 +14,10 @@ from PIL import Image
 
 from sude_lab.backbone import Backbone, open_backbone
 from sude_lab.generation import generate
-from sude_lab.toy import world
+from sude_lab.methods import METHODS
+from sude_lab.toy import gallery, study, world
 from sude_lab.toy.oracle import ALL_ATTRIBUTES, HEADS, Oracle, labels, load_oracle
+from sude_lab.tuning import TuningConfig, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "data" / "embedded"
@@ -114,3 +117,36 @@ def test_the_tokenizer_s_three_files_agree(tmp_path: Path) -> None:
     assert json.loads((folder / "vocab.json").read_text(encoding="utf-8")) == model["vocab"]
     merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     assert merges == [" ".join(pair) for pair in model["merges"]]
+
+
+def test_the_facts_suit_every_method(base: Backbone) -> None:
+    """Settings found by a search are there for each method, and they are real settings."""
+    told = base.facts["tuning"]
+    assert set(told) == set(METHODS)
+    for method, settings in told.items():
+        resolved = resolve(TuningConfig(image=Path("x"), category="dog", method=method), base)
+        for name, value in settings.items():
+            assert getattr(resolved, name) == value, (method, name)
+
+
+def test_the_gallery_draws_the_pictures_of_the_study(base: Backbone, oracle: Oracle) -> None:
+    settings = "max_train_steps=1,num_vectors=1"
+    config = gallery.GalleryConfig(
+        out=Path("x.png"), methods=("textual_inversion",), num_images=2, settings=settings
+    )
+    figure = gallery.gallery(config, base, oracle)
+    (ax,) = figure.axes
+    rows = [text.get_text() for text in ax.get_yticklabels()]
+    assert [row.split(":")[0] for row in rows] == [
+        f"textual inversion\n{name}" for name in ("plain", "sude")
+    ]
+    who = study.subject("held-out", 0)
+    columns = [text.get_text() for text in ax.get_xticklabels()]
+    assert columns == ["as tuned", *who.other_attributes]
+    plain = replace(study.PLAIN, settings={**study.PLAIN.settings, "max_train_steps": 1})
+    tuning = TuningConfig(
+        image=Path("x"), category="dog", method="textual_inversion", num_vectors=1, **plain.settings
+    )
+    told = study.tune_and_measure(base, oracle, who, tuning, num_images=2)
+    expected = sum(row["attribute_alignment"] for row in told if row["attribute"]) / 6
+    assert float(rows[0].split(":")[1]) == pytest.approx(expected, abs=0.0051)

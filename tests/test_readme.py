@@ -41,9 +41,9 @@ def test_the_map_names_real_functions_and_tests() -> None:
 
 
 def test_every_readme_flag_exists() -> None:
-    from sude_lab.cli import Demo, Generate, Tune
+    from sude_lab.cli import Demo, Export, Generate, Tune
 
-    known = {f for c in (Demo, Generate, Tune) for f in c.__dataclass_fields__}
+    known = {f for c in (Demo, Export, Generate, Tune) for f in c.__dataclass_fields__}
     for flag in set(re.findall(r"--(?:no-)?([a-z][a-z-]+)", README)):
         if flag.replace("-", "_") in known:
             continue
