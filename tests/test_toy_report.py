@@ -67,6 +67,19 @@ def test_it_writes_the_tables_and_the_picture(
     assert (tmp_path / "study.png").stat().st_size > 5_000
 
 
+def test_a_search_is_a_table_of_its_settings(tmp_path: Path) -> None:
+    """Every subject counts alike: (0.2 + 0.5) / 2, though the dog has more attributes."""
+    table = hand_made().replace({"variant": {"plain": "lr=1,w=0", "sude": "lr=1,w=2"}})
+    table.to_csv(tmp_path / "search.csv", index=False)
+    plain, sude = report.settings_table(table).to_dict("records")
+    assert plain["settings"] == "lr=1, w=0" and plain["attribute alignment"] == "0.35"
+    assert sude["attribute alignment"] == "0.65" and sude["subjects"] == "dog, teapot"
+    assert (plain["open gates"], sude["open gates"]) == ("", "25%")
+    report.main(report.ReportConfig(tmp_path / "search.csv"))
+    assert "lr=1, w=2" in (tmp_path / "search.md").read_text()
+    assert not (tmp_path / "search.png").exists()
+
+
 def test_an_arrow_leads_from_the_plain_run_to_the_one_with_sude() -> None:
     ax = plots.paired_runs(Figure().subplots(), per_run(hand_made()))
     arrows = [text for text in ax.texts if text.arrow_patch is not None]

@@ -3,11 +3,13 @@
     python -m sude_lab.toy.report data/results/held_out.csv
 
 writes `held_out.md` and `held_out.png` beside it. Means are over the attributes that a subject's
-one picture does not show; intervals are 95 % bootstrap intervals over subjects.
+one picture does not show; intervals are 95 % bootstrap intervals over subjects. A search for
+settings, which has other variants than plain and sude, gets a table alone: a row a setting.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -86,6 +88,31 @@ def subjects_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def settings_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a row a (method, settings): means over the subjects it was tried on.
+
+    "fidelity, as tuned" is that of the tuning prompt: how well the look was learned at all.
+    """
+    rows = []
+    for (method, variant), mine in table.groupby(["method", "variant"], sort=False):
+        asked = mine["attribute"].fillna("") != ""
+        # Every subject counts alike, however many attributes its category has.
+        new, old = (mine[part].groupby("subject") for part in (asked, ~asked))
+        gates = mine.groupby("subject")["open_gates"].mean().mean()
+        rows.append(
+            {
+                "method": method.replace("_", " "),
+                "settings": variant.replace(",", ", "),
+                "subjects": ", ".join(sorted(re.sub(r".*-\d+-", "", n) for n in new.groups)),
+                "attribute alignment": f"{new['attribute_alignment'].mean().mean():.2f}",
+                "subject fidelity": f"{new['subject_fidelity'].mean().mean():.2f}",
+                "fidelity, as tuned": f"{old['subject_fidelity'].mean().mean():.2f}",
+                "open gates": f"{gates:.0%}" if mine["rho"].notna().any() else "",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def _shown(table: pd.DataFrame, subject: str) -> str:
     from sude_lab.toy import world
 
@@ -99,21 +126,29 @@ def main(config: ReportConfig) -> None:
     from matplotlib.figure import Figure
 
     table = pd.read_csv(config.table)
+    study = set(table["variant"]) == {"plain", "sude"}
+    parts = (means_table, subjects_table) if study else (settings_table,)
     text = "\n\n".join(
-        part.fillna("").to_markdown(index=False, disable_numparse=True)
-        for part in (means_table(table), subjects_table(table))
+        part(table).fillna("").to_markdown(index=False, disable_numparse=True) for part in parts
     )
     with atomic_write(config.table.with_suffix(".md")) as path:
         path.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    if not study:
+        return
     runs = per_run(table)
     methods = list(dict.fromkeys(runs["method"]))
-    figure = Figure(figsize=(6.2 * len(methods), 4.2), layout="constrained")
-    for ax, method in zip(figure.subplots(1, len(methods), squeeze=False)[0], methods, strict=True):
+    columns = min(2, len(methods))
+    lines = -(-len(methods) // columns)
+    figure = Figure(figsize=(6.2 * columns, 4.2 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for ax, method in zip(axes, methods, strict=False):
         plots.paired_runs(ax, runs[runs["method"] == method])
         ax.set_title(method.replace("_", " "), fontsize=10)
+    for ax in list(axes)[len(methods) :]:
+        ax.remove()
     with atomic_write(config.table.with_suffix(".png")) as path:
         figure.savefig(path, dpi=90)
-    print(text)
 
 
 if __name__ == "__main__":
