@@ -369,7 +369,7 @@ def open_backbone(
         UserError: there is no such pipeline, it is not a Stable Diffusion text-to-image pipeline,
             its weights are not safetensors, or the device is not there.
     """
-    with _quiet():  # the first import hints at packages that are not needed
+    with quiet():  # the first import hints at packages that are not needed
         from diffusers import DiffusionPipeline
 
     folder = resolve_source(source)
@@ -379,7 +379,7 @@ def open_backbone(
     _check_source(folder)
     facts = _read_facts(Path(folder) / FACTS_FILE)
     try:
-        with _quiet():
+        with quiet():
             pipeline = DiffusionPipeline.from_pretrained(
                 folder, use_safetensors=True, safety_checker=None, requires_safety_checker=False
             )
@@ -404,6 +404,15 @@ def open_backbone(
     return Backbone(pipeline, str(source), where, precision, facts)
 
 
+def read_facts(source: str | Path) -> dict[str, Any]:
+    """Return what a pipeline's folder says of its model, without opening the model.
+
+    Raises:
+        UserError: the file is damaged, or the embedded model is not where it should be.
+    """
+    return _read_facts(Path(resolve_source(source)) / FACTS_FILE)
+
+
 def _read_facts(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
@@ -418,7 +427,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hide the loaders' progress bars and hints for a moment; a small model loads at once."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

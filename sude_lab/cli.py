@@ -1,4 +1,7 @@
-"""The command line: `sude-lab demo | tune | generate | export | lab`, made from the dataclasses."""
+"""The command line, made from the dataclasses.
+
+`sude-lab demo | tune | generate | evaluate | export | lab`
+"""
 
 from __future__ import annotations
 
@@ -87,6 +90,36 @@ class Generate:
     negative_prompt: str | None = None
     sude_guidance: float = 0.0
     """SuDe without training: strength g of the pull back to the category; 1 meets it, 0 is none."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Draw and measure runs, and compare them in pairs; the same command continues."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Folders that `sude-lab tune` wrote."""
+    out: Path | None = None
+    """Folder of scores.csv, table.csv and table.md; none: RUN/evaluation, for one run."""
+    references: Path | None = None
+    """Pictures of the subject, folders of subjects, or DreamBench; none: the run's own picture."""
+    prompts: tuple[str, ...] = ("attributes",)
+    """attributes, plain, backgrounds, combinations, dreambench, or files, with {S*}."""
+    structure: Literal["default", "P1", "P2", "P3"] = "default"
+    """Where the attribute stands: before the method's {S*}, or as in the paper's Table 2."""
+    num_images: int = 4
+    """Pictures for every prompt and seed."""
+    num_seeds: int = 1
+    seed: int = 0
+    """The first seed of drawing."""
+    metrics: tuple[str, ...] = ()
+    """CLIP-I, CLIP-T, DINO-I, BLIP-T, CLIP-L-I, CLIP-L-T, DINOv2-I, oracle; none: those four, or
+    on the embedded model the oracle."""
+    encoders: tuple[str, ...] = ()
+    """Folders in place of the hub's encoders: clip=FOLDER dino=FOLDER."""
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
     device: str = "auto"
 
 
@@ -188,6 +221,14 @@ def _generate(args: Generate) -> None:
     print(f"{len(images)} pictures are in {args.out}.")
 
 
+def _evaluate(args: Evaluate) -> None:
+    from sude_lab.evaluate import SCORES, TABLE, evaluate
+
+    found = evaluate(**vars(args))
+    print(found.text)
+    print(f"The table is in {found.out / TABLE}, a row a picture in {found.out / SCORES}.")
+
+
 def _export(args: Export) -> None:
     from sude_lab.export import export_pipeline, write_kohya
     from sude_lab.runs import Run
@@ -217,6 +258,7 @@ _COMMANDS: dict[type, Callable[[Any], None]] = {
     Demo: _demo,
     Tune: _tune,
     Generate: _generate,
+    Evaluate: _evaluate,
     Export: _export,
     Lab: _lab,
 }
@@ -225,6 +267,7 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Lab, tyro.conf.subcommand("lab")]
 )

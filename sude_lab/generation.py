@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,9 +17,13 @@ STABLE_DIFFUSION = {"num_inference_steps": 50, "guidance_scale": 7.5}
 """What draws well on Stable Diffusion; a backbone's own facts come first."""
 
 
-def sampling_settings(backbone: Backbone, **chosen: Any) -> dict[str, Any]:
-    """Return the sampler's settings: those chosen (not None), the backbone's own, then SD's."""
-    settings = STABLE_DIFFUSION | backbone.facts.get("generation", {})
+def sampling_settings(backbone: Backbone | Mapping[str, Any], **chosen: Any) -> dict[str, Any]:
+    """Return the sampler's settings: those chosen (not None), the backbone's own, then SD's.
+
+    The facts of a backbone alone will do, where none is open.
+    """
+    facts = backbone.facts if isinstance(backbone, Backbone) else backbone
+    settings = STABLE_DIFFUSION | facts.get("generation", {})
     return settings | {key: value for key, value in chosen.items() if value is not None}
 
 
@@ -33,9 +38,10 @@ def generate(
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     batch_size: int = 8,
+    first: int = 0,
     progress: bool = False,
 ) -> list[Image.Image]:
-    """Draw `num_images` pictures of a prompt by DDIM (eta 0).
+    """Draw pictures `first` to `first + num_images - 1` of a prompt by DDIM (eta 0).
 
     Picture k starts from noise of (seed, k) alone, whatever the batch size: two models drawn with
     one seed start from the same noise. The prompt must have its subject's token filled in.
@@ -52,8 +58,8 @@ def generate(
     if num_images < 1:
         raise UserError(f"The number of images is {num_images}: it must be at least 1.")
     if not 1 <= steps <= backbone.schedule.num_timesteps:
-        last = backbone.schedule.num_timesteps
-        raise UserError(f"The number of inference steps is {steps}: it must be 1 to {last}.")
+        most = backbone.schedule.num_timesteps
+        raise UserError(f"The number of inference steps is {steps}: it must be 1 to {most}.")
     if not math.isfinite(settings["guidance_scale"]):
         raise UserError(f"The guidance scale is {settings['guidance_scale']}: it must be finite.")
     if not 0 <= seed < 2**32:
@@ -68,11 +74,12 @@ def generate(
         backbone.unet.config.sample_size,
     )
     images: list[Image.Image] = []
-    starts = range(0, num_images, batch_size)
+    last = first + num_images
+    starts = range(first, last, batch_size)
     trained_with, pipeline.scheduler = pipeline.scheduler, DDIMScheduler.from_config(config)
     try:
         for start in tqdm(starts, desc="drawing", unit="batch", disable=not progress):
-            indices = range(start, min(start + batch_size, num_images))
+            indices = range(start, min(start + batch_size, last))
             noise = [
                 torch.randn(shape, generator=torch.Generator().manual_seed(seed * 100_003 + k))
                 for k in indices

@@ -79,6 +79,16 @@ def load_picture(path: Path | str, *, resolution: int) -> Picture:
     return Picture(image=square, notes=tuple(notes), source=path)
 
 
+def open_picture(path: Path | str) -> Image.Image:
+    """Read one picture as `load_picture` does, upright and RGB, but whole and in its own size.
+
+    Raises:
+        PictureError: as `load_picture`, but for the shape.
+    """
+    _require_file(Path(path))
+    return _decode(Path(path), [])
+
+
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """The picture as a float32 tensor of shape (1, 3, H, W) with values in [-1, 1]."""
     return _processor().preprocess(image)

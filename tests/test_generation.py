@@ -36,6 +36,13 @@ def test_picture_k_does_not_depend_on_the_batch(tiny: Backbone) -> None:
     assert distance(whole[:1], whole[1:2]) > 8
 
 
+def test_pictures_in_the_middle_are_those_of_the_whole(tiny: Backbone) -> None:
+    whole = generate(tiny, PROMPT, num_images=5)
+    assert distance(whole[2:4], generate(tiny, PROMPT, num_images=2, first=2)) <= 1
+    alone = generate(tiny, PROMPT, num_images=3, first=2, batch_size=1)
+    assert len(alone) == 3 and distance(whole[2:], alone) <= 1
+
+
 def test_seeds_prompts_and_guidance_change_the_pictures(tiny: Backbone) -> None:
     first = generate(tiny, PROMPT, num_images=1, seed=0)
     assert distance(first, generate(tiny, PROMPT, num_images=1, seed=0)) == 0
@@ -109,8 +116,9 @@ def test_settings_are_those_chosen_then_the_folders_then_stable_diffusions(
     assert sampling_settings(tiny) == {"num_inference_steps": 2, "guidance_scale": 2.0}
     assert sampling_settings(tiny, guidance_scale=0.0)["guidance_scale"] == 0.0
     assert sampling_settings(tiny, num_inference_steps=None)["num_inference_steps"] == 2
+    assert sampling_settings(tiny.facts) == sampling_settings(tiny)
     tiny.facts = {}
-    assert sampling_settings(tiny) == STABLE_DIFFUSION
+    assert sampling_settings(tiny) == sampling_settings({}) == STABLE_DIFFUSION
 
 
 @pytest.mark.parametrize(

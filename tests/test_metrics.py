@@ -1,10 +1,23 @@
-"""Means, intervals and paired differences, against cases worked out by hand."""
+"""Similarities, means, intervals, paired differences: against cases worked out by hand."""
+
+from itertools import product
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from sude_lab.metrics import MEASURES, bootstrap_interval, per_run, summarize
+from sude_lab.metrics import (
+    MEASURES,
+    bootstrap_interval,
+    compare,
+    cosines,
+    crossed_interval,
+    image_similarity,
+    per_run,
+    rank_agreement,
+    summarize,
+    text_similarity,
+)
 
 
 def test_interval_of_two_values_is_the_quantiles_of_its_four_resamples() -> None:
@@ -123,3 +136,161 @@ def test_summary_of_plain_runs_alone_has_means_and_no_gain() -> None:
     rows = summarize(HAND_MADE[HAND_MADE["variant"] == "plain"])
     assert len(rows) == 1
     assert set(MEASURES) <= set(rows.columns)
+
+
+# --- similarities --------------------------------------------------------------------------------
+
+
+def test_cosines_are_those_of_the_angles() -> None:
+    degrees = np.array([0.0, 30.0, 90.0, 180.0, 245.0])
+    a = np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1)
+    lengths = np.array([1.0, 0.1, 7.0, 2.0, 300.0])[:, None]  # which do not matter
+    expected = np.cos(np.radians(degrees[:, None] - degrees[None]))
+    np.testing.assert_allclose(cosines(a * lengths, a), expected, atol=1e-12)
+
+
+def test_similarities_are_the_plain_loops() -> None:
+    rng = np.random.default_rng(0)
+    pictures, references, texts = (rng.normal(size=(n, 6)) for n in (4, 3, 4))
+
+    def cosine(u: np.ndarray, v: np.ndarray) -> float:
+        dot = sum(x * y for x, y in zip(u, v, strict=True))
+        return dot / (sum(x * x for x in u) ** 0.5 * sum(y * y for y in v) ** 0.5)
+
+    fidelity = [sum(cosine(p, r) for r in references) / 3 for p in pictures]
+    np.testing.assert_allclose(image_similarity(pictures, references), fidelity)
+    alignment = [cosine(p, t) for p, t in zip(pictures, texts, strict=True)]
+    np.testing.assert_allclose(text_similarity(pictures, texts), alignment)
+
+
+# --- intervals over two crossed factors ----------------------------------------------------------
+
+
+def test_crossed_interval_of_two_by_two_is_the_quantiles_of_its_sixteen_resamples() -> None:
+    table = np.array([[0.0, 1.0], [2.0, 10.0]])
+    x, rows, columns = table.ravel(), [0, 0, 1, 1], ["a", "b", "a", "b"]
+    # Rows (r1, r2) and columns (c1, c2), each drawn with replacement, independently.
+    means = sorted(
+        table[np.ix_(r, c)].mean()
+        for r in product((0, 1), repeat=2)
+        for c in product((0, 1), repeat=2)
+    )
+    for level in (0.95, 0.6):
+        low, high = crossed_interval(x, rows, columns, level=level, resamples=40_000)
+        assert low == np.quantile(means, (1 - level) / 2, method="inverted_cdf")
+        assert high == np.quantile(means, (1 + level) / 2, method="inverted_cdf")
+
+
+def test_a_factor_of_one_level_leaves_the_bootstrap_of_the_other() -> None:
+    x = np.random.default_rng(0).normal(size=24)
+    clusters = np.arange(24) // 3
+    one_by_one = crossed_interval(x, clusters, np.zeros(24), resamples=20_000)
+    swapped = crossed_interval(x, np.zeros(24), clusters, resamples=20_000)
+    plain = bootstrap_interval(x, clusters, resamples=20_000)
+    np.testing.assert_allclose(one_by_one, plain, atol=0.02)
+    np.testing.assert_allclose(swapped, plain, atol=0.02)
+    assert np.isnan(crossed_interval([1.0, 2.0], ["p", "p"], ["s", "s"])).all()
+    assert np.isnan(crossed_interval([], [], [])).all()
+
+
+def test_crossed_interval_covers_where_the_naive_one_does_not() -> None:
+    """Prompts and noises each have an effect of their own, as drawn pictures do."""
+    rng = np.random.default_rng(1)
+    rows, columns = (axis.ravel() for axis in np.indices((12, 8)))
+    hits = naive = 0
+    for k in range(200):
+        x = rng.normal(size=12)[rows] + rng.normal(size=8)[columns] + rng.normal(size=96)
+        low, high = crossed_interval(x, rows, columns, resamples=400, seed=k)
+        hits += low <= 0 <= high
+        low, high = bootstrap_interval(x, resamples=400, seed=k)
+        naive += low <= 0 <= high
+    # 0.95 less the percentile method's shortfall for 8 and 12 levels (about 0.05), and what is
+    # added because the interval errs to the wide side.
+    assert 0.86 <= hits / 200 <= 0.99
+    assert naive / 200 < 0.7
+
+
+def test_crossed_interval_of_a_table_with_holes_is_finite() -> None:
+    x, rows, columns = [1.0, 2.0, 3.0], [0, 1, 2], [0, 1, 2]
+    low, high = crossed_interval(x, rows, columns, resamples=2000)
+    assert low == 1.0 and high == 3.0
+
+
+# --- evaluations ---------------------------------------------------------------------------------
+
+
+def scores(values: dict[tuple[str, str, int, int, int], float], metric: str = "M") -> pd.DataFrame:
+    """Scores by (variant, subject, tuning seed, prompt number, picture)."""
+    rows = [
+        {
+            "run": f"{variant}-{subject}-{tuning_seed}",
+            "settings": "dreambooth",
+            "variant": variant,
+            "subject": subject,
+            "tuning_seed": tuning_seed,
+            "number": number,
+            "caption": f"caption {number}",
+            "kind": "attribute",
+            "seed": 0,
+            "picture": picture,
+            "metric": metric,
+            "value": value,
+        }
+        for (variant, subject, tuning_seed, number, picture), value in values.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_runs_are_compared_picture_by_picture() -> None:
+    plain = {("plain", "rex", 0, n, k): 0.1 * n + 0.01 * k for n in range(3) for k in range(2)}
+    sude = {("SuDe", "rex", 0, n, k): v + 0.2 + 0.1 * n for (_, _, _, n, k), v in plain.items()}
+    sude[("SuDe", "rex", 0, 7, 0)] = 0.9  # asked of one run alone: in the mean, not in the pairs
+    table = compare(scores(dict(reversed(sude.items())) | plain)).set_index("variant")
+    assert table.loc["plain", "mean"] == pytest.approx(0.105)
+    assert table.loc["plain", "over"] == "3 prompts x 2 noises"
+    row = table.loc["SuDe"]
+    assert row["pictures"] == 7 and row["pairs"] == 6
+    assert row["against"] == "dreambooth, plain"
+    assert row["difference"] == pytest.approx(0.3)
+    # The differences are 0.2, 0.3, 0.4 by prompt, whatever the noise.
+    low, high = bootstrap_interval([0.2, 0.3, 0.4])
+    assert row["difference_low"] == pytest.approx(low, abs=0.02)
+    assert row["difference_high"] == pytest.approx(high, abs=0.02)
+    assert np.isnan(table.loc["plain", "difference"])
+
+
+def test_pairs_share_subject_and_tuning_seed() -> None:
+    plain = {("plain", s, t, 0, 0): float(t) for s in ("rex", "fay") for t in (0, 1)}
+    sude = {("SuDe", s, t, 0, 0): t + 0.5 for s in ("rex", "fay") for t in (0, 1)}
+    del sude["SuDe", "fay", 1, 0, 0]
+    row = compare(scores(plain | sude)).set_index("variant").loc["SuDe"]
+    assert row["pairs"] == 3 and row["difference"] == pytest.approx(0.5)
+    assert row["over"] == "2 subjects x 2 tuning seeds"
+
+
+def test_without_a_plain_run_the_first_is_the_base() -> None:
+    table = compare(scores({("SuDe, 1", "rex", 0, 0, 0): 0.1, ("SuDe, 2", "rex", 0, 0, 0): 0.4}))
+    second = table.set_index("variant").loc["SuDe, 2"]
+    assert second["against"] == "dreambooth, SuDe, 1"
+    assert second["difference"] == pytest.approx(0.3) and np.isnan(second["difference_low"])
+    assert second["over"] == ""  # one picture each: there is no interval
+
+
+def test_a_metric_that_ranks_as_the_oracle_does_has_rho_1() -> None:
+    truth = {("a", "rex", 0, 0, 0): 0.1, ("b", "rex", 0, 0, 0): 0.5, ("c", "rex", 0, 0, 0): 0.9}
+    same = {k: v**3 for k, v in truth.items()}  # not linear: ranks alone count
+    opposite = {k: -v for k, v in truth.items()}
+    table = pd.concat(
+        [
+            scores(truth, "attribute_alignment"),
+            scores(same, "CLIP-T"),
+            scores(opposite, "BLIP-T"),
+            scores(truth, "DINO-I"),  # no fidelity of the oracle's beside it
+        ]
+    )
+    agreement = rank_agreement(table).set_index("metric")
+    assert set(agreement.index) == {"CLIP-T", "BLIP-T"}
+    assert agreement.loc["CLIP-T", "rho"] == pytest.approx(1)
+    assert agreement.loc["BLIP-T", "rho"] == pytest.approx(-1)
+    assert (agreement["runs"] == 3).all()
+    assert rank_agreement(table[table["variant"] != "c"]).empty  # two runs have no order to tell

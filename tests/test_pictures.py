@@ -11,7 +11,14 @@ import torch
 from PIL import Image, ImageCms
 
 from sude_lab.errors import UserError
-from sude_lab.pictures import Picture, PictureError, load_picture, to_images, to_tensor
+from sude_lab.pictures import (
+    Picture,
+    PictureError,
+    load_picture,
+    open_picture,
+    to_images,
+    to_tensor,
+)
 
 ROOT = Path(__file__).parents[1]
 PHOTO = ROOT / ".." / "shared" / "dreambench" / "dataset" / "dog" / "00.jpg"
@@ -47,6 +54,18 @@ def assert_square(picture: Picture, resolution: int) -> None:
 
 
 # --- what is read --------------------------------------------------------------------------------
+
+
+def test_a_picture_may_be_opened_whole(tmp_path: Path) -> None:
+    image = quadrants().resize((90, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lying on its side
+    image.save(tmp_path / "turned.png", exif=exif)
+    whole = open_picture(tmp_path / "turned.png")
+    assert whole.mode == "RGB" and whole.size == (40, 90)
+    assert whole.tobytes() == image.rotate(-90, expand=True).tobytes()
+    with pytest.raises(PictureError, match="does not exist"):
+        open_picture(tmp_path / "missing.png")
 
 
 def test_plain_picture(tmp_path: Path) -> None:

@@ -1,8 +1,24 @@
 """Prompts read as English, and {S*} is replaced wherever it stands."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from sude_lab.prompts import article, fill, photo_of, placeholder, with_attribute
+from sude_lab.errors import UserError
+from sude_lab.methods import METHODS
+from sude_lab.prompts import (
+    Prompt,
+    article,
+    ask,
+    caption,
+    fill,
+    photo_of,
+    placeholder,
+    read_prompts,
+    structured,
+    with_attribute,
+)
 
 
 @pytest.mark.parametrize(
@@ -51,3 +67,137 @@ def test_an_attribute_stands_before_the_subject_with_its_article(
     template: str, attribute: str | None, expected: str
 ) -> None:
     assert with_attribute(template, attribute) == expected
+
+
+@pytest.mark.parametrize(
+    ("structure", "attribute", "expected"),
+    [
+        ("P1", "running", "photo of a running {S*} dog"),
+        ("P2", "running", "photo of a running {S*} and it is a dog"),
+        ("P3", "running", "photo of a {S*} and it is a running dog"),
+        ("P1", "", "photo of a {S*} dog"),
+        ("P2", "", "photo of a {S*} and it is a dog"),
+        ("P3", "", "photo of a {S*} and it is a dog"),
+        ("P1", "open mouth", "photo of an open mouth {S*} dog"),
+        ("P3", "open mouth", "photo of a {S*} and it is an open mouth dog"),
+    ],
+)
+def test_structures_are_those_of_table_2(structure: str, attribute: str, expected: str) -> None:
+    assert structured(structure, "dog", attribute) == expected
+
+
+def test_structures_take_the_categorys_article() -> None:
+    assert structured("P2", "animal", "tall") == "photo of a tall {S*} and it is an animal"
+    assert structured("P3", "animal") == "photo of a {S*} and it is an animal"
+    with pytest.raises(UserError, match="'P4'"):
+        structured("P4", "dog")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("photo of a running {S*} dog", "photo of a running dog"),
+        ("photo of a running {S*}", "photo of a running dog"),
+        ("a {S*} dog in the jungle", "a dog in the jungle"),
+        ("a {S*} beside a dog", "a dog beside a dog"),
+        ("{S*} dogs at night", "dog dogs at night"),
+        ("a painting of the {S*}", "a painting of the dog"),
+        ("an owl", "an owl"),
+    ],
+)
+def test_a_caption_has_no_subject_token(prompt: str, expected: str) -> None:
+    assert caption(prompt, "dog") == expected
+
+
+def test_a_captions_article_suits_its_category() -> None:
+    assert caption("a {S*} animal at night", "animal") == "an animal at night"
+    assert caption("A {S*} and an {S*2}", "animal", "dog") == "An animal and a dog"
+    assert caption("a {S*} stuffed animal", "stuffed animal") == "a stuffed animal"
+
+
+def test_every_method_asks_for_the_same_in_its_own_words() -> None:
+    prompts = {
+        name: ask(method.template, "dog", "running", "on the beach")
+        for name, method in METHODS.items()
+    }
+    assert prompts["dreambooth"].text == "photo of a running {S*} dog on the beach"
+    assert prompts["custom_diffusion"].text == "photo of a running {S*} dog on the beach"
+    assert prompts["vico"].text == "photo of a running {S*} on the beach"
+    assert prompts["textual_inversion"].text == "photo of a running {S*} on the beach"
+    p3 = ask("ignored {S*}", "dog", "running", "on the beach", structure="P3")
+    assert p3.text == "photo of a {S*} and it is a running dog on the beach"
+    # One caption, so that the scores of templates can be compared.
+    captions = {p.caption for p in (*prompts.values(), p3)}
+    assert captions == {"photo of a running dog on the beach"}
+
+
+@pytest.mark.parametrize(
+    ("attribute", "background", "kind", "expected"),
+    [
+        ("", "", "plain", "photo of a {S*} dog"),
+        ("open mouth", "", "attribute", "photo of an open mouth {S*} dog"),
+        ("", "in the snow", "background", "photo of a {S*} dog in the snow"),
+        ("wet", "in the snow", "attribute x background", "photo of a wet {S*} dog in the snow"),
+    ],
+)
+def test_what_a_prompt_edits_is_its_kind(
+    attribute: str, background: str, kind: str, expected: str
+) -> None:
+    prompt = ask("photo of a {S*} {category}", "dog", attribute, background)
+    assert (prompt.text, prompt.kind) == (expected, kind)
+
+
+def test_prompts_are_read_from_text(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    lines = [
+        "# mine",
+        "",
+        " a {S*} {category} on the  beach ",
+        "a {S*} at night",
+        "a {S*} at night",
+    ]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert read_prompts(file, "dog") == [
+        Prompt("a {S*} dog on the beach", "a dog on the beach"),
+        Prompt("a {S*} at night", "a dog at night"),
+    ]
+
+
+@pytest.mark.parametrize("ending", ["yaml", "json"])
+def test_prompts_are_read_from_yaml_and_json(ending: str, tmp_path: Path) -> None:
+    file = tmp_path / f"prompts.{ending}"
+    entry = {"prompt": "a wet {S*}", "attribute": "wet", "caption": "a wet pup", "group": "rain"}
+    file.write_text(json.dumps(["a {S*} {category}", entry]), encoding="utf-8")
+    plain, wet = read_prompts(file, "dog")
+    assert plain == Prompt("a {S*} dog", "a dog") and plain.kind == "plain"
+    assert wet == Prompt("a wet {S*}", "a wet pup", "wet", "", "rain") and wet.kind == "rain"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "photo of a dog", "'photo of a dog' has no {S*}"),
+        ("a.txt", "# nothing\n", "no list of prompts"),
+        ("a.yaml", "prompt: a {S*}", "no list of prompts"),
+        ("a.yaml", "- {S*}", "must be a quoted prompt"),
+        ("a.yaml", "- [1, 2", "not readable YAML"),
+        ("a.yaml", "- {prompt: 'a {S*}', weight: '1'}", "weight"),
+        ("a.yaml", "- {prompt: 3}", "must be a quoted prompt"),
+        ("a.yaml", "- {caption: a dog}", "must be a quoted prompt"),
+    ],
+)
+def test_prompts_that_cannot_be_asked_are_refused(
+    name: str, content: str, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        read_prompts(tmp_path / name, "dog")
+    assert expected in str(error.value) and name in str(error.value)
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_a_file_of_prompts_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
+    for name in ("missing.txt", "bytes.txt", "."):
+        with pytest.raises(UserError, match="cannot be read"):
+            read_prompts(tmp_path / name, "dog")

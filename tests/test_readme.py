@@ -41,9 +41,10 @@ def test_the_map_names_real_functions_and_tests() -> None:
 
 
 def test_every_readme_flag_exists() -> None:
-    from sude_lab.cli import Demo, Export, Generate, Tune
+    from sude_lab.cli import Demo, Evaluate, Export, Generate, Tune
 
-    known = {f for c in (Demo, Export, Generate, Tune) for f in c.__dataclass_fields__}
+    commands = (Demo, Evaluate, Export, Generate, Tune)
+    known = {f for c in commands for f in c.__dataclass_fields__}
     ours = README.replace("tensorboard --logdir", "")  # another program's
     for flag in set(re.findall(r"--(?:no-)?([a-z][a-z-]+)", ours)):
         if flag.replace("-", "_") in known:

@@ -137,6 +137,24 @@ def judge(
     )
 
 
+def read_scene(oracle: Oracle, images: list[Image.Image], category: str) -> world.Scene:
+    """Return what the oracle takes pictures of one subject to show: its attribute and its look.
+
+    For subjects whose truth nobody wrote down. The parts of the look are read from the mean of the
+    probabilities over the pictures; a part that they do not show is a guess.
+    """
+    seen = {name: p.mean(0) for name, p in oracle.read(images).items()}
+    allowed = world.ATTRIBUTES[category]
+    index = [ALL_ATTRIBUTES.index(a) for a in allowed]
+    best = {name: HEADS[name][int(p.argmax())] for name, p in seen.items()}
+    others = seen["second"].clone()
+    others[HEADS["second"].index(best["colour"])] = -1.0  # the second colour is another one
+    accent = None if best["accent"] == "none" else best["accent"]
+    second = HEADS["second"][int(others.argmax())]
+    look = world.Look(best["colour"], second, best["pattern"], accent)
+    return world.Scene(category, allowed[int(seen["attribute"][index].argmax())], look)
+
+
 def load_oracle(folder: Path | None = None) -> Oracle:
     """Load the oracle from `data/oracle`, or from a folder.
 
