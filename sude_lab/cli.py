@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import re
@@ -248,10 +249,16 @@ def _lab(args: Lab) -> None:
     notebooks = data_folder().parent / "notebooks"
     if not notebooks.is_dir():
         raise UserError(f"There are no notebooks in {notebooks}: run from a clone.")
+    if importlib.util.find_spec("jupyterlab") is None:
+        raise UserError("JupyterLab is not installed: pip install jupyterlab.")
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={notebooks}"]
-    code = subprocess.call(command + ([] if args.browser else ["--no-browser"]))
+    if not args.browser:
+        command.append("--no-browser")
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")  # a container, where there is no other user
+    code = subprocess.call(command)
     if code:
-        raise UserError("JupyterLab did not start: install it with `pip install jupyterlab`.")
+        raise UserError(f"JupyterLab stopped with exit code {code}: its reason stands above.")
 
 
 _COMMANDS: dict[type, Callable[[Any], None]] = {

@@ -396,13 +396,18 @@ def test_lab_says_where_the_notebooks_should_be(
     (tmp_path / "notebooks").mkdir()
     called: list[list[str]] = []
     monkeypatch.setattr(cli.subprocess, "call", lambda command: called.append(command) or 0)
+    root = f"--ServerApp.root_dir={tmp_path / 'notebooks'}"
+    monkeypatch.setattr(cli.os, "geteuid", lambda: 1000, raising=False)
     assert main(["lab", "--no-browser"]) == 0
-    assert called[0][1:] == [
-        "-m",
-        "jupyterlab",
-        f"--ServerApp.root_dir={tmp_path / 'notebooks'}",
-        "--no-browser",
-    ]
+    assert called[0][1:] == ["-m", "jupyterlab", root, "--no-browser"]
+    monkeypatch.setattr(cli.os, "geteuid", lambda: 0, raising=False)
+    assert main(["lab"]) == 0
+    assert called[1][1:] == ["-m", "jupyterlab", root, "--allow-root"]
+
+    monkeypatch.setattr(cli.subprocess, "call", lambda command: 3)
+    assert "exit code 3" in refused(main(["lab"]), capsys)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert "pip install jupyterlab" in refused(main(["lab"]), capsys)
 
 
 def test_the_configuration_of_a_run_is_readable(tune: Tune, tmp_path: Path) -> None:

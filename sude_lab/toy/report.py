@@ -70,7 +70,7 @@ def subjects_table(table: pd.DataFrame) -> pd.DataFrame:
     """Return a row a (method, subject): alignment and fidelity of each variant, over the seeds."""
     runs = per_run(table)
     rows = []
-    for (method, subject), group in runs.groupby(["method", "subject"], sort=False):
+    for (method, subject), group in runs.groupby(["method", "subject"]):
         category = group["category"].iloc[0]
         line: dict[str, object] = {
             "method": method.replace("_", " "),
