@@ -432,16 +432,18 @@ def quiet() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    kept = [(m, m.get_verbosity()) for m in (diffusers_logging, transformers_logging)]
-    for module, _ in kept:
+    modules = (diffusers_logging, transformers_logging)
+    kept = [(m, m.get_verbosity(), m.is_progress_bar_enabled()) for m in modules]
+    for module in modules:
         module.set_verbosity_error()
         module.disable_progress_bar()
     try:
         yield
     finally:
-        for module, level in kept:
+        for module, level, bars in kept:
             module.set_verbosity(level)
-            module.enable_progress_bar()
+            if bars:
+                module.enable_progress_bar()
 
 
 def _check_source(folder: str) -> None:

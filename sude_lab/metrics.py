@@ -107,6 +107,40 @@ def summarize(table: pd.DataFrame, *, against: str = "plain") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def gains(
+    table: pd.DataFrame,
+    measures: Sequence[str] = MEASURES,
+    *,
+    by: Sequence[str] = ("method",),
+    against: str = "plain",
+) -> pd.DataFrame:
+    """Return a row a (`by`, variant, measure): mean, paired gain over a variant, 95 % interval.
+
+    `table` has a row a picture. A run's value is the mean over its pictures, pairs share `by`,
+    subject and seed, and the interval is bootstrapped over subjects. The variant that is compared
+    with has no gain (nan).
+    """
+    keys = [*by, "subject", "seed"]
+    runs = table.groupby([*keys, "variant"], as_index=False, sort=False)[list(measures)].mean()
+    base = runs[runs["variant"] == against].drop(columns="variant")
+    pairs = runs.merge(base, on=keys, how="left", suffixes=("", "_base"))
+    rows = []
+    for names, group in pairs.groupby([*by, "variant"], sort=False):
+        for measure in measures:
+            row: dict[str, object] = dict(zip([*by, "variant"], names, strict=True))
+            row |= {"measure": measure, "mean": group[measure].mean()}
+            gain = (group[measure] - group[f"{measure}_base"]).dropna()
+            if row["variant"] == against or gain.empty:
+                row |= dict.fromkeys(("gain", "low", "high"), float("nan"))
+            else:
+                subjects = group.loc[gain.index, "subject"].to_numpy()
+                low, high = bootstrap_interval(gain.to_numpy(), subjects)
+                row |= {"gain": gain.mean(), "low": low, "high": high}
+            row |= {"subjects": group["subject"].nunique(), "runs": len(group)}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
 # --- evaluations: a row a picture and metric ---
 
 PAIR = ["subject", "tuning_seed", "number", "caption", "seed", "picture"]

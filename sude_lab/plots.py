@@ -167,9 +167,62 @@ def confusion(ax: Axes, counts: np.ndarray, names: Sequence[str]) -> Axes:
     return ax
 
 
+def gains(ax: Axes, table: pd.DataFrame, measure: str, *, rows: str = "method") -> Axes:
+    """Draw paired gains with their intervals; 0 is no change.
+
+    `table` is that of `sude_lab.metrics.gains`: a line a name in the column `rows`, in it a mark a
+    variant, told apart by colour and by shape. Where there is no interval, the mark stands alone.
+    """
+    mine = table[(table["measure"] == measure) & table["gain"].notna()]
+    names = list(dict.fromkeys(mine[rows]))
+    variants = ["all"] if rows == "variant" else list(dict.fromkeys(mine["variant"]))
+    for k, variant in enumerate(variants):
+        part = mine if rows == "variant" else mine[mine["variant"] == variant]
+        y = [names.index(n) + 0.24 * (k - (len(variants) - 1) / 2) for n in part[rows]]
+        ends = np.vstack([part["gain"] - part["low"], part["high"] - part["gain"]])
+        ax.errorbar(
+            part["gain"],
+            y,
+            xerr=np.nan_to_num(ends).clip(min=0),
+            fmt=_MARKS[k % len(_MARKS)],
+            color=_SAFE[k % len(_SAFE)],
+            capsize=3,
+            label=variant,
+        )
+    ax.axvline(0.0, color="black", lw=0.8, ls="--")
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)  # the first on top
+    ax.locator_params(axis="x", nbins=6)
+    ax.set_xlabel(f"change of {measure.replace('_', ' ')}")
+    if len(variants) > 1:
+        ax.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return ax
+
+
+def scatter(
+    ax: Axes, table: pd.DataFrame, x: str, y: str, *, group: str = "method", diagonal: bool = False
+) -> Axes:
+    """Draw one column over another, a mark a row, a colour and a shape a group.
+
+    `diagonal` adds the line y = x; the line y = 0 is always there.
+    """
+    for k, (name, part) in enumerate(table.groupby(group, sort=False)):
+        colour, mark = _SAFE[k % len(_SAFE)], _MARKS[k % len(_MARKS)]
+        ax.plot(part[x], part[y], mark, color=colour, label=name, alpha=0.8)
+    ax.axhline(0.0, color="black", lw=0.8)
+    if diagonal:
+        ax.axline((0, 0), slope=1, color="black", lw=0.8, ls="--")
+    ax.locator_params(nbins=6)
+    ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+    if table[group].nunique() > 1:
+        ax.legend(frameon=False, fontsize=9)
+    return ax
+
+
 _SAFE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours, which the colour-blind tell apart."""
 _DASHES = ("-", "--", "-.", ":")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def _colour(name: str) -> str | None:

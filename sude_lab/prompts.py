@@ -56,6 +56,19 @@ def with_attribute(template: str, attribute: str | None) -> str:
     return named.replace(PLACEHOLDER, f"{attribute} {PLACEHOLDER}", 1)
 
 
+def fill_words(template: str, **words: str) -> str:
+    """Return the template with its words filled in, each after the article it needs; {S*} stays.
+
+    "photo of a {attribute} {S*} {category}" with attribute="open mouth" and category="dog" is
+    "photo of an open mouth {S*} dog". Words that the template does not ask for are left out.
+    """
+    for name, word in words.items():
+        gap = re.escape(f"{{{name}}}")
+        template = re.sub(rf"\ban? (?={gap})", f"{article(word)} ", template)
+        template = template.replace(f"{{{name}}}", word)
+    return template
+
+
 @dataclass(frozen=True)
 class Prompt:
     """Something to ask a tuned model for, and how its pictures are judged."""
@@ -88,9 +101,10 @@ def structured(structure: str, category: str, attribute: str = "") -> str:
         raise UserError(
             f"There is no prompt structure {structure!r}: choose default, {', '.join(STRUCTURES)}."
         )
-    words = STRUCTURES[structure].replace("{attribute} ", f"{attribute} " if attribute else "")
-    words = words.replace("{category}", category)
-    return re.sub(r"\ba (?=(\S+))", lambda found: f"{article(found[1])} ", words)
+    template = STRUCTURES[structure]
+    if not attribute:
+        template = template.replace("{attribute} ", "")
+    return fill_words(template, attribute=attribute, category=category)
 
 
 def caption(prompt: str, *categories: str) -> str:

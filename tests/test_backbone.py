@@ -386,3 +386,23 @@ def test_a_condition_is_indexed_expanded_and_joined_by_rows(xl: bool) -> None:
     added = told.pop("added_cond_kwargs", {})
     assert not told
     assert added == ({"text_embeds": some.pooled, "time_ids": some.sizes} if xl else {})
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_opening_a_model_leaves_the_loaders_bars_as_the_user_set_them(
+    shown: bool, tiny_folder: Path
+) -> None:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    modules = (diffusers_logging, transformers_logging)
+    before = [(m, m.is_progress_bar_enabled(), m.get_verbosity()) for m in modules]
+    try:
+        for module in modules:
+            module.enable_progress_bar() if shown else module.disable_progress_bar()
+        open_backbone(tiny_folder, device="cpu")
+        assert [m.is_progress_bar_enabled() for m in modules] == [shown, shown]
+        assert [m.get_verbosity() for m in modules] == [level for *_, level in before]
+    finally:
+        for module, enabled, _ in before:
+            module.enable_progress_bar() if enabled else module.disable_progress_bar()

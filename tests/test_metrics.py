@@ -12,6 +12,7 @@ from sude_lab.metrics import (
     compare,
     cosines,
     crossed_interval,
+    gains,
     image_similarity,
     per_run,
     rank_agreement,
@@ -294,3 +295,42 @@ def test_a_metric_that_ranks_as_the_oracle_does_has_rho_1() -> None:
     assert agreement.loc["BLIP-T", "rho"] == pytest.approx(-1)
     assert (agreement["runs"] == 3).all()
     assert rank_agreement(table[table["variant"] != "c"]).empty  # two runs have no order to tell
+
+
+def small_study() -> pd.DataFrame:
+    """Two subjects, two pictures a run; "sude" gains 0.4 and 0.2, "other" ran for one subject."""
+    values = {
+        ("a", "plain"): (0.1, 0.3),
+        ("a", "sude"): (0.5, 0.7),
+        ("a", "other"): (0.2, 0.2),
+        ("b", "plain"): (0.5, 0.5),
+        ("b", "sude"): (0.6, 0.8),
+    }
+    return pd.DataFrame(
+        [
+            {"subject": s, "variant": v, "seed": 0, "method": m, "ask": "P1", "share": x}
+            for m in ("one", "two")
+            for (s, v), both in values.items()
+            for x in both
+        ]
+    )
+
+
+def test_gains_are_means_of_pairs_with_the_interval_over_subjects() -> None:
+    table = gains(small_study(), ("share",), by=("method", "ask")).set_index(["method", "variant"])
+    sude = table.loc[("two", "sude")]
+    assert sude["mean"] == pytest.approx(0.65) and sude["gain"] == pytest.approx(0.3)
+    # Of two subjects a resample has the mean gain 0.2, 0.3 or 0.4.
+    assert (sude["low"], sude["high"]) == (pytest.approx(0.2), pytest.approx(0.4))
+    assert (sude["ask"], sude["measure"], sude["subjects"], sude["runs"]) == ("P1", "share", 2, 2)
+    assert len(table) == 6 and np.isnan(table.loc[("one", "plain"), "gain"])
+
+
+def test_gains_leave_out_what_has_no_partner() -> None:
+    table = gains(small_study(), ("share",)).set_index(["method", "variant"])
+    other = table.loc[("one", "other")]
+    assert other["gain"] == pytest.approx(0.0) and np.isnan(other["low"])  # one subject
+    against = gains(small_study(), ("share",), against="other").set_index(["method", "variant"])
+    # Subject b has no run of "other": a alone counts, and the mean is over both all the same.
+    assert against.loc[("one", "sude"), "gain"] == pytest.approx(0.4)
+    assert against.loc[("one", "sude"), "mean"] == pytest.approx(0.65)

@@ -109,3 +109,48 @@ def test_measures_draws_means_with_their_intervals(ax: Axes) -> None:
     spans = [line.get_segments()[0][:, 1] for line in ax.collections]
     assert np.allclose(spans, [[0.4, 0.7], [0.55, 0.65]])
     assert [label.get_text() for label in ax.get_xticklabels()] == ["fidelity"]
+
+
+GAINS = pd.DataFrame(
+    {
+        "method": ["one", "two", "one", "two", "one"],
+        "variant": ["sude", "sude", "more", "more", "plain"],
+        "measure": ["attribute_alignment"] * 5,
+        "gain": [0.3, -0.1, 0.2, 0.4, float("nan")],
+        "low": [0.1, -0.2, float("nan"), 0.3, float("nan")],
+        "high": [0.6, 0.1, float("nan"), 0.5, float("nan")],
+    }
+)
+
+
+def test_gains_draw_a_mark_with_its_interval_in_the_row_of_its_name(ax: Axes) -> None:
+    assert plots.gains(ax, GAINS, "attribute_alignment") is ax
+    sude, more = ax.containers
+    assert list(sude.lines[0].get_xdata()) == [0.3, -0.1]
+    assert [round(y) for y in sude.lines[0].get_ydata()] == [0, 1]
+    ends = [segment[:, 0].tolist() for segment in sude.lines[2][0].get_segments()]
+    assert ends == [pytest.approx([0.1, 0.6]), pytest.approx([-0.2, 0.1])]
+    ends = [segment[:, 0].tolist() for segment in more.lines[2][0].get_segments()]
+    assert ends == [[0.2, 0.2], pytest.approx([0.3, 0.5])]  # no interval: the mark alone
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["one", "two"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first on top
+    assert ax.get_xlabel() == "change of attribute alignment"
+    assert {t.get_text() for t in ax.get_legend().get_texts()} == {"sude", "more"}
+
+
+def test_gains_with_a_row_a_variant_need_no_legend(ax: Axes) -> None:
+    plots.gains(ax, GAINS[GAINS["method"] == "one"], "attribute_alignment", rows="variant")
+    assert ax.get_legend() is None
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["sude", "more"]
+    (marks,) = ax.containers
+    assert list(marks.lines[0].get_ydata()) == [0, 1]
+
+
+def test_scatter_has_a_colour_and_a_shape_a_group(ax: Axes) -> None:
+    table = pd.DataFrame({"x": [0.1, 0.2, 0.3], "y": [1, 2, 3], "method": ["a_b", "a_b", "c"]})
+    assert plots.scatter(ax, table, "x", "y", diagonal=True) is ax
+    first, second, *_ = ax.get_lines()
+    assert list(first.get_xdata()) == [0.1, 0.2] and list(second.get_ydata()) == [3]
+    assert first.get_marker() != second.get_marker() and first.get_color() != second.get_color()
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a_b", "c"]
+    assert len(ax.get_lines()) == 4 and len(plots.scatter(ax, table, "x", "y").get_lines()) == 7

@@ -13,6 +13,7 @@ from sude_lab.prompts import (
     ask,
     caption,
     fill,
+    fill_words,
     photo_of,
     placeholder,
     read_prompts,
@@ -201,3 +202,11 @@ def test_a_file_of_prompts_that_cannot_be_read_is_refused(tmp_path: Path) -> Non
     for name in ("missing.txt", "bytes.txt", "."):
         with pytest.raises(UserError, match="cannot be read"):
             read_prompts(tmp_path / name, "dog")
+
+
+def test_fill_words_fills_what_is_asked_for_and_leaves_the_rest() -> None:
+    template = "photo of an {attribute} {S*} {background}"
+    words = {"attribute": "running", "background": "on the beach", "category": "otter"}
+    assert fill_words(template, **words) == "photo of a running {S*} on the beach"
+    assert fill_words("photo of a {category}", category="otter") == "photo of an otter"
+    assert fill_words("photo of the {category}", category="otter") == "photo of the otter"

@@ -19,6 +19,7 @@ def hand_made() -> pd.DataFrame:
         ("held-out-7-teapot", "teapot", 0.5, 0.7),
     ):
         for variant, alignment in (("plain", plain), ("sude", sude)):
+            own = 0.99 if variant == "plain" else 0.9
             for attribute in ("", *world.ATTRIBUTES[category][1:]):
                 rows.append(
                     {
@@ -28,7 +29,7 @@ def hand_made() -> pd.DataFrame:
                         "variant": variant,
                         "seed": 0,
                         "attribute": attribute,
-                        "attribute_alignment": alignment if attribute else 0.99,
+                        "attribute_alignment": alignment if attribute else own,
                         "subject_fidelity": 0.5 if variant == "plain" else 0.4,
                         "category_alignment": 1.0,
                         "open_gates": 0.0 if variant == "plain" else 0.25,
@@ -55,6 +56,24 @@ def test_a_row_a_subject_beside_the_untuned_model() -> None:
     card = pd.read_csv(report.data_folder() / "embedded" / "alignment.csv")
     dogs = card[(card["category"] == "dog") & (card["attribute"] != "sitting")]
     assert dog["untuned"] == f"{dogs['attribute_alignment'].mean():.2f}"
+
+
+def test_what_was_lost_and_what_was_gained_of_every_subject() -> None:
+    dog, teapot = report.lost_and_gained(hand_made()).to_dict("records")
+    assert (dog["method"], dog["subject"]) == ("textual_inversion", "held-out-0-dog")
+    assert (dog["gained"], teapot["gained"]) == (pytest.approx(0.4), pytest.approx(0.2))
+    card = pd.read_csv(report.data_folder() / "embedded" / "alignment.csv")
+    dogs = card[(card["category"] == "dog") & (card["attribute"] != "sitting")]
+    assert dog["lost"] == pytest.approx(dogs["attribute_alignment"].mean() - 0.2)
+    assert teapot["fidelity_change"] == pytest.approx(-0.1)
+    assert (teapot["open_gates"], teapot["rho"]) == (0.25, 0.8)  # of the runs with SuDe alone
+    assert dog["freed"] == pytest.approx(0.09)
+
+
+def test_a_subject_that_is_not_finished_has_not_gained_anything_yet() -> None:
+    table = hand_made()
+    half = table[(table["variant"] == "plain") | table["subject"].str.endswith("dog")]
+    assert report.lost_and_gained(half)["subject"].tolist() == ["held-out-0-dog"]
 
 
 def test_it_writes_the_tables_and_the_picture(

@@ -116,13 +116,20 @@ class Reading:
     """Probability of the category."""
     subject_fidelity: Tensor
     """Mean probability of the parts of the private look that a picture can show."""
+    background_alignment: Tensor
+    """Probability of the background (of none, where none is asked for)."""
 
 
 def judge(
-    oracle: Oracle, images: list[Image.Image], scene: world.Scene, attribute: str | None = None
+    oracle: Oracle,
+    images: list[Image.Image],
+    scene: world.Scene,
+    attribute: str | None = None,
+    background: str | None = None,
 ) -> Reading:
-    """Judge pictures that should show `scene`'s subject with an attribute (its own if None)."""
+    """Judge pictures that should show `scene`'s subject; attribute, background: its own if None."""
     attribute = attribute or scene.attribute
+    where = HEADS["background"].index(background or scene.background or "none")
     seen = oracle.read(images)
     allowed = [ALL_ATTRIBUTES.index(a) for a in world.ATTRIBUTES[scene.category]]
     wanted = world.ATTRIBUTES[scene.category].index(attribute)
@@ -134,6 +141,7 @@ def judge(
         among[:, wanted],
         seen["category"][:, HEADS["category"].index(scene.category)],
         torch.stack(look).mean(0),
+        seen["background"][:, where],
     )
 
 

@@ -113,6 +113,33 @@ def settings_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def lost_and_gained(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a row a (method, subject), means over the seeds: what was lost, what SuDe gave back.
+
+    `lost` is the untuned model's alignment less plain tuning's, `gained` and `fidelity_change` are
+    SuDe's less plain tuning's; `freed` is how much less surely, with SuDe, the tuning prompt draws
+    the attribute of the one picture; `open_gates` and `rho` are those of the runs with SuDe.
+    """
+    rows = []
+    as_tuned = table[table["attribute"].fillna("") == ""]
+    own = as_tuned.groupby(["method", "subject", "variant"])["attribute_alignment"].mean()
+    runs = per_run(table)
+    steered = table[table["variant"] == "sude"].groupby(["method", "subject"])[list(WATCHED)].mean()
+    for (method, subject), group in runs.groupby(["method", "subject"], sort=False):
+        means = group.groupby("variant")[list(NAMES)].mean()
+        if not {"plain", "sude"} <= set(means.index):
+            continue
+        change = means.loc["sude"] - means.loc["plain"]
+        untuned = untuned_alignment(group["category"].iloc[0], _shown(table, subject))
+        row = {"method": method, "subject": subject}
+        row |= {"lost": untuned - means.loc["plain", "attribute_alignment"]}
+        row |= {"gained": change["attribute_alignment"]}
+        row |= {"fidelity_change": change["subject_fidelity"]}
+        row |= {"freed": own[method, subject, "plain"] - own[method, subject, "sude"]}
+        rows.append(row | steered.loc[(method, subject)].to_dict())
+    return pd.DataFrame(rows)
+
+
 def _shown(table: pd.DataFrame, subject: str) -> str:
     from sude_lab.toy import world
 

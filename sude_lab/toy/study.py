@@ -5,15 +5,17 @@ follow from a fixed seed, so nobody chooses them.
 
     python -m sude_lab.toy.study --subjects held-out --num-seeds 3 --out data/results/held_out.csv
 
-Finished (subject, variant, seed) are never redone: give the command again to continue.
+Finished (subject, variant, seed) are never redone: give the command again to continue. With other
+`--asks` write another file, because a run's weights are not kept.
 """
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -32,10 +34,18 @@ from sude_lab.errors import UserError
 from sude_lab.files import atomic_write
 from sude_lab.generation import generate
 from sude_lab.methods import get_method
-from sude_lab.prompts import fill, photo_of, with_attribute
+from sude_lab.prompts import STRUCTURES, fill, fill_words, photo_of, with_attribute
 from sude_lab.toy import world
 from sude_lab.toy.oracle import Oracle, judge, load_oracle
-from sude_lab.tuning import Step, TuningConfig, resolve, tune
+from sude_lab.tuning import Step, TuningConfig, resolve, tune, with_preset
+
+ASKS = {
+    **STRUCTURES,
+    "background": "photo of a {S*} {category} {background}",
+    "attribute and background": "photo of a {attribute} {S*} {category} {background}",
+}
+"""What may be asked of a tuned model in place of its tuning prompt; {attribute} stands for every
+attribute that the one picture does not show, {background} for every background."""
 
 KEYS = ["subject", "method", "variant", "seed"]
 
@@ -92,28 +102,22 @@ def measure(
     num_images: int,
     grids: dict[str, list[Image.Image]] | None = None,
     guide: Callable[[str | None], AbstractContextManager[Any]] | None = None,
+    asks: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Draw the subject under its tuning prompt and every other attribute; return a row a picture.
 
     Without `config` the backbone is the untuned one and draws the category instead. The numbers
     are those of `sude_lab.toy.oracle.Reading`; `grids` collects the pictures by attribute, and
-    `guide` gives the context in which those of an attribute are drawn.
+    `guide` gives the context in which those of an attribute are drawn. `asks`, names of `ASKS` or
+    templates, are drawn in place of the tuning prompt, and then `grids` collects them by prompt.
     """
     rows = []
-    for attribute in (None, *who.other_attributes):
-        if config is None:
-            words = who.scene.category
-            prompt = photo_of(f"{attribute} {words}" if attribute else words)
-        else:
-            template = (config.prompt or get_method(config.method).template).replace(
-                "{category}", who.scene.category
-            )
-            prompt = fill(with_attribute(template, attribute), config.token)
+    for name, attribute, background, prompt in _prompts(who, config, asks):
         with guide(attribute) if guide else nullcontext():
             images = generate(backbone, prompt, num_images=num_images, seed=seed, batch_size=16)
-        reading = judge(oracle, images, who.scene, attribute)
+        reading = judge(oracle, images, who.scene, attribute, background)
         if grids is not None:
-            grids[attribute or "as tuned"] = images
+            grids[prompt if asks else attribute or "as tuned"] = images
         rows += [
             {
                 "attribute": attribute or "",
@@ -125,7 +129,35 @@ def measure(
             }
             for k in range(num_images)
         ]
+        if asks:
+            for row, seen in zip(rows[-num_images:], reading.background_alignment, strict=True):
+                row |= {"ask": name, "background": background or ""}
+                row |= {"background_alignment": round(seen.item(), 5)}
     return rows
+
+
+def _prompts(
+    who: Subject, config: TuningConfig | None, asks: Sequence[str]
+) -> Iterator[tuple[str, str | None, str | None, str]]:
+    """Yield what to draw: the ask's name, the attribute, the background, the prompt itself."""
+    category = who.scene.category
+    if config is None:
+        for attribute in (None, *who.other_attributes):
+            words = f"{attribute} {category}" if attribute else category
+            yield "", attribute, None, photo_of(words)
+        return
+    tuned = (config.prompt or get_method(config.method).template).replace("{category}", category)
+    if not asks:
+        for attribute in (None, *who.other_attributes):
+            yield "", attribute, None, fill(with_attribute(tuned, attribute), config.token)
+    for name in asks:
+        template = ASKS.get(name, name)
+        attributes = who.other_attributes if "{attribute}" in template else (None,)
+        backgrounds = tuple(world.BACKGROUNDS) if "{background}" in template else (None,)
+        for attribute, background in itertools.product(attributes, backgrounds):
+            where = world.BACKGROUNDS[background] if background else ""
+            told = {"attribute": attribute or "", "category": category, "background": where}
+            yield name, attribute, background, fill(fill_words(template, **told), config.token)
 
 
 def tune_and_measure(
@@ -137,6 +169,7 @@ def tune_and_measure(
     num_images: int,
     on_step: Callable[[Step], None] | None = None,
     grids: dict[str, list[Image.Image]] | None = None,
+    asks: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Tune a copy of `base` on one subject, draw and judge; return the rows of `measure`."""
     backbone = base.copy()
@@ -153,8 +186,16 @@ def tune_and_measure(
         "rho": float(np.mean(rhos)),
         "tuning_seconds": round(seconds, 1),
     }
-    seed = config.seed + 500
-    rows = measure(backbone, oracle, who, config, seed=seed, num_images=num_images, grids=grids)
+    rows = measure(
+        backbone,
+        oracle,
+        who,
+        config,
+        seed=config.seed + 500,
+        num_images=num_images,
+        grids=grids,
+        asks=asks,
+    )
     return [about | row for row in rows]
 
 
@@ -182,13 +223,17 @@ class StudyConfig:
     numbers: tuple[int, ...] = (0, 1, 2, 3, 4)
     methods: tuple[str, ...] = ("dreambooth", "textual_inversion")
     variants: tuple[str, ...] = ("plain", "sude")
-    """plain, sude, 'sude, no truncation', or settings such as 'weight_sude=2,prior=current'."""
+    """plain, sude, 'sude, no truncation', or settings such as 'weight_sude=2,prior=current'; among
+    them preset=paper and preset=reference, which fill what is not said."""
     num_seeds: int = 1
     num_images: int = 8
     workers: int = 2
     """Processes, one thread each."""
     settings: str = ""
     """Settings for every variant, such as 'max_train_steps=200,learning_rate=3e-4'."""
+    asks: tuple[str, ...] = ()
+    """What to draw in place of the tuning prompt with every attribute: P1, P2, P3, background,
+    'attribute and background', or templates of that kind."""
     backbone: str = EMBEDDED
 
 
@@ -259,6 +304,7 @@ def _run_job(config: StudyConfig, job: tuple[str, str, str, int]) -> list[dict[s
     name, method, variant, seed = job
     who = next(s for s in (subject(config.subjects, n) for n in config.numbers) if s.name == name)
     settings = parse_settings(config.settings) | parse_variant(variant).settings
+    preset = settings.pop("preset", "default")
     key = dict(zip(KEYS, job, strict=True))
     try:
         tuning = TuningConfig(
@@ -270,7 +316,12 @@ def _run_job(config: StudyConfig, job: tuple[str, str, str, int]) -> list[dict[s
             **settings,
         )
         rows = tune_and_measure(
-            _models["base"], _models["oracle"], who, tuning, num_images=config.num_images
+            _models["base"],
+            _models["oracle"],
+            who,
+            with_preset(tuning, preset),
+            num_images=config.num_images,
+            asks=config.asks,
         )
     except UserError as error:  # recorded with its reason; the others go on
         rows = [{"attribute": "", "error": str(error)}]
