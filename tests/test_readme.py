@@ -50,7 +50,8 @@ def test_every_readme_flag_exists() -> None:
         if flag.replace("-", "_") in known:
             continue
         study = importlib.import_module("sude_lab.toy.study").StudyConfig.__dataclass_fields__
-        assert flag.replace("-", "_") in study, flag
+        compared = importlib.import_module("sude_lab.toy.compare_guidance").CompareConfig
+        assert flag.replace("-", "_") in {*study, *compared.__dataclass_fields__}, flag
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
