@@ -38,7 +38,14 @@ _PAPERS = {
 }
 _TOLD = (
     *("method", "train", "train_text_encoder", "lora_rank", "weight_sude", "prior", "weighting"),
-    *("truncate", "prior_loss_weight", "regularizer", "num_class_images", "max_train_steps"),
+    *(
+        "truncate",
+        "truncate_at",
+        "prior_loss_weight",
+        "regularizer",
+        "num_class_images",
+        "max_train_steps",
+    ),
     *("train_batch_size", "gradient_accumulation_steps", "learning_rate", "token_learning_rate"),
     *("lr_warmup_steps", "optimizer", "horizontal_flip", "resolution", "seed"),
 )

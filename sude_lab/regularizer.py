@@ -53,6 +53,7 @@ def sude_terms(
     *,
     weighting: str = "reference",
     truncated: bool = True,
+    truncate_at: float = 1.0,
 ) -> SudeTerms:
     """Return eq. 7-9 of arXiv 2403.06775 for three model outputs at the same (x_t, t).
 
@@ -61,7 +62,8 @@ def sude_terms(
     the number of the latent's dimensions, as the usual MSE is.
 
     Args: outputs (B, ...) as the schedule's prediction type has them; only `output_subject`
-    receives a gradient. t: LongTensor (B,).
+    receives a gradient. t: LongTensor (B,). truncate_at: the rho that shuts the gate, 1 in the
+    paper: since L_sude - tau_t = -2 tau_t (1 - rho), the gate shuts at (2 truncate_at - 1) tau_t.
 
     Raises:
         ValueError: shapes disagree, or the weighting is unknown.
@@ -74,11 +76,12 @@ def sude_terms(
     variance = 0.5 / sude_weight(t, schedule, weighting).to(x_t.dtype)
     loss = sude_loss(eps_subject, eps_class, eps_uncond, variance) / dims
     tau = sude_threshold(eps_class, eps_uncond, variance) / dims
+    limit = (2 * truncate_at - 1) * tau
     return SudeTerms(
         loss,
         tau,
-        truncate(loss, tau) if truncated else loss,
-        gate(loss, tau),
+        truncate(loss, limit) if truncated else loss,
+        gate(loss, limit),
         guidance_projection(eps_subject, eps_class, eps_uncond),
     )
 
@@ -100,6 +103,7 @@ class SudeRegularizer:
             question); `current` asks it as it is by then.
         weighting: exact, simple or reference, see `sude_lab.losses.sude_weight`.
         truncated: whether eq. 9 stops a sample that is as sure of its category as the category.
+        truncate_at: the rho at which it stops; the paper's threshold is 1.
     """
 
     def __init__(
@@ -112,6 +116,7 @@ class SudeRegularizer:
         prior: Literal["pretrained", "current"] = "pretrained",
         weighting: Literal["exact", "simple", "reference"] = "reference",
         truncated: bool = True,
+        truncate_at: float = 1.0,
     ) -> None:
         if prior not in ("pretrained", "current"):
             raise ValueError(f"prior must be 'pretrained' or 'current', got {prior!r}.")
@@ -122,7 +127,7 @@ class SudeRegularizer:
             (c if isinstance(c, Condition) else Condition(c)).map(Tensor.detach)
             for c in (uncond_embeds, class_embeds)
         )
-        self.weighting, self.truncated = weighting, truncated
+        self.weighting, self.truncated, self.truncate_at = weighting, truncated, truncate_at
         bare = getattr(unet, "module", unet)  # wrapped for several processes
         bare = getattr(bare, "_orig_mod", bare)  # compiled
         self._predict: Callable[..., Any] = FrozenUNet(bare) if prior == "pretrained" else unet
@@ -143,6 +148,7 @@ class SudeRegularizer:
             self.schedule,
             weighting=self.weighting,
             truncated=self.truncated,
+            truncate_at=self.truncate_at,
         )
 
     def __call__(self, x_t: Tensor, t: Tensor, model_output: Tensor) -> Tensor:

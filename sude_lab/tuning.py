@@ -61,6 +61,8 @@ class TuningConfig:
     """How eq. 7 is weighted over t; see `sude_lab.losses.sude_weight`."""
     truncate: bool = True
     """Whether eq. 9 stops a sample that is as sure of its category as the category itself."""
+    truncate_at: float = 1.0
+    """The rho at which it stops: 1 is the paper's threshold, less stops earlier, more later."""
     monitor_sude: bool = False
     """Compute L_sude, tau and rho also where w_s is 0 (costs two predictions a step)."""
     max_train_steps: int | None = None
@@ -113,6 +115,7 @@ class TuningConfig:
             "max_train_steps": (1, 10_000_000),
             "train_batch_size": (1, 4096),
             "weight_sude": (0.0, 1e6),
+            "truncate_at": (0.0, 1e6),
             "prior_loss_weight": (0.0, 1e6),
             "learning_rate": (0.0, 10.0),
             "token_learning_rate": (0.0, 10.0),
@@ -514,6 +517,7 @@ def _sude(
         backbone.schedule,
         weighting=config.weighting,
         truncated=config.truncate,
+        truncate_at=config.truncate_at,
     )
 
 

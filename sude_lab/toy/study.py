@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -206,6 +207,7 @@ def describe(config: TuningConfig) -> dict[str, Any]:
         "method": config.method,
         "weight_sude": config.weight_sude,
         "truncate": config.truncate,
+        "truncate_at": config.truncate_at,
         "prior": config.prior,
         "weighting": config.weighting,
         "seed": config.seed,
@@ -234,6 +236,8 @@ class StudyConfig:
     asks: tuple[str, ...] = ()
     """What to draw in place of the tuning prompt with every attribute: P1, P2, P3, background,
     'attribute and background', or templates of that kind."""
+    pictures: Path | None = None
+    """Folder for the first two pictures of every prompt, side by side, a WebP file a run."""
     backbone: str = EMBEDDED
 
 
@@ -306,6 +310,7 @@ def _run_job(config: StudyConfig, job: tuple[str, str, str, int]) -> list[dict[s
     settings = parse_settings(config.settings) | parse_variant(variant).settings
     preset = settings.pop("preset", "default")
     key = dict(zip(KEYS, job, strict=True))
+    grids: dict[str, list[Image.Image]] = {}
     try:
         tuning = TuningConfig(
             image=Path(f"{name}.png"),
@@ -321,11 +326,30 @@ def _run_job(config: StudyConfig, job: tuple[str, str, str, int]) -> list[dict[s
             who,
             with_preset(tuning, preset),
             num_images=config.num_images,
+            grids=grids,
             asks=config.asks,
         )
+        if config.pictures:
+            _keep_strip(config.pictures / strip_name(*job), grids)
     except UserError as error:  # recorded with its reason; the others go on
         rows = [{"attribute": "", "error": str(error)}]
     return [key | row for row in rows]
+
+
+def strip_name(name: str, method: str, variant: str, seed: int) -> str:
+    """Return the file name of a run's pictures."""
+    return "_".join([name, method, re.sub(r"[^\w.=]+", "-", variant), str(seed)]) + ".webp"
+
+
+def _keep_strip(path: Path, grids: dict[str, list[Image.Image]], each: int = 2) -> None:
+    """Write the first pictures of every prompt side by side, in the order of the prompts."""
+    images = [image for grid in grids.values() for image in grid[:each]]
+    width, height = images[0].size
+    strip = Image.new("RGB", (width * len(images), height))
+    for k, image in enumerate(images):
+        strip.paste(image, (k * width, 0))
+    with atomic_write(path) as temporary:
+        strip.save(temporary, format="webp", quality=90)
 
 
 if __name__ == "__main__":
