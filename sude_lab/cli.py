@@ -1,12 +1,13 @@
 """The command line, made from the dataclasses.
 
-`sude-lab demo | tune | generate | evaluate | export | lab`
+`sude-lab demo | tune | generate | evaluate | classify | export | lab`
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import os
 import re
 import subprocess
@@ -125,6 +126,35 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Classify:
+    """Tell which of some prompts fits a picture, by the classifier inside the model."""
+
+    image: Positional[Path]
+    """The picture."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A prompt to choose from; give the flag once for each, twice at least."""
+    prior: tuple[float, ...] = ()
+    """How likely each prompt is beforehand, in their order, up to a factor; none: all alike."""
+    num_pairs: int = 32
+    """Pairs of a timestep and noise that a prompt is asked at most: more, and surer."""
+    weighting: Literal["elbo", "simple"] = "elbo"
+    """elbo: the bound on the likelihood; simple: every timestep counts alike."""
+    prune: bool = True
+    """Stop asking prompts that are hopelessly behind."""
+    caution: float = 2.5
+    """How many standard errors behind is hopeless."""
+    json: bool = False
+    """Print one JSON document."""
+    batch_size: int = 64
+    """Evaluations of the UNet at once."""
+    seed: int = 0
+    backbone: str = "embedded"
+    """embedded, a pipeline folder, or a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export:
     """Write a finished run in a form that other programs read."""
 
@@ -230,6 +260,56 @@ def _evaluate(args: Evaluate) -> None:
     print(f"The table is in {found.out / TABLE}, a row a picture in {found.out / SCORES}.")
 
 
+def _classify(args: Classify) -> None:
+    from sude_lab.backbone import open_backbone
+    from sude_lab.implicit import ImplicitClassifier, checked_prompts
+    from sude_lab.pictures import load_picture, open_picture
+
+    # What is wrong with these is said before a large model is opened.
+    checked_prompts(args.prompt)
+    open_picture(args.image)
+    backbone = open_backbone(args.backbone, device=args.device, dtype=args.dtype)
+    classifier = ImplicitClassifier(
+        backbone,
+        args.prompt,
+        num_pairs=args.num_pairs,
+        weighting=args.weighting,
+        prior=args.prior or None,
+        prune=args.prune,
+        caution=args.caution,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    picture = load_picture(args.image, resolution=backbone.resolution)
+    notes = list(picture.notes)
+    unknown = backbone.unknown_words(" ".join(args.prompt))
+    if unknown:
+        notes.append(
+            f"The model has never met {', '.join(map(repr, unknown))}; it knows: "
+            f"{', '.join(backbone.known_words)}."
+        )
+    for note in notes:
+        print(note, file=sys.stderr)
+    (verdict,) = classifier.classify([picture.image], progress=True)
+    found = [
+        {
+            "prompt": verdict.prompts[k],
+            "probability": verdict.probability[k].item(),
+            "standard_error": verdict.standard_error[k].item(),
+            "pairs": int(verdict.pairs[k]),
+        }
+        for k in verdict.order
+    ]
+    if args.json:
+        about: dict[str, Any] = {"image": str(args.image), "backbone": args.backbone}
+        about |= {"weighting": args.weighting, "num_pairs": args.num_pairs, "seed": args.seed}
+        about |= {"evaluations": verdict.num_evaluations}
+        print(json.dumps(about | {"prompts": found}, indent=2))
+        return
+    for row in found:
+        print(f"{row['probability']:.4f} +/- {row['standard_error']:.4f}  {row['prompt']}")
+
+
 def _export(args: Export) -> None:
     from sude_lab.export import export_pipeline, write_kohya
     from sude_lab.runs import Run
@@ -266,6 +346,7 @@ _COMMANDS: dict[type, Callable[[Any], None]] = {
     Tune: _tune,
     Generate: _generate,
     Evaluate: _evaluate,
+    Classify: _classify,
     Export: _export,
     Lab: _lab,
 }
@@ -275,6 +356,7 @@ Command = (
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Classify, tyro.conf.subcommand("classify")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Lab, tyro.conf.subcommand("lab")]
 )

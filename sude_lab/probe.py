@@ -9,6 +9,7 @@ show what prompts make of one noised picture.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import Backbone, concatenate
+from sude_lab.backbone import Backbone, Condition, concatenate
 from sude_lab.classifier import squared_distance
 from sude_lab.diffusion import add_noise, to_eps
 from sude_lab.errors import UserError
@@ -45,29 +46,77 @@ def answers(
     Raises:
         UserError: there is no picture, prompt or timestep, or a timestep is out of range.
     """
-    schedule, device = backbone.schedule, backbone.device
     times = torch.tensor(list(timesteps), dtype=torch.long)
     if not len(pictures) or not len(prompts) or not len(times):
         raise UserError("Give at least one picture, one prompt and one timestep.")
-    if not 0 <= int(times.min()) <= int(times.max()) < schedule.num_timesteps:
-        raise UserError(f"Timesteps must lie between 0 and {schedule.num_timesteps - 1}.")
-    # No prompt is not always the encoded "": SDXL was trained with zeros.
-    conditions = [backbone.encode_prompts([p]) if p else backbone.null_condition() for p in prompts]
-    condition = concatenate(conditions)
-    starts = range(0, len(pictures), batch_size)
-    x_0 = torch.cat(
-        [backbone.encode_pictures(list(pictures[i : i + batch_size]))[0] for i in starts]
+    if not 0 <= int(times.min()) <= int(times.max()) < backbone.schedule.num_timesteps:
+        last = backbone.schedule.num_timesteps - 1
+        raise UserError(f"Timesteps must lie between 0 and {last}.")
+    condition = encode_all(backbone, prompts)
+    x_0 = latents_of(backbone, pictures, batch_size)
+    noise = torch.stack(
+        [
+            torch.randn((len(times), *x_0.shape[1:]), generator=noise_generator(seed, n))
+            for n in range(len(x_0))
+        ]
     )
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + n) for n in range(len(x_0))]
-    shape = (len(times), *x_0.shape[1:])
-    noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-    rows = torch.arange(len(x_0) * len(times) * len(prompts))
-    for part in tqdm(rows.split(batch_size), desc="asking", unit="batch", disable=not progress):
-        n, m, k = torch.unravel_index(part, (len(x_0), len(times), len(prompts)))
-        t, eps = times[m].to(device), noise[n, m].to(device)
+    sizes = (len(x_0), len(times), len(prompts))
+    rows = torch.stack(torch.unravel_index(torch.arange(math.prod(sizes)), sizes), dim=1)
+    pairs = times.expand(len(x_0), -1), noise
+    asked = ask(backbone, x_0, *pairs, condition, rows, batch_size=batch_size, progress=progress)
+    for part, answer in zip(torch.arange(len(rows)).split(batch_size), asked, strict=True):
+        yield part, *answer
+
+
+@torch.no_grad()
+def encode_all(backbone: Backbone, prompts: Sequence[str]) -> Condition:
+    """Return the conditions of all prompts; "" is no prompt, which SDXL was trained with zeros."""
+    return concatenate(
+        [backbone.encode_prompts([p]) if p else backbone.null_condition() for p in prompts]
+    )
+
+
+def latents_of(backbone: Backbone, pictures: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
+    """Return x_0 of pictures, the mean of the autoencoder's posterior, (N, C, h, w)."""
+    starts = range(0, len(pictures), batch_size)
+    parts = [backbone.encode_pictures(list(pictures[i : i + batch_size]))[0] for i in starts]
+    return torch.cat(parts)
+
+
+def noise_generator(seed: int, n: int) -> torch.Generator:
+    """Return what picture n's noise is drawn from: the same beside any other pictures."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + n)
+
+
+@torch.no_grad()
+def ask(
+    backbone: Backbone,
+    x_0: Tensor,
+    times: Tensor,
+    noise: Tensor,
+    condition: Condition,
+    rows: Tensor,
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield (x_t, eps, t, eps_theta(x_t, c_k, t)) for rows of (picture n, pair m, prompt k).
+
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, arXiv 2403.06775, eq. 1, with t = times[n, m] and
+    eps = noise[n, m], the same for every prompt. One evaluation of the UNet a row, `batch_size` at
+    a time.
+
+    Args: latents x_0 (N, C, h, w); times (N, M) long; noise (N, M, C, h, w); condition of K
+    prompts; rows (R, 3) long.
+    """
+    schedule, device = backbone.schedule, backbone.device
+    parts = rows.split(batch_size)
+    for part in tqdm(parts, desc="asking", unit="batch", disable=not progress):
+        n, m, k = part.unbind(1)
+        t, eps = times[n, m].to(device), noise[n, m].to(device)
         x_t = add_noise(x_0[n.to(device)], eps, t, schedule)
         output = backbone.predict(x_t, t, condition[k.to(device)])
-        yield part, x_t, eps, t, to_eps(output, x_t, t, schedule)
+        yield x_t, eps, t, to_eps(output, x_t, t, schedule)
 
 
 def prompt_errors(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -190,6 +191,72 @@ def test_a_run_is_exported(tune: Tune, tmp_path: Path, capsys: pytest.CaptureFix
     assert "exists already" in refused(main(again), capsys)
     again = ["export", str(tmp_path), "--out", str(tmp_path / "x")]
     assert "not a run's folder" in refused(main(again), capsys)
+
+
+def test_a_picture_is_classified(
+    tiny_folder: Path, subject_picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["photo of a dog", "photo of a cat", "photo of a candle"]
+    asked = [part for word in words for part in ("--prompt", word)]
+    command = ["classify", str(subject_picture), "--backbone", str(tiny_folder), *asked]
+    command += ["--num-pairs", "4", "--device", "cpu"]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    lines = [re.fullmatch(r"(0|1)\.(\d{4}) \+/- \d\.\d{4}  (.+)", x) for x in said.out.splitlines()]
+    assert len(lines) == 3 and all(lines)
+    assert "asking" in said.err  # the progress bar
+
+    assert main([*command, "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found["image"] == str(subject_picture) and found["evaluations"] <= 12
+    rows = found["prompts"]
+    assert [row["prompt"] for row in rows] == [line[3] for line in lines if line]
+    assert {row["prompt"] for row in rows} == set(words)
+    p = [row["probability"] for row in rows]
+    assert p == sorted(p, reverse=True) and sum(p) == pytest.approx(1)
+    assert all(row["standard_error"] >= 0 and 1 <= row["pairs"] <= 4 for row in rows)
+
+    command[command.index("photo of a cat")] = "photo of an okapi"
+    assert main([*command, "--no-prune", "--prior", "1", "2", "1"]) == 0
+    assert "'okapi'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], "at least two prompts"),
+        (["--prompt", "photo of a dog"], "at least two prompts"),
+        (["--prompt", "photo of a dog", "--prompt", "photo of a dog"], "given twice"),
+        (["--prompt", "a dog", "--prompt", "a cat", "--backbone", "/no/such"], "/no/such"),
+        (
+            ["--prompt", "a dog", "--prompt", "a cat", "--backbone", "no/such-model"],
+            "no/such-model",
+        ),
+        (["--prompt", "a dog", "--prompt", "a cat", "--num-pairs", "1"], "--num-pairs is 1"),
+        (["--prompt", "a dog", "--prompt", "a cat", "--prior", "1"], "--prior"),
+        (["--prompt", "a dog", "--prompt", "a cat", "--weighting", "best"], "best"),
+    ],
+)
+def test_what_cannot_be_classified_is_refused(
+    flags: list[str],
+    expected: str,
+    tiny_folder: Path,
+    subject_picture: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    where = [] if "--backbone" in flags else ["--backbone", str(tiny_folder)]
+    command = ["classify", str(subject_picture), *where, "--device", "cpu", *flags]
+    assert expected in refused(main(command), capsys)
+
+
+def test_no_picture_to_classify_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--prompt", "a dog", "--prompt", "a cat"]
+    code = main(["classify", str(tmp_path / "missing.png"), *words])
+    assert "missing.png does not exist" in refused(code, capsys)
+    assert "The picture" in refused(main(["classify", *words]), capsys)
 
 
 # --- pictures as people have them ----------------------------------------------------------------
@@ -385,7 +452,7 @@ def test_help_names_the_commands_and_ends_well(capsys: pytest.CaptureFixture[str
         main(["--help"])
     assert stop.value.code == 0
     said = capsys.readouterr()
-    assert all(name in said.out for name in ("demo", "tune", "generate", "export", "lab"))
+    assert all(name in said.out for name in ("demo", "tune", "classify", "export", "lab"))
 
 
 def test_lab_says_where_the_notebooks_should_be(

@@ -41,9 +41,9 @@ def test_the_map_names_real_functions_and_tests() -> None:
 
 
 def test_every_readme_flag_exists() -> None:
-    from sude_lab.cli import Demo, Evaluate, Export, Generate, Tune
+    from sude_lab.cli import Classify, Demo, Evaluate, Export, Generate, Tune
 
-    commands = (Demo, Evaluate, Export, Generate, Tune)
+    commands = (Classify, Demo, Evaluate, Export, Generate, Tune)
     known = {f for c in commands for f in c.__dataclass_fields__}
     ours = README.replace("tensorboard --logdir", "")  # another program's
     for flag in set(re.findall(r"--(?:no-)?([a-z][a-z-]+)", ours)):
@@ -51,7 +51,9 @@ def test_every_readme_flag_exists() -> None:
             continue
         study = importlib.import_module("sude_lab.toy.study").StudyConfig.__dataclass_fields__
         compared = importlib.import_module("sude_lab.toy.compare_guidance").CompareConfig
-        assert flag.replace("-", "_") in {*study, *compared.__dataclass_fields__}, flag
+        named = importlib.import_module("sude_lab.toy.classify_study").ClassifyConfig
+        others = {*compared.__dataclass_fields__, *named.__dataclass_fields__}
+        assert flag.replace("-", "_") in {*study, *others}, flag
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)

@@ -1,0 +1,436 @@
+"""Classify a picture with a text-to-image model: p(c | x) over K prompts, with standard errors.
+
+What it computes. Up to a constant that is the same for all prompts, -log p(x_0 | c) is at most
+
+    L(c) = sum_t w_t E_eps ||eps - eps_theta(x_t, c, t)||^2,
+
+with x_t of eq. 1 of arXiv 2403.06775 and w_t = k_t = (d mean / d eps)^2 / (2 sigma_t^2): the
+evidence lower bound (DDPM, arXiv 2006.11239, eq. 8). Bayes' rule with these bounds in place of the
+likelihoods is the Diffusion Classifier of arXiv 2303.16203:
+
+    p(c_k | x) = softmax_k [ log p(c_k) - L(c_k) ].
+
+The sum is estimated with pairs (t, eps), t drawn in proportion to w_t, so that all count alike.
+
+How it relates to eq. 5 of arXiv 2403.06775. k_t ||eps - eps_theta(c)||^2 is
+||x_{t-1} - x_theta(x_t, c, t)||^2 / (2 sigma_t^2) at x_{t-1} = mean of q(x_{t-1} | x_t, x_0). So
+eq. 5 with eq. 6 (`sude_lab.classifier.class_log_posterior`) is one term of the sum over t: what one
+step tells of the prompt. The sum is what all steps tell together.
+
+Why the pairs (t, eps) are shared. ||eps - eps_theta||^2 differs far more between two pairs than
+between two prompts. So all prompts are asked the same pairs and only *paired differences* count,
+from which the common part is gone. That also makes it safe to drop prompts early (`still_in`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sude_lab.backbone import Backbone, Condition
+from sude_lab.classifier import squared_distance
+from sude_lab.diffusion import Schedule
+from sude_lab.errors import UserError
+from sude_lab.losses import sude_weight
+from sude_lab.probe import ask, encode_all, latents_of, noise_generator
+from sude_lab.prompts import PLACEHOLDER
+
+WEIGHTINGS = ("elbo", "simple")
+
+
+def step_weights(schedule: Schedule, weighting: str = "elbo") -> Tensor:
+    """Return w_t of L(c) for every t: what a squared error of eps counts in nats; (T,), float64.
+
+    - elbo: k_t of `sude_lab.losses.sude_weight` (exact), arXiv 2006.11239, eq. 8. For short steps
+      k_t is half of what the logarithm of the signal-to-noise ratio abar / (1 - abar) falls in the
+      step: every halving of that ratio counts alike. 0 at t = 0 with fixed_small, where the step
+      has no density.
+    - simple: 1 / T, as in DDPM's simple loss and in arXiv 2303.16203. Then L(c) is no bound, its
+      scale means nothing, and the probabilities are scores: their order is what counts.
+
+    Raises:
+        ValueError: as `sude_weight`, or the weighting is unknown.
+    """
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}.")
+    t = torch.arange(schedule.num_timesteps)
+    if weighting == "simple":
+        return sude_weight(t, schedule, "simple") / schedule.num_timesteps
+    return sude_weight(t, schedule, "exact")
+
+
+def spread_times(number: int, weights: Tensor, shift: float) -> Tensor:
+    """Return stratified timesteps in proportion to w_t, the telling ones first; long (number,).
+
+    t = F^-1((i + shift) / number), i = 0 ... number - 1, with F(t) = sum_{s <= t} w_s / sum_s w_s:
+    one in each of `number` equal parts of F. With a shift uniform in [0, 1) the mean of any f over
+    all of them has the expectation sum_t w_t f(t) / sum_t w_t.
+
+    The parts come in the order in which they hold 3/4, 1/2, 1/4, 7/8, 5/8, 3/8, 1/8, 15/16, ...:
+    every beginning is spread, and starts at much noise, where layout and category are decided, so
+    that few pairs already tell whom to drop.
+    """
+    places = [k / 4 for k in (3, 2, 1)]
+    for level in range(3, number.bit_length() + 3):
+        places += [k / 2**level for k in range(2**level - 1, 0, -2)]
+    order = list(dict.fromkeys(int(place * number) for place in places))
+    place = (torch.tensor(order, dtype=torch.float64) + shift) / number
+    cumulative = weights.double().cumsum(0)
+    found = torch.searchsorted(cumulative, place * cumulative[-1], right=True)
+    return found.clamp_max(len(weights) - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """How K prompts compare over the pairs that they share."""
+
+    differences: Tensor
+    """D_k, the estimate of L(c_k) - L(c_r) for the leader r, (K,)."""
+    parts: Tensor
+    """u_ik, the part of pair i in the error of D_k, (M, K)."""
+    noise: Tensor
+    """v, the variance of a single pair's difference over the difference, pooled; ()."""
+    counts: Tensor
+    """How many pairs each prompt was asked, (K,)."""
+
+
+def compare(losses: Tensor, times: Tensor) -> Comparison:
+    """Compare prompts by paired differences.
+
+    D_k = mean_i (l_ik - l_ir) with l_ik = (sum_t w_t) ||eps_i - eps_theta(c_k)||^2, over the pairs
+    that k was asked; the leader r is the best of the prompts that were asked all pairs. With
+    independent standard normal z_i, D_k + sum_i z_i u_ik is what other pairs might have given, for
+    all prompts together: u_ik is a pair's difference less its neighbours' in t, scaled to keep the
+    variance, over the number of pairs. (t is stratified: what changes smoothly with t is certain.)
+
+    The variance of a difference is nearly in proportion to its size. With delta = eps_theta(c_k) -
+    eps_theta(c_r), l_ik - l_ir = (sum_t w_t) (||delta||^2 - 2 <eps - eps_theta(c_r), delta>): the
+    noise is in proportion to ||delta||, the mean to ||delta||^2. Their ratio v is pooled over the
+    prompts, and stands in where a prompt was asked once: u_k = sqrt(v |D_k|).
+
+    Args: losses l (M, K), nan where a prompt was not asked: it was asked the first few pairs, or
+    all; times (M,).
+    """
+    losses = losses.double()
+    counts = (~losses.isnan()).sum(0)
+    means = losses.nanmean(0).masked_fill(counts < counts.max(), torch.inf)
+    each = losses - losses[:, means.argmin()].unsqueeze(1)
+    differences = each.nanmean(0)
+    parts = torch.zeros_like(each)
+    for count in counts.unique().tolist():
+        if count > 1:
+            columns = (counts == count).nonzero().squeeze(1)
+            order = times[:count].argsort(stable=True)
+            rows = _less_neighbours(each[order][:, columns]) / count
+            parts[order.unsqueeze(1), columns] = rows
+    often = counts > 1
+    size = differences[often].abs().sum()
+    variance = (parts.square().sum(0) * counts)[often].sum()
+    noise = variance / size if size > 0 else torch.zeros((), dtype=torch.float64)
+    parts[0] = torch.where(often, parts[0], (noise * differences.abs()).sqrt())
+    return Comparison(differences, parts, noise, counts)
+
+
+def _less_neighbours(x: Tensor) -> Tensor:
+    """x_i - (x_{i-1} + x_{i+1}) / 2, at the ends x_i - x_{i+-1}; of the variance of x, (M, K)."""
+    inner = (x[1:-1] - (x[:-2] + x[2:]) / 2) * (2 / 3) ** 0.5
+    ends = (x[:1] - x[1:2]) * 0.5**0.5, (x[-1:] - x[-2:-1]) * 0.5**0.5
+    return torch.cat([ends[0], inner, ends[1]])
+
+
+def still_in(
+    losses: Tensor,
+    times: Tensor,
+    log_prior: Tensor | None = None,
+    *,
+    caution: float = 2.5,
+    keep: int = 1_000_000,
+) -> Tensor:
+    """Say which prompts may still be the best; the others are hopeless; bool (K,).
+
+    Hopeless is what is more than `caution` standard errors behind the best, D_k > caution
+    sqrt(v D_k / m_k) with v of `compare` and m_k pairs, and what is not among the best `keep`.
+
+    Args: as `compare`; log_prior (K,).
+    """
+    found = compare(losses, times)
+    behind = found.differences if log_prior is None else found.differences - log_prior
+    behind = behind - behind.min()
+    near = torch.ones_like(behind, dtype=torch.bool)
+    if int(found.counts.max()) > 1:
+        near = behind <= caution**2 * found.noise / found.counts
+    if keep < len(behind):
+        near &= behind <= behind.kthvalue(keep).values
+    return near
+
+
+def posterior(
+    losses: Tensor,
+    times: Tensor,
+    log_prior: Tensor | None = None,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Return p(c_k | x) and its standard error, (K,) each, from what every prompt was asked.
+
+    p = softmax_k [log p(c_k) - D_k], the classifier of arXiv 2303.16203. The error is a bootstrap
+    over the shared pairs (the multiplier bootstrap: every pair's part in D is multiplied by a
+    standard normal number, the same for all prompts): the root mean square distance of `draws` such
+    p from p. The delta method would call p = 1.000 certain wherever D is large, even where D is as
+    uncertain as it is large; this does not.
+
+    Args: as `compare`; log_prior (K,), None: uniform.
+    """
+    found = compare(losses, times)
+    logits = -found.differences if log_prior is None else log_prior - found.differences
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn((draws, len(losses)), generator=generator, dtype=torch.float64)
+    p, drawn = logits.softmax(0), (logits - z @ found.parts).softmax(1)
+    return p, (drawn - p).square().mean(0).sqrt()
+
+
+def ask_in_rounds(
+    losses_of: Callable[[Tensor], Tensor],
+    times: Tensor,
+    num_prompts: int,
+    *,
+    prune: bool = True,
+    log_prior: Tensor | None = None,
+    caution: float = 2.5,
+) -> Tensor:
+    """Ask N pictures about K prompts at M pairs each, and return the losses (N, M, K).
+
+    With `prune` this goes in ten rounds. After each the hopeless prompts of `still_in` are dropped,
+    after the first all but the best quarter, after the third all but the best eighth (three at
+    least): nan stands where they are not asked. What is dropped stands behind all that stay, over
+    the pairs that both were asked, so none of it can come out best. A picture with one prompt left
+    is done.
+
+    Args: losses_of: rows (R, 3) of (picture, pair, prompt) -> (R,); times (N, M).
+
+    Raises:
+        UserError: a loss is not finite.
+    """
+    number, pairs = times.shape
+    losses = torch.full((number, pairs, num_prompts), torch.nan, dtype=torch.float64)
+    wanted = torch.ones((number, num_prompts), dtype=torch.bool)
+    size = max(1, pairs // 10) if prune else pairs
+    shares = {1: 4, 3: 8}
+    for turn, start in enumerate(range(0, pairs, size), start=1):
+        end = min(start + size, pairs)
+        unsettled = wanted & (wanted.sum(1, keepdim=True) > 1)
+        rows = unsettled.unsqueeze(1).expand(-1, end - start, -1).nonzero()
+        if not len(rows):
+            break
+        rows[:, 1] += start
+        found = losses_of(rows).double().cpu()
+        if not bool(found.isfinite().all()):
+            raise UserError(
+                "The model's predictions are not finite: compute in float32 (--dtype float32)."
+            )
+        losses[rows.unbind(1)] = found
+        keep = max(3, -(-num_prompts // shares.get(turn, 1)))
+        for n in rows[:, 0].unique().tolist() if prune else ():
+            wanted[n] &= still_in(
+                losses[n, :end], times[n, :end], log_prior, caution=caution, keep=keep
+            )
+    return losses
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What a model says of one picture, by prompt, in the order in which they were given."""
+
+    prompts: tuple[str, ...]
+    probability: Tensor
+    """p(c_k | x), (K,)."""
+    standard_error: Tensor
+    """Of the probability, over the draw of the pairs, (K,)."""
+    pairs: Tensor
+    """How many pairs (t, eps) each prompt was asked, (K,)."""
+
+    @property
+    def order(self) -> list[int]:
+        """The prompts' numbers, most likely first."""
+        return self.probability.argsort(descending=True, stable=True).tolist()
+
+    @property
+    def best(self) -> str:
+        """The most likely prompt."""
+        return self.prompts[self.order[0]]
+
+    @property
+    def num_evaluations(self) -> int:
+        """How often the UNet was evaluated."""
+        return int(self.pairs.sum())
+
+
+def checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
+    """Return the prompts to choose from, in their plain form.
+
+    Raises:
+        UserError: fewer than two, two that are the same, or a placeholder in one.
+    """
+    plain = tuple(" ".join(prompt.split()) for prompt in prompts)
+    if len(plain) < 2:
+        raise UserError(
+            'Give at least two prompts to choose from: --prompt "photo of a dog" '
+            '--prompt "photo of a cat".'
+        )
+    for k, prompt in enumerate(plain):
+        if prompt in plain[:k]:
+            raise UserError(f"The prompt {prompt!r} is given twice: every prompt must differ.")
+        if PLACEHOLDER[:-1] in prompt:
+            raise UserError(
+                f"The prompt {prompt!r} asks for a subject, which this model has not: say in plain "
+                "words what there is to see."
+            )
+    return plain
+
+
+@dataclass(frozen=True, eq=False)
+class ImplicitClassifier:
+    """p(c_k | x) for K prompts by shared-noise Monte Carlo, as the module's text explains.
+
+    x_0 is the mean of the autoencoder's posterior. With `prune`, hopeless prompts are dropped
+    on the way (`ask_in_rounds`).
+
+    Raises:
+        UserError: fewer than two prompts, two that are the same, a placeholder in one, a prior that
+            does not fit, or a number out of range.
+    """
+
+    backbone: Backbone
+    prompts: Sequence[str]
+    """The K prompts; "" is no prompt."""
+    num_pairs: int = 32
+    """How many pairs (t, eps) a prompt is asked at most."""
+    weighting: str = "elbo"
+    """w_t: elbo or simple, see `step_weights`."""
+    prior: Sequence[float] | None = None
+    """p(c_k) up to a factor; none: all alike."""
+    prune: bool = True
+    caution: float = 2.5
+    """How many standard errors behind the leader a prompt must be to be dropped."""
+    batch_size: int = 64
+    """Evaluations of the UNet at once, over pictures, times and prompts."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", checked_prompts(self.prompts))
+        if self.num_pairs < 2:
+            raise UserError(f"--num-pairs is {self.num_pairs}: a standard error needs at least 2.")
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size is {self.batch_size}: it must be at least 1.")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}: it must be at least 0.")
+        if not self.caution > 0:
+            raise UserError(f"--caution is {self.caution}: it must be more than 0.")
+        if self.weighting not in WEIGHTINGS:
+            raise UserError(f"There is no weighting {self.weighting!r}: use elbo or simple.")
+        if self.prior is not None:
+            given = torch.tensor(list(self.prior), dtype=torch.float64)
+            if len(given) != len(self.prompts) or not bool(((given > 0) & given.isfinite()).all()):
+                raise UserError(
+                    f"--prior must hold {len(self.prompts)} positive numbers, one for each prompt."
+                )
+
+    @cached_property
+    def condition(self) -> Condition:
+        """The prompts as the UNet reads them, encoded once."""
+        return encode_all(self.backbone, self.prompts)
+
+    @property
+    def log_prior(self) -> Tensor | None:
+        """log p(c_k), (K,); None: uniform."""
+        if self.prior is None:
+            return None
+        given = torch.tensor(list(self.prior), dtype=torch.float64)
+        return (given / given.sum()).log()
+
+    def pairs(self, shape: Sequence[int], number: int) -> tuple[Tensor, Tensor]:
+        """Return times (N, M) and noise (N, M, ...) for N latents of a shape.
+
+        What picture n meets follows from (seed, n) alone: its times, then its noise.
+
+        Raises:
+            UserError: the weighting has no value for this model.
+        """
+        times, noise = [], []
+        for n in range(number):
+            generator = noise_generator(self.seed, n)
+            shift = torch.rand((), generator=generator, dtype=torch.float64).item()
+            times.append(spread_times(self.num_pairs, self.weights, shift))
+            noise.append(torch.randn((self.num_pairs, *shape), generator=generator))
+        return torch.stack(times), torch.stack(noise)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """w_t for every t, (T,).
+
+        Raises:
+            UserError: the weighting has no value for this model.
+        """
+        try:
+            return step_weights(self.backbone.schedule, self.weighting)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def losses(
+        self, pictures: Sequence[Image.Image], *, progress: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return (sum_t w_t) ||eps - eps_theta(x_t, c_k, t)||^2, nan where not asked, and t.
+
+        N pictures, of the model's resolution: (N, M, K) and (N, M).
+
+        Raises:
+            UserError: there is no picture, the weighting has no value for this model, or its
+                predictions are not finite.
+        """
+        if not len(pictures):
+            raise UserError("Give at least one picture.")
+        x_0 = latents_of(self.backbone, pictures, self.batch_size)
+        times, noise = self.pairs(x_0.shape[1:], len(pictures))
+        scale = self.weights.sum()
+        bar = tqdm(desc="asking", unit="evaluation", disable=not progress)
+
+        def losses_of(rows: Tensor) -> Tensor:
+            found = []
+            told: dict[str, Any] = {"batch_size": self.batch_size}
+            for _, eps, _, guess in ask(
+                self.backbone, x_0, times, noise, self.condition, rows, **told
+            ):
+                found.append(squared_distance(guess, eps).cpu())
+                bar.update(len(eps))
+            return scale * torch.cat(found)
+
+        with bar:
+            losses = ask_in_rounds(
+                losses_of,
+                times,
+                len(self.prompts),
+                prune=self.prune,
+                log_prior=self.log_prior,
+                caution=self.caution,
+            )
+        return losses, times
+
+    def classify(self, pictures: Sequence[Image.Image], *, progress: bool = False) -> list[Verdict]:
+        """Return what the model says of each picture; settings and errors as `losses`."""
+        losses, times = self.losses(pictures, progress=progress)
+        return [
+            Verdict(
+                tuple(self.prompts),
+                *posterior(mine, t, self.log_prior),
+                (~mine.isnan()).sum(0),
+            )
+            for mine, t in zip(losses, times, strict=True)
+        ]
