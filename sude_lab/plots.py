@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -53,10 +53,66 @@ def membership(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) 
     return ax
 
 
-def picture_table(
-    ax: Axes, rows: Mapping[str, Mapping[str, Sequence[Image.Image]]], per_cell: int = 2
+def learning(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) -> Axes:
+    """Draw L_sub over the steps, a line a run: single steps faint, their running mean strong."""
+    for name, table in metrics.items():
+        loss, colour = table["loss_subject"], _colour(name)
+        ax.plot(table["step"], loss, ".", markersize=2, alpha=0.3, color=colour)
+        ax.plot(table["step"], smooth(loss, window), label=name, color=colour)
+    ax.set(xlabel="step", ylabel="$L_{sub}$ (eq. 3), per dimension")
+    ax.set_title(f"The subject's loss, running mean of {window} steps", fontsize=10)
+    if len(metrics) > 1:
+        ax.legend(frameon=False)
+    return ax
+
+
+def membership_over_time(ax: Axes, samples: pd.DataFrame) -> Axes:
+    """Draw rho of single samples over their timestep; open gates (eq. 9) are the full marks.
+
+    `samples` has the columns t, rho and gate (bool). The axis shows the middle 98 % of rho.
+    """
+    for name, mine in (("open", samples["gate"]), ("shut", ~samples["gate"])):
+        face = _SAFE[1] if name == "open" else "none"
+        part = samples[mine]
+        ax.scatter(
+            part["t"],
+            part["rho"],
+            s=10,
+            facecolors=face,
+            edgecolors=_SAFE[1 if name == "open" else 0],
+            linewidths=0.6,
+            label=f"gate {name}: {len(part) / max(1, len(samples)):.0%} of the samples",
+        )
+    ax.axhline(1.0, color="black", lw=0.8, ls="--")
+    low, high = np.nanquantile(samples["rho"], [0.01, 0.99])
+    margin = 0.1 * max(high - low, 0.1)
+    ax.set_ylim(min(low, 1.0) - margin, max(high, 1.0) + margin)
+    ax.set(xlabel="timestep t", ylabel=r"$\rho$ of a sample")
+    ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def picture_grid(
+    ax: Axes, picture: Image.Image | None, rows: Sequence[str] = (), title: str = ""
 ) -> Axes:
-    """Draw pictures as a table: a row a model, a column a prompt, `per_cell` pictures a cell."""
+    """Draw a grid of pictures that is one picture already, with names beside its equal rows."""
+    ax.set_title(title, fontsize=9)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    if picture is not None:
+        ax.imshow(np.asarray(picture.convert("RGB")), interpolation="lanczos")
+        height = picture.height / max(1, len(rows))
+        ax.set_yticks([(k + 0.5) * height - 0.5 for k in range(len(rows))], list(rows))
+        ax.tick_params(length=0, labelsize=9)
+    return ax
+
+
+def tile(
+    rows: Mapping[str, Mapping[str, Sequence[Image.Image]]], per_cell: int = 2
+) -> tuple[np.ndarray, list[str], int, int]:
+    """Return pictures as one (H, W, 3) array of `picture_table`, its columns, and side and gap."""
     columns = list(dict.fromkeys(name for cells in rows.values() for name in cells))
     side = next(iter(next(iter(rows.values())).values()))[0].width
     gap = max(2, side // 10)
@@ -67,6 +123,15 @@ def picture_table(
             for k, image in enumerate(cells.get(name, ())[:per_cell]):
                 y, x = i * (side + gap), j * width + k * side
                 canvas[y : y + side, x : x + side] = np.asarray(image.convert("RGB"))
+    return canvas, columns, side, gap
+
+
+def picture_table(
+    ax: Axes, rows: Mapping[str, Mapping[str, Sequence[Image.Image]]], per_cell: int = 2
+) -> Axes:
+    """Draw pictures as a table: a row a model, a column a prompt, `per_cell` pictures a cell."""
+    canvas, columns, side, gap = tile(rows, per_cell)
+    width = per_cell * side + gap
     ax.imshow(canvas, interpolation="lanczos")
     ax.set_xticks([j * width + (width - gap) / 2 for j in range(len(columns))], columns)
     ax.set_yticks([i * (side + gap) + side / 2 for i in range(len(rows))], list(rows))
@@ -131,6 +196,75 @@ def paired_runs(
     return ax
 
 
+def half_space(
+    ax: Axes,
+    direction: Sequence[float] | np.ndarray,
+    before: np.ndarray,
+    after: Mapping[str, np.ndarray],
+) -> Axes:
+    """Draw points of a plane and where they are moved; shaded: rho >= 1, where eq. 9 stops.
+
+    `direction`: d, (2,); `before` and every value of `after`: (N, 2), seen from the unconditional
+    prediction, which is the origin.
+    """
+    d = np.asarray(direction, dtype=float)
+    across, far = np.array([-d[1], d[0]]), 20.0
+    corners = d + far * np.array([across, -across, d - across, d + across])
+    ax.fill(*corners.T, color="#dddddd", lw=0, label=r"$\rho\geq 1$: gate shut")
+    ax.plot(*corners[:2].T, color="black", lw=0.8, ls="--")
+    tip = (float(d[0]), float(d[1]))
+    ax.annotate("", tip, (0, 0), arrowprops={"arrowstyle": "->", "lw": 1.6})
+    ax.annotate("d", (tip[0] / 2, tip[1] / 2), (4, -12), textcoords="offset points")
+    ax.plot(0, 0, "k+", markersize=9)
+    ax.plot(*before.T, "o", color="black", markersize=6, label="subject, a")
+    for k, (name, points) in enumerate(after.items()):
+        colour, mark = _SAFE[k % len(_SAFE)], "s^Dv"[k % 4]
+        ax.plot(*points.T, mark, color=colour, markersize=5, alpha=0.85, label=name)
+        for start, end in zip(before, points, strict=True):
+            ax.plot(*np.stack([start, end]).T, color=colour, lw=0.9, alpha=0.6)
+    seen = np.concatenate([before, *after.values(), [d, 0 * d]])
+    low, high = seen.min(0), seen.max(0)
+    margin = 0.15 * (high - low).max()
+    ax.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
+    ax.set(aspect="equal", xlabel="prediction, first number", ylabel="prediction, second number")
+    ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def rule_lines(
+    ax: Axes,
+    table: pd.DataFrame,
+    *,
+    start: str = "plain",
+    x: str = "subject_fidelity",
+    y: str = "attribute_alignment",
+) -> Axes:
+    """Draw rules with a strength as lines through the plane of two measures.
+
+    `table`: columns rule, strength, x and y, one row a (rule, strength); every line begins at the
+    row of the rule `start`. Numbers at the marks are strengths.
+    """
+    first = table[table["rule"] == start]
+    rules = [rule for rule in dict.fromkeys(table["rule"]) if rule != start]
+    for k, rule in enumerate(rules):
+        line = pd.concat([first, table[table["rule"] == rule].sort_values("strength")])
+        colour = _SAFE[k % len(_SAFE)]
+        ax.plot(line[x], line[y], f"{'os^D'[k % 4]}{_DASHES[k % 4]}", color=colour, label=rule)
+        for row in line[line["rule"] != start].to_dict("records"):
+            ax.annotate(
+                f"{row['strength']:g}",
+                (row[x], row[y]),
+                ((5, 4), (-7, -14))[k % 2],  # beside neighbouring lines, not on each other
+                textcoords="offset points",
+                color=colour,
+                fontsize=8,
+            )
+    ax.plot(first[x], first[y], "o", color="black", markersize=8, label=start)
+    ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+    ax.legend(frameon=False, fontsize=9)
+    return ax
+
+
 def curves(
     ax: Axes,
     x: Sequence[float] | np.ndarray,
@@ -139,17 +273,100 @@ def curves(
     xlabel: str,
     ylabel: str,
     title: str = "",
-    log: bool = False,
+    log: Literal["", "x", "y", "xy"] = "",
+    mark: float | None = None,
 ) -> Axes:
-    """Draw named lines over one x, told apart by colour and by dash; `log` for both axes."""
+    """Draw named lines over one x, told apart by colour and by dash.
+
+    `log` names the logarithmic axes; `mark` is an x worth a thin vertical line.
+    """
     for k, (name, y) in enumerate(lines.items()):
         ax.plot(x, np.asarray(y), label=name, color=_SAFE[k % len(_SAFE)], ls=_DASHES[k % 4])
-    if log:
-        ax.set(xscale="log", yscale="log")
+    if mark is not None:
+        ax.axvline(mark, color="black", lw=0.7)
+    if "x" in log:
+        ax.set_xscale("log")
+    if "y" in log:
+        ax.set_yscale("log")
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set_title(title, fontsize=10)
     if len(lines) > 1:
         ax.legend(frameon=False, fontsize=9)
+    return ax
+
+
+def samples(
+    ax: Axes,
+    drawn: Mapping[str, Sequence[float] | np.ndarray],
+    x: Sequence[float] | np.ndarray,
+    densities: Mapping[str, Sequence[float] | np.ndarray],
+    *,
+    xlabel: str,
+    title: str = "",
+) -> Axes:
+    """Draw histograms of drawn numbers, and over them the densities that they should follow.
+
+    Both are named alike, one colour a name; densities integrate to one over `x`.
+    """
+    x = np.asarray(x)
+    edges = np.linspace(x.min(), x.max(), 61)
+    for k, name in enumerate(densities):
+        colour = _SAFE[k % len(_SAFE)]
+        if name in drawn:
+            ax.hist(np.asarray(drawn[name]), edges, density=True, color=colour, alpha=0.25)
+        ax.plot(x, np.asarray(densities[name]), color=colour, ls=_DASHES[k % 4], label=name)
+    ax.set(xlabel=xlabel, ylabel="density")
+    ax.set_title(title, fontsize=10)
+    ax.legend(frameon=False, fontsize=9, loc="upper right")
+    return ax
+
+
+def agreement(
+    ax: Axes,
+    exact: Sequence[float] | np.ndarray,
+    estimates: Mapping[str, Sequence[float] | np.ndarray],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+) -> Axes:
+    """Draw estimates over the truth; on the thin diagonal they are equal."""
+    exact = np.asarray(exact)
+    for k, (name, values) in enumerate(estimates.items()):
+        style = {"color": _SAFE[k % len(_SAFE)], "marker": "o^sv"[k % 4], "label": name}
+        ax.plot(exact, np.asarray(values), ls="", markersize=3, alpha=0.6, **style)
+    ax.axline((float(exact.mean()), float(exact.mean())), slope=1, color="black", lw=0.7)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set_title(title, fontsize=10)
+    if len(estimates) > 1:
+        ax.legend(frameon=False, fontsize=9)
+    return ax
+
+
+def gate_over_time(
+    ax: Axes,
+    times: Sequence[float] | np.ndarray,
+    loss: Sequence[float] | np.ndarray,
+    threshold: Sequence[float] | np.ndarray,
+    *,
+    now: float | None = None,
+) -> Axes:
+    """Draw L_sude and tau_t of one noised picture over t; the gate is open where it is shaded.
+
+    Losses are means over the latent's dimensions, drawn in thousandths; `now` marks one timestep.
+    """
+    x = np.asarray(times, dtype=float)
+    y, tau = (1000 * np.asarray(values, dtype=float) for values in (loss, threshold))
+    ax.plot(x, y, "o-", color=COLOURS["sude"], markersize=3, label="$L_{sude}$ (eq. 7)")
+    ax.plot(x, tau, "--", color="black", label=r"$\tau_t$ (eq. 8)")
+    ax.fill_between(
+        x, tau, y, where=y > tau, interpolate=True, color=COLOURS["sude"], alpha=0.15, lw=0
+    )
+    ax.axhline(0, color="black", lw=0.5)
+    if now is not None:
+        ax.axvline(now, color=_SAFE[0], lw=1.2)
+    ax.set(xlabel="timestep t", ylabel="per dimension, in thousandths")
+    ax.legend(frameon=False, fontsize=8)
     return ax
 
 

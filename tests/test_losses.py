@@ -23,6 +23,7 @@ from sude_lab.losses import (
     hinge_loss,
     subject_loss,
     sude_loss,
+    sude_move,
     sude_threshold,
     sude_weight,
     total_loss,
@@ -171,6 +172,26 @@ def test_hinge_pushes_no_more_at_the_category_itself():
     x = c.clone().requires_grad_()
     hinge_loss(x, c, u, VARIANCE).sum().backward()
     assert_close(x.grad, torch.zeros_like(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("weight_sude", [0.0, 0.1, 1.0, 50.0])
+@pytest.mark.parametrize("truncated", [True, False])
+def test_the_move_minimises_what_it_costs_and_what_it_gains(weight_sude, truncated):
+    x, c, u = world()
+    d, variance = c - u, torch.tensor([0.3, 2.0, 0.7, 0.7], dtype=torch.float64)
+    gain = hinge_loss if truncated else sude_loss
+
+    def cost(s):
+        moved = x + s.reshape(-1, 1, 1) * d
+        return subject_loss(moved, x) + weight_sude * gain(moved, c, u, variance)
+
+    move = sude_move(x.requires_grad_(), c, u, variance, weight_sude, truncated=truncated)
+    assert not move.requires_grad
+    assert bool((move[1] > 0) == (weight_sude > 0))  # its gate is open
+    assert not truncated or bool((move[[0, 2]] == 0).all())  # theirs are shut
+    best = cost(move)
+    for other in torch.linspace(-2, 120, 245, dtype=torch.float64):
+        assert bool((cost(other.expand(4)) >= best - 1e-9).all()), other
 
 
 def test_no_direction_means_a_shut_gate():

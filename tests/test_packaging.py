@@ -47,7 +47,7 @@ def test_every_dependency_has_a_lower_bound_and_a_cap() -> None:
 
 
 def test_extras() -> None:
-    assert set(PROJECT["optional-dependencies"]) == {"test", "dev", "teach", "cluster"}
+    assert set(PROJECT["optional-dependencies"]) == {"test", "dev", "browser", "teach", "cluster"}
 
 
 def test_command_line_entry() -> None:
