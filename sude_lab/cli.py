@@ -1,6 +1,6 @@
 """The command line, made from the dataclasses.
 
-`sude-lab demo | tune | generate | evaluate | classify | export | lab`
+`sude-lab demo | tune | generate | evaluate | classify | export | lab | release`
 """
 
 from __future__ import annotations
@@ -176,6 +176,16 @@ class Lab:
     """Open a browser window."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """Make the students' copies of the exercises, without solutions and hidden tests."""
+
+    folder: Positional[Path]
+    """Where to write them; it must be new or empty."""
+    course: Path | None = None
+    """Also make a folder to grade in with nbgrader; it must be new or empty, too."""
+
+
 def _demo(args: Demo) -> None:
     from sude_lab.demo import REPORT, run_demo, table_with_intervals
 
@@ -341,6 +351,15 @@ def _lab(args: Lab) -> None:
         raise UserError(f"JupyterLab stopped with exit code {code}: its reason stands above.")
 
 
+def _release(args: Release) -> None:
+    from sude_lab.exercises.release import release
+
+    copies = release(args.folder, args.course)
+    print(f"{len(copies)} students' copies are in {args.folder}, without solutions.")
+    if args.course is not None:
+        print(f"Grade in {args.course}: nbgrader autograde {copies[0].stem}, and so on.")
+
+
 _COMMANDS: dict[type, Callable[[Any], None]] = {
     Demo: _demo,
     Tune: _tune,
@@ -349,6 +368,7 @@ _COMMANDS: dict[type, Callable[[Any], None]] = {
     Classify: _classify,
     Export: _export,
     Lab: _lab,
+    Release: _release,
 }
 
 Command = (
@@ -359,6 +379,7 @@ Command = (
     | Annotated[Classify, tyro.conf.subcommand("classify")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Lab, tyro.conf.subcommand("lab")]
+    | Annotated[Release, tyro.conf.subcommand("release")]
 )
 
 

@@ -1,10 +1,13 @@
 """The README names what is really there."""
 
 import importlib
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
+
+from sude_lab import cli, toy
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,17 +41,17 @@ def test_the_map_names_real_functions_and_tests() -> None:
             assert f"def test_eq_{number}_" in tests
 
 
-def test_every_readme_flag_exists() -> None:
-    from sude_lab.cli import Classify, Demo, Evaluate, Export, Generate, Tune
+def options() -> set[str]:
+    """What may be said on a command line: of `sude-lab` and of every `python -m sude_lab.toy...`."""
+    known = {name for command in cli._COMMANDS for name in command.__dataclass_fields__}
+    for module in pkgutil.iter_modules(toy.__path__):
+        found = vars(importlib.import_module(f"sude_lab.toy.{module.name}"))
+        configs = [c for name, c in found.items() if name.endswith("Config")]
+        known |= {name for config in configs for name in config.__dataclass_fields__}
+    return known
 
-    commands = (Classify, Demo, Evaluate, Export, Generate, Tune)
-    known = {f for c in commands for f in c.__dataclass_fields__}
+
+def test_every_readme_flag_exists() -> None:
     ours = README.replace("tensorboard --logdir", "")  # another program's
-    for flag in set(re.findall(r"--(?:no-)?([a-z][a-z-]+)", ours)):
-        if flag.replace("-", "_") in known:
-            continue
-        study = importlib.import_module("sude_lab.toy.study").StudyConfig.__dataclass_fields__
-        compared = importlib.import_module("sude_lab.toy.compare_guidance").CompareConfig
-        named = importlib.import_module("sude_lab.toy.classify_study").ClassifyConfig
-        others = {*compared.__dataclass_fields__, *named.__dataclass_fields__}
-        assert flag.replace("-", "_") in {*study, *others}, flag
+    flags = {flag.replace("-", "_") for flag in re.findall(r"--(?:no-)?([a-z][a-z-]+)", ours)}
+    assert flags <= options()

@@ -1,0 +1,105 @@
+"""Students' copies of the exercises, made by nbgrader from the sources in `notebooks/exercises`.
+
+The sources hold solutions and hidden tests; nbgrader (the extra `teach`) takes both out. A course
+folder, if wished, is nbgrader's own: sources, the gradebook with the hidden tests, its settings.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from sude_lab.backbone import data_folder
+from sude_lab.errors import UserError
+from sude_lab.files import atomic_folder
+
+COURSE = "sude_lab"
+# 30 seconds a cell, nbgrader's own limit, is little for a first `import torch` on a busy machine.
+SETTINGS = f"""c = get_config()
+c.CourseDirectory.course_id = "{COURSE}"
+c.Execute.timeout = 300
+"""
+
+
+def exercise_sources() -> list[Path]:
+    """Return the notebooks with the solutions, in the order of the lessons.
+
+    Raises:
+        UserError: they are not where they should be.
+    """
+    folder = data_folder().parent / "notebooks" / "exercises"
+    found = sorted(folder.glob("ex_*.ipynb"))
+    if not found:
+        raise UserError(f"There are no exercises in {folder}: run from a clone of the repository.")
+    return found
+
+
+def release(folder: Path, course: Path | None = None) -> list[Path]:
+    """Write the students' copies into `folder`, and into `course` what it takes to grade them.
+
+    Returns the copies. In the course every exercise is an assignment of its own: hand-ins belong
+    into `course`/submitted/STUDENT/ex_NN_NAME/ex_NN_NAME.ipynb.
+
+    Raises:
+        UserError: nbgrader is not installed, it refuses a source, or a folder is not empty.
+    """
+    sources = exercise_sources()
+    if course is not None:
+        one, other = folder.resolve(), course.resolve()
+        if one == other or one in other.parents or other in one.parents:
+            raise UserError("Name two folders, neither inside the other: the course has solutions.")
+    with ExitStack() as stack:
+        copies = stack.enter_context(atomic_folder(folder))
+        if course is None:
+            room = Path(stack.enter_context(TemporaryDirectory()))
+        else:
+            room = stack.enter_context(atomic_folder(course))
+        (room / "nbgrader_config.py").write_text(SETTINGS, encoding="utf-8")
+        for source in sources:
+            assignment = room / "source" / source.stem
+            assignment.mkdir(parents=True)
+            shutil.copy(source, assignment)
+        _generate(room, [source.stem for source in sources])
+        for source in sources:
+            shutil.copy(room / "release" / source.stem / source.name, copies)
+    return [folder / source.name for source in sources]
+
+
+def _generate(room: Path, assignments: list[str]) -> None:
+    """Let nbgrader make release/ and gradebook.db of source/."""
+    try:
+        from nbgrader.converters import GenerateAssignment
+        from nbgrader.coursedir import CourseDirectory
+        from nbgrader.utils import capture_log
+    except ImportError as error:
+        raise UserError(
+            "Students' copies are made by nbgrader, which is not installed: "
+            'pip install -e ".[teach]"'
+        ) from error
+    for assignment in assignments:
+        course = CourseDirectory(
+            root=str(room.resolve()), course_id=COURSE, assignment_id=assignment
+        )
+        with _programs_of_this_python():
+            done = capture_log(GenerateAssignment(coursedir=course))
+        if not done["success"]:
+            said = done.get("log", "") + done.get("error", "")
+            reasons = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", said, re.M) or [said]
+            raise UserError(f"nbgrader cannot release {assignment}: {reasons[0]}")
+
+
+@contextmanager
+def _programs_of_this_python() -> Iterator[None]:
+    """Let nbgrader find `alembic`, also where the virtual environment was not activated."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before

@@ -1,0 +1,78 @@
+"""What the exercises are given: schedules, and two small worlds in which everything is known."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sude_lab.diffusion import Schedule, add_noise
+from sude_lab.mixture import GaussianMixture
+
+DOG, CAT = 0, 1
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Return standard normal numbers of a shape, float64."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
+    """Return numbers between `low` and `high`, float64."""
+    return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def stable_diffusion_schedule() -> Schedule:
+    """Return Stable Diffusion's table of abar_t, 1,000 steps; the included model has the same.
+
+    abar_t = prod_{s <= t} (1 - beta_s), arXiv 2403.06775, eq. 1, where sqrt(beta) grows evenly from
+    sqrt(0.00085) to sqrt(0.012) ("scaled linear").
+    """
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return Schedule((1 - betas).cumprod(0))
+
+
+def short_schedule(num_steps: int = 100) -> Schedule:
+    """Return lesson 01's table: abar_t = exp(-4 ((t + 1) / T)^2), from nearly 1 to 0.02."""
+    time = torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
+    return Schedule((-4 * time**2).exp())
+
+
+def animals() -> GaussianMixture:
+    """Return lesson 01's world of snouts, one number each: two kinds of dog (0), one of cat (1)."""
+    return GaussianMixture(
+        weights=torch.tensor([0.35, 0.25, 0.40]).double(),
+        means=torch.tensor([[-2.0], [0.2], [1.8]]).double(),
+        variances=torch.tensor([0.06, 0.09, 0.12]).double(),
+        labels=torch.tensor([DOG, DOG, CAT]),
+    )
+
+
+def things() -> tuple[GaussianMixture, Tensor]:
+    """Return lesson 02's world of two numbers, dogs (0) and other things (1), and who is my dog's.
+
+    The bool tensor marks the components with my dog's colours, which are the subject c_sub; in this
+    world colours say something of the shape.
+    """
+    world = GaussianMixture(
+        weights=torch.tensor([0.1, 0.4, 0.1, 0.4]).double(),
+        means=torch.tensor([[-1.2, 1.2], [-0.8, -0.9], [0.4, 1.4], [1.5, -0.6]]).double(),
+        variances=torch.tensor([0.15, 0.3, 0.2, 0.3]).double(),
+        labels=torch.tensor([0, 0, 1, 1]),
+    )
+    return world, torch.tensor([True, False, True, False])
+
+
+def steps(
+    mixture: GaussianMixture, n: int, k: int, schedule: Schedule, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw n steps at timestep k >= 1: noise a sample to k - 1, then one step more.
+
+    x_t = sqrt(alpha_t) x_{t-1} + sqrt(1 - alpha_t) noise, the steps that eq. 1 of arXiv 2403.06775
+    is made of. Returns x_{t-1} and x_t, (n, D), and t, (n,).
+    """
+    x_0, _ = mixture.sample(n, generator)
+    t = torch.full((n,), k)
+    x_prev = add_noise(x_0, normal(generator, *x_0.shape), t - 1, schedule)
+    alpha = schedule.alphas_cumprod[k] / schedule.alphas_cumprod[k - 1]
+    noise = normal(generator, *x_0.shape)
+    return x_prev, alpha.sqrt() * x_prev + (1 - alpha).sqrt() * noise, t
