@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from sude_lab.metrics import bootstrap_interval
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -265,6 +267,32 @@ def rule_lines(
     return ax
 
 
+def response(
+    ax: Axes, runs: pd.DataFrame, measure: str, *, x: str, each: str = "subject", unit: str = ""
+) -> Axes:
+    """Draw the change of a measure over a setting: every subject's line, their mean and interval.
+
+    `runs`: a row a picture or a run, with the columns `x`, `each` and `measure`. Changes are
+    against the smallest x, the interval is a 95 % bootstrap over `each`; values of x stand at equal
+    distances.
+    """
+    means = runs.groupby([each, x])[measure].mean().unstack(x)
+    change = means.sub(means.iloc[:, 0], axis=0)
+    places = range(change.shape[1])
+    for k, (name, line) in enumerate(change.iterrows()):
+        colour, mark = _SAFE[k % len(_SAFE)], _MARKS[k % len(_MARKS)]
+        ax.plot(places, line, color=colour, marker=mark, lw=1, ms=4, alpha=0.6, label=str(name))
+    mean = change.mean()
+    ends = np.array([bootstrap_interval(change[value].dropna()) for value in change]).T
+    spread = np.nan_to_num(np.abs(ends - mean.to_numpy()))
+    ax.errorbar(places, mean, yerr=spread, color="black", lw=2, capsize=4, label="mean")
+    ax.axhline(0.0, color="black", lw=0.8, ls="--")
+    ax.set_xticks(places, [f"{value:g}{unit}" for value in change])
+    ax.set(xlabel=x.replace("_", " "), ylabel=f"change of {measure.replace('_', ' ')}")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
 def curves(
     ax: Axes,
     x: Sequence[float] | np.ndarray,
@@ -313,7 +341,7 @@ def samples(
     for k, name in enumerate(densities):
         colour = _SAFE[k % len(_SAFE)]
         if name in drawn:
-            ax.hist(np.asarray(drawn[name]), edges, density=True, color=colour, alpha=0.25)
+            ax.hist(np.asarray(drawn[name]), list(edges), density=True, color=colour, alpha=0.25)
         ax.plot(x, np.asarray(densities[name]), color=colour, ls=_DASHES[k % 4], label=name)
     ax.set(xlabel=xlabel, ylabel="density")
     ax.set_title(title, fontsize=10)
@@ -333,8 +361,9 @@ def agreement(
     """Draw estimates over the truth; on the thin diagonal they are equal."""
     exact = np.asarray(exact)
     for k, (name, values) in enumerate(estimates.items()):
-        style = {"color": _SAFE[k % len(_SAFE)], "marker": "o^sv"[k % 4], "label": name}
-        ax.plot(exact, np.asarray(values), ls="", markersize=3, alpha=0.6, **style)
+        colour, mark = _SAFE[k % len(_SAFE)], "o^sv"[k % 4]
+        points = np.asarray(values)
+        ax.plot(exact, points, color=colour, marker=mark, ls="", ms=3, alpha=0.6, label=name)
     ax.axline((float(exact.mean()), float(exact.mean())), slope=1, color="black", lw=0.7)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set_title(title, fontsize=10)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+README = (NOTEBOOKS[0].parent.parent / "README.md").read_text(encoding="utf-8")
 MAX_LINES, MAX_BYTES = 20, 600_000
 CHECKED = "# NBVAL_CHECK_OUTPUT"
 SEED = re.compile(r"^SEED = \d+", re.M)
@@ -139,3 +140,19 @@ def test_a_broken_notebook_is_found_broken(sentence: str) -> None:
     BREAKS[sentence](notebook)
     assert len(problems(notebook)) >= 1
     assert any(sentence in problem for problem in problems(notebook)), problems(notebook)
+
+
+def test_the_readme_counts_what_is_there() -> None:
+    root = NOTEBOOKS[0].parent.parent
+    rows = re.findall(r"^\| \[(\w+)\]\(notebooks/\w+\.ipynb\) \|.*$", README, re.M)
+    assert rows == [path.stem for path in NOTEBOOKS]
+    for path in NOTEBOOKS:
+        line = re.search(rf"^\| \[{path.stem}\].*$", README, re.M)
+        assert line
+        *_, cells, compared, tasks = (part.strip() for part in line[0].strip("| ").split("|"))
+        found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        code = [cell for cell in found if cell["cell_type"] == "code"]
+        assert (int(cells), int(compared)) == (len(found), sum(CHECKED in source(c) for c in code))
+        exercise = root / "notebooks" / "exercises" / f"ex_{path.stem}.ipynb"
+        graded = json.loads(exercise.read_text(encoding="utf-8"))["cells"]
+        assert int(tasks) == sum(c["metadata"].get("nbgrader", {}).get("grade", 0) for c in graded)

@@ -47,7 +47,8 @@ def test_every_dependency_has_a_lower_bound_and_a_cap() -> None:
 
 
 def test_extras() -> None:
-    assert set(PROJECT["optional-dependencies"]) == {"test", "dev", "browser", "teach", "cluster"}
+    extras = {"test", "dev", "browser", "teach", "cluster", "site"}
+    assert set(PROJECT["optional-dependencies"]) == extras
 
 
 def test_command_line_entry() -> None:

@@ -294,3 +294,23 @@ def test_confusion_counts_and_shades_by_row(ax: Axes) -> None:
     assert shown.tolist() == [[0.75, 0.25], [0.0, 0.0]]
     assert {(t.get_position(), t.get_text()) for t in ax.texts} == {((0, 0), "3"), ((1, 0), "1")}
     assert (ax.get_ylabel(), ax.get_xlabel()) == ("what it is", "what the model calls it")
+
+
+def test_response_draws_changes_from_the_smallest_setting_and_their_mean(ax: Axes) -> None:
+    runs = pd.DataFrame(
+        {
+            "subject": ["dog", "cat"] * 3,
+            "factor": [0.0, 0.0, 4.0, 4.0, 1.0, 1.0],
+            "alignment": [0.1, 0.3, 0.5, 0.5, 0.3, 0.3],
+        }
+    )
+    assert plots.response(ax, runs, "alignment", x="factor", unit=" w") is ax
+    cat, dog, mean, *_ = ax.get_lines()
+    assert list(dog.get_ydata()) == pytest.approx([0.0, 0.2, 0.4])
+    assert list(cat.get_ydata()) == pytest.approx([0.0, 0.0, 0.2])
+    assert list(mean.get_ydata()) == pytest.approx([0.0, 0.1, 0.3])
+    (bars,) = ax.containers
+    ends = [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()]
+    assert ends[1] == pytest.approx([0.0, 0.2]) and ends[2] == pytest.approx([0.2, 0.4])
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0 w", "1 w", "4 w"]
+    assert ax.get_ylabel() == "change of alignment"

@@ -42,7 +42,7 @@ def test_the_map_names_real_functions_and_tests() -> None:
 
 
 def options() -> set[str]:
-    """What may be said on a command line: of `sude-lab` and of every `python -m sude_lab.toy...`."""
+    """What may be said on a command line: of `sude-lab`, of every `python -m sude_lab.toy...`."""
     known = {name for command in cli._COMMANDS for name in command.__dataclass_fields__}
     for module in pkgutil.iter_modules(toy.__path__):
         found = vars(importlib.import_module(f"sude_lab.toy.{module.name}"))

@@ -429,3 +429,27 @@ def test_adapters_are_switched_on_again_even_after_an_error(tiny: Backbone) -> N
 def test_a_unet_that_nothing_trains_is_kept_for_nothing(tiny: Backbone) -> None:
     tiny.unet.requires_grad_(False)
     assert FrozenUNet(tiny.unet).num_bytes == 0
+
+
+@pytest.mark.parametrize("truncate_at", [0.0, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("weighting", ["exact", "simple", "reference"])
+def test_the_gate_shuts_at_the_rho_that_is_asked_for(truncate_at: float, weighting: str) -> None:
+    schedule = Schedule.from_scheduler(DDPMScheduler())
+    category, uncond, x_t = (normal(9, 4, 4, 4, seed=k, dtype=torch.float64) for k in range(3))
+    rho = torch.tensor([-1.0, -0.1, 0.1, 0.4, 0.6, 0.9, 1.1, 1.4, 1.6], dtype=torch.float64)
+    side = normal(9, 4, 4, 4, seed=3, dtype=torch.float64)
+    d = category - uncond
+    flat = (side * d).flatten(1).sum(1) / (d * d).flatten(1).sum(1)
+    across = side - flat[:, None, None, None] * d  # moves no rho
+    subject = (uncond + rho[:, None, None, None] * d + across).requires_grad_()
+    t = torch.linspace(1, 999, 9).long()
+    terms = sude_terms(
+        subject, category, uncond, x_t, t, schedule, weighting=weighting, truncate_at=truncate_at
+    )
+    torch.testing.assert_close(terms.rho.detach(), rho)
+    assert terms.gate.tolist() == (rho < truncate_at).tolist()
+    (gradient,) = torch.autograd.grad(terms.gated.sum(), subject)
+    assert (gradient.flatten(1).abs().sum(1) > 0).tolist() == terms.gate.tolist()
+    paper = sude_terms(subject, category, uncond, x_t, t, schedule, weighting=weighting)
+    torch.testing.assert_close(terms.loss, paper.loss)
+    torch.testing.assert_close(terms.threshold, paper.threshold)  # tau_t itself does not move

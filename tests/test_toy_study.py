@@ -4,10 +4,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from sude_lab.backbone import Backbone
+from sude_lab.errors import UserError
 from sude_lab.toy import study, world
 from sude_lab.toy.oracle import judge, load_oracle
 from sude_lab.tuning import TuningConfig
@@ -135,3 +139,38 @@ def test_an_unknown_preset_is_recorded_with_its_reason(monkeypatch: pytest.Monke
     job = ("development-0-dog", "dreambooth", "preset=nothing", 0)
     (row,) = study._run_job(study.StudyConfig(out=Path("study.csv")), job)
     assert "preset" in row["error"]
+
+
+def test_kept_pictures_come_back_by_what_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    colours = {"as tuned": "red", "running": "green", "open mouth": "blue"}
+
+    def tune_and_measure(base: Any, oracle: Any, who: Any, config: TuningConfig, **told: Any):  # type: ignore[no-untyped-def]
+        for name, colour in colours.items():
+            told["grids"][name] = [Image.new("RGB", (32, 32), colour)] * 8
+        asked = ["" if name == "as tuned" else name for name in colours]
+        return [{"attribute": a, "prompt": f"photo of a {a} dog"} for a in asked for _ in range(8)]
+
+    monkeypatch.setattr(study, "tune_and_measure", tune_and_measure)
+    monkeypatch.setattr(study, "_models", {"base": None, "oracle": None})
+    job = ("development-0-dog", "dreambooth", "prior=current,truncate=false", 0)
+    asked = study.StudyConfig(out=Path("study.csv"), pictures=tmp_path / "strips")
+    rows = pd.DataFrame(study._run_job(asked, job))
+    kept = study.read_strip(tmp_path / "strips", rows)
+    assert list(kept) == list(colours)
+    for name, images in kept.items():
+        assert [image.size for image in images] == [(32, 32)] * 2
+        wanted = np.asarray(Image.new("RGB", (1, 1), colours[name]), dtype=float)
+        assert np.abs(np.asarray(images[1], dtype=float)[8:24, 8:24] - wanted).max() < 12  # WebP
+    assert len(list((tmp_path / "strips").iterdir())) == 1
+    with pytest.raises(UserError, match="--pictures"):
+        study.read_strip(tmp_path, rows)
+
+
+def test_runs_that_differ_have_names_that_differ() -> None:
+    variants = ("weight_sude=2", "weight_sude=0.2", "prior=current", "prior=current,truncate=false")
+    jobs = [("held-out-0-dog", "vico", v, seed) for v in variants for seed in (0, 1)]
+    names = {study.strip_name(*job) for job in jobs}
+    assert len(names) == len(jobs)
+    assert all(name.isascii() and not set(name) & set(" ,/\\:") for name in names)

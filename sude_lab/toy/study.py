@@ -352,6 +352,29 @@ def _keep_strip(path: Path, grids: dict[str, list[Image.Image]], each: int = 2) 
         strip.save(temporary, format="webp", quality=90)
 
 
+def read_strip(folder: Path, rows: pd.DataFrame) -> dict[str, list[Image.Image]]:
+    """Return the kept pictures of one run by what was asked for, as `measure` collects them.
+
+    `rows`: the run's rows in the study's table, in their order.
+
+    Raises:
+        UserError: the run has no pictures there.
+    """
+    job = rows.iloc[0][KEYS].tolist()
+    path = folder / strip_name(*job)
+    if not path.is_file():
+        raise UserError(f"{path} is missing: give the study --pictures {folder}.")
+    asked = (
+        rows["prompt"] if "ask" in rows else rows["attribute"].fillna("").replace("", "as tuned")
+    )
+    names = list(dict.fromkeys(asked))
+    with Image.open(path) as strip:
+        side = strip.height
+        cut = [strip.crop((x, 0, x + side, side)) for x in range(0, strip.width, side)]
+    each = len(cut) // len(names)
+    return {name: cut[k * each : (k + 1) * each] for k, name in enumerate(names)}
+
+
 if __name__ == "__main__":
     from sude_lab.metrics import summarize
 
