@@ -289,7 +289,7 @@ def response(
     ax.axhline(0.0, color="black", lw=0.8, ls="--")
     ax.set_xticks(places, [f"{value:g}{unit}" for value in change])
     ax.set(xlabel=x.replace("_", " "), ylabel=f"change of {measure.replace('_', ' ')}")
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
