@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+EXERCISES = sorted((NOTEBOOKS[0].parent / "exercises").glob("*.ipynb"))
 README = (NOTEBOOKS[0].parent.parent / "README.md").read_text(encoding="utf-8")
 MAX_LINES, MAX_BYTES = 20, 600_000
 CHECKED = "# NBVAL_CHECK_OUTPUT"
@@ -52,6 +53,9 @@ def problems(notebook: Notebook, *, lesson: bool = True) -> list[str]:
                 found.append(f"{where} is to be compared and has no count")
             if not cell["outputs"]:
                 found.append(f"{where} is to be compared and has no output")
+            # Without the inline backend (MPLBACKEND=Agg) there is no picture, and nbval misses it.
+            if any("image/png" in output.get("data", {}) for output in cell["outputs"]):
+                found.append(f"{where} is to be compared and draws: draw in another cell")
     if [cell["execution_count"] for cell in code] != list(range(1, len(code) + 1)):
         found.append("the cells were not executed once, from top to bottom")
     if not any(CHECKED in source(cell) for cell in code):
@@ -78,6 +82,12 @@ def test_a_notebook_has_no_problem(path: Path) -> None:
     assert path.stat().st_size < MAX_BYTES
     notebook = json.loads(path.read_text(encoding="utf-8"))
     assert problems(notebook, lesson=not path.name.startswith("00")) == []
+
+
+@pytest.mark.parametrize("path", EXERCISES, ids=lambda p: p.name)
+def test_no_compared_cell_of_an_exercise_has_a_problem(path: Path) -> None:
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert not [p for p in problems(notebook, lesson=False) if "compared" in p]
 
 
 def sound() -> Notebook:
@@ -108,7 +118,9 @@ def change(place: int, **what: Any) -> Callable[[Notebook], None]:
 
 
 WIDGET = {"output_type": "display_data", "data": {WIDGETS[0]: {"model_id": "1"}}}
+PICTURE = {"output_type": "display_data", "data": {"image/png": ""}}
 BREAKS: dict[str, Callable[[Notebook], None]] = {
+    "compared and draws": change(3, outputs=[PICTURE]),
     "has no count": change(3, execution_count=None),
     "has no output": change(3, outputs=[]),
     "more than 20 lines": change(1, source=["SEED = 0\n"] + ["x = 1\n"] * 20),
