@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
-if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores: threads of theirs only wait
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for notebooks' kernels, too
 
 import pytest
 
