@@ -1,6 +1,6 @@
 """The command line, made from the dataclasses.
 
-`sude-lab demo | tune | generate | evaluate | classify | export | lab | release`
+`sude-lab demo | tune | generate | evaluate | sweep | classify | export | lab | release`
 """
 
 from __future__ import annotations
@@ -152,6 +152,26 @@ class Classify:
     """embedded, a pipeline folder, or a hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Tune and judge a grid of runs, here or on a cluster; the same command continues."""
+
+    grid: Positional[Path | None] = None
+    """The grid file (YAML), such as data/grids/w_s.yaml."""
+    out: Path
+    """Folder of the sweep: results.parquet, and the runs."""
+    runs: Path | None = None
+    """Folder of the runs, which several sweeps may share; none: OUT/runs."""
+    dry_run: bool = False
+    """Write nothing; say how many runs, pictures, hours and gigabytes are left."""
+    status: bool = False
+    """Say how far the sweep in OUT is, while it runs or not; needs no grid."""
+    cluster: str | None = None
+    """For Ray: local, auto, or ray://HOST:PORT; none: one run after another in this process."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +340,40 @@ def _classify(args: Classify) -> None:
         print(f"{row['probability']:.4f} +/- {row['standard_error']:.4f}  {row['prompt']}")
 
 
+def _sweep(args: Sweep) -> int:
+    if args.status:
+        from sude_lab.sweep import status
+
+        print(status(args.out))
+        return 0
+    if args.grid is None:
+        raise UserError("Name a grid file, for example data/grids/smoke.yaml.")
+    if args.dry_run:
+        from sude_lab.forecast import describe
+        from sude_lab.grid import make_plan, read_grid
+
+        print(describe(make_plan(read_grid(args.grid), args.out, args.runs)))
+        return 0
+    from sude_lab.sweep import RESULTS, sweep
+
+    failed = sweep(
+        args.grid,
+        args.out,
+        runs=args.runs,
+        cluster=args.cluster,
+        checkpoint_every=args.checkpoint_every,
+    )
+    print(f"The table is {args.out / RESULTS}.")
+    if failed:
+        key, reason = next(iter(failed.items()))
+        print(
+            f"sude-lab: {len(failed)} runs failed, the first one ({key}) because: {reason} The "
+            "column error of the table has all reasons; the same command tries them again.",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
+
+
 def _export(args: Export) -> None:
     from sude_lab.export import export_pipeline, write_kohya
     from sude_lab.runs import Run
@@ -360,11 +414,12 @@ def _release(args: Release) -> None:
         print(f"Grade in {args.course}: nbgrader autograde {copies[0].stem}, and so on.")
 
 
-_COMMANDS: dict[type, Callable[[Any], None]] = {
+_COMMANDS: dict[type, Callable[[Any], int | None]] = {
     Demo: _demo,
     Tune: _tune,
     Generate: _generate,
     Evaluate: _evaluate,
+    Sweep: _sweep,
     Classify: _classify,
     Export: _export,
     Lab: _lab,
@@ -376,6 +431,7 @@ Command = (
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Classify, tyro.conf.subcommand("classify")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Lab, tyro.conf.subcommand("lab")]
@@ -417,16 +473,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         command = _parse(arguments)
-        _COMMANDS[type(command)](command)
+        return _COMMANDS[type(command)](command) or 0
     except UserError as error:
         # The main process speaks for all; what one knows alone is told with its number.
         who = f" (process {_process()})" if _process() else ""
         print(f"sude-lab{who}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("sude-lab: stopped; continue a tuning run with --resume.", file=sys.stderr)
+        print(
+            "sude-lab: stopped; continue a tuning run with --resume, a sweep by the same command.",
+            file=sys.stderr,
+        )
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from itertools import groupby
@@ -96,6 +96,7 @@ class _Job:
     scene: world.Scene | None
     sampling: dict[str, Any]
     negative_prompt: str | None
+    load: Callable[[Run], Backbone]
 
     @property
     def folder(self) -> Path:
@@ -119,6 +120,9 @@ def evaluate(
     negative_prompt: str | None = None,
     device: str = "auto",
     progress: bool = True,
+    scene: world.Scene | None = None,
+    load: Callable[[Run], Backbone] | None = None,
+    opened_encoders: dict[str, Encoder] | None = None,
 ) -> Evaluation:
     """Draw what is missing of the runs' pictures, measure all of them, and write the tables.
 
@@ -138,6 +142,10 @@ def evaluate(
         num_inference_steps, guidance_scale, negative_prompt: The sampler's; None: the model's own.
         device: auto, cpu, cuda, ...
         progress: Whether to show bars.
+        scene: What the subject's picture shows, where it is known; None: in the drawn world the
+            oracle reads it from the references.
+        load: Opens a run's model; None: `Run.load`.
+        opened_encoders: Encoders by name, to be used and added to; None: they are opened anew.
 
     Raises:
         UserError: bad input, or an encoder that cannot be had (nothing is drawn or written then);
@@ -164,30 +172,30 @@ def evaluate(
     jobs = []
     for run, label in zip(opened, labels, strict=True):
         images = _references(run, folder, several)
-        scene = _scene(run, images, oracle)
+        shown = scene or _scene(run, images, oracle)
         jobs.append(
             _Job(
                 run,
                 label,
-                _asked(run, prompts, structure, folder, scene),
+                _asked(run, prompts, structure, folder, shown),
                 images,
                 _chosen_metrics(metrics, run.config, named),
-                scene,
+                shown,
                 sampling_settings(read_facts(run.config.backbone), **sampler),
                 negative_prompt,
+                load or (lambda run: run.load(device)),
             )
         )
     needed = {LEARNED[name][0] for job in jobs for name in job.metrics if name in LEARNED}
     # Before anything is drawn: whoever waits for an hour should not learn then that one is missing.
-    ready = {
-        name: open_encoder(name, named.get(name), device=device)
-        for name in ENCODERS
-        if name in needed
-    }
+    ready = {} if opened_encoders is None else opened_encoders
+    for name in ENCODERS:
+        if name in needed and name not in ready:
+            ready[name] = open_encoder(name, named.get(name), device=device)
     seeds = range(seed, seed + num_seeds)
     tables = []
     for job in jobs:
-        pictures = _drawn(job, seeds, num_images, device, progress)
+        pictures = _drawn(job, seeds, num_images, progress)
         table = _scored(job, pictures, ready, oracle, progress)
         _write(job.folder / SCORES, table)
         tables.append(table)
@@ -250,17 +258,9 @@ def _labels(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """
     labels: list[dict[str, Any]] = []
     digests: dict[str, str] = {}
-    for run in runs:
+    names = settings_and_variants([run.config for run in runs])
+    for run, (settings, variant) in zip(runs, names, strict=True):
         config = run.config
-        family = [r.config for r in runs if r.config.method == config.method]
-        settings = [config.method, *_differences(config, family, _NOT_SETTINGS)]
-        if len({r.config.backbone for r in runs}) > 1:
-            settings.append(Path(config.backbone).name)
-        variant = "plain"
-        if config.weight_sude:
-            steered = [c for c in family if c.weight_sude]
-            apart = [f.name for f in fields(config) if f.name not in _SUDE]
-            variant = ", ".join(["SuDe", *_differences(config, steered, apart)])
         # Pictures of two subjects may have one name, the copies of one picture several.
         name = subject_name(config)
         digest = hashlib.sha256(run.picture().tobytes()).hexdigest()
@@ -268,7 +268,7 @@ def _labels(runs: Sequence[Run]) -> list[dict[str, Any]]:
             name = f"{name}-{digest[:6]}"
         label = {
             "run": str(run.folder),
-            "settings": ", ".join(settings),
+            "settings": settings,
             "variant": variant,
             "method": config.method,
             "weight_sude": config.weight_sude,
@@ -286,14 +286,32 @@ def _labels(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return labels
 
 
-def _differences(
-    config: TuningConfig, others: Sequence[TuningConfig], apart: Sequence[str]
-) -> list[str]:
-    return [
-        f"{f.name} {getattr(config, f.name)}"
-        for f in fields(config)
-        if f.name not in apart and len({str(getattr(c, f.name)) for c in others}) > 1
-    ]
+def settings_and_variants(configs: Sequence[TuningConfig]) -> list[tuple[str, str]]:
+    """Name each configuration by what sets it apart: its method's settings, and its use of SuDe.
+
+    ("dreambooth, lora_rank 4", "SuDe, weight_sude 2.0"), or "plain" for the latter; only what
+    differs within a method is named.
+    """
+    general: dict[str, list[str]] = {}
+    steered: dict[str, list[str]] = {}
+    for method in dict.fromkeys(c.method for c in configs):
+        family = [c for c in configs if c.method == method]
+        names = [f.name for f in fields(TuningConfig)]
+        general[method] = _varying(family, [n for n in names if n not in _NOT_SETTINGS])
+        steered[method] = _varying([c for c in family if c.weight_sude], _SUDE)
+    several = len({c.backbone for c in configs}) > 1
+    found = []
+    for c in configs:
+        settings = [c.method, *(f"{n} {getattr(c, n)}" for n in general[c.method])]
+        if several:
+            settings.append(Path(c.backbone).name)
+        sude = ["SuDe", *(f"{n} {getattr(c, n)}" for n in steered[c.method])]
+        found.append((", ".join(settings), ", ".join(sude) if c.weight_sude else "plain"))
+    return found
+
+
+def _varying(configs: Sequence[TuningConfig], names: Sequence[str]) -> list[str]:
+    return [n for n in names if len({str(getattr(c, n)) for c in configs}) > 1]
 
 
 def subject_name(config: TuningConfig) -> str:
@@ -322,6 +340,28 @@ def _asked(
     for prompt in asked:
         run.prompt(prompt.text)  # says so where a subject is asked for that the run does not have
     return list(dict.fromkeys(asked))
+
+
+def prompts_of(
+    config: TuningConfig,
+    prompts: Sequence[str],
+    *,
+    structure: str = "default",
+    references: Path | None = None,
+    scene: world.Scene | None = None,
+) -> list[Prompt]:
+    """Return what `evaluate` will ask of a run with this configuration, before there is one.
+
+    In the drawn world without a known `scene` the oracle reads it from the picture, as `evaluate`
+    does.
+
+    Raises:
+        UserError: there are no such prompts, or none for this category.
+    """
+    run = Run(config.image, config)
+    if scene is None and _is_drawn(config):
+        scene = _scene(run, [open_picture(config.image)], load_oracle())
+    return _asked(run, prompts, structure, references, scene)
 
 
 def _scene(run: Run, images: list[Image.Image], oracle: Oracle | None) -> world.Scene | None:
@@ -432,7 +472,7 @@ class _Picture:
 
 
 def _drawn(
-    job: _Job, seeds: range, num_images: int, device: str, progress: bool, batch_size: int = 8
+    job: _Job, seeds: range, num_images: int, progress: bool, batch_size: int = 8
 ) -> list[_Picture]:
     """Return all pictures of a run in order, after drawing those that are missing."""
     places = [
@@ -444,7 +484,7 @@ def _drawn(
     found = {path: _read(path) for *_, path in places}
     missing = list({place[3]: place for place in places if found[place[3]] is None}.values())
     if missing:
-        backbone = job.run.load(device)
+        backbone = job.load(job.run)
         _mention_unknown_words(backbone, job)
         bar = tqdm(
             total=len(missing),

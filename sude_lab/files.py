@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +14,10 @@ from sude_lab.errors import UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NEARLY_FULL = 1 << 20  # bytes
+
+
+class DiskFullError(UserError):
+    """The disk is full: whatever is tried next will fail, too."""
 
 
 @contextmanager
@@ -96,6 +102,72 @@ def replaced_folder(path: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
+def locked(path: Path | str, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock that the file `path` stands for, for the body; yields whether it is held.
+
+    Without `wait` it yields False at once where another process holds it. The lock is the system's
+    (flock): it ends with the process that holds it, however that ends, so that no lock is ever
+    stale and none is to be deleted by hand. The file stays; in it stands who held it last. Between
+    machines it works where the shared disk knows flock: Linux's NFS and most cluster disks do.
+
+    Raises:
+        UserError: the file cannot be written, or the disk or the system knows no flock.
+        DiskFullError: there is no space for the file.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise UserError("Locks need Linux or macOS: on Windows run this in WSL.") from error
+    path = Path(path)
+    try:
+        _make_folder(path.parent)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DiskFullError(
+                f"No space is left on the disk to write {path}: free some and run again."
+            ) from error
+        raise UserError(f"{path} cannot be written ({error.strerror}).") from error
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be locked ({error.strerror}): name a folder on a disk that knows "
+                "flock."
+            ) from error
+        with suppress(OSError):  # on a full disk the lock counts without its words
+            os.ftruncate(file, 0)
+            os.write(file, f"{socket.gethostname()} {os.getpid()} {time.time():.0f}\n".encode())
+        yield True
+    finally:
+        os.close(file)  # which ends the lock
+
+
+def lock_holder(path: Path | str) -> str | None:
+    """Return "host pid since" of the process that holds a lock of `locked` now; None: no process.
+
+    `since` is in seconds since 1970.
+    """
+    import fcntl
+
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.read(file, 1000).decode().strip()
+    finally:
+        os.close(file)
+    return None
+
+
+@contextmanager
 def _temporary_sibling(path: Path) -> Iterator[Path]:
     """A fresh name in the folder of `path`; on failure nothing of it stays."""
     # Not `tempfile`: its files and folders are closed to everyone but their owner, and stay so.
@@ -112,7 +184,7 @@ def _temporary_sibling(path: Path) -> Iterator[Path]:
             with suppress(OSError):
                 folder.rmdir()
         if full:
-            raise UserError(
+            raise DiskFullError(
                 f"No space is left on the disk to write {path}: free some and run again."
             ) from error
         raise

@@ -107,14 +107,16 @@ class Run:
             )
         return folder
 
-    def load(self, device: str = "auto") -> Backbone:
-        """Open the backbone with the run's weights in it.
+    def load(self, device: str = "auto", backbone: Backbone | None = None) -> Backbone:
+        """Open the backbone with the run's weights in it, or put them into an opened `backbone`.
 
         Raises:
             UserError: the weights are missing, damaged, or not those of this model and method.
         """
         weights, method = self.weights, get_method(self.config.method)
-        backbone = open_backbone(self.config.backbone, device=device, dtype=self.config.dtype)
+        backbone = backbone or open_backbone(
+            self.config.backbone, device=device, dtype=self.config.dtype
+        )
         try:
             method.load(backbone, weights)
         except UserError:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -210,6 +210,29 @@ GENERAL_DEFAULTS: dict[str, Any] = {
 }
 
 
+def with_defaults(config: TuningConfig, facts: Mapping[str, Any]) -> TuningConfig:
+    """Fill the fields that are None and have a default: the model's own facts', then the method's.
+
+    No model is opened; what only the open model knows (`resolution`) stays None.
+
+    Args:
+        config: The settings of a run.
+        facts: `Backbone.facts`, or what `backbone.read_facts` returns.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    known: dict[str, Any] = dict(GENERAL_DEFAULTS)
+    known |= get_method(config.method).defaults
+    known |= facts.get("tuning", {}).get(config.method, {})
+    missing = {
+        f.name: known[f.name]
+        for f in fields(config)
+        if getattr(config, f.name) is None and f.name in known
+    }
+    return replace(config, **missing)
+
+
 def resolve(config: TuningConfig, backbone: Backbone) -> TuningConfig:
     """Fill every field that is None: from the backbone's own defaults, then from the method's.
 
@@ -218,21 +241,13 @@ def resolve(config: TuningConfig, backbone: Backbone) -> TuningConfig:
     Raises:
         UserError: the category is one the model cannot know.
     """
-    method = get_method(config.method)
-    known: dict[str, Any] = dict(GENERAL_DEFAULTS)
-    known |= method.defaults
-    known |= backbone.facts.get("tuning", {}).get(config.method, {})
-    known["resolution"] = backbone.resolution
-    missing = {
-        f.name: known[f.name]
-        for f in fields(config)
-        if getattr(config, f.name) is None and f.name in known
-    }
+    config = with_defaults(config, backbone.facts)
     more = tuple(
         f"{backbone.check_category(s.category)}={s.token}={s.image}" for s in config.subjects[1:]
     )
     category = backbone.check_category(config.category)
-    return replace(config, category=category, more_subjects=more, **missing)
+    resolution = config.resolution or backbone.resolution
+    return replace(config, category=category, more_subjects=more, resolution=resolution)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,433 @@
+"""Grid files: what a person writes, and the runs that it means.
+
+    grid = read_grid("data/grids/w_s.yaml")
+    plan = make_plan(grid, "results/w_s")  # plan.jobs, each with the name of its folder
+
+README.md, "Grids of runs", says what may stand in a grid file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+
+from sude_lab.backbone import EMBEDDED, read_facts, resolve_source
+from sude_lab.dreambench import load_dreambench
+from sude_lab.errors import UserError
+from sude_lab.evaluate import FOLDER, prompts_of, settings_and_variants, subject_name
+from sude_lab.pictures import load_picture
+from sude_lab.toy import study
+from sude_lab.toy.world import Scene
+from sude_lab.tuning import TuningConfig, with_defaults
+
+VARIANT = ("w_s", "truncation", "prior", "weighting")
+ASKED = (
+    *("references", "structure", "num_seeds", "seed", "metrics", "encoders"),
+    *("num_inference_steps", "guidance_scale", "negative_prompt"),
+)
+ASSUMED = (
+    *("seconds_per_step", "seconds_per_picture", "megabytes_per_run", "megabytes_per_picture"),
+    *("sude_factor", "price_per_gpu_hour", "source"),
+)
+KEYS = (
+    *("subjects", "methods", *VARIANT, "seeds", "backbone", "settings", "also"),
+    *("prompts", "pictures", "evaluate", "num_gpus", "assume"),
+)
+_OWN_KEY = {
+    **{"image": "subjects", "category": "subjects", "method": "methods", "seed": "seeds"},
+    **{"backbone": "backbone", "weight_sude": "w_s", "prior": "prior", "weighting": "weighting"},
+    **{"truncate": "truncation", "truncate_at": "truncation"},
+}
+"""Fields of `TuningConfig` that the grid's own keys say."""
+
+
+@dataclass(frozen=True)
+class GridSubject:
+    """Whom to tune on: a picture file, or a drawn subject whose picture is `png`."""
+
+    name: str
+    category: str
+    image: Path | None = None
+    png: bytes = b""
+    scene: Scene | None = None
+    references: Path | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid file, read: the runs are the product of all its lists."""
+
+    subjects: tuple[GridSubject, ...]
+    methods: tuple[str, ...]
+    variants: tuple[dict[str, Any], ...]
+    """The uses of SuDe: fields of `TuningConfig`, and `factor` for a w_s of the kind x2."""
+    settings: tuple[dict[str, Any], ...]
+    seeds: tuple[int, ...]
+    backbones: tuple[str, ...]
+    asked: dict[str, Any]
+    """Arguments of `evaluate`."""
+    num_gpus: float
+    """What a run takes of a cluster's GPUs."""
+    assume: dict[str, Any]
+    """Times and sizes for the dry run, for runs that nobody has measured."""
+
+
+def read_grid(path: Path | str) -> Grid:
+    """Read a grid file (YAML).
+
+    Raises:
+        UserError: it cannot be read, or holds a key or a value that means nothing.
+    """
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"The grid {path} cannot be read ({why}): name a YAML file.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"The grid {path} is not readable YAML ({error}): correct it.") from error
+    try:
+        return _grid(_mapping(given, KEYS, "the grid"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _grid(given: dict[str, Any]) -> Grid:
+    if "subjects" not in given:
+        raise UserError("the grid names no `subjects`: write for example - held-out 0 1 2.")
+    subjects = tuple(itertools.chain(*map(_subjects, _list(given, "subjects"))))
+    names = [s.name for s in subjects]
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise UserError(f"two subjects are named {twice[0]}: name one, or rename its picture.")
+    variants = [given, *(_mapping(x, VARIANT, "also") for x in _list(given, "also", []))]
+    asked = dict(_mapping(given.get("evaluate", {}), ASKED, "evaluate"))
+    for name in {"metrics", "encoders"} & asked.keys():
+        asked[name] = tuple(_list(asked, name))
+    prompts = map(Path, map(str, _list(given, "prompts", ["attributes"])))
+    asked["prompts"] = tuple(str(p.absolute() if p.is_file() else p) for p in prompts)
+    asked["num_images"] = _number(given, "pictures", 4, whole=True)
+    gpus = float(torch.cuda.is_available())
+    return Grid(
+        subjects,
+        tuple(map(str, _list(given, "methods", ["dreambooth"]))),
+        tuple(itertools.chain(*map(_variants, variants))),
+        tuple(_settings(given.get("settings", {}))),
+        tuple(_typed("seed", x) for x in _list(given, "seeds", [0])),
+        tuple(_typed("backbone", x) for x in _list(given, "backbone", [EMBEDDED])),
+        asked,
+        _number(given, "num_gpus", gpus),
+        _mapping(given.get("assume", {}), ASSUMED, "assume"),
+    )
+
+
+def _mapping(given: Any, known: Sequence[str], where: str) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise UserError(f"{where} must be a mapping, with keys among {', '.join(known)}.")
+    for key in given:
+        if key not in known:
+            nearest = get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise UserError(f"{where} has the unknown key {key!r}: did you mean {nearest!r}?")
+    return given
+
+
+def _list(given: Mapping[str, Any], key: str, default: list[Any] | None = None) -> list[Any]:
+    values = given.get(key, default)
+    values = values if isinstance(values, list) else [values]
+    if not values and default != []:
+        raise UserError(f"{key}: the list is empty, so there is nothing to run.")
+    return values
+
+
+def _number(given: Mapping[str, Any], key: str, default: float, whole: bool = False) -> Any:
+    value = given.get(key, default)
+    kinds: Any = int if whole else int | float
+    if isinstance(value, bool) or not isinstance(value, kinds) or value < whole:
+        raise UserError(f"{key} cannot be {value!r}: it takes a number, at least {int(whole)}.")
+    return value
+
+
+def _subjects(entry: Any) -> Iterator[GridSubject]:
+    """Read one entry of `subjects`; it may stand for several."""
+    if isinstance(entry, str):
+        group, *numbers = entry.split() or [""]
+        known = group in ("development", "held-out", "demo")
+        if not known or not numbers or not all(n.isdigit() for n in numbers):
+            raise UserError(
+                f"subjects: {entry!r} is no drawn subject: write held-out (or development, demo) "
+                "and numbers, or a mapping with picture and category, or with dreambench."
+            )
+        for who in (study.subject(group, int(n)) for n in numbers):
+            png = io.BytesIO()
+            who.picture.save(png, format="png")
+            yield GridSubject(who.name, who.scene.category, None, png.getvalue(), who.scene)
+    elif isinstance(entry, dict) and "dreambench" in entry:
+        _mapping(entry, ("dreambench", "names"), "subjects")
+        bench = load_dreambench(Path(str(entry["dreambench"])).absolute())
+        for one in (bench.subject(n) for n in _list(entry, "names", list(bench.subjects))):
+            yield GridSubject(one.name, one.category, one.picture, references=bench.folder)
+    else:
+        entry = _mapping(entry, ("picture", "category", "references"), "subjects")
+        if not {"picture", "category"} <= entry.keys():
+            raise UserError(f"subjects: {entry!r} needs a picture and a category.")
+        image, category = Path(str(entry["picture"])).absolute(), str(entry["category"])
+        load_picture(image, resolution=64)  # says what is wrong with it
+        references = Path(entry["references"]).absolute() if "references" in entry else None
+        name = subject_name(TuningConfig(image, category))
+        yield GridSubject(name, " ".join(category.split()), image, references=references)
+
+
+def _variants(block: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Return the product of w_s, truncation, prior and weighting of a grid, or of one of `also`."""
+    axes = [
+        [_weight(x) for x in _list(block, "w_s", ["x1"])],
+        [_truncation(x) for x in _list(block, "truncation", [True])],
+        *([{k: _typed(k, x)} for x in _list(block, k, [None])] for k in ("prior", "weighting")),
+    ]
+    for parts in itertools.product(*axes):
+        yield {k: v for part in parts for k, v in part.items()}
+
+
+def _weight(value: Any) -> dict[str, Any]:
+    if isinstance(value, str) and value.startswith("x"):
+        return {"factor": _typed("weight_sude", value[1:])}
+    return {"weight_sude": _typed("weight_sude", value)}
+
+
+def _truncation(value: Any) -> dict[str, Any]:
+    if isinstance(value, bool):
+        return {"truncate": value}
+    if isinstance(value, int | float):
+        return {"truncate_at": float(value)}
+    raise UserError(f"truncation cannot be {value!r}: write on, off, or the rho to stop at.")
+
+
+def _settings(given: Any) -> Iterator[dict[str, Any]]:
+    """Return the product of `settings`: a list is an axis."""
+    for name in _mapping(given, [f.name for f in fields(TuningConfig)], "settings"):
+        if name in _OWN_KEY:
+            raise UserError(f"settings: {name} is what the grid's key {_OWN_KEY[name]} says.")
+    several = {k: [v] if k == "more_subjects" else v for k, v in given.items()}
+    axes = [[(k, _typed(k, x)) for x in _list(several, k)] for k in several]
+    return (dict(parts) for parts in itertools.product(*axes))
+
+
+def _typed(name: str, value: Any) -> Any:
+    """Return a value as its field of `TuningConfig` holds it, or say what that takes."""
+    hint = get_type_hints(TuningConfig)[name]
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    choices: list[Any] = []
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            choices += get_args(kind)
+            if value in choices:
+                return value
+        elif get_origin(kind) is tuple and isinstance(value, list):
+            return tuple(map(str, value))
+        elif kind is float and not isinstance(value, bool | None):
+            try:
+                return float(value)  # YAML reads 1e-4 as text
+            except (TypeError, ValueError):
+                continue
+        elif kind is Path and isinstance(value, str):
+            return Path(value).absolute()
+        elif kind in (int, str, bool, NoneType) and type(value) is kind:
+            return value
+    names = {float: "a number", int: "a whole number", bool: "on or off", str: "a text"}
+    told = ", ".join(map(str, choices)) or names.get(kinds[0], "another kind of value")
+    raise UserError(f"{name} cannot be {value!r}: it takes {told}.")
+
+
+# --- the runs of a grid --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a grid, and what is asked of it."""
+
+    key: str
+    config: TuningConfig
+    label: dict[str, Any]
+    """What the table says of it beside the scores."""
+    scene: Scene | None
+    asked: dict[str, Any]
+    rows: str
+    """Name of the file of its scores: a hash of all that is asked."""
+    pictures: int
+
+    def scores(self, runs: Path) -> Path:
+        """Return the file of its scores, whose presence says that it is finished."""
+        return runs / self.key / FOLDER / self.rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of a grid, and where they are."""
+
+    grid: Grid
+    out: Path
+    runs: Path
+    jobs: tuple[Job, ...]
+    num_equal: int
+    """How many more the lists name that are equal to one of these."""
+
+
+def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Plan:
+    """List the runs of a grid; nothing is written, and no model is opened.
+
+    Order: backbone, seed, subject, method, settings, then `also` after w_s, truncation, prior,
+    weighting (what is named last changes fastest): all variants of one subject stand together, and
+    every subject is seen once before the second seed begins. Equal runs are one: without SuDe
+    (w_s 0) its other settings say nothing.
+
+    Args:
+        grid: The grid.
+        out: Folder of the sweep.
+        runs: Folder of the runs; None: OUT/runs.
+
+    Raises:
+        UserError: the settings, or the prompts for a subject, mean nothing.
+    """
+    out = Path(os.path.abspath(out))
+    jobs: dict[str, Job] = {}
+    counts: dict[Any, int] = {}
+    digests = {s.name: _digest(s.image or s.png) for s in grid.subjects}
+    total = 0
+    for backbone, seed, who, method, settings, variant in itertools.product(
+        grid.backbones, grid.seeds, grid.subjects, grid.methods, grid.settings, grid.variants
+    ):
+        total += 1
+        config, usual = _config(
+            {k: v for k, v in (settings | variant).items() if k != "factor"}
+            | {"image": who.image or out / "subjects" / f"{who.name}.png"}
+            | {"category": who.category, "method": method, "seed": seed, "backbone": backbone},
+            variant.get("factor", 1.0),
+        )
+        key = _key(config, digests[who.name])
+        if key in jobs:
+            continue
+        references = str(who.references) if who.references else grid.asked.get("references")
+        asked = grid.asked | ({"references": references} if references else {})
+        kind = (who.name, method, backbone, config.prompt, config.more_subjects)
+        if kind not in counts:
+            counts[kind] = len(
+                prompts_of(
+                    config,
+                    asked["prompts"],
+                    structure=asked.get("structure", "default"),
+                    references=Path(references) if references else None,
+                    scene=who.scene,
+                )
+            )
+        prompts = [_digest(Path(p)) if Path(p).is_file() else p for p in asked["prompts"]]
+        label = {"run": key, "subject": who.name, "category": config.category, "method": method}
+        label |= {"backbone": backbone, "tuning_seed": seed, "w_s": config.weight_sude}
+        label |= {"w_s_factor": (config.weight_sude or 0.0) / usual if usual else None}
+        label |= {k: getattr(config, k) for k in ("truncate", "truncate_at", "prior", "weighting")}
+        jobs[key] = Job(
+            key,
+            config,
+            label | {"steps": config.max_train_steps},
+            who.scene,
+            asked,
+            f"rows-{_hash([asked | {'prompts': prompts}, repr(who.scene)])[:10]}.parquet",
+            counts[kind] * asked["num_images"] * asked.get("num_seeds", 1),
+        )
+    names = settings_and_variants([job.config for job in jobs.values()])
+    for job, (general, sude) in zip(jobs.values(), names, strict=True):
+        job.label.update(settings=general, variant=sude)
+    where = Path(os.path.abspath(runs)) if runs is not None else out / "runs"
+    return Plan(grid, out, where, tuple(jobs.values()), total - len(jobs))
+
+
+def _config(given: dict[str, Any], factor: float) -> tuple[TuningConfig, float]:
+    """Return the configuration with its defaults filled in, and the method's own w_s."""
+    config = TuningConfig(**given)
+    facts = read_facts(config.backbone)
+    alone = TuningConfig(config.image, config.category, config.backbone, config.method)
+    usual = with_defaults(alone, facts)
+    assert usual.weight_sude is not None
+    if config.weight_sude is None:
+        config = replace(config, weight_sude=usual.weight_sude * factor)
+    config = with_defaults(config, facts)
+    if not config.weight_sude and not config.monitor_sude:
+        apart = ("prior", "weighting", "truncate", "truncate_at")
+        config = replace(config, **{name: getattr(usual, name) for name in apart})
+    elif not config.truncate:
+        config = replace(config, truncate_at=usual.truncate_at)
+    return config, usual.weight_sude
+
+
+def kind_of(config: TuningConfig) -> str:
+    """Name what a step's time hangs on: model, method, what is trained, SuDe, batch, resolution."""
+    size = (config.train_batch_size or 1) * config.gradient_accumulation_steps
+    sude = "SuDe" if config.weight_sude or config.monitor_sude else "plain"
+    train = f" {config.train}" if config.method == "dreambooth" else ""
+    side = f", {config.resolution} px" if config.resolution else ""
+    return f"{Path(config.backbone).name}, {config.method}{train}, {sude}, batch {size}{side}"
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _digest(content: Path | bytes) -> str:
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _key(config: TuningConfig, picture: str) -> str:
+    """Name a run by what it is: not by where its files lie, nor by the device it runs on."""
+    where = ("image", "device", "backbone", "class_images", "more_subjects")
+    # A field at its default says nothing: fields that are added later leave the names as they are.
+    about = {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if f.name not in where and getattr(config, f.name) != f.default
+    }
+    others = [(s.category, s.token, _digest(s.image)) for s in config.subjects[1:]]
+    folder = config.class_images
+    own = [_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()] if folder else []
+    return _hash([about, picture, others, own, backbone_identity(config.backbone)])[:16]
+
+
+def backbone_identity(source: str) -> str:
+    """Return a hash of a pipeline folder's files, or of a hub id the commit that would be opened.
+
+    Where neither the hub nor its cache knows the id, the id itself.
+    """
+    return _identity(resolve_source(source))
+
+
+@cache
+def _identity(source: str) -> str:
+    folder = Path(source)
+    if folder.is_dir():
+        kinds = (".json", ".txt", ".safetensors", ".model")
+        walked = os.walk(folder, followlinks=True)
+        files = sorted(Path(root, name) for root, _, names in walked for name in names)
+        files = [path for path in files if path.suffix in kinds]
+        return _hash([(p.relative_to(folder).as_posix(), _digest(p)) for p in files])
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        return f"{source}@{HfApi().model_info(source, timeout=10).sha}"
+    except Exception:  # no connection, no such model: errors of any class
+        try:
+            cached = try_to_load_from_cache(source, "model_index.json")
+        except ValueError:  # no id of a repository at all
+            cached = None
+    return f"{source}@{Path(cached).parent.name}" if isinstance(cached, str) else source
