@@ -319,6 +319,8 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
             continue
         references = str(who.references) if who.references else grid.asked.get("references")
         asked = grid.asked | ({"references": references} if references else {})
+        # Runs of one seed are drawn from the same noise, those of another from fresh.
+        asked |= {"seed": grid.asked.get("seed", 0) + seed}
         kind = (who.name, method, backbone, config.prompt, config.more_subjects)
         if kind not in counts:
             counts[kind] = len(

@@ -2,9 +2,10 @@
 
     python -m sude_lab.toy.paper fig4
 
-runs what is still missing of its studies (on every core; it may be stopped and given again), keeps
-the rows in `data/results/*.csv` with strips of pictures beside them, and writes `fig4.md`. With
-`--no-run` it only writes the table anew. `python -m sude_lab.toy.paper --help` lists them.
+runs what is still missing of its grids and studies (on every core; it may be stopped and given
+again), keeps the rows in `data/results/*.csv` with strips of pictures beside them, and writes
+`fig4.md`. With `--no-run` it only writes the table anew; `--help` lists the names. The ablations
+are grids of `data/grids/`: their runs are those of `sude-lab sweep`, in `results/runs`.
 
 The subjects are those of the held-out study, fixed before anything was seen. Intervals are 95 %
 bootstrap intervals over subjects; gains are paired (same subject, same seed).
@@ -12,21 +13,34 @@ bootstrap intervals over subjects; gains are paired (same subject, same seed).
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
+import torch
 import tyro
+from PIL import Image
 
 from sude_lab.backbone import data_folder
 from sude_lab.errors import UserError
+from sude_lab.evaluate import FOLDER, SCORES
 from sude_lab.files import atomic_write
+from sude_lab.grid import Job, Plan, make_plan, read_grid
 from sude_lab.metrics import MEASURES, bootstrap_interval, gains
-from sude_lab.toy.study import StudyConfig, run_study
+from sude_lab.runs import Run
+from sude_lab.sweep import sweep
+from sude_lab.toy.study import StudyConfig, describe, keep_strip, run_study, strip_name
+from sude_lab.tuning import TuningConfig
 
 RESULTS = data_folder() / "results"
+GRIDS = data_folder() / "grids"
+SWEEPS = Path("results")
+"""Where sweeps are made, and gone on with."""
 SUBJECTS = (0, 1, 2, 5, 7)
 ALIGNMENT, FIDELITY, CATEGORY = MEASURES
 BACKGROUND = "background_alignment"
@@ -34,6 +48,8 @@ FACTORS = (0.0, 0.5, 1.0, 2.0, 4.0)
 """The paper's multiples of w_s."""
 WEIGHTS = {"dreambooth": 2.0, "custom_diffusion": 2.0, "vico": 1.5, "textual_inversion": 1.0}
 """w_s of the methods on the embedded model when these studies were made."""
+STEPS = 200
+"""Steps of a run, where nothing else is said."""
 
 
 def _study(out: str, *methods: str, **settings: Any) -> StudyConfig:
@@ -45,9 +61,6 @@ def _weights(method: str, factors: Sequence[float]) -> tuple[str, ...]:
     return tuple(f"weight_sude={factor * WEIGHTS[method]:g}" for factor in factors)
 
 
-_W_S = _study("w_s", "dreambooth", variants=_weights("dreambooth", FACTORS))
-# The second seed of 0 and 1 w_s is that of the held-out study: the same runs, number by number.
-_W_S_AGAIN = replace(_W_S, variants=_weights("dreambooth", (0.5, 2.0, 4.0)), num_seeds=2)
 _OTHERS = tuple(
     _study("methods_w_s", method, variants=_weights(method, (0.5, 2.0)))
     for method in ("custom_diffusion", "vico")
@@ -69,21 +82,6 @@ _CLASS_IMAGES = _study(
     num_images=4,
     asks=("P1", "background"),
 )
-UNTRUNCATED = ("truncate=false", "prior=current,truncate=false")
-_TRUNCATION = _study(
-    "truncation",
-    "dreambooth",
-    variants=(*UNTRUNCATED, "prior=current", "truncate_at=0.5", "truncate_at=1.5"),
-)
-_COLLAPSE = replace(
-    _TRUNCATION,
-    numbers=(0, 1),
-    variants=tuple(
-        f"{settings}max_train_steps={steps}"
-        for settings in ("", "prior=current,truncate=false,")
-        for steps in (50, 100)
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,86 @@ class Experiment:
 
     title: str
     studies: tuple[StudyConfig, ...]
+    grids: tuple[str, ...]
     table: Callable[[], pd.DataFrame]
+
+
+def run(name: str, *, workers: int = os.cpu_count() or 1, out: Path = SWEEPS) -> None:
+    """Run what is missing of an experiment and keep its rows and pictures in `data/results/`.
+
+    Args:
+        name: One of `EXPERIMENTS`.
+        workers: Processes, a thread each.
+        out: Where sweeps are made; they share `out / "runs"`.
+
+    Raises:
+        UserError: a run of a grid failed.
+    """
+    experiment = EXPERIMENTS[name]
+    for study in experiment.studies:
+        run_study(replace(study, workers=workers))
+    for grid in experiment.grids:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
+            shared = [pool.submit(_sweep, grid, out, k == 0) for k in range(workers)]
+            failed = shared[0].result() or shared[-1].result()
+        if failed:
+            key, reason = next(iter(failed.items()))
+            raise UserError(
+                f"{len(failed)} runs of the grid {grid} failed, {key} because: {reason}"
+            )
+        keep(grid, out=out)
+
+
+def _sweep(grid: str, out: Path, progress: bool) -> dict[str, str]:
+    return sweep(GRIDS / f"{grid}.yaml", out / grid, runs=out / "runs", progress=progress)
+
+
+def keep(grid: str, *, out: Path = SWEEPS) -> pd.DataFrame:
+    """Write a finished sweep's rows and strips of pictures as the studies' are; return the rows.
+
+    A row a picture, its `variant` the settings of SuDe that the grid names.
+    """
+    plan = make_plan(read_grid(GRIDS / f"{grid}.yaml"), out / grid, out / "runs")
+    table = pd.DataFrame([row for job in plan.jobs for row in _rows(plan, job, RESULTS / grid)])
+    with atomic_write(RESULTS / f"{grid}.csv") as path:
+        table.to_csv(path, index=False)
+    return table
+
+
+def _rows(plan: Plan, job: Job, strips: Path) -> Iterator[dict[str, Any]]:
+    folder, config = plan.runs / job.key, job.config
+    scores = pd.read_parquet(job.scores(plan.runs))
+    files = pd.read_csv(folder / FOLDER / SCORES).set_index(["prompt", "picture"])["file"]
+    key = {"subject": job.label["subject"], "method": config.method, "variant": _variant(config)}
+    strip: dict[str, list[Image.Image]] = {}
+    values = scores.pivot(
+        index=["prompt", "attribute", "picture"], columns="metric", values="value"
+    )
+    means = scores[["open_gates", "rho"]].iloc[0].to_dict()
+    ordered = scores[["prompt", "attribute", "picture"]].drop_duplicates()
+    for prompt, attribute, k in ordered.itertuples(index=False, name=None):
+        found = values.loc[(prompt, attribute, k)]
+        place = Path(files[(prompt, k)].iloc[0])
+        strip.setdefault(prompt, []).append(Image.open(folder / place))
+        yield (
+            key
+            | describe(config)
+            | means
+            | {"attribute": attribute, "prompt": Run(folder, config).prompt(prompt), "image": k}
+            | {measure: round(found.get(measure, float("nan")), 5) for measure in MEASURES}
+        )
+    keep_strip(strips / strip_name(*key.values(), config.seed), strip)
+
+
+def _variant(config: TuningConfig) -> str:
+    """Name a run by what it sets, as a variant of a study: its w_s where it sets nothing else."""
+    parts = ["prior=current"] if config.prior == "current" else []
+    parts += [] if config.truncate else ["truncate=false"]
+    parts += [f"truncate_at={config.truncate_at:g}"] if config.truncate_at != 1 else []
+    if config.max_train_steps != STEPS:
+        parts.append(f"max_train_steps={config.max_train_steps}")
+    return ",".join(parts or [f"weight_sude={config.weight_sude:g}"])
 
 
 def read(name: str) -> pd.DataFrame:
@@ -119,9 +196,7 @@ def by_factor(*tables: pd.DataFrame) -> pd.DataFrame:
 
 def dosed() -> pd.DataFrame:
     """Return the rows of Fig. 4: DreamBooth at every multiple of w_s, two seeds."""
-    held_out = read("held_out")
-    held_out = held_out[(held_out["method"] == "dreambooth") & (held_out["seed"] < 2)]
-    return by_factor(read("w_s"), held_out).sort_values("factor", kind="stable")
+    return by_factor(read("w_s")).sort_values("factor", kind="stable")
 
 
 def against(
@@ -189,23 +264,20 @@ def fig4() -> pd.DataFrame:
 
 def truncation() -> pd.DataFrame:
     """Return the rows of Fig. 5: with, without and with other thresholds, plain tuning as well."""
-    w_s = _first_seed("w_s")
-    names = {0.0: "plain", WEIGHTS["dreambooth"]: "SuDe, stops at rho = 1"}
-    rows = w_s[w_s["weight_sude"].isin(names)]
-    rows = rows.assign(variant=rows["weight_sude"].map(names))
     told = {
+        "weight_sude=0": "plain",
+        "weight_sude=2": "SuDe, stops at rho = 1",
         "truncate_at=0.5": "SuDe, stops at rho = 0.5",
         "truncate_at=1.5": "SuDe, stops at rho = 1.5",
         "truncate=false": "never stops",
         "prior=current": "stops at rho = 1, prior current",
         "prior=current,truncate=false": "never stops, prior current",
     }
-    others = read("truncation")
-    others = others[others["variant"].isin(told)]
-    rows = pd.concat([rows, others.assign(variant=others["variant"].map(told))], ignore_index=True)
-    order = {name: k for k, name in enumerate(["plain", *names.values(), *told.values()])}
-    rows = rows[rows["attribute"].fillna("") != ""]
-    return rows.sort_values("variant", key=lambda v: v.map(order), kind="stable")
+    rows = read("truncation")
+    rows = rows[rows["variant"].isin(told) & (rows["attribute"].fillna("") != "")]
+    order = {name: k for k, name in enumerate(told)}
+    rows = rows.sort_values("variant", key=lambda v: v.map(order), kind="stable")
+    return rows.assign(variant=rows["variant"].map(told))
 
 
 def fig5() -> pd.DataFrame:
@@ -215,21 +287,13 @@ def fig5() -> pd.DataFrame:
 
 def collapse() -> pd.DataFrame:
     """Return the pictures of new attributes after 50, 100 and 200 steps, truncated and not."""
-    w_s, others = _first_seed("w_s"), read("truncation")
-    rows = pd.concat(
-        [
-            w_s[w_s["weight_sude"] == WEIGHTS["dreambooth"]].assign(run="stops at rho = 1"),
-            others[others["variant"].str.startswith("max_train_steps")].assign(
-                run="stops at rho = 1"
-            ),
-            others[others["variant"].str.startswith("prior=current,truncate=false")].assign(
-                run="never stops, prior current"
-            ),
-        ],
-        ignore_index=True,
-    )
-    few = set(others.loc[others["steps"] == 50, "subject"])
-    return rows[rows["subject"].isin(few) & (rows["attribute"].fillna("") != "")]
+    few, all_steps = read("collapse"), read("truncation")
+    never = all_steps["variant"] == "prior=current,truncate=false"
+    all_steps = all_steps[never | (all_steps["variant"] == "weight_sude=2")]
+    rows = pd.concat([all_steps[all_steps["subject"].isin(few["subject"])], few])
+    rows = rows[rows["attribute"].fillna("") != ""]
+    told = {True: "stops at rho = 1", False: "never stops, prior current"}
+    return rows.assign(run=rows["truncate"].astype(bool).map(told)).reset_index(drop=True)
 
 
 def asked(*names: str) -> pd.DataFrame:
@@ -348,18 +412,15 @@ def _first_seed(name: str) -> pd.DataFrame:
 EXPERIMENTS = {
     "table1": Experiment(
         "Table 1: methods, with SuDe at 0.5, 1, 2 w_s and the best of them (gain in alignment)",
-        (replace(_HELD_OUT, num_seeds=1), *_OTHERS, _W_S),
+        (replace(_HELD_OUT, num_seeds=1), *_OTHERS),
+        ("w_s",),
         table1,
     ),
-    "table2": Experiment("Table 2: prompts P1, P2, P3", (_PROMPTS,), table2),
-    "fig4": Experiment(
-        "Fig. 4: w_s",
-        (_W_S, replace(_HELD_OUT, methods=("dreambooth",), num_seeds=2), _W_S_AGAIN),
-        fig4,
-    ),
-    "fig5": Experiment("Fig. 5: truncation", (_W_S, _TRUNCATION, _COLLAPSE), fig5),
-    "fig6": Experiment("Fig. 6: attribute and background", (_PROMPTS,), fig6),
-    "fig8": Experiment("Fig. 8: class images against SuDe", (_PROMPTS, _CLASS_IMAGES), fig8),
+    "table2": Experiment("Table 2: prompts P1, P2, P3", (_PROMPTS,), (), table2),
+    "fig4": Experiment("Fig. 4: w_s", (), ("w_s",), fig4),
+    "fig5": Experiment("Fig. 5: truncation", (), ("truncation", "collapse"), fig5),
+    "fig6": Experiment("Fig. 6: attribute and background", (_PROMPTS,), (), fig6),
+    "fig8": Experiment("Fig. 8: class images against SuDe", (_PROMPTS, _CLASS_IMAGES), (), fig8),
 }
 
 
@@ -371,17 +432,18 @@ class PaperConfig:
         Literal["table1", "table2", "fig4", "fig5", "fig6", "fig8"], tyro.conf.Positional
     ]
     run: bool = True
-    """Run what is missing of its studies first."""
+    """Run what is missing of its grids and studies first."""
     workers: int = os.cpu_count() or 1
     """Processes, one thread each."""
+    out: Path = SWEEPS
+    """Folder in which its grids are swept."""
 
 
 def main(config: PaperConfig) -> None:
     """Run what is missing, write the table beside the results and print it."""
     experiment = EXPERIMENTS[config.name]
     if config.run:
-        for study in experiment.studies:
-            run_study(replace(study, workers=config.workers))
+        run(config.name, workers=config.workers, out=config.out)
     text = experiment.table().to_markdown(index=False, disable_numparse=True)
     with atomic_write(RESULTS / f"{config.name}.md") as path:
         path.write_text(f"{experiment.title}\n\n{text}\n", encoding="utf-8")

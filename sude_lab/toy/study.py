@@ -330,7 +330,7 @@ def _run_job(config: StudyConfig, job: tuple[str, str, str, int]) -> list[dict[s
             asks=config.asks,
         )
         if config.pictures:
-            _keep_strip(config.pictures / strip_name(*job), grids)
+            keep_strip(config.pictures / strip_name(*job), grids)
     except UserError as error:  # recorded with its reason; the others go on
         rows = [{"attribute": "", "error": str(error)}]
     return [key | row for row in rows]
@@ -341,7 +341,7 @@ def strip_name(name: str, method: str, variant: str, seed: int) -> str:
     return "_".join([name, method, re.sub(r"[^\w.=]+", "-", variant), str(seed)]) + ".webp"
 
 
-def _keep_strip(path: Path, grids: dict[str, list[Image.Image]], each: int = 2) -> None:
+def keep_strip(path: Path, grids: dict[str, list[Image.Image]], each: int = 2) -> None:
     """Write the first pictures of every prompt side by side, in the order of the prompts."""
     images = [image for grid in grids.values() for image in grid[:each]]
     width, height = images[0].size
