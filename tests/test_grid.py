@@ -227,7 +227,7 @@ def test_a_hub_id_is_not_fetched_for_a_forecast(planned: Planned) -> None:
 @pytest.mark.parametrize(
     ("name", "runs", "pictures"),
     # Four attributes of the three animals, two of the candle, three of the teapot.
-    [("smoke", 2, 16), ("w_s", 50, 680), ("truncation", 90, 1224)],
+    [("smoke", 2, 16), ("w_s", 50, 1760), ("truncation", 35, 1232), ("collapse", 8, 320)],
 )
 def test_stored_grids(name: str, runs: int, pictures: int, tmp_path: Path) -> None:
     plan = make_plan(read_grid(GRIDS / f"{name}.yaml"), tmp_path)

@@ -115,9 +115,7 @@ def run(name: str, *, workers: int = os.cpu_count() or 1, out: Path = SWEEPS) ->
             failed = shared[0].result() or shared[-1].result()
         if failed:
             key, reason = next(iter(failed.items()))
-            raise UserError(
-                f"{len(failed)} runs of the grid {grid} failed, {key} because: {reason}"
-            )
+            raise UserError(f"{len(failed)} runs of {grid} failed, {key} because: {reason}")
         keep(grid, out=out)
 
 
@@ -141,7 +139,8 @@ def _rows(plan: Plan, job: Job, strips: Path) -> Iterator[dict[str, Any]]:
     folder, config = plan.runs / job.key, job.config
     scores = pd.read_parquet(job.scores(plan.runs))
     files = pd.read_csv(folder / FOLDER / SCORES).set_index(["prompt", "picture"])["file"]
-    key = {"subject": job.label["subject"], "method": config.method, "variant": _variant(config)}
+    key = {"subject": job.label["subject"], "method": config.method}
+    key |= {"variant": _variant(config), "seed": config.seed}
     strip: dict[str, list[Image.Image]] = {}
     values = scores.pivot(
         index=["prompt", "attribute", "picture"], columns="metric", values="value"
@@ -159,7 +158,7 @@ def _rows(plan: Plan, job: Job, strips: Path) -> Iterator[dict[str, Any]]:
             | {"attribute": attribute, "prompt": Run(folder, config).prompt(prompt), "image": k}
             | {measure: round(found.get(measure, float("nan")), 5) for measure in MEASURES}
         )
-    keep_strip(strips / strip_name(*key.values(), config.seed), strip)
+    keep_strip(strips / strip_name(*key.values()), strip)
 
 
 def _variant(config: TuningConfig) -> str:
