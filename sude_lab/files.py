@@ -14,6 +14,8 @@ from sude_lab.errors import UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NEARLY_FULL = 1 << 20  # bytes
+PARTIAL = ".partial-"
+"""How the names of files and folders begin that are being written."""
 
 
 class DiskFullError(UserError):
@@ -167,11 +169,17 @@ def lock_holder(path: Path | str) -> str | None:
     return None
 
 
+def remove_partials(folder: Path | str) -> None:
+    """Remove what killed processes left half written in a folder; none may be writing there now."""
+    for left in list(Path(folder).rglob(f"{PARTIAL}*")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 @contextmanager
 def _temporary_sibling(path: Path) -> Iterator[Path]:
     """A fresh name in the folder of `path`; on failure nothing of it stays."""
     # Not `tempfile`: its files and folders are closed to everyone but their owner, and stay so.
-    temporary = path.with_name(f".partial-{uuid4().hex[:8]}-{path.name}")
+    temporary = path.with_name(f"{PARTIAL}{uuid4().hex[:8]}-{path.name}")
     created = [folder for folder in path.parents if not folder.exists()]
     try:
         _make_folder(path.parent)

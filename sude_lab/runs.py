@@ -44,7 +44,7 @@ from tqdm.auto import tqdm
 from sude_lab.backbone import Backbone, open_backbone, pick_device
 from sude_lab.errors import UserError
 from sude_lab.export import CARD, Precision, model_card, write_kohya
-from sude_lab.files import atomic_folder, atomic_write
+from sude_lab.files import PARTIAL, atomic_folder, atomic_write, remove_partials
 from sude_lab.generation import generate
 from sude_lab.methods import get_method
 from sude_lab.pictures import load_picture
@@ -276,6 +276,7 @@ def run_tuning(
     # Before the bar: what is wrong with the settings shows here, and is one sentence then.
     first = next(steps)
     if main:
+        remove_partials(out)
         if not done:
             _begin(out, config, pictures)
         trackers.begin(out / LOGS, config, first.number)
@@ -365,7 +366,8 @@ def _check_lora(config: TuningConfig) -> None:
 def _check_folder(out: Path, resume: bool) -> None:
     if out.is_file():
         raise UserError(f"{out} is a file: --out takes a folder.")
-    if out.is_dir() and any(out.iterdir()):
+    # What a process was killed at before it had written anything whole is no content.
+    if out.is_dir() and any(not p.name.startswith(PARTIAL) for p in out.iterdir()):
         if not (out / CONFIG).is_file():
             raise UserError(
                 f"The folder {out} is not empty and holds no run: choose another --out."

@@ -43,7 +43,7 @@ from sude_lab.backbone import Backbone, open_backbone, resolve_source
 from sude_lab.encoders import Encoder
 from sude_lab.errors import UserError
 from sude_lab.evaluate import FOLDER, PICTURES, evaluate
-from sude_lab.files import DiskFullError, atomic_write, lock_holder, locked
+from sude_lab.files import DiskFullError, atomic_write, lock_holder, locked, remove_partials
 from sude_lab.grid import Job, Plan, backbone_identity, kind_of, make_plan, read_grid
 from sude_lab.runs import CONFIG, ENVIRONMENT, Run, run_tuning
 from sude_lab.tuning import Step, TuningConfig
@@ -173,8 +173,7 @@ def _clear_halves(folder: Path, num_images: int) -> None:
     Pictures of one prompt are drawn in one batch, and the last bits hang on a batch's size: a
     prompt that lacks pictures is drawn anew as a whole.
     """
-    for left in list(folder.rglob(".partial-*")):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    remove_partials(folder)
     for drawn in list(folder.glob(f"{FOLDER}/{PICTURES}/*/seed-*")):
         if len(list(drawn.glob("*.png"))) < num_images:
             shutil.rmtree(drawn)
