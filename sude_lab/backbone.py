@@ -34,9 +34,13 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
 def data_folder() -> Path:
-    """Return the folder `data/` of the checkout, or the one that SUDE_LAB_DATA names."""
+    """Return the folder `data/`: SUDE_LAB_DATA's, the checkout's, or the installed package's."""
     named = os.environ.get("SUDE_LAB_DATA")
-    return Path(named) if named else Path(__file__).resolve().parent.parent / "data"
+    if named:
+        return Path(named)
+    package = Path(__file__).resolve().parent
+    installed = package / "data"
+    return installed if installed.is_dir() else package.parent / "data"
 
 
 def resolve_source(source: str | Path) -> str:
@@ -50,8 +54,8 @@ def resolve_source(source: str | Path) -> str:
     folder = data_folder() / "embedded"
     if not (folder / "model_index.json").exists():
         raise UserError(
-            f"The embedded model is not in {folder}: run from a clone of the repository installed "
-            "with `pip install -e .`, or set SUDE_LAB_DATA to its data folder."
+            f"The embedded model is not in {folder}: install the package anew, or set "
+            "SUDE_LAB_DATA to the data folder of a clone of the repository."
         )
     return str(folder)
 

@@ -1,0 +1,27 @@
+"""The wheel carries the embedded model; everything else is said in pyproject.toml."""
+
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+
+class WithData(build_py):
+    """Copy what the commands read from `data/` into the package; an editable one reads it there."""
+
+    shipped = ("embedded", "oracle", "grids", "attribute_prompts.yaml")
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for name in self.shipped:
+            source, target = Path("data", name), Path(self.build_lib, "sude_lab", "data", name)
+            if source.is_dir():
+                shutil.copytree(source, target, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(source, target)
+
+
+setup(cmdclass={"build_py": WithData})
