@@ -202,6 +202,7 @@ def run_tuning(
     on_step: Callable[[Step], None] | None = None,
     progress: bool = True,
     label: str = "tuning",
+    tuner: Callable[..., Iterator[Step]] | None = None,
 ) -> Run:
     """Tune on `config.image` and write the run's folder; with `resume` continue where it stopped.
 
@@ -225,6 +226,7 @@ def run_tuning(
         on_step: Called after every step, in every process.
         progress: Whether to show bars.
         label: What the bar says.
+        tuner: What to call in the place of `tune`, as `sude_lab.lockstep.feed` gives it.
 
     Raises:
         UserError: bad input (nothing is written then), another run in the folder, or a failure
@@ -271,7 +273,7 @@ def run_tuning(
 
     started = time.time()
     done = state["step"] if state else 0
-    steps = tune(config, backbone, pictures, state=state, accelerator=accelerator)
+    steps = (tuner or tune)(config, backbone, pictures, state=state, accelerator=accelerator)
     steps = _keeping(steps, out, accelerator)
     # Before the bar: what is wrong with the settings shows here, and is one sentence then.
     first = next(steps)

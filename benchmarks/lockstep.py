@@ -1,0 +1,150 @@
+"""What five runs cost together: a w_s sweep in lockstep against the same runs one by one.
+
+    python benchmarks/lockstep.py
+
+Separate runs and lockstep take turns in one process (a block of each run, then a block of all
+together), so that whatever else the machine does hits them alike. The price is the time of a step
+of all, in units of a separate run's mean step: the median of the paired ratios. On a busy machine
+--clock cpu, with one thread, counts processor time instead of time on the wall. That the results
+are equal is measured first: the largest difference of a trained number after --check-steps steps.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
+from sude_lab.lockstep import tune_together
+from sude_lab.toy import study
+from sude_lab.tuning import Step, TuningConfig, tune
+
+METHODS: dict[str, dict[str, Any]] = {
+    "textual_inversion": {"method": "textual_inversion"},
+    "lora": {"method": "dreambooth", "train": "lora"},
+}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What to measure."""
+
+    backbone: str = EMBEDDED
+    methods: tuple[str, ...] = ("textual_inversion", "lora")
+    batch_sizes: tuple[int, ...] = (1, 4)
+    w_s: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
+    prior: Literal["pretrained", "current"] = "pretrained"
+    blocks: int = 7
+    steps: int = 5
+    """Steps in a block."""
+    check_steps: int = 5
+    threads: int = 0
+    """Threads of torch; 0: its own choice."""
+    clock: Literal["wall", "cpu"] = "wall"
+    device: str = "auto"
+
+
+def configs(args: Benchmark, method: str, size: int, steps: int) -> list[TuningConfig]:
+    """Return the members of the sweep."""
+    base = TuningConfig(
+        image=Path("dog.png"),
+        category="dog",
+        backbone=args.backbone,
+        prior=args.prior,
+        max_train_steps=steps,
+        train_batch_size=size,
+        **METHODS[method],
+    )
+    return [replace(base, weight_sude=w) for w in args.w_s]
+
+
+def difference(args: Benchmark, backbone: Backbone, method: str, size: int) -> tuple[float, float]:
+    """Return the largest difference of a trained number, and how far training moved one."""
+    picture = study.subject("demo", 0, "dog").picture
+    members = configs(args, method, size, args.check_steps)
+    joint = tune_together(members, backbone, picture)
+    start: dict[str, torch.Tensor] = {}
+    for together in joint:
+        assert not any(isinstance(step, ValueError) for step in together), together
+        start = start or together[0].method.state_dict()  # type: ignore[union-attr]
+    apart = moved = 0.0
+    for config, step in zip(members, together, strict=True):
+        (*_, last) = tune(config, backbone.copy(), picture)
+        ours, theirs = step.method.state_dict(), last.method.state_dict()  # type: ignore[union-attr]
+        apart = max(apart, *((ours[k] - theirs[k]).abs().max().item() for k in theirs))
+        moved = max(moved, *((start[k] - theirs[k]).abs().max().item() for k in theirs))
+    return apart, moved
+
+
+def seconds_a_step(run: Iterator[Any], args: Benchmark) -> float:
+    """Return the seconds of one step, averaged over a block."""
+    clock: Callable[[], float] = time.process_time if args.clock == "cpu" else time.perf_counter
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+    began = clock()
+    for _ in range(args.steps):
+        next(run)
+    if cuda:
+        torch.cuda.synchronize()
+    return (clock() - began) / args.steps
+
+
+def measure(args: Benchmark, backbone: Backbone, method: str, size: int) -> None:
+    """Print one line of the table."""
+    picture = study.subject("demo", 0, "dog").picture
+    members = configs(args, method, size, 1_000_000)
+    runs: list[Iterator[Step]] = [tune(c, backbone.copy(), picture) for c in members]
+    together = tune_together(members, backbone, picture)
+    for run in (*runs, together):
+        seconds_a_step(run, args)  # warm up
+    separate: list[list[float]] = []
+    joint: list[float] = []
+    for _ in range(args.blocks):
+        separate.append([seconds_a_step(run, args) for run in runs])
+        joint.append(seconds_a_step(together, args))
+    prices = [b / statistics.mean(a) for a, b in zip(separate, joint, strict=True)]
+    apart, moved = difference(args, backbone, method, size)
+    each = [statistics.median(of) for of in zip(*separate, strict=True)]
+    print(
+        f"{method:18}{size:6}{1e3 * each[0]:9.1f}{1e3 * statistics.mean(each[1:]):9.1f}"
+        f"{1e3 * sum(each):9.1f}{1e3 * statistics.median(joint):10.1f}"
+        f"{statistics.median(prices):8.2f}  [{min(prices):.2f}, {max(prices):.2f}]"
+        f"{apart:12.1e}{moved:10.1e}",
+        flush=True,
+    )
+
+
+def main(args: Benchmark) -> None:
+    """Print the table."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    backbone = open_backbone(args.backbone, device=args.device)
+    on_gpu = backbone.device.type == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else platform.processor()
+    print(
+        f"{len(args.w_s)} runs, w_s {', '.join(f'{w:g}' for w in args.w_s)}, prior {args.prior}; "
+        f"{args.blocks} blocks of {args.steps} steps, {args.clock} clock, "
+        f"{device or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"{str(backbone.dtype).removeprefix('torch.')}, torch {torch.__version__}"
+    )
+    print("ms a step: first member, mean of the others, sum of all; all in lockstep")
+    print(
+        f"{'method':18}{'batch':>6}{'first':>9}{'others':>9}{'sum':>9}{'lockstep':>10}"
+        f"{'price':>8}  {'[least, most]':13}{'difference':>11}{'moved':>10}"
+    )
+    for method in args.methods:
+        for size in args.batch_sizes:
+            measure(args, backbone, method, size)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Benchmark))
