@@ -64,7 +64,10 @@ LEARNED: dict[str, tuple[str, bool]] = {
 """Metric -> its encoder, and whether it compares with a text (else with the references)."""
 PAPERS = ("CLIP-I", "CLIP-T", "DINO-I", "BLIP-T")
 
-_SUDE = ("weight_sude", "prior", "weighting", "truncate", "truncate_at", "monitor_sude")
+_SUDE = (
+    *("weight_sude", "prior", "weighting", "truncate", "truncate_at", "monitor_sude"),
+    *("prior_bank", "prior_bank_dtype"),
+)
 _NOT_SETTINGS = (
     *("image", "category", "token", "more_subjects", "initializer", "class_images"),
     *("method", "backbone", "seed", "device", "dtype", *_SUDE),

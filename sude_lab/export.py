@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sude_lab import __version__
 from sude_lab.backbone import EMBEDDED, FACTS_FILE, Backbone
 from sude_lab.errors import UserError
-from sude_lab.files import atomic_folder, atomic_write
+from sude_lab.files import atomic_folder, atomic_write, save_tensors
 from sude_lab.generation import sampling_settings
 from sude_lab.methods import get_method
 from sude_lab.methods.base import EMBEDDINGS
@@ -41,6 +41,7 @@ _TOLD = (
     *(
         "truncate",
         "truncate_at",
+        "prior_bank",
         "prior_loss_weight",
         "regularizer",
         "num_class_images",
@@ -290,7 +291,7 @@ def write_kohya(weights: Path, path: Path | str, dtype: Precision = "float16") -
         "ss_output_name": path.stem,
     }
     with atomic_write(path) as unfinished:
-        save_file(tensors, unfinished, metadata=about)
+        save_tensors(tensors, unfinished, metadata=about)
     return path
 
 

@@ -5,9 +5,10 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from sude_lab.errors import UserError
@@ -167,6 +168,23 @@ def lock_holder(path: Path | str) -> str | None:
     finally:
         os.close(file)
     return None
+
+
+def save_tensors(
+    tensors: Mapping[str, Any], path: Path | str, metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, for whoever may read new files here.
+
+    `safetensors` itself closes its files to everyone but their owner; a run on a disk that many
+    share would be of use to nobody else.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)
 
 
 def remove_partials(folder: Path | str) -> None:

@@ -52,6 +52,7 @@ _OWN_KEY = {
     **{"truncate": "truncation", "truncate_at": "truncation"},
 }
 """Fields of `TuningConfig` that the grid's own keys say."""
+_BANK = ("prior_bank", "prior_bank_dtype")
 
 
 @dataclass(frozen=True)
@@ -364,10 +365,12 @@ def _config(given: dict[str, Any], factor: float) -> tuple[TuningConfig, float]:
         config = replace(config, weight_sude=usual.weight_sude * factor)
     config = with_defaults(config, facts)
     if not config.weight_sude and not config.monitor_sude:
-        apart = ("prior", "weighting", "truncate", "truncate_at")
+        apart = ("prior", "weighting", "truncate", "truncate_at", *_BANK)
         config = replace(config, **{name: getattr(usual, name) for name in apart})
     elif not config.truncate:
         config = replace(config, truncate_at=usual.truncate_at)
+    if not config.prior_bank:
+        config = replace(config, **{name: getattr(usual, name) for name in _BANK})
     return config, usual.weight_sude
 
 
@@ -375,6 +378,8 @@ def kind_of(config: TuningConfig) -> str:
     """Name what a step's time hangs on: model, method, what is trained, SuDe, batch, resolution."""
     size = (config.train_batch_size or 1) * config.gradient_accumulation_steps
     sude = "SuDe" if config.weight_sude or config.monitor_sude else "plain"
+    if sude == "SuDe" and config.prior_bank and config.prior_bank_dtype != "live":
+        sude = "SuDe from a prior bank"
     train = f" {config.train}" if config.method == "dreambooth" else ""
     side = f", {config.resolution} px" if config.resolution else ""
     return f"{Path(config.backbone).name}, {config.method}{train}, {sude}, batch {size}{side}"

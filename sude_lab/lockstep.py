@@ -86,6 +86,7 @@ def check_together(configs: Sequence[TuningConfig]) -> None:
         )
     unfit = {
         "--prior-loss-weight above 0": bool(first.prior_loss_weight),
+        "--prior-bank": bool(first.prior_bank),
         f"--optimizer {first.optimizer}": first.optimizer != "adamw",
         "--dtype float16": first.dtype == "float16",
     }

@@ -28,6 +28,7 @@ from sude_lab.diffusion import add_noise, training_target
 from sude_lab.errors import UserError
 from sude_lab.losses import class_regularizer, subject_loss, total_loss
 from sude_lab.methods import Method, get_method
+from sude_lab.prior_bank import PriorBank, open_bank
 from sude_lab.prompts import PLACEHOLDER, photo_of
 from sude_lab.regularizer import SudeTerms, sude_terms
 
@@ -57,6 +58,11 @@ class TuningConfig:
     """w_s of eq. 10; 0 is the plain baseline."""
     prior: Literal["current", "pretrained"] | None = None
     """Which model's opinion of the category counts: as it is now, or as it was before tuning."""
+    prior_bank: int = 0
+    """With SuDe: draw from so many pairs (t, noise), for which the model before tuning is asked
+    once, for all runs on this picture; 0 draws and asks anew in every step."""
+    prior_bank_dtype: Literal["float16", "float32", "live"] = "float16"
+    """How the bank is kept; live keeps nothing and asks every step, at the same pairs."""
     weighting: Literal["exact", "simple", "reference"] | None = None
     """How eq. 7 is weighted over t; see `sude_lab.losses.sude_weight`."""
     truncate: bool = True
@@ -123,6 +129,7 @@ class TuningConfig:
             "gradient_accumulation_steps": (1, 100_000),
             "lora_rank": (1, 4096),
             "num_vectors": (1, 64),
+            "prior_bank": (0, 10_000_000),
             "lr_warmup_steps": (0, 10_000_000),
             "max_grad_norm": (0.0, math.inf),
             "adam_weight_decay": (0.0, 10.0),
@@ -143,9 +150,10 @@ class TuningConfig:
     @property
     def asks_pretrained(self) -> bool:
         """Whether the run asks the model as it was before tuning (fields at None: it may)."""
-        sude = (self.weight_sude != 0 or self.monitor_sude) and self.prior != "current"
+        kept = self.prior_bank and self.prior_bank_dtype != "live"
+        sude = _with_sude(self) and self.prior != "current" and not kept
         teacher = self.prior_loss_weight != 0 and self.regularizer == "teacher"
-        return sude or teacher
+        return bool(sude or teacher)
 
     @property
     def subjects(self) -> tuple[Subject, ...]:
@@ -220,7 +228,7 @@ def with_defaults(config: TuningConfig, facts: Mapping[str, Any]) -> TuningConfi
         facts: `Backbone.facts`, or what `backbone.read_facts` returns.
 
     Raises:
-        UserError: there is no such method.
+        UserError: there is no such method, or a prior bank is of no use to the prior.
     """
     known: dict[str, Any] = dict(GENERAL_DEFAULTS)
     known |= get_method(config.method).defaults
@@ -230,7 +238,14 @@ def with_defaults(config: TuningConfig, facts: Mapping[str, Any]) -> TuningConfi
         for f in fields(config)
         if getattr(config, f.name) is None and f.name in known
     }
-    return replace(config, **missing)
+    config = replace(config, **missing)
+    moves = config.prior == "current" and not get_method(config.method).keeps_prior
+    if _with_bank(config) and moves:
+        raise UserError(
+            "--prior-bank keeps what the model says before tuning, and --prior current asks it as "
+            "it is by then: use --prior pretrained, or leave --prior-bank out."
+        )
+    return config
 
 
 def resolve(config: TuningConfig, backbone: Backbone) -> TuningConfig:
@@ -239,7 +254,7 @@ def resolve(config: TuningConfig, backbone: Backbone) -> TuningConfig:
     `initializer` and `prompt` may stay None: the method then builds them.
 
     Raises:
-        UserError: the category is one the model cannot know.
+        UserError: the category is one the model cannot know, or a prior bank is of no use.
     """
     config = with_defaults(config, backbone.facts)
     more = tuple(
@@ -355,6 +370,13 @@ def _tune(
     latents = [_picture_latents(config, backbone, picture) for picture in pictures]
     with torch.no_grad():
         fixed = _conditions(backbone, config)
+    banks: list[PriorBank] = []
+    if _with_bank(config):
+        with processes.in_turn():  # the first one builds, the others find it built
+            banks = [
+                open_bank(config, backbone, s.category, picture, latent)
+                for s, picture, latent in zip(config.subjects, pictures, latents, strict=True)
+            ]
     regularized = None
     if config.prior_loss_weight:
         with processes.in_turn():  # the first one draws, the others find them drawn
@@ -433,9 +455,11 @@ def _tune(
             group["lr"] = rate * warm
         # Everything random is drawn on the CPU, for all processes alike: the same numbers on every
         # device, and one process with the whole batch takes the same step as many with their parts.
-        whole = _draw(
-            latents, size * accumulate * processes.number, schedule.num_timesteps, generator
-        )
+        rows = size * accumulate * processes.number
+        if banks:
+            whole = _draw_pairs(banks, rows, generator)
+        else:
+            whole = _draw(latents, rows, schedule.num_timesteps, generator)
         if regularized is not None:
             whole = _draw_class_images(whole, regularized, generator)
         mine = whole.rows(processes.part(len(whole.t)))
@@ -498,7 +522,13 @@ def _check_finite(number: int, t: Tensor, values: Tensor, what: str = "loss") ->
 
 
 def _with_sude(config: TuningConfig) -> bool:
-    return bool(config.weight_sude) or config.monitor_sude
+    """Whether the run computes SuDe (w_s at None: it may)."""
+    return config.weight_sude != 0 or config.monitor_sude
+
+
+def _with_bank(config: TuningConfig) -> bool:
+    """Whether samples are drawn from a bank's pairs: without SuDe there is nothing to save."""
+    return config.prior_bank > 0 and _with_sude(config)
 
 
 def _sude(
@@ -517,12 +547,15 @@ def _sude(
         shut = torch.zeros_like(nothing, dtype=torch.bool)
         return SudeTerms(nothing, nothing, torch.zeros_like(nothing), shut, nothing)
     assert config.weighting is not None
-    null, classes = now if config.prior == "current" else fixed
-    predict = method.predict_current if config.prior == "current" else method.predict_pretrained
-    condition = concatenate([null.expand(len(x_t)), classes[batch.which]])
-    with torch.no_grad():
-        both = predict(torch.cat([x_t, x_t]), torch.cat([batch.t, batch.t]), condition)
-    uncond, category = both.chunk(2)
+    if batch.prior is not None:  # known from the bank
+        uncond, category = batch.prior.unbind(1)
+    else:
+        null, classes = now if config.prior == "current" else fixed
+        predict = method.predict_current if config.prior == "current" else method.predict_pretrained
+        condition = concatenate([null.expand(len(x_t)), classes[batch.which]])
+        with torch.no_grad():
+            both = predict(torch.cat([x_t, x_t]), torch.cat([batch.t, batch.t]), condition)
+        uncond, category = both.chunk(2)
     return sude_terms(
         output,
         category,
@@ -578,7 +611,10 @@ class _Processes:
 
 @dataclass(frozen=True)
 class _Batch:
-    """What a step draws: latents, noise, t, whose picture it is, and the same for class images."""
+    """What a step draws: latents, noise, t, whose picture it is, and the same for class images.
+
+    `prior`: what a bank knows of these samples, (B, 2, C, h, w), no condition first.
+    """
 
     x_0: Tensor
     eps: Tensor
@@ -586,6 +622,7 @@ class _Batch:
     which: Tensor
     z_0: Tensor | None = None
     noise: Tensor | None = None
+    prior: Tensor | None = None
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> _Batch:
         found: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -627,6 +664,18 @@ def _draw(
     eps = torch.randn(shape, generator=generator)
     t = torch.randint(num_timesteps, (size,), generator=generator)
     return _Batch(x_0, eps, t, which)
+
+
+def _draw_pairs(banks: list[PriorBank], size: int, generator: torch.Generator) -> _Batch:
+    """Draw pairs of the subjects' banks, each as likely as any other, with what is kept of them."""
+    which = torch.zeros(size, dtype=torch.long)
+    if len(banks) > 1:
+        which = torch.randint(len(banks), (size,), generator=generator)
+    index = torch.randint(len(banks[0]), (size,), generator=generator)
+    drawn = [(banks[who], k) for who, k in zip(which.tolist(), index.split(1), strict=True)]
+    x_0, eps, t = map(torch.cat, zip(*(bank.pairs.batch(k) for bank, k in drawn), strict=True))
+    known = [found for bank, k in drawn if (found := bank.outputs(k)) is not None]
+    return _Batch(x_0, eps, t, which, prior=torch.cat(known) if known else None)
 
 
 def _draw_class_images(

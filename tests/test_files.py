@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sude_lab import files
 from sude_lab.errors import UserError
-from sude_lab.files import atomic_folder, atomic_write, replaced_folder
+from sude_lab.files import atomic_folder, atomic_write, replaced_folder, save_tensors
 
 
 def everything(folder: Path) -> list[str]:
@@ -208,3 +209,10 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         raise RuntimeError
     assert [p.name for p in (tmp_path / "kept").iterdir()] == ["second.txt"]
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
+
+
+def test_tensors_may_be_read_by_whoever_may_read_new_files(tmp_path: Path) -> None:
+    (tmp_path / "like").touch()
+    save_tensors({"x": torch.arange(3)}, tmp_path / "x.safetensors", {"about": "this"})
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "like").stat().st_mode
+    assert load_file(tmp_path / "x.safetensors")["x"].tolist() == [0, 1, 2]

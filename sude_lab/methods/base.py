@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sude_lab.backbone import Backbone, Condition, FrozenUNet
 from sude_lab.errors import UserError
+from sude_lab.files import save_tensors
 from sude_lab.prompts import PLACEHOLDER, fill, placeholder
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ class Method:
     """Settings on Stable Diffusion, for the fields of `TuningConfig` that are None."""
     initializers: ClassVar[tuple[str, ...]] = ()
     """Words that the subjects' tokens start from, in their order; none: from their category."""
+    keeps_prior: ClassVar[bool] = False
+    """Whether tuning changes nothing in what the model says of prompts without the subject, so that
+    the priors `current` and `pretrained` are the same."""
 
     def __init__(self, backbone: Backbone, config: TuningConfig) -> None:
         self.backbone = backbone
@@ -181,7 +185,7 @@ class Method:
                 tensors = {subject.token: rows[0] if len(rows) == 1 else rows}
             ending = f"-{number + 1}" if number else ""
             path = folder / EMBEDDINGS.replace("*", ending)
-            save_file(tensors, path, metadata={"token": subject.token})
+            save_tensors(tensors, path, metadata={"token": subject.token})
         for part in ("unet", *self.tokens):
             tensors = {
                 name.removeprefix(f"{part}."): p.detach().cpu().contiguous()
@@ -189,7 +193,7 @@ class Method:
                 if name.startswith(f"{part}.")
             }
             if tensors:
-                save_file(tensors, folder / f"{part}.safetensors")
+                save_tensors(tensors, folder / f"{part}.safetensors")
 
     @classmethod
     def load(cls, backbone: Backbone, folder: Path) -> None:

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sude_lab.backbone import Backbone, Condition
 from sude_lab.errors import UserError
+from sude_lab.files import save_tensors
 from sude_lab.methods.base import _ELSEWHERE, Method, _read, token_words
 
 FILE = "vico.safetensors"
@@ -414,6 +414,7 @@ class ViCo(Method):
 
     name: ClassVar[str] = "vico"
     template: ClassVar[str] = "photo of a {S*}"
+    keeps_prior: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = {
         "learning_rate": 1e-5,
         "token_learning_rate": 5e-3,
@@ -474,7 +475,7 @@ class ViCo(Method):
         }
         tensors[REFERENCES] = self.images.references.cpu().contiguous()
         words = json.dumps([subject.token for subject in self.subjects])
-        save_file(tensors, folder / FILE, metadata={"tokens": words})
+        save_tensors(tensors, folder / FILE, metadata={"tokens": words})
 
     @classmethod
     def load(cls, backbone: Backbone, folder: Path) -> None:

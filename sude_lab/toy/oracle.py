@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 import tyro
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sude_lab.backbone import data_folder
 from sude_lab.errors import UserError
-from sude_lab.files import replaced_folder
+from sude_lab.files import replaced_folder, save_tensors
 from sude_lab.toy import dataset, world
 
 ALL_ATTRIBUTES = tuple(dict.fromkeys(a for values in world.ATTRIBUTES.values() for a in values))
@@ -273,7 +273,7 @@ def train_oracle(config: OracleConfig) -> pd.DataFrame:
         {name: _accuracy(oracle, x, held) for name, x in sets.items()}, index=list(HEADS)
     )
     with replaced_folder(config.out) as folder:
-        save_file(oracle.state_dict(), folder / "oracle.safetensors")
+        save_tensors(oracle.state_dict(), folder / "oracle.safetensors")
         table.round(4).to_csv(folder / "held_out_accuracy.csv", index_label="head")
         (folder / "training.json").write_text(
             json.dumps({k: str(v) for k, v in vars(config).items()}, indent=2)

@@ -4,11 +4,13 @@
 
 writes `held_out.md` and `held_out.png` beside it. Means are over the attributes that a subject's
 one picture does not show; intervals are 95 % bootstrap intervals over subjects. A search for
-settings, which has other variants than plain and sude, gets a table alone: a row a setting.
+settings, which has other variants than plain and sude, gets a table alone: a row a setting. A study
+of prior banks (variants sude and prior_bank=N) gets a table of what N changes.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +115,35 @@ def settings_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def banks_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a row a (method, bank): means, and paired differences from asking live, by size.
+
+    Live is the variant `sude`: pairs drawn anew in every step.
+    """
+    rows = []
+    for row in summarize(table, against="sude").to_dict("records"):
+        size = re.fullmatch(r"prior_bank=(\d+)(.*)", str(row["variant"]))
+        if size is None and row["variant"] not in ("sude", "plain"):
+            continue
+        name = f"{int(size[1]):,}{size[2].replace(',', ', ')}" if size else str(row["variant"])
+        line: dict[str, object] = {
+            "method": str(row["method"]).replace("_", " "),
+            "pairs": {"sude": "drawn anew", "plain": "plain, no SuDe"}.get(name, name),
+        }
+        for measure, label in NAMES.items():
+            line[label] = f"{row[measure]:.3f}"
+            gain = row.get(f"{measure}_gain")
+            if gain is not None and gain == gain:
+                low, high = row[f"{measure}_low"], row[f"{measure}_high"]
+                line[label] = f"{row[measure]:.3f} ({gain:+.3f} [{low:+.3f}, {high:+.3f}])"
+        mine = table[(table["method"] == row["method"]) & (table["variant"] == row["variant"])]
+        line["rho"] = "" if name == "plain" else f"{mine['rho'].mean():.2f}"
+        line["runs"] = f"{row['subjects']} x {row['runs'] // row['subjects']}"
+        order = {"plain": -1.0, "sude": math.inf}.get(name, float(size[1]) if size else 0.0)
+        rows.append((row["method"], order, name, line))
+    return pd.DataFrame([line for *_, line in sorted(rows, key=lambda r: r[:3])])
+
+
 def lost_and_gained(table: pd.DataFrame) -> pd.DataFrame:
     """Return a row a (method, subject), means over the seeds: what was lost, what SuDe gave back.
 
@@ -154,7 +185,9 @@ def main(config: ReportConfig) -> None:
 
     table = pd.read_csv(config.table)
     study = set(table["variant"]) == {"plain", "sude"}
+    banks = table["variant"].str.startswith("prior_bank=").any() and "sude" in set(table["variant"])
     parts = (means_table, subjects_table) if study else (settings_table,)
+    parts = (banks_table,) if banks else parts
     text = "\n\n".join(
         part(table).fillna("").to_markdown(index=False, disable_numparse=True) for part in parts
     )
