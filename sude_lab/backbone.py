@@ -23,12 +23,12 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sude_lab.config import EMBEDDED
 from sude_lab.diffusion import Schedule
 from sude_lab.errors import UserError
 from sude_lab.pictures import to_tensor
 from sude_lab.prompts import PLACEHOLDER
 
-EMBEDDED = "embedded"
 FACTS_FILE = "sude_lab.json"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 

@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
+from sude_lab.config import TuningConfig, with_preset
 from sude_lab.errors import UserError
-from sude_lab.tuning import TuningConfig, with_preset
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,6 @@ from sude_lab.tuning import (
     _draw,
     _optimizer,
     _picture_latents,
-    _with_sude,
     resolve,
     step_generator,
 )
@@ -67,9 +66,9 @@ def check_together(configs: Sequence[TuningConfig]) -> None:
     """
     if not configs:
         raise UserError("There is nothing to tune together: give at least one configuration.")
-    first = next((c for c in configs if _with_sude(c)), configs[0])
+    first = next((c for c in configs if c.with_sude), configs[0])
     for other in configs:
-        unsaid = (*MAY_DIFFER, *(() if _with_sude(other) else ("prior",)))  # no SuDe, no prior
+        unsaid = (*MAY_DIFFER, *(() if other.with_sude else ("prior",)))  # no SuDe, no prior
         for f in fields(TuningConfig):
             if f.name not in unsaid and getattr(first, f.name) != getattr(other, f.name):
                 raise UserError(
@@ -318,7 +317,7 @@ def _losses(
     x_t = add_noise(batch.x_0, batch.eps, batch.t, schedule)
     joint.begin(x_t, batch.t)
     # The classifier first: gradient checkpointing computes the subject's part anew, as it was left.
-    asked = [k for k in members if _with_sude(configs[k])]
+    asked = [k for k in members if configs[k].with_sude]
     priors: dict[int, tuple[Tensor, Tensor]] = {}
     if asked:
         null, classes = fixed

@@ -1,5 +1,6 @@
 """The README names what is really there."""
 
+import ast
 import importlib
 import pkgutil
 import re
@@ -42,12 +43,17 @@ def test_the_map_names_real_functions_and_tests() -> None:
 
 
 def options() -> set[str]:
-    """What may be said on a command line: of `sude-lab`, of every `python -m sude_lab.toy...`."""
-    known = {name for command in cli._COMMANDS for name in command.__dataclass_fields__}
+    """What may be said to `sude-lab`, to every `python -m sude_lab.toy...`, to every benchmark."""
+    known = {"help"}
+    known |= {name for command in cli._COMMANDS for name in command.__dataclass_fields__}
     for module in pkgutil.iter_modules(toy.__path__):
         found = vars(importlib.import_module(f"sude_lab.toy.{module.name}"))
         configs = [c for name, c in found.items() if name.endswith("Config")]
         known |= {name for config in configs for name in config.__dataclass_fields__}
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        nodes = ast.parse(path.read_text(encoding="utf-8")).body
+        (asked,) = [n for n in nodes if isinstance(n, ast.ClassDef) and n.name == "Benchmark"]
+        known |= {f.target.id for f in asked.body if isinstance(f, ast.AnnAssign)}
     return known
 
 

@@ -681,6 +681,21 @@ def test_8_bit_adamw_is_taken_where_it_is_installed(
     assert same(trained(eight), trained(run(settings, fresh(), picture)))
 
 
+def test_fused_adamw_takes_the_same_steps(fresh: Fresh, picture: Image.Image) -> None:
+    settings = config(max_train_steps=3)
+    fused = replace(settings, optimizer="adamw_fused")
+    start = {f"unet.{name}": p for name, p in fresh().unet.named_parameters()}
+    expected = trained(run(settings, fresh(), picture))
+    states = [step.state_dict() for step in tune(fused, fresh(), picture)]
+    apart = moved = 0.0
+    for name, value in states[-1]["trained"].items():
+        apart += (value - expected[name]).square().sum().item()
+        moved += (expected[name] - start[name]).square().sum().item()
+    assert 0 < apart < 1e-6 * moved  # rounding alone, but it is another way through the weights
+    *_, last = tune(fused, fresh(), picture, state=states[0])
+    assert same(last.state_dict()["trained"], states[-1]["trained"])
+
+
 # --- errors --------------------------------------------------------------------------------------
 
 
