@@ -77,7 +77,7 @@ def class_log_posterior(
         ValueError: shapes disagree, or the variance is not positive (fixed_small at t = 0).
     """
     variance = checked_variance(variance, x_prev)
-    if means.ndim < 2 or means.shape[:1] + means.shape[2:] != x_prev.shape:
+    if means.ndim < 3 or means.shape[:1] + means.shape[2:] != x_prev.shape:
         raise ValueError(f"means must be (B, K, ...), got {tuple(means.shape)}.")
     batch, candidates = means.shape[:2]
     repeated = x_prev.unsqueeze(1).expand_as(means)

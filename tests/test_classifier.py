@@ -124,3 +124,13 @@ def test_what_is_refused():
         class_log_posterior(x, x, VARIANCE)
     with pytest.raises(ValueError, match="log_prior"):
         class_log_posterior(x, normal(4, 5, 3), VARIANCE, normal(3))
+
+
+def test_samples_have_at_least_one_dimension_of_their_own() -> None:
+    with pytest.raises(ValueError, match=r"means must be \(B, K, \.\.\.\), got \(3, 2\)"):
+        class_log_posterior(normal(3), normal(3, 2), VARIANCE[:3])
+    one = class_log_posterior(normal(3, 1), normal(3, 2, 1, seed=1), VARIANCE[:3])
+    logits = Normal(normal(3, 2, 1, seed=1)[..., 0], VARIANCE[:3, None].sqrt()).log_prob(
+        normal(3, 1)
+    )
+    assert_close(one, logits.log_softmax(1), **EXACT)

@@ -1,5 +1,7 @@
 """The schedule and the maps between eps, x_0, v and the mean, against diffusers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
@@ -254,3 +256,11 @@ def test_coefficients_keep_their_digits_in_float32():
     x_0, eps = torch.zeros(1, 1), torch.ones(1, 1)
     x_t = add_noise(x_0, eps, torch.tensor([0]), schedule)
     assert_close(x_t, torch.tensor([[1e-9**0.5]]), rtol=1e-6, atol=0)
+
+
+def test_a_scheduler_that_does_not_say_what_it_predicts_predicts_epsilon() -> None:
+    quiet = SimpleNamespace(alphas_cumprod=ddpm().alphas_cumprod, config=SimpleNamespace())
+    schedule = Schedule.from_scheduler(quiet)
+    assert (schedule.prediction_type, schedule.variance_type) == ("epsilon", "fixed_small")
+    with pytest.raises(ValueError, match=r"^SimpleNamespace has no alphas_cumprod.*DDPMScheduler"):
+        Schedule.from_scheduler(SimpleNamespace(config=None))

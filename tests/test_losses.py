@@ -375,3 +375,12 @@ def test_what_is_refused():
         gate(VARIANCE, VARIANCE[:1])
     with pytest.raises(ValueError, match="Per-sample"):
         total_loss(VARIANCE, VARIANCE, VARIANCE[:, None], 1.0, 1.0)
+
+
+def test_what_is_not_said_is_eq_6_and_eq_9() -> None:
+    t, schedule = torch.tensor([5, 500]), Schedule.from_scheduler(SD)
+    assert torch.equal(sude_weight(t, schedule), sude_weight(t, schedule, "exact"))
+    a = [normal(4, 3, seed=k) for k in range(3)]
+    assert torch.equal(sude_move(*a, VARIANCE, 50.0), sude_move(*a, VARIANCE, 50.0, truncated=True))
+    far = sude_move(*a, VARIANCE, 50.0, truncated=False)
+    assert not torch.equal(sude_move(*a, VARIANCE, 50.0), far)

@@ -1,5 +1,6 @@
 """Similarities, means, intervals, paired differences: against cases worked out by hand."""
 
+from inspect import signature
 from itertools import product
 
 import numpy as np
@@ -334,3 +335,98 @@ def test_gains_leave_out_what_has_no_partner() -> None:
     # Subject b has no run of "other": a alone counts, and the mean is over both all the same.
     assert against.loc[("one", "sude"), "gain"] == pytest.approx(0.4)
     assert against.loc[("one", "sude"), "mean"] == pytest.approx(0.65)
+
+
+# --- what a reader of the tables relies on: names, order, and what counts as independent ----------
+
+
+def test_a_row_without_an_attribute_is_not_counted_however_it_is_written() -> None:
+    rows = [("rex", "plain", 0, "running", 0.2), ("rex", "plain", 0, None, 0.9)]
+    runs = per_run(table(rows))
+    assert list(runs.columns) == ["subject", "category", "method", "variant", "seed", *MEASURES]
+    assert runs["attribute_alignment"].tolist() == [0.2]
+
+
+def test_summary_keeps_the_order_of_the_runs_and_draws_whole_subjects() -> None:
+    # One subject gains 0.2 and the other 0.4, in each of three seeds: two values in truth, not six.
+    gain = {"a": 0.2, "b": 0.4}
+    rows = [(s, "sude", seed, "running", 0.1 + gain[s]) for s in gain for seed in range(3)]
+    rows += [(s, "plain", seed, "running", 0.1) for s in gain for seed in range(3)]
+    rows += [("a", "zero", 0, "running", 0.1)]
+    rows = [row for row in rows if row[:3] != ("a", "plain", 2)]
+    found = summarize(table(rows))
+    assert list(found["variant"]) == ["plain", "sude", "zero"]
+    sude = found.set_index("variant").loc["sude"]
+    assert sude["attribute_alignment_low"] == pytest.approx(0.2)
+    assert sude["attribute_alignment_high"] == pytest.approx(0.4)
+    later = [row for row in rows if row[0] == "b" or row[1] == "sude"]
+    assert list(summarize(table(later))["variant"]) == ["sude", "plain"]  # as subject a begins
+
+
+def test_gains_have_their_columns_in_order_and_draw_whole_subjects() -> None:
+    study = small_study()
+    found = gains(study, ("share",))
+    names = ["method", "variant", "measure", "mean", "gain", "low", "high", "subjects", "runs"]
+    assert list(found.columns) == names
+    assert list(found["variant"]) == ["plain", "sude", "other"] * 2  # as they come, not by name
+    assert found.loc[found["variant"] == "plain", ["gain", "low", "high"]].isna().all(axis=None)
+    assert all(isinstance(x, float) for x in found["gain"])
+    seeds = pd.concat([study.assign(seed=seed) for seed in range(4)])
+    sude = gains(seeds, ("share",)).set_index(["method", "variant"]).loc[("one", "sude")]
+    assert (sude["low"], sude["high"]) == (pytest.approx(0.2), pytest.approx(0.4))
+    assert sude["runs"] == 8 and sude["subjects"] == 2
+
+
+def test_comparisons_have_their_columns_and_keep_kinds_and_metrics_apart() -> None:
+    values = {("SuDe", "rex", 0, n, 0): 0.5 + 0.1 * n for n in range(3)}
+    values |= {("plain", "rex", 0, n, 0): 0.2 * n for n in range(3)}
+    both = [scores(values, "M").assign(kind=kind) for kind in ("background", "attribute")]
+    other = scores({key: 10 * value for key, value in values.items()}, "A")
+    found = compare(pd.concat([*both, other]))
+    names = ["settings", "variant", "kind", "metric", "pictures", "over", "mean", "low", "high"]
+    names += ["against", "pairs", "difference", "difference_low", "difference_high"]
+    assert list(found.columns) == names
+    asked = [("SuDe", "background", "M"), ("plain", "background", "M"), ("SuDe", "attribute", "M")]
+    asked += [("plain", "attribute", "M"), ("SuDe", "attribute", "A"), ("plain", "attribute", "A")]
+    # In the order in which they first come.
+    assert list(found[["variant", "kind", "metric"]].itertuples(index=False, name=None)) == asked
+    sude = found[found["variant"] == "SuDe"]
+    assert sude["pairs"].tolist() == [3, 3, 3]
+    assert sude["difference"].tolist() == pytest.approx([0.4, 0.4, 4.0])
+    assert sude["mean"].tolist() == pytest.approx([0.6, 0.6, 6.0])
+
+
+def test_comparisons_draw_as_often_as_they_are_told() -> None:
+    values = {
+        (v, "rex", 0, n, 0): n * (1 + (v == "SuDe")) for v in ("plain", "SuDe") for n in (1, 4)
+    }
+    once = compare(scores(values), resamples=1)
+    assert (once["low"] == once["high"]).all()
+    sude = once[once["variant"] == "SuDe"].iloc[0]
+    assert sude["difference_low"] == sude["difference_high"]
+    often = compare(scores(values)).iloc[0]
+    assert (often["low"], often["high"]) == (1.0, 4.0)
+    assert signature(compare).parameters["resamples"].default == 10_000
+
+
+def test_rank_agreement_needs_values_that_differ() -> None:
+    truth = {("a", "rex", 0, 0, 0): 0.1, ("b", "rex", 0, 0, 0): 0.5, ("c", "rex", 0, 0, 0): 0.9}
+    two = dict(zip(truth, (0.0, 1.0, 1.0), strict=True))
+    constant = dict.fromkeys(truth, 0.3)
+    asked = {"attribute_alignment": truth, "CLIP-T": two, "BLIP-T": constant}
+    found = rank_agreement(pd.concat([scores(v, k) for k, v in asked.items()]))
+    assert list(found.columns) == ["metric", "oracle", "runs", "rho"]
+    assert found[["metric", "oracle"]].to_numpy().tolist() == [["CLIP-T", "attribute_alignment"]]
+    assert 0 < found["rho"].iloc[0] < 1
+    nothing = rank_agreement(scores(truth, "CLIP-T"))
+    assert list(nothing.columns) == ["metric", "oracle", "runs", "rho"] and nothing.empty
+
+
+def test_intervals_are_the_same_every_time_and_their_defaults_are_said() -> None:
+    x, rows, columns = [0.1, 0.4, 0.2, 0.9], [0, 0, 1, 1], [0, 1, 0, 1]
+    first = crossed_interval(x, rows, columns, resamples=50)
+    assert first == crossed_interval(x, rows, columns, resamples=50, seed=0)
+    assert first != crossed_interval(x, rows, columns, resamples=50, seed=3)
+    assert bootstrap_interval(x, resamples=50) == bootstrap_interval(x, resamples=50, seed=0)
+    for interval in (bootstrap_interval, crossed_interval):
+        assert signature(interval).parameters["resamples"].default == 10_000
