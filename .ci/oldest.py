@@ -1,6 +1,6 @@
 """Print the oldest versions that pyproject.toml promises, as constraints for pip.
 
-    python .ci/oldest.py [NAME ...]    # without these
+python .ci/oldest.py [NAME ...]    # without these
 """
 
 import sys

@@ -8,7 +8,6 @@ The embedded model has one; without it the settings of the methods' papers apply
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -28,9 +28,13 @@ from sude_lab.diffusion import Schedule
 from sude_lab.errors import UserError
 from sude_lab.pictures import to_tensor
 from sude_lab.prompts import PLACEHOLDER
+from sude_lab.reading import is_dir, is_file, read_json
 
 FACTS_FILE = "sude_lab.json"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
+"""Whose classes a pipeline's index may name: a folder must not say which code is imported."""
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
 def data_folder() -> Path:
@@ -60,6 +64,17 @@ def resolve_source(source: str | Path) -> str:
     return str(folder)
 
 
+def hub_id(source: str | Path) -> tuple[str, str | None] | None:
+    """Return a hub id and its revision (None: the newest) of "owner/name@revision"; None: a folder.
+
+    A revision is a commit, a tag or a branch; only a commit is the same for ever.
+    """
+    found = _HUB_ID.fullmatch(str(source))
+    if found is None or is_dir(source):
+        return None
+    return found["id"], found["revision"]
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """Return the device a name means; "auto" takes CUDA, then MPS, then the CPU.
 
@@ -72,7 +87,7 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # "meta" holds nothing that could be read back
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
             f"The device {name!r} is not available here: use cpu, or auto to take what is there."
@@ -185,6 +200,8 @@ class Backbone:
     device: torch.device
     dtype: torch.dtype = torch.float32
     facts: dict[str, Any] = field(default_factory=dict)
+    commit: str | None = None
+    """The commit that a hub id stood for; None for a folder."""
 
     @property
     def unet(self) -> Any:
@@ -261,6 +278,12 @@ class Backbone:
             raise UserError('The category is empty: name one, for example --category "dog".')
         if PLACEHOLDER in category:
             raise UserError(f"The category names a class, without {PLACEHOLDER}: for example dog.")
+        # It stands in prompts, and class images lie in a folder of its name.
+        if bad := [ch for ch in category if ch in "{}/\\=" or not ch.isprintable()]:
+            raise UserError(
+                f"The category {category[:40]!r} has the character {bad[0]!r}: use plain words, "
+                "for example dog."
+            )
         if len(self.tokenizer(category).input_ids) > self.tokenizer.model_max_length // 2:
             raise UserError(f"The category {category[:40]!r}... is too long: use one or two words.")
         unknown = self.unknown_words(category)
@@ -284,6 +307,10 @@ class Backbone:
         """
         if not token or token != token.strip() or len(token.split()) != 1:
             raise UserError(f"The token {token!r} must be one word without spaces, like <sks>.")
+        if len(token) > 64 or not token.isprintable() or "{" in token or "`" in token:
+            raise UserError(
+                f"The token {token[:40]!r} must be at most 64 plain characters, like <sks>."
+            )
         if any(self._is_known(tokenizer, token) for tokenizer in self.tokenizers):
             raise UserError(
                 f"The token {token!r} is already in the vocabulary and means something: "
@@ -322,6 +349,28 @@ class Backbone:
             return_tensors="pt",
         ).input_ids
         return ids.to(self.device)
+
+    def beyond_reach(self, prompt: str, *tokens: str) -> str:
+        """Return the end of a prompt, which the text encoder does not read; "": it reads all.
+
+        Raises:
+            UserError: one of the subjects' `tokens` stands there, so that nobody asks for it.
+        """
+        ids = self.tokenizer(self.pipeline.maybe_convert_prompt(prompt, self.tokenizer)).input_ids
+        most = self.tokenizer.model_max_length
+        if len(ids) <= most:
+            return ""
+        # Read are a mark at the beginning, most - 2 pieces, and a mark at the end.
+        read, rest = (
+            self.tokenizer.decode(part) for part in (ids[1 : most - 1], ids[most - 1 : -1])
+        )
+        for token in tokens:
+            if token in rest and token not in read:
+                raise UserError(
+                    f"The prompt is longer than the {most - 2} pieces of words that the model "
+                    f"reads, and {token} stands behind them: make it shorter."
+                )
+        return rest
 
     def encode_prompts(self, prompts: list[str]) -> Condition:
         """Return the condition c of the prompts; gradients flow where they are on."""
@@ -367,11 +416,16 @@ def open_backbone(
 ) -> Backbone:
     """Open a Stable Diffusion pipeline: "embedded", a local folder, or a hub id.
 
+    A hub id may name its revision, "owner/name@commit"; without one it is the newest, and
+    `Backbone.commit` says which one that was. Nothing that a folder holds is run: weights are
+    safetensors, and classes are those of diffusers and transformers.
+
     `dtype` auto computes in bfloat16 on a CUDA card that has it and in float32 elsewhere.
 
     Raises:
         UserError: there is no such pipeline, it is not a Stable Diffusion text-to-image pipeline,
-            its weights are not safetensors, or the device is not there.
+            its weights are not safetensors or not whole, its parts do not fit each other, or the
+            device is not there.
     """
     with quiet():  # the first import hints at packages that are not needed
         from diffusers import DiffusionPipeline
@@ -380,21 +434,31 @@ def open_backbone(
     where = pick_device(device)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"There is no dtype {dtype!r}: use auto, float32, bfloat16 or float16.")
-    _check_source(folder)
-    facts = _read_facts(Path(folder) / FACTS_FILE)
+    told = hub_id(folder)
+    if told is None:
+        _check_source(folder)
+    apart: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+    apart["use_safetensors"] = True
     try:
         with quiet():
-            pipeline = DiffusionPipeline.from_pretrained(
-                folder, use_safetensors=True, safety_checker=None, requires_safety_checker=False
-            )
+            if told is not None:
+                name, revision = told
+                folder = str(DiffusionPipeline.download(name, revision=revision, **apart))
+                _check_source(folder)
+            facts = _read_facts(Path(folder) / FACTS_FILE)
+            encoders = _text_encoders(Path(folder))
+            pipeline = DiffusionPipeline.from_pretrained(folder, **apart, **encoders)
         if type(pipeline).__name__ not in PIPELINES:
             raise ValueError(f"it is a {type(pipeline).__name__}")
+    except UserError:
+        raise
     except Exception as error:  # loaders, and the client of the hub, fail with errors of any class
         raise UserError(
             f"{source} could not be opened as a Stable Diffusion pipeline "
             f"({type(error).__name__}: {str(error)[:160]}): name a complete pipeline folder with "
             "safetensors weights, or a hub id that this machine can reach."
         ) from error
+    _check_parts(pipeline, str(source))
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
@@ -405,7 +469,84 @@ def open_backbone(
     else:
         precision = getattr(torch, dtype)
     pipeline.to(where)
-    return Backbone(pipeline, str(source), where, precision, facts)
+    commit = Path(folder).name if told else None  # the folder of a snapshot is named by its commit
+    return Backbone(pipeline, str(source), where, precision, facts, commit)
+
+
+def _text_encoders(folder: Path) -> dict[str, Any]:
+    """Open the text encoders of a pipeline folder, whole.
+
+    Left to the pipeline, a tensor that the file lacks would be drawn at random, without a word.
+    """
+    import transformers
+
+    index = read_json(folder / "model_index.json")
+    found: dict[str, Any] = {}
+    for part in ("text_encoder", "text_encoder_2"):
+        if not (folder / part).is_dir():
+            continue
+        kind = index[part][1]
+        if kind not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+            raise ValueError(f"its {part} is a {kind}")
+        found[part], report = getattr(transformers, kind).from_pretrained(
+            folder / part, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+        if report["missing_keys"]:
+            raise ValueError(f"its {part} lacks the tensor {min(report['missing_keys'])}")
+    return found
+
+
+def _check_parts(pipeline: Any, source: str) -> None:
+    """Check that the parts of a pipeline are whole and fit each other, before they are used."""
+    wrong = next(_misfits(pipeline), None)
+    if wrong:
+        raise UserError(
+            f"{source} is no Stable Diffusion pipeline that works: {wrong}. Name a complete one, "
+            "as diffusers' save_pretrained wrote it."
+        )
+
+
+def _misfits(pipeline: Any) -> Iterator[str]:
+    """Yield what is wrong with a pipeline, part by part."""
+    for name, part in pipeline.components.items():
+        if not isinstance(part, nn.Module):
+            continue
+        tensors = dict(part.named_parameters())
+        if lacking := [n for n, p in tensors.items() if p.is_meta]:
+            yield f"its {name} lacks the tensor {lacking[0]}"
+        # A sum is finite only where all that it adds is.
+        sums = torch.stack([p.detach().float().sum() for p in tensors.values()])
+        if bad := [n for n, ok in zip(tensors, sums.isfinite().tolist(), strict=True) if not ok]:
+            yield f"its {name} holds values that are not finite, in {bad[0]}"
+    try:
+        Schedule.from_scheduler(pipeline.scheduler)
+    except ValueError as error:
+        yield str(error).rstrip(".")
+    unet, channels = pipeline.unet.config, pipeline.vae.config.latent_channels
+    if not isinstance(unet.sample_size, int) or unet.sample_size < 1:
+        yield f"its UNet's sample_size is {unet.sample_size}, which must be a whole number"
+    if (unet.in_channels, unet.out_channels) != (channels, channels):
+        yield (
+            f"its UNet takes {unet.in_channels} channels and gives {unet.out_channels}, its VAE "
+            f"has {channels}"
+        )
+    width = 0
+    for end in ("", "_2"):
+        encoder = getattr(pipeline, f"text_encoder{end}", None)
+        tokenizer = getattr(pipeline, f"tokenizer{end}", None)
+        if encoder is None or tokenizer is None:
+            continue
+        width += encoder.config.hidden_size
+        length, most = tokenizer.model_max_length, encoder.config.max_position_embeddings
+        if length > most:
+            yield f"its tokenizer{end} has no model_max_length of at most {most}"
+        rows = encoder.get_input_embeddings().num_embeddings
+        if len(tokenizer) > rows:
+            yield f"its tokenizer{end} knows {len(tokenizer)} words, its text_encoder{end} {rows}"
+    across = unet.cross_attention_dim
+    for one in across if isinstance(across, list | tuple) else [across]:
+        if one != width:
+            yield f"its UNet attends to words of width {one}, its text encoder makes {width}"
 
 
 def read_facts(source: str | Path) -> dict[str, Any]:
@@ -418,14 +559,22 @@ def read_facts(source: str | Path) -> dict[str, Any]:
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not is_file(path):
         return {}
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {"words": list, "categories": list, "tuning": dict, "generation": dict}
-        if all(isinstance(facts.get(key, kind()), kind) for key, kind in kinds.items()):
+        facts = read_json(path)
+        lists = [facts.get("words", []), facts.get("categories", [])]
+        tuning, drawing = facts.get("tuning", {}), facts.get("generation", {})
+        if (
+            all(isinstance(x, list) and all(isinstance(y, str) for y in x) for x in lists)
+            and isinstance(tuning, dict)
+            and all(isinstance(settings, dict) for settings in tuning.values())
+            and set(drawing) <= {"num_inference_steps", "guidance_scale"}
+            and type(drawing.get("num_inference_steps", 1)) is int
+            and type(drawing.get("guidance_scale", 1.0)) in (int, float)
+        ):
             return facts
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         pass
     raise UserError(f"{path} does not hold a model's facts: the file is damaged.")
 
@@ -452,30 +601,65 @@ def quiet() -> Iterator[None]:
 
 def _check_source(folder: str) -> None:
     path = Path(folder)
-    if path.is_file():
+    if is_file(path):
         raise UserError(f"{folder} is a file: --backbone takes a pipeline folder or a hub id.")
-    if path.is_dir():
-        index = path / "model_index.json"
-        if not index.is_file():
-            raise UserError(
-                f"{folder} has no model_index.json: name a folder that diffusers' save_pretrained "
-                "wrote, or a hub id."
-            )
-        try:
-            name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{index} is not a pipeline's index: the folder is damaged.") from error
-        if name not in PIPELINES:
-            raise UserError(f"{folder} holds a {name}: it must be one of {', '.join(PIPELINES)}.")
-        # Looked for here, because transformers makes an empty tokenizer where there is none.
-        parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
-        if name == "StableDiffusionXLPipeline":
-            parts += ["text_encoder_2", "tokenizer_2"]
-        for part in parts:
-            if not (path / part).is_dir():
-                raise UserError(f"{folder} lacks the folder {part}: the pipeline is not complete.")
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", folder):
+    if not is_dir(path):
         raise UserError(
-            f"There is no pipeline folder {folder}: name a folder, a hub id such as "
+            f"There is no pipeline folder {folder[:200]}: name a folder, a hub id such as "
             "stable-diffusion-v1-5/stable-diffusion-v1-5, or embedded."
         )
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise UserError(
+            f"{folder} has no model_index.json: name a folder that diffusers' save_pretrained "
+            "wrote, or a hub id."
+        )
+    try:
+        content = read_json(index)
+        name = content.get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{index} is not a pipeline's index: the folder is damaged.") from error
+    if name not in PIPELINES:
+        raise UserError(
+            f"{folder} holds a {str(name)[:80]}: it must be one of {', '.join(PIPELINES)}."
+        )
+    for part, value in content.items():
+        if isinstance(value, list) and not (len(value) == 2 and value[0] in LIBRARIES):
+            raise UserError(
+                f"{index} takes its {part} from {str(value)[:80]}: only classes of diffusers and "
+                "transformers are opened."
+            )
+    # Looked for here, because transformers makes an empty tokenizer where there is none.
+    parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
+    if name == "StableDiffusionXLPipeline":
+        parts += ["text_encoder_2", "tokenizer_2"]
+    for part in parts:
+        if not (path / part).is_dir():
+            raise UserError(f"{folder} lacks the folder {part}: the pipeline is not complete.")
+        if not part.startswith(("tokenizer", "scheduler")):
+            _check_weights(path / part)
+
+
+def _check_weights(folder: Path) -> None:
+    """Look at the headers of the weights: whole numbers would be taken for weights, without a word.
+
+    Raises:
+        UserError: there are no safetensors, or weights that are no floating-point numbers.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        lacking = "config.json" if files else "safetensors, the only weights that are opened"
+        raise UserError(f"{folder} has no {lacking}: the pipeline is not complete.")
+    for file in files:
+        try:
+            with safe_open(file, "pt") as weights:
+                kinds = {n: weights.get_slice(n).get_dtype() for n in weights.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{file} could not be opened as safetensors ({error}): take the file anew."
+            ) from error
+        for name, kind in kinds.items():
+            if name.endswith("weight") and not kind.startswith(("F", "BF")):
+                raise UserError(
+                    f"{file} holds {name} as {kind}: its weights must be floating-point numbers."
+                )

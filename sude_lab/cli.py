@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
 import json
 import os
+import random
 import re
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, fields
@@ -22,7 +25,7 @@ import tyro
 from tyro.conf import Positional
 
 from sude_lab.config import TuningConfig, with_preset
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +227,8 @@ def _tune(args: Tune) -> None:
     config = TuningConfig(**{f.name: getattr(args, f.name) for f in fields(TuningConfig)})
     if args.checkpoint_every < 1 or args.num_samples < 0:
         raise UserError("--checkpoint-every must be at least 1 and --num-samples at least 0.")
+    if args.num_samples > 1000:  # said here, because they are drawn after hours of tuning
+        raise UserError("--num-samples must be at most 1,000 pictures a prompt.")
     if args.validation_every < 0:
         raise UserError("--validation-every must be at least 0; 0 draws no grids.")
     run = run_tuning(
@@ -250,14 +255,18 @@ def _generate(args: Generate) -> None:
     from sude_lab.files import atomic_folder
     from sude_lab.generation import generate
     from sude_lab.guidance import guidance_for
-    from sude_lab.prompts import PLACEHOLDER
+    from sude_lab.prompts import PLACEHOLDER, checked
     from sude_lab.runs import Run
 
     run = Run.open(args.run)
     if not args.prompt.strip():
         raise UserError('The prompt is empty: for example "photo of a {S*}".')
+    checked(args.negative_prompt or "")
     backbone = run.load(args.device)
     prompt = run.prompt(args.prompt)
+    rest = backbone.beyond_reach(prompt, *run.tokens)
+    if rest:
+        print(f"The prompt is too long for the model, which leaves out {rest!r}.", file=sys.stderr)
     if prompt == args.prompt:
         print(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.", file=sys.stderr)
     unknown = backbone.unknown_words(args.prompt)
@@ -444,7 +453,7 @@ Command = (
 
 def _parse(arguments: Sequence[str] | None) -> Any:
     """Read the arguments; the box of several lines that tyro prints becomes one sentence."""
-    said = io.StringIO()
+    said, chance = io.StringIO(), random.getstate()
     try:
         with redirect_stderr(said):
             return tyro.cli(
@@ -452,16 +461,30 @@ def _parse(arguments: Sequence[str] | None) -> Any:
                 args=arguments,
                 prog="sude-lab",
                 description="One picture of your dog should not cost a model what it knows of "
-                "dogs.",
+                "dogs. Any command takes --debug: it shows where an error comes from.",
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
             )
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        lines = re.sub(r"\x1b\[[\d;]*m", "", said.getvalue()).splitlines()
-        # The first line is the box's lid with a title: the sentence follows it.
-        text = " ".join(line.strip("│╭╮╰╯─ ") for line in lines[1:])
-        raise UserError(text or "These arguments cannot be read: see sude-lab --help.") from None
+        raise UserError(_from_box(said.getvalue())) from None
+    finally:
+        random.setstate(chance)  # tyro rolls dice for a cache of its own
+
+
+def _from_box(said: str) -> str:
+    """Return as sentences what tyro says in a box with a title and lines between its parts."""
+    parts = [""]
+    for line in re.sub(r"\x1b\[[\d;]*m", "", said).splitlines()[1:]:
+        line = line.strip("│|╭╮╰╯+ ")
+        if line.startswith(("Argument helptext", "For full helptext")):
+            break
+        if set(line) <= set("─-"):
+            parts.append("")
+        else:
+            parts[-1] += f" {line}"
+    text = " ".join(f"{part.strip().rstrip('.')}." for part in parts if part.strip())
+    return f"{text or 'These arguments cannot be read.'} See sude-lab --help."
 
 
 def _process() -> int:
@@ -470,24 +493,80 @@ def _process() -> int:
     return next((int(rank) for rank in told if rank), 0)
 
 
+def _check_paths(command: Any) -> None:
+    """Say in one sentence which argument can be the name of no file, before anything is done."""
+    for f in fields(command):
+        given = getattr(command, f.name)
+        for path in given if isinstance(given, tuple) else (given,):
+            if isinstance(path, Path):
+                try:
+                    os.stat(path)
+                except (OSError, ValueError) as error:
+                    number, why = getattr(error, "errno", None), getattr(error, "strerror", error)
+                    if number not in (None, errno.ENAMETOOLONG, errno.ELOOP):
+                        continue  # not there yet, perhaps; whoever needs it says more
+                    flag = f.name.replace("_", "-")
+                    raise UserError(
+                        f"The {flag} {str(path)[:80]!r} names no file ({why})."
+                    ) from None
+
+
+def _kept(command: Any) -> str:
+    """Say what an interrupted command leaves, and how it is continued."""
+    if isinstance(command, Tune):
+        from sude_lab.runs import CHECKPOINT, CONFIG
+
+        if (command.out / CHECKPOINT).is_file():
+            return f"the checkpoint in {command.out} is kept: give the command with --resume"
+        if (command.out / CONFIG).is_file():
+            return f"no checkpoint was due yet in {command.out}: --resume starts it anew"
+        return "nothing was written; a run that has begun is continued with --resume"
+    if isinstance(command, Demo | Evaluate | Sweep):
+        return "what is finished is kept: the same command continues"
+    return "nothing was written"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; a `UserError` is one sentence on stderr and exit code 2."""
+    """Run one command and return its exit code; what goes wrong is one sentence on stderr.
+
+    2: a `UserError`, or what the system refuses; 130: Ctrl-C; 1: a run of a sweep that failed, or
+    an error that nobody thought of, a bug. With --debug the traceback comes first.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Taken out here, so that it may stand anywhere, also where the parser itself is at fault.
+    debug = "--debug" in given
+    command = None
     try:
-        command = _parse(arguments)
+        command = _parse([word for word in given if word != "--debug"])
+        _check_paths(command)
         return _COMMANDS[type(command)](command) or 0
-    except UserError as error:
+    except BrokenPipeError:  # whoever read the output, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, Exception) as error:
+        if debug:
+            traceback.print_exception(error)
+        code, told = _answer(error, command)
         # The main process speaks for all; what one knows alone is told with its number.
         who = f" (process {_process()})" if _process() else ""
-        print(f"sude-lab{who}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "sude-lab: stopped; continue a tuning run with --resume, a sweep by the same command.",
-            file=sys.stderr,
-        )
-        return 130
+        print(f"sude-lab{who}: {one_line(told)}", file=sys.stderr)
+        return code
+
+
+def _answer(error: BaseException, command: Any) -> tuple[int, str]:
+    """Return the exit code of an error, and the sentence that tells of it."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, f"stopped; {_kept(command)}."
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        name = error.filename if isinstance(error.filename, str) else "A file"
+        return 2, f"{name} cannot be read or written ({error.strerror})."
+    said = f": {str(error).rstrip('.')}" if str(error) else ""
+    told = f"{type(error).__name__}{said}; this is a bug: run again with --debug and report it."
+    return 1, told
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sude_lab.errors import UserError
-from sude_lab.prompts import PLACEHOLDER
+from sude_lab.prompts import PLACEHOLDER, checked
+from sude_lab.reading import check_types
 
 EMBEDDED = "embedded"
 """The name of the model in `data/`."""
@@ -105,6 +106,7 @@ class TuningConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     def __post_init__(self) -> None:
+        check_types(self)
         checks = {
             "max_train_steps": (1, 10_000_000),
             "train_batch_size": (1, 4096),
@@ -129,7 +131,7 @@ class TuningConfig:
             if value is not None and not low <= value <= high:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} is {value}: it must lie between {low} and {high}.")
-        if self.prompt is not None and PLACEHOLDER not in self.prompt:
+        if self.prompt is not None and PLACEHOLDER not in checked(self.prompt):
             raise UserError(f"The tuning prompt {self.prompt!r} must contain {PLACEHOLDER}.")
         tokens = [subject.token for subject in self.subjects]
         if len(set(tokens)) < len(tokens):

@@ -38,10 +38,11 @@ from sude_lab.dreambench import (
 from sude_lab.encoders import ENCODERS, Encoder, open_encoder
 from sude_lab.errors import UserError
 from sude_lab.files import atomic_write
-from sude_lab.generation import generate, sampling_settings
+from sude_lab.generation import MOST, generate, sampling_settings
 from sude_lab.methods import get_method
 from sude_lab.pictures import open_picture
 from sude_lab.prompts import Prompt, ask, read_prompts, structured
+from sude_lab.reading import is_file
 from sude_lab.runs import CONFIG, ENVIRONMENT, Run
 from sude_lab.toy import world
 from sude_lab.toy.oracle import HEADS, Oracle, judge, load_oracle, read_scene
@@ -156,6 +157,11 @@ def evaluate(
     """
     if num_images < 1 or num_seeds < 1:
         raise UserError("--num-images and --num-seeds must be at least 1.")
+    if num_images * num_seeds > MOST:
+        raise UserError(
+            f"{num_images * num_seeds:,} pictures of every prompt are asked for: --num-images "
+            f"times --num-seeds must be at most {MOST:,}."
+        )
     if not 0 <= seed <= 2**32 - num_seeds:
         raise UserError(f"The seed is {seed}: it must lie between 0 and {2**32 - num_seeds}.")
     if not runs:
@@ -419,9 +425,9 @@ def _prompt_set(
         bench = load_dreambench(references)
         return bench.prompts(bench.subject(subject_name(config)))
     if name not in PROMPT_SETS:
-        if not Path(name).is_file():
+        if not is_file(name):
             raise UserError(
-                f"There is no file {name!r} and no prompts of that name: choose "
+                f"There is no file {name[:200]!r} and no prompts of that name: choose "
                 f"{', '.join(PROMPT_SETS)}, or name a file."
             )
         return read_prompts(Path(name), *(s.category for s in config.subjects))
@@ -488,6 +494,8 @@ def _drawn(
     missing = list({place[3]: place for place in places if found[place[3]] is None}.values())
     if missing:
         backbone = job.load(job.run)
+        for prompt in job.prompts:
+            backbone.beyond_reach(job.run.prompt(prompt.text), *job.run.tokens)
         _mention_unknown_words(backbone, job)
         bar = tqdm(
             total=len(missing),

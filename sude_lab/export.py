@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sude_lab import __version__
-from sude_lab.backbone import EMBEDDED, FACTS_FILE, Backbone
+from sude_lab.backbone import EMBEDDED, FACTS_FILE, Backbone, hub_id
 from sude_lab.errors import UserError
 from sude_lab.files import atomic_folder, atomic_write, save_tensors
 from sude_lab.generation import sampling_settings
@@ -118,6 +117,15 @@ def _base(config: TuningConfig) -> str:
     return "data/embedded" if config.backbone == EMBEDDED else config.backbone
 
 
+def _source(config: TuningConfig, backbone: Backbone) -> str:
+    """The arguments that open the base model in plain diffusers, at the commit that was tuned."""
+    told = hub_id(config.backbone)
+    if told is None:
+        return json.dumps(_base(config))
+    name, revision = json.dumps(told[0]), backbone.commit or told[1]
+    return f"{name}, revision={json.dumps(revision)}" if revision else name
+
+
 def model_card(
     config: TuningConfig,
     backbone: Backbone,
@@ -141,13 +149,13 @@ def model_card(
     """
     prompt = prompts[0]
     base = _base(config)
-    hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", config.backbone)) and not Path(base).exists()
+    hub = hub_id(config.backbone)
     lora = (weights / LORA_FILE).is_file()
     head = [
         "---",
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
-        *([f"base_model: {json.dumps(base)}"] if hub else []),
+        *([f"base_model: {json.dumps(hub[0])}"] if hub else []),
         *(["license: apache-2.0"] if config.backbone == EMBEDDED else []),
         f"instance_prompt: {json.dumps(prompt, ensure_ascii=False)}",
         "tags:",
@@ -226,7 +234,7 @@ def _how_to_draw(
         *imports,
         "from safetensors.torch import load_file",
         "",
-        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(_base(config))})",
+        f"pipeline = DiffusionPipeline.from_pretrained({_source(config, backbone)})",
         *loading_lines(config, weights, is_xl=backbone.is_xl),
         *draw,
     ]

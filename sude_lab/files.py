@@ -197,7 +197,8 @@ def remove_partials(folder: Path | str) -> None:
 def _temporary_sibling(path: Path) -> Iterator[Path]:
     """A fresh name in the folder of `path`; on failure nothing of it stays."""
     # Not `tempfile`: its files and folders are closed to everyone but their owner, and stay so.
-    temporary = path.with_name(f"{PARTIAL}{uuid4().hex[:8]}-{path.name}")
+    end = os.fsdecode(os.fsencode(path.name)[-200:])  # the longest name has 255 bytes as it is
+    temporary = path.with_name(f"{PARTIAL}{uuid4().hex[:8]}-{end}")
     created = [folder for folder in path.parents if not folder.exists()]
     try:
         _make_folder(path.parent)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from tqdm.auto import tqdm
 from sude_lab.backbone import resolve_source
 from sude_lab.generation import generate
 from sude_lab.grid import Grid, Job, Plan, kind_of
-from sude_lab.sweep import TIMING, fresh_backbone, megabytes
+from sude_lab.sweep import TIMING, fresh_backbone, megabytes, timing
 from sude_lab.tuning import TuningConfig, tune
 
 MEASURES = (
@@ -128,10 +127,10 @@ def _line(kind: str, jobs: Sequence[Job], rate: Rate | None, extra: int) -> dict
 
 
 def _measured(runs: Path) -> dict[str, Rate]:
-    found = [json.loads(p.read_text(encoding="utf-8")) for p in runs.glob(f"*/{TIMING}")]
-    kinds: dict[str, list[dict[str, float]]] = {}
+    found = [timing(path.parent) for path in runs.glob(f"*/{TIMING}")]
+    kinds: dict[str, list[dict[str, Any]]] = {}
     for one in found:
-        if one["seconds_per_step"]:
+        if "kind" in one and all(isinstance(one.get(m), int | float) for m in MEASURES):
             kinds.setdefault(one["kind"], []).append(one)
     return {
         kind: _rate([statistics.median(r[m] for r in rows) for m in MEASURES], f"{len(rows)} runs")

@@ -15,16 +15,27 @@ from sude_lab.errors import UserError
 
 STABLE_DIFFUSION = {"num_inference_steps": 50, "guidance_scale": 7.5}
 """What draws well on Stable Diffusion; a backbone's own facts come first."""
+MOST = 100_000
+"""The most pictures of one prompt: more is a slip of the hand, and would fill the memory first."""
 
 
 def sampling_settings(backbone: Backbone | Mapping[str, Any], **chosen: Any) -> dict[str, Any]:
     """Return the sampler's settings: those chosen (not None), the backbone's own, then SD's.
 
     The facts of a backbone alone will do, where none is open.
+
+    Raises:
+        UserError: no step is asked for, or a guidance scale that is not finite.
     """
     facts = backbone.facts if isinstance(backbone, Backbone) else backbone
     settings = STABLE_DIFFUSION | facts.get("generation", {})
-    return settings | {key: value for key, value in chosen.items() if value is not None}
+    settings |= {key: value for key, value in chosen.items() if value is not None}
+    steps, scale = settings["num_inference_steps"], settings["guidance_scale"]
+    if steps < 1:
+        raise UserError(f"The number of inference steps is {steps}: it must be 1 to 1000.")
+    if not math.isfinite(scale):
+        raise UserError(f"The guidance scale is {scale}: it must be finite.")
+    return settings
 
 
 @torch.no_grad()
@@ -55,13 +66,13 @@ def generate(
         backbone, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
     )
     steps = settings["num_inference_steps"]
-    if num_images < 1:
-        raise UserError(f"The number of images is {num_images}: it must be at least 1.")
+    if not 1 <= num_images <= MOST:
+        raise UserError(
+            f"The number of images is {num_images}: it must be at least 1, and at most {MOST:,}."
+        )
     if not 1 <= steps <= backbone.schedule.num_timesteps:
         most = backbone.schedule.num_timesteps
         raise UserError(f"The number of inference steps is {steps}: it must be 1 to {most}.")
-    if not math.isfinite(settings["guidance_scale"]):
-        raise UserError(f"The guidance scale is {settings['guidance_scale']}: it must be finite.")
     if not 0 <= seed < 2**32:
         raise UserError(f"The seed is {seed}: it must lie between 0 and {2**32 - 1}.")
     pipeline = backbone.pipeline

@@ -12,7 +12,9 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -22,13 +24,13 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 
-from sude_lab.backbone import EMBEDDED, read_facts, resolve_source
+from sude_lab.backbone import EMBEDDED, hub_id, read_facts, resolve_source
 from sude_lab.dreambench import load_dreambench
 from sude_lab.errors import UserError
 from sude_lab.evaluate import FOLDER, prompts_of, settings_and_variants, subject_name
 from sude_lab.pictures import load_picture
+from sude_lab.reading import is_file, read_text, read_yaml
 from sude_lab.toy import study
 from sude_lab.toy.world import Scene
 from sude_lab.tuning import TuningConfig, with_defaults
@@ -42,6 +44,10 @@ ASSUMED = (
     *("seconds_per_step", "seconds_per_picture", "megabytes_per_run", "megabytes_per_picture"),
     *("sude_factor", "price_per_gpu_hour", "source"),
 )
+_TEXTS = ("references", "structure", "negative_prompt", "source")
+_WHOLE = {"num_seeds": 1, "seed": 0, "num_inference_steps": 1}
+"""What the keys of `evaluate` and `assume` hold, and the least of it; the others are numbers."""
+MOST_RUNS = 100_000
 KEYS = (
     *("subjects", "methods", *VARIANT, "seeds", "backbone", "settings", "also"),
     *("prompts", "pictures", "evaluate", "num_gpus", "assume"),
@@ -92,13 +98,8 @@ def read_grid(path: Path | str) -> Grid:
     Raises:
         UserError: it cannot be read, or holds a key or a value that means nothing.
     """
-    try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(f"The grid {path} cannot be read ({why}): name a YAML file.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"The grid {path} is not readable YAML ({error}): correct it.") from error
+    what = f"The grid {path}"
+    given = read_yaml(read_text(path, what, "a YAML file"), what)
     try:
         return _grid(_mapping(given, KEYS, "the grid"))
     except UserError as error:
@@ -115,9 +116,12 @@ def _grid(given: dict[str, Any]) -> Grid:
     variants = [given, *(_mapping(x, VARIANT, "also") for x in _list(given, "also", []))]
     asked = dict(_mapping(given.get("evaluate", {}), ASKED, "evaluate"))
     for name in {"metrics", "encoders"} & asked.keys():
-        asked[name] = tuple(_list(asked, name))
+        asked[name] = tuple(map(str, _list(asked, name)))
+    assume = _mapping(given.get("assume", {}), ASSUMED, "assume")
+    _check_values(asked)
+    _check_values(assume)
     prompts = map(Path, map(str, _list(given, "prompts", ["attributes"])))
-    asked["prompts"] = tuple(str(p.absolute() if p.is_file() else p) for p in prompts)
+    asked["prompts"] = tuple(str(p.absolute() if is_file(p) else p) for p in prompts)
     asked["num_images"] = _number(given, "pictures", 4, whole=True)
     gpus = float(torch.cuda.is_available())
     return Grid(
@@ -129,8 +133,25 @@ def _grid(given: dict[str, Any]) -> Grid:
         tuple(_typed("backbone", x) for x in _list(given, "backbone", [EMBEDDED])),
         asked,
         _number(given, "num_gpus", gpus),
-        _mapping(given.get("assume", {}), ASSUMED, "assume"),
+        assume,
     )
+
+
+def _check_values(given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if name in _TEXTS:
+            if not isinstance(value, str) or "\0" in value:
+                raise UserError(f"{name} cannot be {value!r}: it takes a text.")
+        elif name == "guidance_scale":
+            if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+                raise UserError(f"{name} cannot be {value!r}: it takes a number.")
+        elif name in ASKED and name not in _WHOLE:
+            continue
+        else:  # a time may be given for each method
+            several = isinstance(value, dict) and name in ASSUMED
+            for part in value if several else [name]:
+                whole = name in _WHOLE
+                _number(value if several else given, part, 0, whole=whole, low=_WHOLE.get(name, 0))
 
 
 def _mapping(given: Any, known: Sequence[str], where: str) -> dict[str, Any]:
@@ -151,12 +172,23 @@ def _list(given: Mapping[str, Any], key: str, default: list[Any] | None = None) 
     return values
 
 
-def _number(given: Mapping[str, Any], key: str, default: float, whole: bool = False) -> Any:
+def _number(
+    given: Mapping[str, Any], key: str, default: float, whole: bool = False, low: int | None = None
+) -> Any:
     value = given.get(key, default)
     kinds: Any = int if whole else int | float
-    if isinstance(value, bool) or not isinstance(value, kinds) or value < whole:
-        raise UserError(f"{key} cannot be {value!r}: it takes a number, at least {int(whole)}.")
+    low = int(whole) if low is None else low
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= 2**32:
+        raise UserError(f"{key} cannot be {value!r}: it takes a number, at least {low}.")
     return value
+
+
+def _product(axes: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
+    """Return the product of lists; it must be one that can ever be run."""
+    number = math.prod(map(len, axes))
+    if number > MOST_RUNS:
+        raise UserError(f"the lists mean {number:,} runs: a grid has at most {MOST_RUNS:,}.")
+    return itertools.product(*axes)
 
 
 def _subjects(entry: Any) -> Iterator[GridSubject]:
@@ -164,7 +196,7 @@ def _subjects(entry: Any) -> Iterator[GridSubject]:
     if isinstance(entry, str):
         group, *numbers = entry.split() or [""]
         known = group in ("development", "held-out", "demo")
-        if not known or not numbers or not all(n.isdigit() for n in numbers):
+        if not known or not numbers or not all(re.fullmatch("[0-9]{1,9}", n) for n in numbers):
             raise UserError(
                 f"subjects: {entry!r} is no drawn subject: write held-out (or development, demo) "
                 "and numbers, or a mapping with picture and category, or with dreambench."
@@ -176,7 +208,8 @@ def _subjects(entry: Any) -> Iterator[GridSubject]:
     elif isinstance(entry, dict) and "dreambench" in entry:
         _mapping(entry, ("dreambench", "names"), "subjects")
         bench = load_dreambench(Path(str(entry["dreambench"])).absolute())
-        for one in (bench.subject(n) for n in _list(entry, "names", list(bench.subjects))):
+        names = map(str, _list(entry, "names", list(bench.subjects)))
+        for one in (bench.subject(n) for n in names):
             yield GridSubject(one.name, one.category, one.picture, references=bench.folder)
     else:
         entry = _mapping(entry, ("picture", "category", "references"), "subjects")
@@ -184,7 +217,7 @@ def _subjects(entry: Any) -> Iterator[GridSubject]:
             raise UserError(f"subjects: {entry!r} needs a picture and a category.")
         image, category = Path(str(entry["picture"])).absolute(), str(entry["category"])
         load_picture(image, resolution=64)  # says what is wrong with it
-        references = Path(entry["references"]).absolute() if "references" in entry else None
+        references = Path(str(entry["references"])).absolute() if "references" in entry else None
         name = subject_name(TuningConfig(image, category))
         yield GridSubject(name, " ".join(category.split()), image, references=references)
 
@@ -196,7 +229,7 @@ def _variants(block: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         [_truncation(x) for x in _list(block, "truncation", [True])],
         *([{k: _typed(k, x)} for x in _list(block, k, [None])] for k in ("prior", "weighting")),
     ]
-    for parts in itertools.product(*axes):
+    for parts in _product(axes):
         yield {k: v for part in parts for k, v in part.items()}
 
 
@@ -221,7 +254,7 @@ def _settings(given: Any) -> Iterator[dict[str, Any]]:
             raise UserError(f"settings: {name} is what the grid's key {_OWN_KEY[name]} says.")
     several = {k: [v] if k == "more_subjects" else v for k, v in given.items()}
     axes = [[(k, _typed(k, x)) for x in _list(several, k)] for k in several]
-    return (dict(parts) for parts in itertools.product(*axes))
+    return (dict(parts) for parts in _product(axes))
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -239,7 +272,7 @@ def _typed(name: str, value: Any) -> Any:
         elif kind is float and not isinstance(value, bool | None):
             try:
                 return float(value)  # YAML reads 1e-4 as text
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
         elif kind is Path and isinstance(value, str):
             return Path(value).absolute()
@@ -305,9 +338,8 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
     counts: dict[Any, int] = {}
     digests = {s.name: _digest(s.image or s.png) for s in grid.subjects}
     total = 0
-    for backbone, seed, who, method, settings, variant in itertools.product(
-        grid.backbones, grid.seeds, grid.subjects, grid.methods, grid.settings, grid.variants
-    ):
+    axes = (grid.backbones, grid.seeds, grid.subjects, grid.methods, grid.settings, grid.variants)
+    for backbone, seed, who, method, settings, variant in _product(axes):
         total += 1
         config, usual = _config(
             {k: v for k, v in (settings | variant).items() if k != "factor"}
@@ -333,7 +365,7 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
                     scene=who.scene,
                 )
             )
-        prompts = [_digest(Path(p)) if Path(p).is_file() else p for p in asked["prompts"]]
+        prompts = [_digest(Path(p)) if is_file(p) else p for p in asked["prompts"]]
         label = {"run": key, "subject": who.name, "category": config.category, "method": method}
         label |= {"backbone": backbone, "tuning_seed": seed, "w_s": config.weight_sude}
         label |= {"w_s_factor": (config.weight_sude or 0.0) / usual if usual else None}
@@ -406,13 +438,20 @@ def _key(config: TuningConfig, picture: str) -> str:
         if f.name not in where and getattr(config, f.name) != f.default
     }
     others = [(s.category, s.token, _digest(s.image)) for s in config.subjects[1:]]
-    folder = config.class_images
-    own = [_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()] if folder else []
+    own = [_digest(p) for p in _class_files(config)]
     return _hash([about, picture, others, own, backbone_identity(config.backbone)])[:16]
 
 
+def _class_files(config: TuningConfig) -> list[Path]:
+    """Return the files of the folder of class images, and of its folders for the categories."""
+    if config.class_images is None:
+        return []
+    folders = {config.class_images, *(config.class_images / s.category for s in config.subjects)}
+    return sorted(p for folder in folders for p in folder.glob("*") if p.is_file())
+
+
 def backbone_identity(source: str) -> str:
-    """Return a hash of a pipeline folder's files, or of a hub id the commit that would be opened.
+    """Return a hash of a pipeline folder's files, or a hub id with the commit that it stands for.
 
     Where neither the hub nor its cache knows the id, the id itself.
     """
@@ -428,13 +467,27 @@ def _identity(source: str) -> str:
         files = sorted(Path(root, name) for root, _, names in walked for name in names)
         files = [path for path in files if path.suffix in kinds]
         return _hash([(p.relative_to(folder).as_posix(), _digest(p)) for p in files])
+    told = hub_id(source)
+    if told is None or _is_commit(told[1]):
+        return source
     from huggingface_hub import HfApi, try_to_load_from_cache
 
+    name, revision = told
     try:
-        return f"{source}@{HfApi().model_info(source, timeout=10).sha}"
+        return f"{name}@{HfApi().model_info(name, revision=revision, timeout=10).sha}"
     except Exception:  # no connection, no such model: errors of any class
         try:
-            cached = try_to_load_from_cache(source, "model_index.json")
+            cached = try_to_load_from_cache(name, "model_index.json", revision=revision)
         except ValueError:  # no id of a repository at all
             cached = None
-    return f"{source}@{Path(cached).parent.name}" if isinstance(cached, str) else source
+    return f"{name}@{Path(cached).parent.name}" if isinstance(cached, str) else source
+
+
+def is_known(source: str) -> bool:
+    """Whether it is known what a backbone stands for: a folder, or a commit of a hub id."""
+    told = hub_id(source)
+    return backbone_identity(source) != source or (told is not None and _is_commit(told[1]))
+
+
+def _is_commit(revision: str | None) -> bool:
+    return bool(re.fullmatch("[0-9a-f]{40}", revision or ""))

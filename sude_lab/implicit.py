@@ -40,7 +40,7 @@ from sude_lab.diffusion import Schedule
 from sude_lab.errors import UserError
 from sude_lab.losses import sude_weight
 from sude_lab.probe import ask, encode_all, latents_of, noise_generator
-from sude_lab.prompts import PLACEHOLDER
+from sude_lab.prompts import PLACEHOLDER, checked
 
 WEIGHTINGS = ("elbo", "simple")
 
@@ -279,7 +279,7 @@ def checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UserError: fewer than two, two that are the same, or a placeholder in one.
     """
-    plain = tuple(" ".join(prompt.split()) for prompt in prompts)
+    plain = tuple(" ".join(checked(prompt).split()) for prompt in prompts)
     if len(plain) < 2:
         raise UserError(
             'Give at least two prompts to choose from: --prompt "photo of a dog" '

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 MAX_ASPECT = 20
 """Longest over shortest side beyond which a centre square says nothing of the picture."""
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "MPO", "AVIF", "JPEG2000", "PPM", "TGA")
+"""What is opened, whatever a file's name says: Pillow's others are rare, and some start programs
+(EPS, Ghostscript)."""
 _ANIMATED = {"GIF", "WEBP", "PNG", "AVIF"}
 
 
@@ -130,7 +133,7 @@ def _decode(path: Path, notes: list[str]) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow only warns up to twice its limit: the limit is the limit here.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            with Image.open(path, formats=_formats()) as file:
                 _note_frames(file, path, notes)
                 # A frame counter may have moved on through the file.
                 file.seek(0)
@@ -144,7 +147,7 @@ def _decode(path: Path, notes: list[str]) -> Image.Image:
         ) from error
     except UnidentifiedImageError as error:
         raise PictureError(
-            f"{path} is not a picture that can be read here (HEIC is not, for example): "
+            f"{path} is not a picture that can be read here (HEIC and SVG are not, for example): "
             "save it as JPEG or PNG."
         ) from error
     except PermissionError as error:
@@ -153,6 +156,12 @@ def _decode(path: Path, notes: list[str]) -> Image.Image:
         raise PictureError(
             f"{path} is damaged or cut short ({error}): copy or download it again."
         ) from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF is not in every build
 
 
 def _note_frames(file: Image.Image, path: Path, notes: list[str]) -> None:

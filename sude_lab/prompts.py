@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sude_lab.errors import UserError
+from sude_lab.reading import read_text, read_yaml
 
 PLACEHOLDER = "{S*}"
 """Stands for the subject in every prompt; a run knows the token that replaces it."""
@@ -24,6 +26,21 @@ STRUCTURES = {
 def article(words: str) -> str:
     """Return 'an' before a vowel letter, else 'a'."""
     return "an" if words[:1].lower() in ("a", "e", "i", "o", "u") else "a"
+
+
+def checked(text: str) -> str:
+    """Return a prompt as it is, if it is a text that can be read; white space may be of any kind.
+
+    Raises:
+        UserError: it has a character that no one reads: a control character, half of a pair.
+    """
+    for ch in text:
+        if unicodedata.category(ch) in ("Cc", "Cs") and not ch.isspace():
+            raise UserError(
+                f"The prompt {text[:60]!r} has the character {ch!r}, which is no text: leave it "
+                "out."
+            )
+    return text
 
 
 def photo_of(words: str) -> str:
@@ -116,7 +133,8 @@ def caption(prompt: str, *categories: str) -> str:
     for number, category in enumerate(categories):
         name = re.escape(placeholder(number))
         # Where the category is what follows, it stands once; its article may be another.
-        prompt = re.sub(rf"{name}(?: {re.escape(category)}\b)?", category, prompt)
+        # Split and joined: re.sub would read backslashes in the text that it puts in.
+        prompt = category.join(re.split(rf"{name}(?: {re.escape(category)}\b)?", prompt))
         prompt = re.sub(
             rf"\b([Aa])n? (?={re.escape(category)}\b)", rf"\g<1>{article(category)[1:]} ", prompt
         )
@@ -155,21 +173,10 @@ def read_prompts(path: Path, *categories: str) -> list[Prompt]:
     Raises:
         UserError: the file cannot be read, is empty, or a prompt lacks {S*}.
     """
-    try:
-        words = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"The prompts in {path} cannot be read ({getattr(error, 'strerror', 'not UTF-8')}): "
-            "name a text file with a prompt a line."
-        ) from error
+    words = read_text(path, f"The prompts in {path}", "a text file with a prompt a line")
     entries: Any
     if path.suffix in (".yaml", ".yml", ".json"):
-        import yaml
-
-        try:
-            entries = yaml.safe_load(words)
-        except yaml.YAMLError as error:
-            raise UserError(f"{path} is not readable YAML ({error}): correct it.") from error
+        entries = read_yaml(words, str(path))
     else:
         entries = [x.strip() for x in words.splitlines()]
         entries = [x for x in entries if x and not x.startswith("#")]
@@ -184,11 +191,11 @@ def _read_prompt(entry: Any, path: Path, categories: Iterable[str]) -> Prompt:
     wrong = [k for k, v in values.items() if k not in _KEYS or not isinstance(v, str)]
     if wrong or "prompt" not in values:
         raise UserError(
-            f"{path}: the entry {entry!r} must be a quoted prompt, or a mapping of texts under "
-            f"{', '.join(_KEYS)}."
+            f"{path}: the entry {str(entry)[:200]} must be a quoted prompt, or a mapping of texts "
+            f"under {', '.join(_KEYS)}."
         )
     categories = tuple(categories)
-    text = " ".join(values["prompt"].replace("{category}", categories[0]).split())
+    text = " ".join(checked(values["prompt"]).replace("{category}", categories[0]).split())
     if PLACEHOLDER not in text:
         raise UserError(
             f"{path}: the prompt {text!r} has no {PLACEHOLDER}, which stands for the subject: "

@@ -47,8 +47,9 @@ from sude_lab.export import CARD, Precision, model_card, write_kohya
 from sude_lab.files import PARTIAL, atomic_folder, atomic_write, remove_partials
 from sude_lab.generation import generate
 from sude_lab.methods import get_method
-from sude_lab.pictures import load_picture
-from sude_lab.prompts import PLACEHOLDER, fill, placeholder
+from sude_lab.pictures import load_picture, open_picture
+from sude_lab.prompts import PLACEHOLDER, checked, fill, placeholder
+from sude_lab.reading import read_json
 from sude_lab.tuning import Step, TuningConfig, resolve, tune
 
 CONFIG, PICTURE, METRICS = "config.json", "picture.png", "metrics.csv"
@@ -85,12 +86,25 @@ class Run:
         return cls(folder, _read_config(folder / CONFIG))
 
     def metrics(self) -> pd.DataFrame:
-        """Return the steps, one row each."""
-        return pd.read_csv(self.folder / METRICS)
+        """Return the steps, one row each.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        try:
+            return pd.read_csv(self.folder / METRICS)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.folder / METRICS} cannot be read ({error}): the run's folder is damaged."
+            ) from error
 
     def picture(self, number: int = 0) -> Image.Image:
-        """Return the picture of subject `number`, as the model saw it."""
-        return Image.open(self.folder / picture_name(number)).convert("RGB")
+        """Return the picture of subject `number`, as the model saw it.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        return open_picture(self.folder / picture_name(number))
 
     @property
     def weights(self) -> Path:
@@ -128,6 +142,11 @@ class Run:
             ) from error
         return backbone
 
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The words that stand for the subjects."""
+        return tuple(subject.token for subject in self.config.subjects)
+
     def prompt(self, text: str) -> str:
         """Return `text` with {S*} (and {S*2}, ...) replaced by the subjects' tokens.
 
@@ -152,11 +171,11 @@ def default_prompts(config: TuningConfig) -> list[str]:
 
 
 def _filled(text: str, config: TuningConfig) -> str:
-    filled = fill(text, *(s.token for s in config.subjects))
+    filled = fill(checked(text), *(s.token for s in config.subjects))
     left = re.search(r"\{S\*\d*\}", filled)
     if left:
         raise UserError(
-            f"The prompt {text!r} asks for {left.group()}, but the run has "
+            f"The prompt {text[:200]!r} asks for {left.group()}, but the run has "
             f"{len(config.subjects)} subject(s): the first is {PLACEHOLDER}."
         )
     return filled
@@ -385,7 +404,7 @@ def _check_folder(out: Path, resume: bool) -> None:
 
 def _read_config(path: Path) -> TuningConfig:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         known = {f.name for f in fields(TuningConfig)}
         unknown = sorted(values.keys() - known)
         if unknown:
@@ -397,7 +416,13 @@ def _read_config(path: Path) -> TuningConfig:
             if values.get(name) is not None:
                 values[name] = Path(values[name])
         values["more_subjects"] = tuple(values.get("more_subjects", ()))
-        config = TuningConfig(**values)
+        for name in ("image", "class_images", "more_subjects"):
+            if "\0" in str(values.get(name)):
+                raise ValueError(name)
+        try:
+            config = TuningConfig(**values)
+        except UserError as error:
+            raise UserError(f"{path} is damaged: {error}") from error
         get_method(config.method)
         return config
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -411,7 +436,10 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # damaged bytes fail with errors of any class
         raise UserError(f"{path} is damaged: delete it, and --resume starts anew.") from error
-    if not isinstance(state, dict) or not {"step", "trained", "optimizer", "rows"} <= state.keys():
+    kinds = {"step": int, "trained": dict, "optimizer": dict, "rows": list}
+    if not isinstance(state, dict) or not all(
+        type(state.get(name)) is kind for name, kind in kinds.items()
+    ):
         raise UserError(
             f"{path} is no checkpoint of this version of sude_lab: delete it, and --resume starts "
             "anew."
@@ -438,9 +466,7 @@ def _check_same_pictures(pictures: list[Image.Image], config: TuningConfig, out:
         kept = out / picture_name(number)
         if not kept.is_file():  # stopped between the first files
             continue
-        with Image.open(kept) as begun:
-            same = begun.convert("RGB").tobytes() == picture.tobytes()
-        if not same:
+        if open_picture(kept).tobytes() != picture.tobytes():
             raise UserError(
                 f"The run in {out} was started on another picture than {subject.image}: resume it "
                 "with that one, or choose another --out."
@@ -645,6 +671,7 @@ def _environment(
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
+        **({"backbone_commit": backbone.commit} if backbone.commit else {}),
         "device": str(backbone.device),
         "precision": str(backbone.dtype).removeprefix("torch."),
         "processes": 1 if accelerator is None else accelerator.num_processes,

@@ -25,6 +25,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import time
 import traceback
@@ -45,8 +46,9 @@ from sude_lab.encoders import Encoder
 from sude_lab.errors import UserError
 from sude_lab.evaluate import FOLDER, PICTURES, evaluate
 from sude_lab.files import DiskFullError, atomic_write, lock_holder, locked, remove_partials
-from sude_lab.grid import Job, Plan, backbone_identity, kind_of, make_plan, read_grid
+from sude_lab.grid import Job, Plan, is_known, kind_of, make_plan, read_grid
 from sude_lab.lockstep import MAY_DIFFER, check_together, feed
+from sude_lab.reading import read_json
 from sude_lab.runs import CONFIG, ENVIRONMENT, Run, run_tuning
 from sude_lab.tuning import Step, TuningConfig
 
@@ -158,8 +160,7 @@ def _tune_and_judge(
         "seconds": now - stamps[0],
     }
     if steps <= 0 and (folder / TIMING).is_file():  # tuned for another sweep
-        known = json.loads((folder / TIMING).read_text(encoding="utf-8"))
-        about["seconds_per_step"] = known["seconds_per_step"]
+        about["seconds_per_step"] = timing(folder).get("seconds_per_step")
     with atomic_write(folder / TIMING) as path:
         path.write_text(json.dumps(about, indent=1), encoding="utf-8")
     means = Run.open(folder).metrics()[["open_gates", "rho"]].mean()
@@ -267,6 +268,15 @@ def fresh_backbone(config: TuningConfig) -> Backbone:
     return backbone
 
 
+def timing(folder: Path) -> dict[str, Any]:
+    """Return what a run took, as its folder tells; nothing where its file is damaged or missing."""
+    try:
+        found = read_json(folder / TIMING)
+        return {k: v for k, v in found.items() if isinstance(v, str | int | float)}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
 def megabytes(files: Iterable[Path]) -> float:
     """Return the size of files, in units of 1e6 bytes."""
     return sum(p.stat().st_size for p in files if p.is_file()) / 1e6
@@ -346,7 +356,7 @@ def sweep(
     for folder in (plan.out, plan.runs):
         if folder.is_file():
             raise UserError(f"{folder} is a file: name a folder.")
-    unknown = [s for s in plan.grid.backbones if backbone_identity(s) == s]
+    unknown = [s for s in plan.grid.backbones if not is_known(s)]
     if unknown:
         raise UserError(
             f"The backbone {unknown[0]} is neither on the hub nor in its cache: run with a "
@@ -556,15 +566,17 @@ def survey(out: Path | str) -> list[State]:
         UserError: there is no sweep in the folder.
     """
     try:
-        plan = json.loads((Path(out) / PLAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        plan = read_json(Path(out) / PLAN)
+        runs, found = Path(plan["runs"]), []
+        jobs = [(job["key"], job["rows"], _name_of(job["label"])) for job in plan["jobs"]]
+        names = [part for key, rows, _ in jobs for part in (key, rows)]
+        if not all(re.fullmatch(r"\w[\w.-]*", part) for part in names):
+            raise ValueError("a name that leaves the folder of the runs")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"There is no sweep in {out}: name the --out of one.") from error
-    runs, found = Path(plan["runs"]), []
-    for job in plan["jobs"]:
-        key, label = job["key"], job["label"]
-        name = f"{label['subject']}, {label['settings']}, {label['variant']}, "
-        state = State(f"{name}seed {label['tuning_seed']}", runs / key, "waiting", "")
-        if (runs / key / FOLDER / job["rows"]).is_file():
+    for key, rows, name in jobs:
+        state = State(name, runs / key, "waiting", "")
+        if (runs / key / FOLDER / rows).is_file():
             state = replace(state, status="finished")
         elif holder := lock_holder(_beside(runs, key, "lock")):
             host, process, since = (*holder.split(), "?", "0", "0")[:3]
@@ -577,6 +589,11 @@ def survey(out: Path | str) -> list[State]:
     return found
 
 
+def _name_of(label: dict[str, Any]) -> str:
+    parts = [label["subject"], label["settings"], label["variant"], f"seed {label['tuning_seed']}"]
+    return ", ".join(parts)
+
+
 def summary(states: Sequence[State]) -> str:
     """Return the counts, and the time left: what finished runs took, by how many run at once."""
     number = {s: sum(x.status == s for x in states) for s in ("finished", "running", "failed")}
@@ -584,9 +601,9 @@ def summary(states: Sequence[State]) -> str:
     text = f"{len(states)} runs: {number['finished']} finished, {number['running']} running, "
     text += f"{number['failed']} failed, {waiting} waiting"
     took = [
-        json.loads((x.folder / TIMING).read_text(encoding="utf-8"))["seconds"]
+        seconds
         for x in states
-        if x.status == "finished" and (x.folder / TIMING).is_file()
+        if x.status == "finished" and (seconds := timing(x.folder).get("seconds"))
     ]
     if took and number["running"]:
         left = (waiting + number["running"] / 2) * sum(took) / len(took) / number["running"]

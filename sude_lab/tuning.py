@@ -236,6 +236,8 @@ def _tune(
             ) from error
         first = state["step"]
     prompts = method.subject_prompts()
+    for prompt, subject in zip(prompts, config.subjects, strict=True):
+        backbone.beyond_reach(prompt, subject.token)
     with torch.no_grad():
         fixed_subjects = backbone.encode_prompts(prompts)
 

@@ -218,7 +218,7 @@ def test_an_error_of_the_hubs_client_is_one_sentence(monkeypatch: pytest.MonkeyP
     def fail(*args: object, **kwargs: object) -> None:
         raise ConnectError("no route\nto host")
 
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
+    monkeypatch.setattr(DiffusionPipeline, "download", fail)
     with pytest.raises(UserError) as error:
         open_backbone("nobody/no-such-pipeline", device="cpu")
     assert "ConnectError: no route to host" in sentence(error)

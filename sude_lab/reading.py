@@ -1,0 +1,172 @@
+"""Files and values that people write, read safely: whole and right, or refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+import numbers
+import os
+from dataclasses import fields
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from sude_lab.errors import UserError
+
+MOST_BYTES = 1 << 18
+"""The longest text that is read: what people write by hand is a hundred times shorter."""
+MOST_VALUES = 100_000
+"""The most values of a YAML file, aliases written out: a few lines of them can mean billions."""
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def is_file(path: Path | str) -> bool:
+    """Whether there is a file of this name; False also for what can be no name of a file."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # too long, or with a NUL
+        return False
+
+
+def is_dir(path: Path | str) -> bool:
+    """Whether there is a folder of this name; False also for what can be no name of a folder."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def read_text(path: Path | str, what: str, instead: str) -> str:
+    """Return the text of a file in UTF-8, of at most `MOST_BYTES`.
+
+    Args:
+        path: The file.
+        what: What it should be, for the sentence: "The grid sweep.yaml".
+        instead: What to name in its place, for the sentence: "a YAML file".
+
+    Raises:
+        UserError: there is no such file, it is none (a pipe may never end), it may not be read, is
+            too long, or is not UTF-8.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            why = "it is a folder" if path.is_dir() else "it is not a regular file"
+        elif path.stat().st_size > MOST_BYTES:
+            why = f"it has more than {MOST_BYTES:,} bytes"
+        else:
+            return path.read_text(encoding="utf-8")
+    except OSError as error:
+        why = error.strerror or str(error)
+    except ValueError as error:
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else "its name has a NUL"
+    raise UserError(f"{what} cannot be read ({why}): name {instead}.")
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON in UTF-8, or is nested too deeply.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply.") from None
+
+
+def read_yaml(text: str, what: str) -> Any:
+    """Return the content of a YAML text: texts, numbers, lists and mappings, never objects.
+
+    Raises:
+        UserError: it is no such YAML, or says more than `MOST_VALUES` values.
+    """
+    import yaml
+
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            # Before anything is made of it: an alias costs a letter and may stand for a million.
+            if _size(node, {}) > MOST_VALUES:
+                raise UserError(
+                    f"{what} says more than {MOST_VALUES:,} values, aliases written out: make it "
+                    "shorter."
+                )
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError(f"{what} is nested too deeply: write it flatter.") from None
+    except Exception as error:  # dates that are none, numbers too long: errors of any class
+        raise UserError(f"{what} is not readable YAML ({error}): correct it.") from error
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """Return how many values a node means, each alias counted with all that it stands for."""
+    import yaml
+
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES + 1  # what it counts as inside itself: such a list has no end
+        pairs = isinstance(node, yaml.MappingNode)
+        parts = chain.from_iterable(node.value) if pairs else node.value
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def check_types(settings: Any) -> None:
+    """Check that every field of a dataclass holds what its type says; a whole number is a number.
+
+    Raises:
+        UserError: one does not; the sentence names its flag.
+    """
+    kind: Any = type(settings)
+    hints = _hints(kind)
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        kinds = _kinds(hints[f.name])
+        if not any(_fits(value, kind) for kind in kinds):
+            choices = [c for kind in kinds for c in get_args(kind) if get_origin(kind) is Literal]
+            told = ", ".join(map(str, choices)) or _NAMES.get(kinds[0], "another kind of value")
+            flag = f.name.replace("_", "-")
+            raise UserError(f"--{flag} is {value!r}: it takes {told}.")
+
+
+_NAMES: dict[Any, str] = {
+    **{float: "a number", int: "a whole number", bool: "on or off"},
+    **{str: "a text", Path: "the name of a file"},
+}
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is tuple:  # tuple[str, ...]
+        return isinstance(value, tuple) and all(isinstance(v, get_args(kind)[0]) for v in value)
+    if kind in (float, int):
+        number = numbers.Real if kind is float else numbers.Integral
+        return isinstance(value, number) and not isinstance(value, bool)
+    if kind is Path:
+        return isinstance(value, os.PathLike)
+    return isinstance(value, NoneType if kind is None else kind)
