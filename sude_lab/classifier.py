@@ -99,7 +99,7 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ (broadcasting here is always a mistake).
     """
-    if a.shape != b.shape or a.ndim == 0:
+    if a.shape != b.shape or a.ndim < 2:
         raise ValueError(
             f"Shapes must be equal and (B, ...), got {tuple(a.shape)} and {tuple(b.shape)}."
         )

@@ -134,3 +134,9 @@ def test_samples_have_at_least_one_dimension_of_their_own() -> None:
         normal(3, 1)
     )
     assert_close(one, logits.log_softmax(1), **EXACT)
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_a_distance_is_between_batches_of_samples(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError):
+        squared_distance(torch.ones(shape), torch.ones(shape))

@@ -264,3 +264,8 @@ def test_a_scheduler_that_does_not_say_what_it_predicts_predicts_epsilon() -> No
     assert (schedule.prediction_type, schedule.variance_type) == ("epsilon", "fixed_small")
     with pytest.raises(ValueError, match=r"^SimpleNamespace has no alphas_cumprod.*DDPMScheduler"):
         Schedule.from_scheduler(SimpleNamespace(config=None))
+
+
+def test_a_table_that_stands_still_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^alphas_cumprod must decrease strictly"):
+        Schedule(torch.tensor([0.9, 0.5, 0.5]))
