@@ -25,7 +25,7 @@ import tyro
 from tyro.conf import Positional
 
 from sude_lab.config import TuningConfig, with_preset
-from sude_lab.errors import UserError, one_line
+from sude_lab.errors import UserError, machine_failure, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -564,6 +564,8 @@ def _answer(error: BaseException, command: Any) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno is not None:
         name = error.filename if isinstance(error.filename, str) else "A file"
         return 2, f"{name} cannot be read or written ({error.strerror})."
+    if machine := machine_failure(error):
+        return 2, f"{machine}: ask for less at once, or for another --device; {_kept(command)}."
     said = f": {str(error).rstrip('.')}" if str(error) else ""
     told = f"{type(error).__name__}{said}; this is a bug: run again with --debug and report it."
     return 1, told

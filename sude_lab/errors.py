@@ -15,6 +15,22 @@ class UserError(ValueError):
         super().__init__(one_line(message))
 
 
+def machine_failure(error: BaseException) -> str | None:
+    """Say what happened where the machine is at fault, memory or device; None: it is not.
+
+    PyTorch tells of these by a class of its own on a device, in words alone on the CPU.
+    """
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError" or "MPS backend out of memory" in text:
+        return "The device ran out of memory"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        return "The machine ran out of memory"
+    device = ("CUDA error", "HIP error", "CUDNN_STATUS", "CUBLAS_STATUS", "NCCL error")
+    if isinstance(error, RuntimeError) and any(words in text for words in device):
+        return f"The device failed or is gone ({one_line(text, 160)})"
+    return None
+
+
 def one_line(text: str, most: int = 2000) -> str:
     """Return a text as one line that is safe to print, of about `most` characters at the most."""
     text = " ".join(text.split())

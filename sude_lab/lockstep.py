@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from sude_lab.backbone import Backbone, Condition, concatenate
 from sude_lab.diffusion import add_noise, training_target
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, machine_failure
 from sude_lab.losses import subject_loss, total_loss
 from sude_lab.methods import Method, get_method
 from sude_lab.regularizer import SudeTerms, sude_terms
@@ -143,11 +143,13 @@ def tune_together(
         )
     try:
         yield from _tune_together(configs, backbone, pictures, states)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        told = machine_failure(error)
+        if told is None:
+            raise
         raise UserError(
-            "The device ran out of memory: tune fewer runs together, or use "
-            "--gradient-checkpointing, --dtype bfloat16, a smaller --train-batch-size or a smaller "
-            "--resolution."
+            f"{told}: tune fewer runs together, or use --gradient-checkpointing, --dtype bfloat16, "
+            "a smaller --train-batch-size or a smaller --resolution."
         ) from error
 
 

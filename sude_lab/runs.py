@@ -42,7 +42,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone, open_backbone, pick_device
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, machine_failure
 from sude_lab.export import CARD, Precision, model_card, write_kohya
 from sude_lab.files import PARTIAL, atomic_folder, atomic_write, remove_partials
 from sude_lab.generation import generate
@@ -497,7 +497,7 @@ def _keeping(steps: Iterator[Step], out: Path, accelerator: Any) -> Iterator[Ste
             told = _told(error, out, last)
         # All fail alike and wait until the weights are kept: the first process that ends ends all.
         # Where the memory of one ran out the others know nothing of it, and waiting has no end.
-        if accelerator is not None and not isinstance(error.__cause__, torch.OutOfMemoryError):
+        if accelerator is not None and not isinstance(error.__cause__, (RuntimeError, MemoryError)):
             accelerator.wait_for_everyone()
         if told is error:
             raise
@@ -512,7 +512,7 @@ def _told(error: UserError, out: Path, last: Step | None) -> UserError:
         try:
             _keep_weights(folder, last)
             kept.append(f"the weights after step {last.number} ({folder})")
-        except UserError:  # for example a full disk, which may be the first error's reason, too
+        except Exception:  # a full disk, or a device that is gone with the weights
             pass
     if (out / CHECKPOINT).is_file():
         step = _read_checkpoint(out / CHECKPOINT)["step"]
@@ -563,11 +563,12 @@ def _draw_grid(
                 prompts, desc="drawing samples", unit="prompt", disable=not progress
             ):
                 images += generate(backbone, prompt, num_images=number, seed=config.seed)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"The device ran out of memory while {file.name} was drawn: use a smaller "
-            "--num-samples."
-        ) from error
+    except (RuntimeError, MemoryError) as error:
+        told = machine_failure(error)
+        if told is None:
+            raise
+        advice = "use a smaller --num-samples" if "memory" in told else "see whether it is there"
+        raise UserError(f"{told} while {file.name} was drawn: {advice}.") from error
     grid = make_image_grid(images, len(prompts), number)
     with atomic_write(file) as path:
         grid.save(path)

@@ -28,7 +28,7 @@ from sude_lab.config import Subject as Subject
 from sude_lab.config import TuningConfig
 from sude_lab.config import with_preset as with_preset
 from sude_lab.diffusion import add_noise, training_target
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, machine_failure
 from sude_lab.losses import class_regularizer, subject_loss, total_loss
 from sude_lab.methods import Method, get_method
 from sude_lab.prior_bank import PriorBank, open_bank
@@ -155,7 +155,8 @@ def tune(
     for one run only.
 
     Raises:
-        UserError: the settings do not fit the model, the loss became NaN, or memory ran out.
+        UserError: the settings do not fit the model, the loss became NaN, memory ran out, or the
+            device failed.
     """
     config = resolve(config, backbone)
     pictures = [picture] if isinstance(picture, Image.Image) else list(picture)
@@ -166,12 +167,18 @@ def tune(
         )
     try:
         yield from _tune(config, backbone, pictures, state, _Processes(accelerator))
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "The device ran out of memory: use --train lora, --gradient-checkpointing, "
-            "--optimizer adamw8bit, --dtype bfloat16, or a smaller --train-batch-size with "
-            "--gradient-accumulation-steps, or a smaller --resolution."
-        ) from error
+    except (RuntimeError, MemoryError) as error:
+        told = machine_failure(error)
+        if told is None:
+            raise
+        advice = (
+            "use --train lora, --gradient-checkpointing, --optimizer adamw8bit, --dtype bfloat16, "
+            "or a smaller --train-batch-size with --gradient-accumulation-steps, or a smaller "
+            "--resolution"
+        )
+        if "memory" not in told:
+            advice = "see whether it is still there, and continue with --resume"
+        raise UserError(f"{told}: {advice}.") from error
 
 
 @dataclass(frozen=True)
