@@ -17,7 +17,7 @@ logs, saves or draws pictures. There an epoch of one picture is one example, so 
 holds as many copies of it as the batch is large.
 
 "text kept" is the script with its --pre_compute_text_embeddings; "fused" is ours with --optimizer
-adamw_fused, "channels_last" with --channels-last, too. "speed" is steps a second relative to the
+adamw_fused. "speed" is steps a second relative to the
 first side. "busy" counts the processor's time alone, which other programs on the machine disturb
 less. Shares are clocked around the parts in a block of their own, after the timed ones. """
 
@@ -60,10 +60,7 @@ from sude_lab.backbone import EMBEDDED, open_backbone, resolve_source
 from sude_lab.toy import study
 from sude_lab.tuning import TuningConfig, tune
 
-SIDES = (
-    *("diffusers", "diffusers, text kept", "sude_lab", "sude_lab, fused"),
-    "sude_lab, fused, channels_last",
-)
+SIDES = ("diffusers", "diffusers, text kept", "sude_lab", "sude_lab, fused")
 
 
 @dataclass(frozen=True)
@@ -285,7 +282,6 @@ def run_ours(args: Benchmark, batch: int, turns: Turns, side: str) -> None:
         train_batch_size=batch,
         max_train_steps=10_000_000,
         optimizer="adamw_fused" if "fused" in side else "adamw",
-        channels_last="channels_last" in side,
     )
     backbone = open_backbone(args.folder / "pipeline", device=args.device, dtype=args.dtype)
     for step in tune(config, backbone, Image.open(path).convert("RGB")):

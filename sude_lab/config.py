@@ -99,8 +99,6 @@ class TuningConfig:
     gradient_accumulation_steps: int = 1
     """Batches a step: the same step as one batch so many times as large, in less memory."""
     gradient_checkpointing: bool = False
-    channels_last: bool = False
-    """Keep the UNet's weights in that memory format: faster on most machines, other in rounding."""
     seed: int = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

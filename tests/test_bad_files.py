@@ -162,7 +162,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("room")
 
 
-@generated(90)
+@generated(50)
 @given(place=st.sampled_from(PLACES), value=CONTENT)
 @example(place=("settings",), value={"lora_rank": [1] * 400, "num_vectors": [1] * 400})
 @example(place=("settings", "class_images"), value="/")

@@ -29,8 +29,8 @@ from sude_lab.runs import CONFIG, ENVIRONMENT, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 TOUCHES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile")
-KILLS = int(os.environ.get("SUDE_LAB_KILLS", "50"))
-"""How many moments in all; more of them before a release."""
+KILLS = int(os.environ.get("SUDE_LAB_KILLS", "25"))
+"""How many moments in all; 50 and more before a release."""
 
 
 def command(arguments: list[str], folder: str, number: int, delay: float, told: Any) -> None:

@@ -61,8 +61,6 @@ class Method:
             name: _Tokens(encoder, [[word[k] for word in of] for of in ids])
             for k, (name, encoder) in enumerate(backbone.text_encoders.items())
         }
-        if config.channels_last:
-            backbone.unet.to(memory_format=torch.channels_last)
         self.prepare()
         # A copy of what is trained, so only where the run will ask for it.
         self.frozen = FrozenUNet(backbone.unet) if config.asks_pretrained else None
