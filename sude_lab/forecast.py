@@ -147,7 +147,7 @@ def _assumed(grid: Grid, config: TuningConfig) -> Rate | None:
             return None
         values.append(float(value))
     asks = not config.prior_bank or config.prior_bank_dtype == "live"
-    if (config.weight_sude or config.monitor_sude) and asks:
+    if config.with_sude and asks:
         values[0] *= float(grid.assume.get("sude_factor", 1.5))
     return _rate(values, "assumed")
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -30,7 +30,7 @@ from sude_lab.dreambench import load_dreambench
 from sude_lab.errors import UserError
 from sude_lab.evaluate import FOLDER, prompts_of, settings_and_variants, subject_name
 from sude_lab.pictures import load_picture
-from sude_lab.reading import is_file, read_text, read_yaml
+from sude_lab.reading import is_file, kinds_of, read_text, read_yaml, taken
 from sude_lab.toy import study
 from sude_lab.toy.world import Scene
 from sude_lab.tuning import TuningConfig, with_defaults
@@ -259,13 +259,10 @@ def _settings(given: Any) -> Iterator[dict[str, Any]]:
 
 def _typed(name: str, value: Any) -> Any:
     """Return a value as its field of `TuningConfig` holds it, or say what that takes."""
-    hint = get_type_hints(TuningConfig)[name]
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    choices: list[Any] = []
+    kinds = kinds_of(get_type_hints(TuningConfig)[name])
     for kind in kinds:
         if get_origin(kind) is Literal:
-            choices += get_args(kind)
-            if value in choices:
+            if value in get_args(kind):
                 return value
         elif get_origin(kind) is tuple and isinstance(value, list):
             return tuple(map(str, value))
@@ -278,9 +275,7 @@ def _typed(name: str, value: Any) -> Any:
             return Path(value).absolute()
         elif kind in (int, str, bool, NoneType) and type(value) is kind:
             return value
-    names = {float: "a number", int: "a whole number", bool: "on or off", str: "a text"}
-    told = ", ".join(map(str, choices)) or names.get(kinds[0], "another kind of value")
-    raise UserError(f"{name} cannot be {value!r}: it takes {told}.")
+    raise UserError(f"{name} cannot be {value!r}: it takes {taken(kinds)}.")
 
 
 # --- the runs of a grid --------------------------------------------------------------------------
@@ -396,7 +391,7 @@ def _config(given: dict[str, Any], factor: float) -> tuple[TuningConfig, float]:
     if config.weight_sude is None:
         config = replace(config, weight_sude=usual.weight_sude * factor)
     config = with_defaults(config, facts)
-    if not config.weight_sude and not config.monitor_sude:
+    if not config.with_sude:
         apart = ("prior", "weighting", "truncate", "truncate_at", *_BANK)
         config = replace(config, **{name: getattr(usual, name) for name in apart})
     elif not config.truncate:
@@ -409,7 +404,7 @@ def _config(given: dict[str, Any], factor: float) -> tuple[TuningConfig, float]:
 def kind_of(config: TuningConfig) -> str:
     """Name what a step's time hangs on: model, method, what is trained, SuDe, batch, resolution."""
     size = (config.train_batch_size or 1) * config.gradient_accumulation_steps
-    sude = "SuDe" if config.weight_sude or config.monitor_sude else "plain"
+    sude = "SuDe" if config.with_sude else "plain"
     if sude == "SuDe" and config.prior_bank and config.prior_bank_dtype != "live":
         sude = "SuDe from a prior bank"
     train = f" {config.train}" if config.method == "dreambooth" else ""

@@ -49,6 +49,7 @@ from sude_lab.tuning import (
     _draw,
     _optimizer,
     _picture_latents,
+    one_of_each,
     resolve,
     step_generator,
 )
@@ -135,12 +136,7 @@ def tune_together(
         raise UserError("Lockstep is made for Stable Diffusion 1 and 2: tune SDXL one by one.")
     if backbone.dtype == torch.float16:
         raise UserError("Lockstep does not work with --dtype float16: use bfloat16 or float32.")
-    pictures = [picture] if isinstance(picture, Image.Image) else list(picture)
-    if len(pictures) != len(configs[0].subjects):
-        raise UserError(
-            f"There are {len(configs[0].subjects)} subjects and {len(pictures)} pictures: give one "
-            "of each."
-        )
+    pictures = one_of_each(configs[0], picture)
     try:
         yield from _tune_together(configs, backbone, pictures, states)
     except (RuntimeError, MemoryError) as error:
@@ -452,11 +448,6 @@ class _Stack:
         self.methods = dict(methods)
         own = methods[0]
         groups = own.groups()
-        if not any(group["lr"] for group in groups):
-            raise UserError(
-                "Nothing would be trained: give --learning-rate or --token-learning-rate a value "
-                "above 0."
-            )
         if states is not None:
             self._check_states(states)
             for method, state in zip(methods.values(), states, strict=True):

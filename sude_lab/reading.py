@@ -136,12 +136,10 @@ def check_types(settings: Any) -> None:
     hints = _hints(kind)
     for f in fields(settings):
         value = getattr(settings, f.name)
-        kinds = _kinds(hints[f.name])
+        kinds = kinds_of(hints[f.name])
         if not any(_fits(value, kind) for kind in kinds):
-            choices = [c for kind in kinds for c in get_args(kind) if get_origin(kind) is Literal]
-            told = ", ".join(map(str, choices)) or _NAMES.get(kinds[0], "another kind of value")
             flag = f.name.replace("_", "-")
-            raise UserError(f"--{flag} is {value!r}: it takes {told}.")
+            raise UserError(f"--{flag} is {value!r}: it takes {taken(kinds)}.")
 
 
 _NAMES: dict[Any, str] = {
@@ -155,8 +153,15 @@ def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def _kinds(hint: Any) -> tuple[Any, ...]:
+def kinds_of(hint: Any) -> tuple[Any, ...]:
+    """Return what a type may be: (int, None's type) for int | None."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def taken(kinds: tuple[Any, ...]) -> str:
+    """Say what a setting of these kinds takes: its choices, or the first kind in words."""
+    choices = [c for kind in kinds for c in get_args(kind) if get_origin(kind) is Literal]
+    return ", ".join(map(str, choices)) or _NAMES.get(kinds[0], "another kind of value")
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -497,7 +497,8 @@ def _keeping(steps: Iterator[Step], out: Path, accelerator: Any) -> Iterator[Ste
             told = _told(error, out, last)
         # All fail alike and wait until the weights are kept: the first process that ends ends all.
         # Where the memory of one ran out the others know nothing of it, and waiting has no end.
-        if accelerator is not None and not isinstance(error.__cause__, (RuntimeError, MemoryError)):
+        alone = error.__cause__ is not None and machine_failure(error.__cause__)
+        if accelerator is not None and not alone:
             accelerator.wait_for_everyone()
         if told is error:
             raise

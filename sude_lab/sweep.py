@@ -176,9 +176,8 @@ def lockstep_groups(jobs: Sequence[Job], most: int) -> list[list[Job]]:
     alike: dict[Any, dict[Any, list[Job]]] = {}
     order = {job.key: number for number, job in enumerate(jobs)}
     for job in jobs:
-        used = job.config.weight_sude or job.config.monitor_sude
         priors = alike.setdefault(replace(job.config, **usual), {})
-        priors.setdefault(job.config.prior if used else None, []).append(job)
+        priors.setdefault(job.config.prior if job.config.with_sude else None, []).append(job)
     groups = []
     for priors in alike.values():
         plain = priors.pop(None, [])  # without SuDe the prior says nothing: they go with the first

@@ -131,6 +131,23 @@ class Step:
         }
 
 
+def one_of_each(
+    config: TuningConfig, picture: Image.Image | Sequence[Image.Image]
+) -> list[Image.Image]:
+    """Return the pictures of a run's subjects as a list.
+
+    Raises:
+        UserError: there are more or fewer of them than subjects.
+    """
+    pictures = [picture] if isinstance(picture, Image.Image) else list(picture)
+    if len(pictures) != len(config.subjects):
+        raise UserError(
+            f"There are {len(config.subjects)} subjects and {len(pictures)} pictures: give one "
+            "of each."
+        )
+    return pictures
+
+
 def step_generator(seed: int, step: int) -> torch.Generator:
     """Return the generator of one step: what step k draws depends on (seed, k) alone."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
@@ -159,12 +176,7 @@ def tune(
             device failed.
     """
     config = resolve(config, backbone)
-    pictures = [picture] if isinstance(picture, Image.Image) else list(picture)
-    if len(pictures) != len(config.subjects):
-        raise UserError(
-            f"There are {len(config.subjects)} subjects and {len(pictures)} pictures: give one "
-            "of each."
-        )
+    pictures = one_of_each(config, picture)
     try:
         yield from _tune(config, backbone, pictures, state, _Processes(accelerator))
     except (RuntimeError, MemoryError) as error:
@@ -219,13 +231,7 @@ def _tune(
 
     method = get_method(config.method)(backbone, config)
     method.start([mean for mean, _ in latents])
-    groups = method.groups()
-    if not any(group["lr"] for group in groups):
-        raise UserError(
-            "Nothing would be trained: give --learning-rate or --token-learning-rate a value above "
-            "0."
-        )
-    optimizer = _optimizer(config, groups)
+    optimizer = _optimizer(config, method.groups())
     scaler = torch.amp.GradScaler(device.type, enabled=backbone.dtype == torch.float16)
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = list(method.parameters.values())
@@ -402,6 +408,11 @@ def _sude(
 
 
 def _optimizer(config: TuningConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if not any(group["lr"] for group in groups):
+        raise UserError(
+            "Nothing would be trained: give --learning-rate or --token-learning-rate a value above "
+            "0."
+        )
     if config.optimizer != "adamw8bit":
         fused = config.optimizer == "adamw_fused" or None  # None: as torch chooses
         return torch.optim.AdamW(groups, weight_decay=config.adam_weight_decay, fused=fused)

@@ -128,6 +128,15 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_data(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For SUDE_LAB_DATA: the tiny model in the place of the embedded one, with the real oracle."""
+    data = tmp_path_factory.mktemp("data")
+    (data / "embedded").symlink_to(tiny_folder)
+    (data / "oracle").symlink_to(Path(__file__).resolve().parent.parent / "data" / "oracle")
+    return data
+
+
+@pytest.fixture(scope="session")
 def wider_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of another architecture: weights of `tiny_folder` do not fit it."""
     folder = tmp_path_factory.mktemp("backbone") / "wider"

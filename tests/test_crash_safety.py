@@ -27,7 +27,6 @@ import yaml
 from sude_lab.files import PARTIAL
 from sude_lab.runs import CONFIG, ENVIRONMENT, Run
 
-ROOT = Path(__file__).resolve().parent.parent
 TOUCHES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile")
 KILLS = int(os.environ.get("SUDE_LAB_KILLS", "25"))
 """How many moments in all; 50 and more before a release."""
@@ -64,13 +63,10 @@ def command(arguments: list[str], folder: str, number: int, delay: float, told: 
 
 
 @pytest.fixture(scope="module")
-def world(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The tiny model in the place of the embedded one, with the real oracle; one thread."""
-    data = tmp_path_factory.mktemp("data")
-    (data / "embedded").symlink_to(tiny_folder)
-    (data / "oracle").symlink_to(ROOT / "data" / "oracle")
+def world(tiny_data: Path) -> Iterator[None]:
+    """The tiny model in the place of the embedded one; one thread."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SUDE_LAB_DATA", str(data))
+        patch.setenv("SUDE_LAB_DATA", str(tiny_data))
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
 

@@ -55,13 +55,9 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 
 @pytest.fixture
-def drawn_world(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny model in the place of the embedded one, with the real oracle."""
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "embedded").symlink_to(tiny_folder)
-    (data / "oracle").symlink_to(ROOT / "data" / "oracle")
-    monkeypatch.setenv("SUDE_LAB_DATA", str(data))
+def drawn_world(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model in the place of the embedded one."""
+    monkeypatch.setenv("SUDE_LAB_DATA", str(tiny_data))
 
 
 def command(picture: Path, backbone: Path, out: Path, *more: str) -> list[str]:

@@ -56,17 +56,12 @@ sys.exit(main(sys.argv[2:]))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _tiny_world(
-    tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[pytest.MonkeyPatch]:
-    """The tiny model in the place of the embedded one, with the real oracle; one thread."""
-    data = tmp_path_factory.mktemp("data")
-    (data / "embedded").symlink_to(tiny_folder)
-    (data / "oracle").symlink_to(ROOT / "data" / "oracle")
+def _tiny_world(tiny_data: Path) -> Iterator[pytest.MonkeyPatch]:
+    """The tiny model in the place of the embedded one; one thread."""
     threads = torch.get_num_threads()  # sums of floats hang on how many threads share them
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SUDE_LAB_DATA", str(data))
+        patch.setenv("SUDE_LAB_DATA", str(tiny_data))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", str(ROOT))
         yield patch

@@ -112,7 +112,7 @@ def run(name: str, *, workers: int = os.cpu_count() or 1, out: Path = SWEEPS) ->
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
             shared = [pool.submit(_sweep, grid, out, k == 0) for k in range(workers)]
-            failed = shared[0].result() or shared[-1].result()
+            failed = {key: why for one in shared for key, why in one.result().items()}
         if failed:
             key, reason = next(iter(failed.items()))
             raise UserError(f"{len(failed)} runs of {grid} failed, {key} because: {reason}")
