@@ -45,7 +45,14 @@ from sude_lab.backbone import Backbone, open_backbone, resolve_source
 from sude_lab.encoders import Encoder
 from sude_lab.errors import UserError
 from sude_lab.evaluate import FOLDER, PICTURES, evaluate
-from sude_lab.files import DiskFullError, atomic_write, lock_holder, locked, remove_partials
+from sude_lab.files import (
+    PARTIAL,
+    DiskFullError,
+    atomic_write,
+    lock_holder,
+    locked,
+    remove_partials,
+)
 from sude_lab.grid import Job, Plan, is_known, kind_of, make_plan, read_grid
 from sude_lab.lockstep import MAY_DIFFER, check_together, feed
 from sude_lab.reading import read_json
@@ -97,6 +104,8 @@ def perform(
             failure = _failure(runs, job.key)
             if failure and failure["when"] != retry:
                 return Outcome("failed", failure["reason"])
+            for left in (runs / STATE).glob(f"{PARTIAL}*-{job.key}.failed.json"):
+                left.unlink()
             try:
                 _tune_and_judge(job, runs, checkpoint_every, on_step)
             except Exception as error:  # of any class: the other runs go on
@@ -466,16 +475,27 @@ def _on_ray(
             ray.shutdown()
 
 
+@contextmanager
+def _writing(plan: Plan) -> Iterator[None]:
+    """Hold the lock on the sweep's own files, without what a killed process left half written."""
+    with locked(plan.out / ".results.lock"):
+        for left in [*plan.out.glob(f"{PARTIAL}*"), *plan.out.glob(f"subjects/{PARTIAL}*")]:
+            if left.is_file():  # a folder is a run's, where RUNS is OUT
+                left.unlink()
+        yield
+
+
 def _write_plan(plan: Plan) -> None:
-    for who in plan.grid.subjects:
-        file = plan.out / "subjects" / f"{who.name}.png"
-        if who.png and not file.is_file():
-            with atomic_write(file) as path:
-                path.write_bytes(who.png)
-    jobs = [{"key": j.key, "rows": j.rows, "label": j.label} for j in plan.jobs]
-    with atomic_write(plan.out / PLAN) as path:
-        text = json.dumps({"runs": str(plan.runs), "jobs": jobs}, indent=1)
-        path.write_text(text, encoding="utf-8")
+    with _writing(plan):
+        for who in plan.grid.subjects:
+            file = plan.out / "subjects" / f"{who.name}.png"
+            if who.png and not file.is_file():
+                with atomic_write(file) as path:
+                    path.write_bytes(who.png)
+        jobs = [{"key": j.key, "rows": j.rows, "label": j.label} for j in plan.jobs]
+        with atomic_write(plan.out / PLAN) as path:
+            text = json.dumps({"runs": str(plan.runs), "jobs": jobs}, indent=1)
+            path.write_text(text, encoding="utf-8")
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -514,7 +534,7 @@ class _Table:
             return
         # Read and written under one lock: of two processes none puts back what it saw before.
         with (
-            locked(self.plan.out / ".results.lock"),
+            _writing(self.plan),
             atomic_write(self.plan.out / RESULTS) as path,
             pq.ParquetWriter(path, _TABLE) as writer,
         ):
@@ -538,7 +558,7 @@ class _Table:
 
     def write_csv(self, most: int = 1_000_000) -> None:
         """Write results.csv, unless it would have more than `most` rows."""
-        with locked(self.plan.out / ".results.lock"):
+        with _writing(self.plan):
             if pq.read_metadata(self.plan.out / RESULTS).num_rows <= most:
                 with atomic_write(self.plan.out / "results.csv") as path:
                     pq.read_table(self.plan.out / RESULTS).to_pandas().to_csv(path, index=False)

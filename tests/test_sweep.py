@@ -28,7 +28,7 @@ from sude_lab import files, lockstep, tuning
 from sude_lab import sweep as room
 from sude_lab.cli import main
 from sude_lab.errors import UserError
-from sude_lab.files import lock_holder, locked
+from sude_lab.files import PARTIAL, lock_holder, locked
 from sude_lab.grid import make_plan, read_grid
 from sude_lab.metrics import compare
 from sude_lab.runs import CHECKPOINT, ENVIRONMENT, Run
@@ -176,10 +176,14 @@ def test_the_table_is_tidy_and_the_second_time_nothing_is_done(
         own = pd.read_csv(run.folder / "evaluation" / "scores.csv")
         assert own["value"].tolist() == mine["value"].tolist()
     copy = Path(shutil.copytree(out, tmp_path / "out"))
+    halves = [copy / place / f"{PARTIAL}0-half" for place in ("", "subjects")]
+    for half in halves:  # of a process that was killed while it wrote the table
+        half.write_text("half")
     monkeypatch.setattr(room, "run_tuning", lambda *_, **__: pytest.fail("tuned again"))
     monkeypatch.setattr(room, "evaluate", lambda *_, **__: pytest.fail("judged again"))
     assert sweep(write_grid(tmp_path), copy, progress=False) == {}
     assert (copy / RESULTS).read_bytes() == (out / RESULTS).read_bytes()
+    assert not any(half.exists() for half in halves)
 
 
 def test_a_drawn_subject_is_judged_by_what_it_is(unbroken: Swept) -> None:
