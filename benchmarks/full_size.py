@@ -77,7 +77,7 @@ class Benchmark:
     """Steps that are timed."""
     warm_up: int = 3
     """Steps before them."""
-    optimizer: Literal["adamw", "adamw_fused", "adamw8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw_fused", "adamw8bit"] = "adamw_fused"
     compiler: Literal["inductor", "aot_eager", "eager"] = "inductor"
     """torch.compile's backend; inductor is what it is for, eager shows soon whether it runs."""
     device: str = "cuda"

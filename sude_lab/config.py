@@ -93,9 +93,9 @@ class TuningConfig:
     """Side of the picture in pixels; None: the model's own."""
     max_grad_norm: float = 1.0
     adam_weight_decay: float = 1e-2
-    optimizer: Literal["adamw", "adamw_fused", "adamw8bit"] = "adamw"
-    """adamw_fused: torch's AdamW in one pass over the weights, faster on a CPU, other in rounding;
-    adamw8bit needs the package bitsandbytes and a CUDA card."""
+    optimizer: Literal["adamw", "adamw_fused", "adamw8bit"] = "adamw_fused"
+    """adamw_fused: torch's AdamW in one pass over the weights; adamw: as torch chooses, slower on a
+    CPU and other in rounding; adamw8bit needs the package bitsandbytes and a CUDA card."""
     gradient_accumulation_steps: int = 1
     """Batches a step: the same step as one batch so many times as large, in less memory."""
     gradient_checkpointing: bool = False

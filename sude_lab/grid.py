@@ -427,10 +427,12 @@ def _key(config: TuningConfig, picture: str) -> str:
     """Name a run by what it is: not by where its files lie, nor by the device it runs on."""
     where = ("image", "device", "backbone", "class_images", "more_subjects")
     # A field at its default says nothing: fields that are added later leave the names as they are.
+    # Where a default changed, its first value goes on saying nothing: a name means one thing forever.
+    silent = {f.name: f.default for f in fields(config)} | {"optimizer": "adamw"}
     about = {
         f.name: getattr(config, f.name)
         for f in fields(config)
-        if f.name not in where and getattr(config, f.name) != f.default
+        if f.name not in where and getattr(config, f.name) != silent[f.name]
     }
     others = [(s.category, s.token, _digest(s.image)) for s in config.subjects[1:]]
     own = [_digest(p) for p in _class_files(config)]

@@ -197,6 +197,9 @@ def posterior(
     return p, (drawn - p).square().mean(0).sqrt()
 
 
+_SHARES = (2, 3, 5, 8)  # chosen on drawings that are not among the reported ones
+
+
 def ask_in_rounds(
     losses_of: Callable[[Tensor], Tensor],
     times: Tensor,
@@ -208,11 +211,11 @@ def ask_in_rounds(
 ) -> Tensor:
     """Ask N pictures about K prompts at M pairs each, and return the losses (N, M, K).
 
-    With `prune` this goes in ten rounds. After each the hopeless prompts of `still_in` are dropped,
-    after the first all but the best quarter, after the third all but the best eighth (three at
-    least): nan stands where they are not asked. What is dropped stands behind all that stay, over
-    the pairs that both were asked, so none of it can come out best. A picture with one prompt left
-    is done.
+    With `prune` this goes in rounds: four of one pair, then of a tenth of the pairs. After each the
+    hopeless prompts of `still_in` are dropped, and after the first four all but the best half,
+    third, fifth and eighth (three at least): nan stands where they are not asked. What is dropped
+    stands behind all that stay, over the pairs that both were asked, so none of it can come out
+    best. A picture with one prompt left is done.
 
     Args: losses_of: rows (R, 3) of (picture, pair, prompt) -> (R,); times (N, M).
 
@@ -222,10 +225,9 @@ def ask_in_rounds(
     number, pairs = times.shape
     losses = torch.full((number, pairs, num_prompts), torch.nan, dtype=torch.float64)
     wanted = torch.ones((number, num_prompts), dtype=torch.bool)
-    size = max(1, pairs // 10) if prune else pairs
-    shares = {1: 4, 3: 8}
-    for turn, start in enumerate(range(0, pairs, size), start=1):
-        end = min(start + size, pairs)
+    starts = [*range(min(4, pairs)), *range(4, pairs, max(1, pairs // 10))] if prune else [0]
+    ends = [min(end, pairs) for end in (*starts[1:], pairs)]
+    for turn, (start, end) in enumerate(zip(starts, ends, strict=True)):
         unsettled = wanted & (wanted.sum(1, keepdim=True) > 1)
         rows = unsettled.unsqueeze(1).expand(-1, end - start, -1).nonzero()
         if not len(rows):
@@ -237,7 +239,7 @@ def ask_in_rounds(
                 "The model's predictions are not finite: compute in float32 (--dtype float32)."
             )
         losses[rows.unbind(1)] = found
-        keep = max(3, -(-num_prompts // shares.get(turn, 1)))
+        keep = max(3, -(-num_prompts // _SHARES[turn])) if turn < len(_SHARES) else num_prompts
         for n in rows[:, 0].unique().tolist() if prune else ():
             wanted[n] &= still_in(
                 losses[n, :end], times[n, :end], log_prior, caution=caution, keep=keep

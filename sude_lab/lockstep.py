@@ -48,8 +48,8 @@ from sude_lab.tuning import (
     _conditions,
     _draw,
     _optimizer,
-    _picture_latents,
     one_of_each,
+    picture_latents,
     resolve,
     step_generator,
 )
@@ -87,7 +87,7 @@ def check_together(configs: Sequence[TuningConfig]) -> None:
     unfit = {
         "--prior-loss-weight above 0": bool(first.prior_loss_weight),
         "--prior-bank": bool(first.prior_bank),
-        f"--optimizer {first.optimizer}": first.optimizer != "adamw",
+        f"--optimizer {first.optimizer}": first.optimizer == "adamw8bit",
         "--dtype float16": first.dtype == "float16",
     }
     for setting, wanted in unfit.items():
@@ -158,7 +158,7 @@ def _tune_together(
     config = configs[0]
     assert config.max_train_steps is not None and config.train_batch_size is not None
     schedule, device, size = backbone.schedule, backbone.device, config.train_batch_size
-    latents = [_picture_latents(config, backbone, picture) for picture in pictures]
+    latents = [picture_latents(config, backbone, picture) for picture in pictures]
     with torch.no_grad():
         fixed = _conditions(backbone, config)
     kind = get_method(config.method)

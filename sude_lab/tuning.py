@@ -214,7 +214,7 @@ def _tune(
 ) -> Iterator[Step]:
     assert config.max_train_steps is not None and config.train_batch_size is not None
     schedule, device, size = backbone.schedule, backbone.device, config.train_batch_size
-    latents = [_picture_latents(config, backbone, picture) for picture in pictures]
+    latents = [picture_latents(config, backbone, picture) for picture in pictures]
     with torch.no_grad():
         fixed = _conditions(backbone, config)
     banks: list[PriorBank] = []
@@ -479,9 +479,16 @@ class _Batch:
         return self._map(lambda x: x.to(device))
 
 
-def _picture_latents(
+def picture_latents(
     config: TuningConfig, backbone: Backbone, picture: Image.Image
 ) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of a picture's latents, (K, C, h, w) each, on the CPU.
+
+    K is 2 with its mirror image, else 1.
+
+    Raises:
+        UserError: the resolution is none that the encoder can halve so often.
+    """
     side = config.resolution or backbone.resolution
     factor = backbone.pipeline.vae_scale_factor
     if side % factor:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sude_lab import forecast
+from sude_lab import forecast, grid
 from sude_lab.errors import UserError
 from sude_lab.forecast import describe
 from sude_lab.grid import Plan, make_plan, read_grid
@@ -118,6 +118,23 @@ def test_a_run_is_named_by_its_content(
     config = data / "embedded" / "scheduler.json"
     config.write_text("{}", encoding="utf-8")
     assert key() != here
+
+
+def test_a_changed_default_leaves_older_runs_their_names(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name means one thing forever: what was the default first says nothing, now as then."""
+
+    def said(**settings: Any) -> dict[str, Any]:
+        seen: list[Any] = []
+        own = grid._hash
+        monkeypatch.setattr(grid, "_hash", lambda content: seen.append(content) or own(content))
+        planned(settings={"max_train_steps": 9} | settings, prompts=["plain"])
+        monkeypatch.setattr(grid, "_hash", own)
+        (about,) = [content[0] for content in seen if isinstance(content[0], dict) and content[2:]]
+        return about
+
+    assert "optimizer" not in said(optimizer="adamw") and said()["optimizer"] == "adamw_fused"
 
 
 @pytest.mark.parametrize(

@@ -174,3 +174,26 @@ def test_runs_that_differ_have_names_that_differ() -> None:
     names = {study.strip_name(*job) for job in jobs}
     assert len(names) == len(jobs)
     assert all(name.isascii() and not set(name) & set(" ,/\\:") for name in names)
+
+
+def test_a_small_bank_s_noise_is_learnt_by_heart(tiny: Backbone) -> None:
+    """The loss falls on the pairs that were seen; without tuning none was."""
+    who = study.subject("held-out", 5)
+    config = TuningConfig(
+        image=Path("candle.png"),
+        category="candle",
+        max_train_steps=40,
+        learning_rate=3e-3,
+        prior_bank=2,
+        prior_bank_dtype="live",
+    )
+    config = study.resolve(config, tiny)
+    untuned = tiny.copy()
+    untuned.add_token(config.token, "candle")
+    before = study.noise_errors(untuned, config, who.picture)
+    assert before["loss_seen"] == pytest.approx(before["loss_new"], rel=0.1)
+    tuned = tiny.copy()
+    assert len(list(study.tune(config, tuned, who.picture))) == 40
+    after = study.noise_errors(tuned, config, who.picture)
+    assert after["loss_seen"] < 0.8 * after["loss_new"]
+    assert after["loss_seen"] < 0.8 * before["loss_seen"]

@@ -678,12 +678,13 @@ def test_8_bit_adamw_is_taken_where_it_is_installed(
     settings = config(adam_weight_decay=0.03)
     eight = run(replace(settings, optimizer="adamw8bit"), fresh(), picture)
     assert made == [{"weight_decay": 0.03}]
-    assert same(trained(eight), trained(run(settings, fresh(), picture)))
+    as_torch = replace(settings, optimizer="adamw")
+    assert same(trained(eight), trained(run(as_torch, fresh(), picture)))
 
 
 def test_fused_adamw_takes_the_same_steps(fresh: Fresh, picture: Image.Image) -> None:
-    settings = config(max_train_steps=3)
-    fused = replace(settings, optimizer="adamw_fused")
+    settings = config(max_train_steps=3, optimizer="adamw")
+    fused = config(max_train_steps=3)
     start = {f"unet.{name}": p for name, p in fresh().unet.named_parameters()}
     expected = trained(run(settings, fresh(), picture))
     states = [step.state_dict() for step in tune(fused, fresh(), picture)]

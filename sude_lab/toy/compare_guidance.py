@@ -116,7 +116,7 @@ def run_job(
         method=config.method,
         seed=job.seed,
         backbone=config.backbone,
-        **study.parse_settings(config.settings),
+        **study.STORED | study.parse_settings(config.settings),
     )
     tuning = resolve(tuning, base)
     assert tuning.weight_sude is not None

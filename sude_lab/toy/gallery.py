@@ -54,7 +54,7 @@ def gallery(config: GalleryConfig, base: Backbone, oracle: Oracle) -> Figure:
             category=who.scene.category,
             method=method,
             seed=config.seed,
-            **study.parse_settings(config.settings) | variant.settings,
+            **study.STORED | study.parse_settings(config.settings) | variant.settings,
         )
         grids: dict[str, list[Image.Image]] = {}
         told = study.tune_and_measure(

@@ -118,7 +118,8 @@ def settings_table(table: pd.DataFrame) -> pd.DataFrame:
 def banks_table(table: pd.DataFrame) -> pd.DataFrame:
     """Return a row a (method, bank): means, and paired differences from asking live, by size.
 
-    Live is the variant `sude`: pairs drawn anew in every step.
+    Live is the variant `sude`: pairs drawn anew in every step. A loss is eq. 2 after tuning: a bank
+    is too small where the model has learnt its noise by heart, and new noise costs more.
     """
     rows = []
     for row in summarize(table, against="sude").to_dict("records"):
@@ -138,6 +139,9 @@ def banks_table(table: pd.DataFrame) -> pd.DataFrame:
                 line[label] = f"{row[measure]:.3f} ({gain:+.3f} [{low:+.3f}, {high:+.3f}])"
         mine = table[(table["method"] == row["method"]) & (table["variant"] == row["variant"])]
         line["rho"] = "" if name == "plain" else f"{mine['rho'].mean():.2f}"
+        if "loss_seen" in mine:
+            line["loss on its pairs"] = f"{mine['loss_seen'].mean():.3f}" if size else ""
+            line["on new noise"] = f"{mine['loss_new'].mean():.3f}"
         line["runs"] = f"{row['subjects']} x {row['runs'] // row['subjects']}"
         order = {"plain": -1.0, "sude": math.inf}.get(name, float(size[1]) if size else 0.0)
         rows.append((row["method"], order, name, line))

@@ -28,17 +28,21 @@ import pandas as pd
 import torch
 import tyro
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
+from sude_lab.diffusion import add_noise, training_target
 from sude_lab.errors import UserError
 from sude_lab.files import atomic_write
 from sude_lab.generation import generate
+from sude_lab.losses import subject_loss
 from sude_lab.methods import get_method
+from sude_lab.prior_bank import Pairs
 from sude_lab.prompts import STRUCTURES, fill, fill_words, photo_of, with_attribute
 from sude_lab.toy import world
 from sude_lab.toy.oracle import Oracle, judge, load_oracle
-from sude_lab.tuning import Step, TuningConfig, resolve, tune, with_preset
+from sude_lab.tuning import Step, TuningConfig, picture_latents, resolve, tune, with_preset
 
 ASKS = {
     **STRUCTURES,
@@ -49,6 +53,8 @@ ASKS = {
 attribute that the one picture does not show, {background} for every background."""
 
 KEYS = ["subject", "method", "variant", "seed"]
+STORED = {"optimizer": "adamw"}
+"""What the stored numbers were made with and is no default any more; settings of a study win."""
 
 
 @dataclass(frozen=True)
@@ -171,8 +177,12 @@ def tune_and_measure(
     on_step: Callable[[Step], None] | None = None,
     grids: dict[str, list[Image.Image]] | None = None,
     asks: Sequence[str] = (),
+    errors: bool = False,
 ) -> list[dict[str, Any]]:
-    """Tune a copy of `base` on one subject, draw and judge; return the rows of `measure`."""
+    """Tune a copy of `base` on one subject, draw and judge; return the rows of `measure`.
+
+    With `errors` they have those of `noise_errors` too.
+    """
     backbone = base.copy()
     config = resolve(config, backbone)
     started, gates, rhos = time.time(), [], []
@@ -187,6 +197,8 @@ def tune_and_measure(
         "rho": float(np.mean(rhos)),
         "tuning_seconds": round(seconds, 1),
     }
+    if errors:
+        about |= noise_errors(backbone, config, who.picture)
     rows = measure(
         backbone,
         oracle,
@@ -198,6 +210,35 @@ def tune_and_measure(
         asks=asks,
     )
     return [about | row for row in rows]
+
+
+@torch.no_grad()
+def noise_errors(
+    backbone: Backbone, config: TuningConfig, picture: Image.Image, *, number: int = 256
+) -> dict[str, float]:
+    """Return the tuned model's loss of eq. 2 on the pairs of its prior bank, and on new ones.
+
+    The new ones have the bank's timesteps, and noise of their own. Where a run had no bank all are
+    new: that the two are alike then says how much chance there is in them.
+    """
+    schedule = backbone.schedule
+    mean, deviation = picture_latents(config, backbone, picture)
+    size = config.prior_bank or number
+    pairs = Pairs(mean, deviation, size, schedule.num_timesteps, config.seed)
+    others = replace(pairs, number=number, seed=config.seed + 1)
+    template = config.prompt or get_method(config.method).template
+    prompt = fill(template.replace("{category}", config.category), config.token)
+    condition = backbone.encode_prompts([prompt])
+    found: dict[str, list[Tensor]] = {"loss_seen": [], "loss_new": []}
+    for index in torch.arange(number).split(16):
+        x_0, eps, t = pairs.batch((index * size).div(number, rounding_mode="floor"))
+        new_x_0, new_eps, _ = others.batch(index)
+        for name, latent, noise in (("loss_seen", x_0, eps), ("loss_new", new_x_0, new_eps)):
+            x_t = add_noise(latent, noise, t, schedule)
+            output = backbone.predict(x_t, t, condition.expand(len(t)))
+            target = training_target(latent, noise, t, schedule)
+            found[name].append(subject_loss(output, target) / noise[0].numel())
+    return {name: round(torch.cat(values).mean().item(), 5) for name, values in found.items()}
 
 
 def describe(config: TuningConfig) -> dict[str, Any]:
@@ -236,6 +277,8 @@ class StudyConfig:
     asks: tuple[str, ...] = ()
     """What to draw in place of the tuning prompt with every attribute: P1, P2, P3, background,
     'attribute and background', or templates of that kind."""
+    errors: bool = False
+    """Judge, too, how well each tuned model predicts noise it has seen, and new noise."""
     pictures: Path | None = None
     """Folder for the first two pictures of every prompt, side by side, a WebP file a run."""
     backbone: str = EMBEDDED
@@ -307,7 +350,7 @@ def _open_models(config: StudyConfig) -> None:
 def _run_job(config: StudyConfig, job: tuple[str, str, str, int]) -> list[dict[str, Any]]:
     name, method, variant, seed = job
     who = next(s for s in (subject(config.subjects, n) for n in config.numbers) if s.name == name)
-    settings = parse_settings(config.settings) | parse_variant(variant).settings
+    settings = STORED | parse_settings(config.settings) | parse_variant(variant).settings
     preset = settings.pop("preset", "default")
     key = dict(zip(KEYS, job, strict=True))
     grids: dict[str, list[Image.Image]] = {}
@@ -328,6 +371,7 @@ def _run_job(config: StudyConfig, job: tuple[str, str, str, int]) -> list[dict[s
             num_images=config.num_images,
             grids=grids,
             asks=config.asks,
+            errors=config.errors,
         )
         if config.pictures:
             keep_strip(config.pictures / strip_name(*job), grids)
