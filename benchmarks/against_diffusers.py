@@ -17,9 +17,10 @@ logs, saves or draws pictures. There an epoch of one picture is one example, so 
 holds as many copies of it as the batch is large.
 
 "text kept" is the script with its --pre_compute_text_embeddings; "as torch chooses" is ours with
---optimizer adamw, which on a CPU is the script's loop over the tensors. "speed" is steps a second relative to the
-first side. "busy" counts the processor's time alone, which other programs on the machine disturb
-less. Shares are clocked around the parts in a block of their own, after the timed ones. """
+--optimizer adamw, which on a CPU is the script's loop over the tensors. "speed" is steps a second
+relative to the first side. "busy" counts the processor's time alone, which other programs on the
+machine disturb less. Shares are clocked around the parts in a block of their own, after the timed
+ones. """
 
 from __future__ import annotations
 

@@ -427,7 +427,7 @@ def _key(config: TuningConfig, picture: str) -> str:
     """Name a run by what it is: not by where its files lie, nor by the device it runs on."""
     where = ("image", "device", "backbone", "class_images", "more_subjects")
     # A field at its default says nothing: fields that are added later leave the names as they are.
-    # Where a default changed, its first value goes on saying nothing: a name means one thing forever.
+    # Where a default changed, its first value says nothing still: a name means the same forever.
     silent = {f.name: f.default for f in fields(config)} | {"optimizer": "adamw"}
     about = {
         f.name: getattr(config, f.name)
