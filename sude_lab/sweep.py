@@ -694,5 +694,5 @@ def _page(state: State, most: int = 8) -> str:
         pictures = sorted(folder.glob("seed-*/*.png"))[:4]
         coded = [base64.b64encode(p.read_bytes()).decode() for p in pictures]
         images = "".join(f'<img src="data:image/png;base64,{x}" height="96">' for x in coded)
-        parts.append(f"<div>{images}<br>{html.escape(words)}</div>")
+        parts.append(f"<div>{html.escape(words)}</div><div>{images}</div>")
     return "".join(parts)
