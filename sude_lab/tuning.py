@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sude_lab.backbone import Backbone, Condition, concatenate
+from sude_lab.backbone import Backbone, Condition, concatenate, hub_id
 from sude_lab.class_images import class_latents
 from sude_lab.config import PRESETS as PRESETS
 from sude_lab.config import Subject as Subject
@@ -79,7 +79,8 @@ def with_defaults(config: TuningConfig, facts: Mapping[str, Any]) -> TuningConfi
 def resolve(config: TuningConfig, backbone: Backbone) -> TuningConfig:
     """Fill every field that is None: from the backbone's own defaults, then from the method's.
 
-    `initializer` and `prompt` may stay None: the method then builds them.
+    `initializer` and `prompt` may stay None: the method then builds them. A hub id gets the commit
+    that was opened: the run stays that model's when the hub has a newer one.
 
     Raises:
         UserError: the category is one the model cannot know, or a prior bank is of no use.
@@ -90,7 +91,11 @@ def resolve(config: TuningConfig, backbone: Backbone) -> TuningConfig:
     )
     category = backbone.check_category(config.category)
     resolution = config.resolution or backbone.resolution
-    return replace(config, category=category, more_subjects=more, resolution=resolution)
+    told = hub_id(config.backbone)
+    source = f"{told[0]}@{backbone.commit}" if told and backbone.commit else config.backbone
+    return replace(
+        config, backbone=source, category=category, more_subjects=more, resolution=resolution
+    )
 
 
 @dataclass(frozen=True)

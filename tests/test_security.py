@@ -159,6 +159,17 @@ def test_a_hub_id_is_opened_at_its_revision_and_the_commit_is_kept(
     run = run_tuning(config, tmp_path / "run", **quiet)
     about = json.loads((run.folder / "environment.json").read_text())
     assert about["backbone_commit"] == OTHER
+    # The hub moves on; the run stays the model's that it was tuned on.
+    assert run.config.backbone == f"{hub}@{OTHER}"
+    main = tmp_path / "hub" / "models--someone--tiny" / "refs" / "main"
+    main.write_text(COMMIT)
+    assert open_backbone(hub, device="cpu").commit == COMMIT
+    assert Run.open(run.folder).load("cpu").commit == OTHER
+    (run.folder / "environment.json").unlink()
+    with pytest.raises(UserError, match="backbone"):
+        run_tuning(config, run.folder, resume=True, **quiet)
+    main.write_text(OTHER)
+    assert run_tuning(config, run.folder, resume=True, **quiet).config == run.config
     card = (run.folder / "README.md").read_text()
     assert f'base_model: "{hub}"' in card
     assert f'from_pretrained("{hub}", revision="{OTHER}")' in card
