@@ -233,32 +233,37 @@ def train_oracle(config: OracleConfig) -> pd.DataFrame:
     decoded = _rendered(vae, latents[:number], generator)
     truth = {k: torch.tensor([labels(s)[k] for s in scenes]) for k in HEADS}
 
-    torch.manual_seed(config.seed)
-    oracle = Oracle()
-    optimizer = torch.optim.AdamW(oracle.parameters(), lr=config.learning_rate, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.steps
-    )
-    half = config.batch_size // 2
-    with tqdm(range(config.steps), desc="oracle", unit="step") as bar:
-        for step in bar:
-            index = torch.randint(len(pictures), (half,), generator=generator)
-            again = torch.randint(number, (half,), generator=generator)
-            x = np.concatenate([pictures[index.numpy()], decoded[again.numpy()]])
-            index = torch.cat([index, again])
-            out = oracle(_disturb(dataset.to_tensor(x), generator))
-            loss = torch.stack(
-                [
-                    F.cross_entropy(out[k], truth[k][index], ignore_index=-1, label_smoothing=0.02)
-                    for k in HEADS
-                ]
-            ).sum()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if step % 20 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    with torch.random.fork_rng(devices=[]):  # dropout draws from torch's own generator
+        torch.manual_seed(config.seed)
+        oracle = Oracle()
+        optimizer = torch.optim.AdamW(
+            oracle.parameters(), lr=config.learning_rate, weight_decay=1e-2
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, config.learning_rate, total_steps=config.steps
+        )
+        half = config.batch_size // 2
+        with tqdm(range(config.steps), desc="oracle", unit="step") as bar:
+            for step in bar:
+                index = torch.randint(len(pictures), (half,), generator=generator)
+                again = torch.randint(number, (half,), generator=generator)
+                x = np.concatenate([pictures[index.numpy()], decoded[again.numpy()]])
+                index = torch.cat([index, again])
+                out = oracle(_disturb(dataset.to_tensor(x), generator))
+                loss = torch.stack(
+                    [
+                        F.cross_entropy(
+                            out[k], truth[k][index], ignore_index=-1, label_smoothing=0.02
+                        )
+                        for k in HEADS
+                    ]
+                ).sum()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                if step % 20 == 0:
+                    bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
     held = [
         world.sample_scene(random.Random(f"held-out-{config.seed}-{k}"))

@@ -272,8 +272,9 @@ def _step_generator(seed: int, step: int) -> torch.Generator:
 
 def train_vae(config: TrainConfig, pictures: Any, device: torch.device) -> AutoencoderKL:
     """Train the autoencoder with L1 + KL, return it with its averaged weights and latent scale."""
-    torch.manual_seed(config.seed)
-    vae = build_vae().to(device)
+    with torch.random.fork_rng(devices=[]):  # the seed is this function's own affair
+        torch.manual_seed(config.seed)
+        vae = build_vae().to(device)
 
     def loss_of_step(step: int) -> Tensor:
         index = _batch(len(pictures), config.vae_batch_size, config.seed, step).numpy()
@@ -382,13 +383,14 @@ def train_unet(
     device: torch.device,
 ) -> StableDiffusionPipeline:
     """Train UNet and text encoder together on the plain epsilon loss, return the whole pipeline."""
-    torch.manual_seed(config.seed + 1)
     if config.init:
         known = StableDiffusionPipeline.from_pretrained(config.init, use_safetensors=True)
         tokenizer, text_encoder, unet = known.tokenizer, known.text_encoder, known.unet
     else:
         tokenizer = build_tokenizer(config.work / "tokenizer")
-        text_encoder, unet = build_text_encoder(tokenizer), build_unet()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed + 1)
+            text_encoder, unet = build_text_encoder(tokenizer), build_unet()
     text_encoder.to(device).train()
     unet.to(device).train()
     scheduler = build_scheduler()
