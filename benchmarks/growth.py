@@ -1,15 +1,16 @@
 """How time and memory grow: with the picture, the batch, the number of prompts and of pictures.
 
-    python benchmarks/growth.py --out data/results      # growth.csv and growth.png, a few minutes
+    python benchmarks/growth.py --out data/results      # growth.csv and growth.png, 15 minutes
     python benchmarks/growth.py --redraw data/results   # the figure again, from growth.csv
 
 On the included model. Every point is measured in a process of its own, so that its peak memory is
 its own (forked where nothing has been computed yet, which saves the imports; Linux and macOS); from
-that is taken what the process held when the model was open and nothing had been done. Times are
-medians of `--repeats` after one that does not count. On a CPU the processor's own time is plotted,
-which other programs disturb less (growth.csv has the time on the clock, too); on a CUDA card the
-time on the clock. Exponents p of y ~ x^p are fitted to the three largest x, where what does not
-grow matters least.
+that is taken what the process held when the model was open and nothing had been done. All points
+take turns for `--rounds` rounds, so that a machine that grows slower meanwhile bends no line; in a
+round a point's time is the median of `--repeats` after one that does not count, and what is told is
+the median over the rounds. On a CPU one thread's own time is plotted, which other programs disturb
+less (growth.csv has the time on the clock, too); on a CUDA card the time on the clock. Exponents p
+of y ~ x^p are fitted to the three largest x, where what does not grow matters least.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from tqdm.auto import tqdm
 
 from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
 from sude_lab.files import atomic_write
@@ -52,6 +54,12 @@ TUNING: dict[str, dict[str, Any]] = {"plain": {"weight_sude": 0.0}, "SuDe": {}}
 COLOURS = ("#777777", "#c2410c")
 
 
+class Bar(tqdm):
+    """A progress bar without a watching thread, which a fork would lose with its locks held."""
+
+    monitor_interval = 0
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """What to measure."""
@@ -69,7 +77,10 @@ class Benchmark:
     """classify: pairs of t and noise a prompt."""
     num_inference_steps: int = 5
     """generate: steps of the sampler; 20 are usual for the included model."""
+    rounds: int = 7
     repeats: int = 3
+    threads: int = 1
+    """More than one wait for each other, which counts as the processor's time, too."""
     device: Literal["cpu", "cuda"] = "cpu"
 
 
@@ -160,35 +171,33 @@ def variants(panel: str) -> tuple[str, str]:
     return ("all to the end", "pruned") if panel == "prompts" else ("a prompt each", "one prompt")
 
 
-def rows(args: Benchmark) -> Iterator[dict[str, Any]]:
-    """Measure point after point, each in a process of its own."""
-    threads = torch.get_num_threads()
+def rows(args: Benchmark) -> pd.DataFrame:
+    """Measure point after point, each in a process of its own, and that for some rounds."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)  # OpenMP's threads do not come along into a fork: none may run here
     open_backbone(args.backbone, device="cpu")  # imports what the children need
 
     def child(answer: Any, panel: str, variant: str, x: int) -> None:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(args.threads)
         answer.send(measure(args, panel, variant, x))
 
     fork = multiprocessing.get_context("fork")
-    for panel in PANELS:
-        for variant in variants(panel):
-            for x in getattr(args, panel):
-                here, there = fork.Pipe(duplex=False)
-                process = fork.Process(target=child, args=(there, panel, variant, x))
-                process.start()
-                there.close()
-                try:
-                    found = here.recv()
-                except EOFError:
-                    sys.exit(
-                        f"{panel}, {variant}, {x}: the process ended; its reason stands above."
-                    )
-                process.join()
-                yield {"panel": panel, "variant": variant, "x": x, "device": args.device} | {
-                    key: round(value, 5) for key, value in found.items()
-                }
-    torch.set_num_threads(threads)
+    points = [(p, v, x) for p in PANELS for v in variants(p) for x in getattr(args, p)]
+    found = []
+    for panel, variant, x in Bar(points * args.rounds, desc="growth", unit="point"):
+        here, there = fork.Pipe(duplex=False)
+        process = fork.Process(target=child, args=(there, panel, variant, x))
+        process.start()
+        there.close()
+        try:
+            numbers = here.recv()
+        except EOFError:
+            sys.exit(f"{panel}, {variant}, {x}: the process ended; its reason stands above.")
+        process.join()
+        found.append({"panel": panel, "variant": variant, "x": x, "device": args.device} | numbers)
+    torch.set_num_threads(before)
+    point = ["panel", "variant", "x", "device"]
+    return pd.DataFrame(found).groupby(point, sort=False).median().round(5).reset_index()
 
 
 def exponent(x: Any, y: Any, last: int = 3) -> float:
@@ -245,26 +254,23 @@ def draw(folder: Path) -> None:
 
 
 def main(args: Benchmark) -> None:
-    """Print the rows as CSV as they come, and write table and figure."""
+    """Print the table, and write it and its figure."""
     if args.redraw is not None:
         draw(args.redraw)
         return
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
     print(
-        f"{args.backbone}, {device or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, medians of {args.repeats}",
+        f"{args.backbone}, {device or platform.machine()}, threads: {args.threads}, "
+        f"torch {torch.__version__}, medians of {args.rounds} rounds of {args.repeats}",
         flush=True,
     )
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as it would say itself after a fork
-    found = []
-    for row in rows(args):
-        line = pd.DataFrame([row]).to_csv(index=False, header=not found)
-        print(line, end="", flush=True)
-        found.append(row)
+    table = rows(args)
+    print(table.to_string(index=False))
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         with atomic_write(args.out / "growth.csv") as path:
-            pd.DataFrame(found).to_csv(path, index=False)
+            table.to_csv(path, index=False)
         draw(args.out)
 
 
