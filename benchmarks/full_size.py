@@ -282,7 +282,7 @@ def kept_rows(folder: Path | None) -> dict[tuple[Any, ...], dict[str, Any]]:
     if folder is None or not (folder / "full_size.csv").is_file():
         return {}
     table = pd.read_csv(folder / "full_size.csv", keep_default_na=False, na_values=[""])
-    table["note"] = table["note"].fillna("")
+    table["note"] = table["note"].astype(object).fillna("")
     return {tuple(row[key] for key in KEYS): row for row in table.to_dict("records")}
 
 
