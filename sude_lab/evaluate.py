@@ -307,7 +307,10 @@ def settings_and_variants(configs: Sequence[TuningConfig]) -> list[tuple[str, st
         family = [c for c in configs if c.method == method]
         names = [f.name for f in fields(TuningConfig)]
         general[method] = _varying(family, [n for n in names if n not in _NOT_SETTINGS])
-        steered[method] = _varying([c for c in family if c.weight_sude], _SUDE)
+        # Where plain runs were tuned with several banks, each is compared with its own kind.
+        general[method] += _varying([c for c in family if not c.weight_sude], ["prior_bank"])
+        names = [n for n in _SUDE if n not in general[method]]
+        steered[method] = _varying([c for c in family if c.weight_sude], names)
     several = len({c.backbone for c in configs}) > 1
     found = []
     for c in configs:

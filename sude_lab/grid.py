@@ -392,7 +392,8 @@ def _config(given: dict[str, Any], factor: float) -> tuple[TuningConfig, float]:
         config = replace(config, weight_sude=usual.weight_sude * factor)
     config = with_defaults(config, facts)
     if not config.with_sude:
-        apart = ("prior", "weighting", "truncate", "truncate_at", *_BANK)
+        # The bank's pairs stay: without SuDe a run draws the samples that its like with SuDe draws.
+        apart = ("prior", "weighting", "truncate", "truncate_at", "prior_bank_dtype")
         config = replace(config, **{name: getattr(usual, name) for name in apart})
     elif not config.truncate:
         config = replace(config, truncate_at=usual.truncate_at)

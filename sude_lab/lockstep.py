@@ -6,7 +6,8 @@
 
 Members with one seed draw the same latents, noise and t, so that much of their work is one work:
 
-- the two predictions of the frozen classifier (eq. 7) are made once, not once a member;
+- the two predictions of the frozen classifier (eq. 7) are made once, not once a member, or taken
+  from a prior bank;
 - what the UNet does before its first attention depends on x_t and t alone: it is done once, for
   the classifier and for all members, and its rows are repeated where the prompts come in;
 - the subject's predictions are one batch. Frozen weights multiply the rows of all members at once;
@@ -43,6 +44,7 @@ from sude_lab.regularizer import SudeTerms, sude_terms
 from sude_lab.tuning import (
     Step,
     TuningConfig,
+    _banks,
     _Batch,
     _check_finite,
     _conditions,
@@ -56,6 +58,8 @@ from sude_lab.tuning import (
 
 MAY_DIFFER = ("weight_sude", "truncate", "truncate_at", "weighting", "monitor_sude")
 """The settings in which members may differ: those of SuDe that change no weight and no draw."""
+PRIOR = ("prior", "prior_bank_dtype")
+"""Who is asked, and how that is kept: one for all members with SuDe; nothing to those without."""
 
 
 def check_together(configs: Sequence[TuningConfig]) -> None:
@@ -69,7 +73,7 @@ def check_together(configs: Sequence[TuningConfig]) -> None:
         raise UserError("There is nothing to tune together: give at least one configuration.")
     first = next((c for c in configs if c.with_sude), configs[0])
     for other in configs:
-        unsaid = (*MAY_DIFFER, *(() if other.with_sude else ("prior",)))  # no SuDe, no prior
+        unsaid = (*MAY_DIFFER, *(() if other.with_sude else PRIOR))
         for f in fields(TuningConfig):
             if f.name not in unsaid and getattr(first, f.name) != getattr(other, f.name):
                 raise UserError(
@@ -86,7 +90,6 @@ def check_together(configs: Sequence[TuningConfig]) -> None:
         )
     unfit = {
         "--prior-loss-weight above 0": bool(first.prior_loss_weight),
-        "--prior-bank": bool(first.prior_bank),
         f"--optimizer {first.optimizer}": first.optimizer == "adamw8bit",
         "--dtype float16": first.dtype == "float16",
     }
@@ -159,6 +162,8 @@ def _tune_together(
     assert config.max_train_steps is not None and config.train_batch_size is not None
     schedule, device, size = backbone.schedule, backbone.device, config.train_batch_size
     latents = [picture_latents(config, backbone, picture) for picture in pictures]
+    asks = next((own for own in configs if own.with_sude), config)
+    banks = _banks(asks, backbone, pictures, latents)
     with torch.no_grad():
         fixed = _conditions(backbone, config)
     kind = get_method(config.method)
@@ -174,7 +179,8 @@ def _tune_together(
     while number <= config.max_train_steps:
         stack.warm(min(1.0, number / max(1, config.lr_warmup_steps)))
         generator = step_generator(config.seed, number)
-        whole = _draw(latents, size * accumulate, schedule.num_timesteps, generator)
+        rows = size * accumulate
+        whole = _draw(latents, banks, rows, schedule.num_timesteps, generator)
         stack.optimizer.zero_grad(set_to_none=True)
         seen = []
         for k in range(accumulate):
@@ -317,7 +323,10 @@ def _losses(
     # The classifier first: gradient checkpointing computes the subject's part anew, as it was left.
     asked = [k for k in members if configs[k].with_sude]
     priors: dict[int, tuple[Tensor, Tensor]] = {}
-    if asked:
+    if batch.prior is not None:  # known from the bank
+        uncond, category = batch.prior.unbind(1)
+        priors = dict.fromkeys(asked, (uncond, category))
+    elif asked:
         null, classes = fixed
         pair = concatenate([null.expand(size), classes[batch.which]])
         with torch.no_grad():

@@ -21,7 +21,7 @@ batches to rounding.
 
 Banks lie in the cache (`class_images.cache_folder`), named by a hash of all that they follow from:
 weights, schedule, picture, prompts, seed, number, precision. Runs that differ in anything else
-(method, w_s, learning rates) share one.
+(method, w_s, learning rates) share one, and so do members of a lockstep.
 """
 
 from __future__ import annotations
@@ -129,8 +129,10 @@ def open_bank(
 ) -> PriorBank:
     """Read the bank of a picture and its category from the cache; build it where it is not there.
 
-    Who comes second waits for who builds it. A file that is damaged is told, and built anew. The
-    backbone must be as it was opened: no adapters, no new words.
+    Without SuDe nothing is asked, and nothing kept: the pairs alone, so that a plain run sees the
+    samples that its like with SuDe sees. Who comes second waits for who builds it. A file that is
+    damaged is told, and built anew. The backbone must be as it was opened: no adapters, no new
+    words.
 
     Args:
         config: The run's settings, resolved: `prior_bank` pairs in `prior_bank_dtype`.
@@ -145,7 +147,7 @@ def open_bank(
     mean, deviation = latents
     schedule = backbone.schedule
     pairs = Pairs(mean, deviation, config.prior_bank, schedule.num_timesteps, config.seed)
-    if config.prior_bank_dtype == "live":
+    if config.prior_bank_dtype == "live" or not config.with_sude:
         return PriorBank(pairs, {})
     about = _about(config, backbone, category, picture)
     path = cache_folder() / "prior_banks" / f"{_hash(about)[:16]}.safetensors"

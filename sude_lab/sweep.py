@@ -54,7 +54,7 @@ from sude_lab.files import (
     remove_partials,
 )
 from sude_lab.grid import Job, Plan, is_known, kind_of, make_plan, read_grid
-from sude_lab.lockstep import MAY_DIFFER, check_together, feed
+from sude_lab.lockstep import MAY_DIFFER, PRIOR, check_together, feed
 from sude_lab.reading import read_json
 from sude_lab.runs import CONFIG, ENVIRONMENT, Run, run_tuning
 from sude_lab.tuning import Step, TuningConfig
@@ -181,12 +181,13 @@ def _tune_and_judge(
 
 def lockstep_groups(jobs: Sequence[Job], most: int) -> list[list[Job]]:
     """Return those of the runs that can be tuned together, `most` at once, in their order."""
-    usual = {name: getattr(TuningConfig, name) for name in (*MAY_DIFFER, "prior")}
+    usual = {name: getattr(TuningConfig, name) for name in (*MAY_DIFFER, *PRIOR)}
     alike: dict[Any, dict[Any, list[Job]]] = {}
     order = {job.key: number for number, job in enumerate(jobs)}
     for job in jobs:
         priors = alike.setdefault(replace(job.config, **usual), {})
-        priors.setdefault(job.config.prior if job.config.with_sude else None, []).append(job)
+        asked = tuple(getattr(job.config, name) for name in PRIOR)
+        priors.setdefault(asked if job.config.with_sude else None, []).append(job)
     groups = []
     for priors in alike.values():
         plain = priors.pop(None, [])  # without SuDe the prior says nothing: they go with the first

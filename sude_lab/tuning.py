@@ -68,7 +68,7 @@ def with_defaults(config: TuningConfig, facts: Mapping[str, Any]) -> TuningConfi
     }
     config = replace(config, **missing)
     moves = config.prior == "current" and not get_method(config.method).keeps_prior
-    if _with_bank(config) and moves:
+    if config.prior_bank and config.with_sude and moves:
         raise UserError(
             "--prior-bank keeps what the model says before tuning, and --prior current asks it as "
             "it is by then: use --prior pretrained, or leave --prior-bank out."
@@ -222,13 +222,8 @@ def _tune(
     latents = [picture_latents(config, backbone, picture) for picture in pictures]
     with torch.no_grad():
         fixed = _conditions(backbone, config)
-    banks: list[PriorBank] = []
-    if _with_bank(config):
-        with processes.in_turn():  # the first one builds, the others find it built
-            banks = [
-                open_bank(config, backbone, s.category, picture, latent)
-                for s, picture, latent in zip(config.subjects, pictures, latents, strict=True)
-            ]
+    with processes.in_turn():  # the first one builds, the others find it built
+        banks = _banks(config, backbone, pictures, latents)
     regularized = None
     if config.prior_loss_weight:
         with processes.in_turn():  # the first one draws, the others find them drawn
@@ -304,10 +299,7 @@ def _tune(
         # Everything random is drawn on the CPU, for all processes alike: the same numbers on every
         # device, and one process with the whole batch takes the same step as many with their parts.
         rows = size * accumulate * processes.number
-        if banks:
-            whole = _draw_pairs(banks, rows, generator)
-        else:
-            whole = _draw(latents, rows, schedule.num_timesteps, generator)
+        whole = _draw(latents, banks, rows, schedule.num_timesteps, generator)
         if regularized is not None:
             whole = _draw_class_images(whole, regularized, generator)
         mine = whole.rows(processes.part(len(whole.t)))
@@ -369,9 +361,19 @@ def _check_finite(number: int, t: Tensor, values: Tensor, what: str = "loss") ->
         )
 
 
-def _with_bank(config: TuningConfig) -> bool:
-    """Whether samples are drawn from a bank's pairs: without SuDe there is nothing to save."""
-    return config.prior_bank > 0 and config.with_sude
+def _banks(
+    config: TuningConfig,
+    backbone: Backbone,
+    pictures: list[Image.Image],
+    latents: list[tuple[Tensor, Tensor]],
+) -> list[PriorBank]:
+    """Return the prior bank of every subject; none where a step draws its samples anew."""
+    if not config.prior_bank:
+        return []
+    return [
+        open_bank(config, backbone, subject.category, picture, latent)
+        for subject, picture, latent in zip(config.subjects, pictures, latents, strict=True)
+    ]
 
 
 def _sude(
@@ -506,9 +508,18 @@ def picture_latents(
 
 
 def _draw(
-    latents: list[tuple[Tensor, Tensor]], size: int, num_timesteps: int, generator: torch.Generator
+    latents: list[tuple[Tensor, Tensor]],
+    banks: list[PriorBank],
+    size: int,
+    num_timesteps: int,
+    generator: torch.Generator,
 ) -> _Batch:
-    """Draw latents of the subjects' pictures (B, C, h, w), noise of that shape, and t (B,)."""
+    """Draw latents of the subjects' pictures (B, C, h, w), noise of that shape, and t (B,).
+
+    Where there are banks, their pairs, each as likely as any other, with what is kept of them.
+    """
+    if banks:
+        return _draw_pairs(banks, size, generator)
     means = torch.stack([mean for mean, _ in latents])
     deviations = torch.stack([std for _, std in latents])
     which = torch.zeros(size, dtype=torch.long)
@@ -523,7 +534,6 @@ def _draw(
 
 
 def _draw_pairs(banks: list[PriorBank], size: int, generator: torch.Generator) -> _Batch:
-    """Draw pairs of the subjects' banks, each as likely as any other, with what is kept of them."""
     which = torch.zeros(size, dtype=torch.long)
     if len(banks) > 1:
         which = torch.randint(len(banks), (size,), generator=generator)

@@ -130,6 +130,32 @@ def test_it_works_with_gradient_checkpointing_and_a_mirrored_picture(
         assert_same(ours, [seen(step) for step in tune(member, fresh(), picture)])
 
 
+BANKS: dict[str, dict[str, Any]] = {
+    "half": METHODS["lora"] | {"prior_bank": 6},
+    "whole": METHODS["textual_inversion"] | {"prior_bank": 6, "prior_bank_dtype": "float32"},
+    "live": METHODS["lora and word"] | {"prior_bank": 6, "prior_bank_dtype": "live"},
+    "moving": METHODS["textual_inversion"] | {"prior_bank": 6, "prior": "current"},
+}
+
+
+@pytest.mark.parametrize("settings", BANKS.values(), ids=BANKS)
+def test_they_take_their_samples_and_the_prior_from_a_bank(
+    settings: dict[str, Any],
+    fresh: Fresh,
+    picture: Image.Image,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SUDE_LAB_CACHE", str(tmp_path))
+    how = settings | {"gradient_accumulation_steps": 2}
+    members = [config(**how, **own) for own in uses_of_sude(settings)]
+    rows = together(members, fresh(), picture)
+    for member, ours in zip(members, rows, strict=True):
+        assert_same(ours, [seen(step) for step in tune(member, fresh(), picture)])
+    # The one without SuDe sees the samples of the others.
+    assert all(torch.equal(a.t, b.t) for (a, _), (b, _) in zip(rows[0], rows[1], strict=True))
+
+
 def test_several_subjects_are_one_run_each(fresh: Fresh, picture: Image.Image) -> None:
     both = [picture, picture.transpose(Image.Transpose.ROTATE_90)]
     more = config(
@@ -140,9 +166,11 @@ def test_several_subjects_are_one_run_each(fresh: Fresh, picture: Image.Image) -
         assert_same(ours, [seen(step) for step in tune(member, fresh(), both)])
 
 
+@pytest.mark.parametrize("pairs", [0, 6])
 def test_the_frozen_model_is_asked_once_and_the_first_layers_run_once(
-    fresh: Fresh, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+    pairs: int, fresh: Fresh, picture: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("SUDE_LAB_CACHE", str(tmp_path))
     calls: list[tuple[int, bool]] = []
     first: list[int] = []
     original = lockstep._JointModel.predict
@@ -161,9 +189,11 @@ def test_the_frozen_model_is_asked_once_and_the_first_layers_run_once(
         return original(self, condition, members)
 
     monkeypatch.setattr(lockstep._JointModel, "predict", predict)
-    members = [config(weight_sude=w, max_train_steps=2) for w in (0.0, 0.5, 1.0, 2.0, 4.0)]
+    usual = config(prior_bank=pairs, max_train_steps=2)
+    members = [replace(usual, weight_sude=w) for w in (0.0, 0.5, 1.0, 2.0, 4.0)]
     together(members, fresh(), picture)
-    assert calls == [(2 * 3, False), (5 * 3, True)] * 2
+    asked = [] if pairs else [(2 * 3, False)]  # a bank has been asked before
+    assert calls == [*asked, (5 * 3, True)] * 2
     assert first == [3, 3]
 
 
@@ -329,5 +359,9 @@ def test_members_differ_in_their_use_of_sude_alone(tiny: Backbone) -> None:
         with pytest.raises(UserError, match=f"differ in {name}"):
             check_together([one, replace(one, **{name: value})])
     check_together([one, replace(one, weight_sude=3.0, truncate=False, weighting="simple")])
+    with pytest.raises(UserError, match="differ in prior_bank_dtype"):
+        check_together([one, replace(one, prior_bank_dtype="float32")])
+    nobody = replace(one, weight_sude=0.0, prior="current", prior_bank_dtype="float32")
+    check_together([one, nobody])
     with pytest.raises(UserError, match="nothing to tune together"):
         check_together([])

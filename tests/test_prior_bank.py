@@ -539,15 +539,18 @@ def test_a_number_of_pairs_below_nothing_is_refused() -> None:
         config(prior_bank=-1)
 
 
-def test_without_sude_there_is_nothing_to_keep(
-    fresh: Fresh, picture: Image.Image, built: list[str]
+def test_without_sude_the_pairs_are_the_same_and_nothing_is_kept(
+    fresh: Fresh, picture: Image.Image, built: list[str], cache: Path
 ) -> None:
-    plain = run(config(weight_sude=0.0, prior_bank=0), fresh(), picture)
-    for a, b in zip(plain, run(config(weight_sude=0.0), fresh(), picture), strict=True):
-        assert torch.equal(a.loss_subject, b.loss_subject)
-    assert not built
+    """So that a sweep over w_s, its 0 too, tunes on the same samples."""
+    plain = run(config(weight_sude=0.0), fresh(), picture)
+    assert not built and not cache.exists()
     watched = run(config(weight_sude=0.0, monitor_sude=True), fresh(), picture)
     assert built == ["dog"] and all(math.isfinite(s.row()["rho"]) for s in watched)
+    for a, b in zip(plain, watched, strict=True):
+        assert torch.equal(a.t, b.t) and torch.equal(a.loss_subject, b.loss_subject)
+    anew = run(config(weight_sude=0.0, prior_bank=0), fresh(), picture)
+    assert not any(torch.equal(a.t, b.t) for a, b in zip(plain, anew, strict=True))
 
 
 # --- in a grid -----------------------------------------------------------------------------------
@@ -571,8 +574,10 @@ def test_the_number_of_pairs_is_part_of_a_run_and_their_place_is_not(
     assert with_bank[:1] == without and len(set(with_bank)) == 3
     monkeypatch.setenv("SUDE_LAB_CACHE", str(tmp_path / "elsewhere"))
     assert keys(settings={"prior_bank": [0, 8, 16]}) == with_bank
-    # Where there is no bank, neither its precision nor, without SuDe, its size says anything.
+    # Where there is no bank, or nobody who asks it, its precision says nothing.
     assert keys(settings={"prior_bank_dtype": ["float16", "live"]}) == without
-    assert keys(w_s=0, settings={"prior_bank": [0, 8]}) == keys(w_s=0)
+    assert len(keys(w_s=0, settings={"prior_bank": [0, 8]})) == 2  # other samples
+    dtypes = {"prior_bank": 8, "prior_bank_dtype": ["float16", "live"]}
+    assert len(keys(w_s=0, settings=dtypes)) == 1
     with pytest.raises(UserError, match="leave --prior-bank out"):
         keys(prior="current", settings={"prior_bank": 8})

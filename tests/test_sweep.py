@@ -634,6 +634,12 @@ def test_lockstep_groups_differ_in_their_use_of_sude_alone(tmp_path: Path) -> No
         for prior, weights in (("pretrained", [0.0, 1.0, 2.0]), ("current", [1.0, 2.0]))
     )
     assert max(map(len, room.lockstep_groups(jobs, 2))) == 2
+    # From a bank: the run without SuDe, whose samples are the same, goes with the others.
+    banks = {"prior_bank": 8, "prior_bank_dtype": ["float32", "live"], "train": "lora"}
+    grid = write_grid(tmp_path, w_s=[0, 1, 2], methods=["textual_inversion"], settings=banks)
+    jobs = make_plan(read_grid(grid), tmp_path / "out").jobs
+    told = [[j.config.weight_sude for j in group] for group in room.lockstep_groups(jobs, 5)]
+    assert told == [[0.0, 1.0, 2.0], [1.0, 2.0]]
     with pytest.raises(UserError, match="--lockstep"):
         sweep(grid, tmp_path / "out", lockstep=0)
     with pytest.raises(UserError, match="not for --cluster"):
