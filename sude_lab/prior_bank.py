@@ -199,7 +199,9 @@ def _build(
             uncond.append(no_condition.half() if half else no_condition)
             second.append((said - no_condition).half() if half else said)
             bar.update(len(index))
-    return {"uncond": torch.cat(uncond), "direction" if half else "category": torch.cat(second)}
+    kept = {"uncond": uncond, "direction" if half else "category": second}
+    # A UNet in channels_last answers so, and safetensors takes what is contiguous alone.
+    return {name: torch.cat(rows).contiguous() for name, rows in kept.items()}
 
 
 def _about(

@@ -237,6 +237,23 @@ def test_sude_is_one_more_call_of_the_unet_and_none_with_a_bank(
     assert calls(prior="pretrained", prior_bank_dtype="live") == [subject, both]
 
 
+def test_a_model_in_channels_last_is_kept_as_any_other(fresh: Fresh, picture: Image.Image) -> None:
+    for dtype in ("float16", "float32"):
+        backbone = fresh()
+        backbone.unet.to(memory_format=torch.channels_last)
+        bank = bank_of(config(prior_bank_dtype=dtype, seed=7), backbone, picture)
+        index = torch.arange(len(bank))
+        live = prior_bank.ask(
+            backbone,
+            bank.pairs,
+            index,
+            backbone.null_condition(),
+            backbone.encode_prompts(["photo of a dog"]),
+        )
+        found = bank.outputs(index)
+        torch.testing.assert_close(found, live, rtol=1e-2, atol=1e-2)
+
+
 def test_with_a_bank_no_copy_of_the_model_is_kept(fresh: Fresh, picture: Image.Image) -> None:
     for dtype, kept in (("float16", False), ("float32", False), ("live", True)):
         steps = run(config(prior_bank_dtype=dtype, max_train_steps=1), fresh(), picture)
