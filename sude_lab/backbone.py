@@ -354,9 +354,16 @@ class Backbone:
         """Return the end of a prompt, which the text encoder does not read; "": it reads all.
 
         Raises:
-            UserError: one of the subjects' `tokens` stands there, so that nobody asks for it.
+            UserError: one of the subjects' `tokens` stands there, or the tokenizer does not see it
+                in the prompt, so that nobody asks for it.
         """
         ids = self.tokenizer(self.pipeline.maybe_convert_prompt(prompt, self.tokenizer)).input_ids
+        for token in tokens:
+            if token in prompt and self.tokenizer.convert_tokens_to_ids(token) not in ids:
+                raise UserError(
+                    f"The model's tokenizer reads {prompt[:80]!r} without {token}: put spaces "
+                    "around it, or tune with a token of another make, like <sks>."
+                )
         most = self.tokenizer.model_max_length
         if len(ids) <= most:
             return ""
@@ -600,6 +607,8 @@ def quiet() -> Iterator[None]:
 
 
 def _check_source(folder: str) -> None:
+    if not folder.strip():
+        raise UserError("--backbone is empty: name a pipeline folder, a hub id, or embedded.")
     path = Path(folder)
     if is_file(path):
         raise UserError(f"{folder} is a file: --backbone takes a pipeline folder or a hub id.")
@@ -628,6 +637,12 @@ def _check_source(folder: str) -> None:
             raise UserError(
                 f"{index} takes its {part} from {str(value)[:80]}: only classes of diffusers and "
                 "transformers are opened."
+            )
+        # An AutoTokenizer, say, would read in the folder which code of its own it is to run.
+        if isinstance(value, list) and re.match("Auto(?!encoder)", str(value[1])):
+            raise UserError(
+                f"{index} takes its {part} from {str(value[1])[:80]}: name the class itself, as "
+                "diffusers' save_pretrained does."
             )
     # Looked for here, because transformers makes an empty tokenizer where there is none.
     parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]

@@ -80,7 +80,13 @@ def drawn_class_images(
         except UserError:
             if not folder.is_dir():  # else another run drew the same pictures at the same time
                 raise
-    return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
+    try:
+        return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow's words for damaged pictures
+        raise UserError(
+            f"The class images in {folder} are damaged ({error}): delete the folder, and they are "
+            "drawn again."
+        ) from error
 
 
 @torch.no_grad()

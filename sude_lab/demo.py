@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +19,8 @@ from sude_lab.backbone import open_backbone
 from sude_lab.errors import UserError
 from sude_lab.files import atomic_write
 from sude_lab.metrics import MEASURES, bootstrap_interval
-from sude_lab.runs import ENVIRONMENT, Run, run_tuning
+from sude_lab.reading import read_json
+from sude_lab.runs import CONFIG, ENVIRONMENT, Run, _read_config, run_tuning
 from sude_lab.toy import study
 from sude_lab.toy.oracle import load_oracle
 from sude_lab.tuning import TuningConfig, resolve
@@ -60,13 +60,30 @@ def run_demo(
     base.check_category(category)
     who = study.subject("demo", seed, category)
     picture = out / "subject.png"
+    variants = [study.PLAIN, study.SUDE, *([study.NO_TRUNCATION] if truncation else [])]
+    configs = {
+        variant.name: TuningConfig(
+            image=picture,
+            category=category,
+            method=method,
+            seed=seed,
+            max_train_steps=max_train_steps,
+            monitor_sude=True,
+            **variant.settings,
+        )
+        for variant in variants
+    }
+    folders = {name: out / "runs" / name.replace(", ", "-").replace(" ", "-") for name in configs}
+    for name, folder in folders.items():  # before anything there is changed
+        before = folder / CONFIG
+        if before.is_file() and _read_config(before) != resolve(configs[name], base):
+            raise UserError(f"{out} holds a demo of other settings: choose another --out.")
     with atomic_write(picture) as path:
         who.picture.save(path)
 
     grids: Grids = {}
     rows: list[dict[str, Any]] = []
     runs: dict[str, Run] = {}
-    variants = [study.PLAIN, study.SUDE, *([study.NO_TRUNCATION] if truncation else [])]
     grids[UNTUNED] = {}
     about = {"subject": who.name, "variant": UNTUNED, "category": category, "seed": seed}
     rows += [
@@ -76,22 +93,11 @@ def run_demo(
         )
     ]
     for variant in variants:
-        config = TuningConfig(
-            image=picture,
-            category=category,
-            method=method,
-            seed=seed,
-            max_train_steps=max_train_steps,
-            monitor_sude=True,
-            **variant.settings,
-        )
-        folder = out / "runs" / variant.name.replace(", ", "-").replace(" ", "-")
+        config, folder = configs[variant.name], folders[variant.name]
         backbone = base.copy()
         unfinished = folder.is_dir() and not (folder / ENVIRONMENT).is_file()
         if (folder / ENVIRONMENT).is_file():
             runs[variant.name] = Run.open(folder)
-            if runs[variant.name].config != resolve(config, base):
-                raise UserError(f"{out} holds a demo of other settings: choose another --out.")
             backbone = runs[variant.name].load()
         else:
             runs[variant.name] = run_tuning(
@@ -224,7 +230,7 @@ def report(
                 "seed",
             )
         }
-        | {"seconds": json.loads((run.folder / ENVIRONMENT).read_text())["seconds"]}
+        | {"seconds": _seconds(run)}
         for name, run in runs.items()
     }
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
@@ -246,6 +252,16 @@ def report(
         version=e(__version__),
         method=e(next(iter(runs.values())).config.method),
     )
+
+
+def _seconds(run: Run) -> Any:
+    try:
+        return read_json(run.folder / ENVIRONMENT)["seconds"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{run.folder / ENVIRONMENT} is damaged: delete the folder {run.folder}, and the demo "
+            "tunes it anew."
+        ) from error
 
 
 def _png(image: Image.Image) -> str:

@@ -22,6 +22,7 @@ import yaml
 from sude_lab.backbone import data_folder
 from sude_lab.errors import UserError
 from sude_lab.prompts import PLACEHOLDER, Prompt, caption
+from sude_lab.reading import read_text
 
 FILE = "prompts_and_classes.txt"
 ONE_SHOT = "00.jpg"
@@ -104,7 +105,7 @@ def load_dreambench(folder: Path | str) -> DreamBench:
         )
     # Every part begins with its title; of the lists of prompts, which are Python, the texts are
     # read.
-    text = (found / FILE).read_text(encoding="utf-8")
+    text = read_text(found / FILE, str(found / FILE), "a clone of the DreamBooth data set")
     parts = re.split(r"^(?:Object|Live Subject) Prompts\s*$", text, flags=re.M)
     if len(parts) != 3:
         raise UserError(f"{found / FILE} is not the data set's own: it must have two prompt lists.")

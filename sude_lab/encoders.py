@@ -138,6 +138,8 @@ class Encoder:
         self.model = model.eval().requires_grad_(False).to(device)
         self.identity, self.device, self.dtype = identity, device, dtype
         side = getattr(model.config, "vision_config", model.config).image_size
+        if not isinstance(side, int):
+            raise UserError(f"The encoder's image_size is {side!r}: it must be one whole number.")
         self.preprocessing = pinned.preprocessing
         if side < self.preprocessing.side:
             self.preprocessing = self.preprocessing.at(side)
@@ -215,7 +217,7 @@ def _unit(features: Tensor) -> Tensor:
 def _read_vector(path: Path) -> np.ndarray | None:
     try:
         return np.load(path, allow_pickle=False)
-    except (OSError, ValueError):  # not there, or damaged: it is computed
+    except (OSError, ValueError, EOFError):  # not there, or damaged: it is computed
         return None
 
 
@@ -303,7 +305,9 @@ def _load(pinned: Pinned, folder: Path | None) -> tuple[Any, Any]:
 
     source = pinned.source if folder is None else str(folder)
     revision = {"revision": pinned.revision} if folder is None else {}
-    kind = AutoConfig.from_pretrained(source, **revision).model_type
+    # Said, because unsaid means: ask at the terminal whether to run code that the folder brings.
+    known: dict[str, Any] = revision | {"trust_remote_code": False}
+    kind = AutoConfig.from_pretrained(source, **known).model_type
     if kind != pinned.model_type:
         # Another class would load, with random weights for all that it lacks.
         raise UserError(f"{source} holds a {kind} model: this encoder is a {pinned.model_type}.")
@@ -328,7 +332,7 @@ def _load(pinned: Pinned, folder: Path | None) -> tuple[Any, Any]:
             f"{source} lacks {len(missing)} of the encoder's tensors ({missing[0]}, ...): "
             "take the whole model."
         )
-    tokenizer = AutoTokenizer.from_pretrained(source, **revision) if pinned.max_words else None
+    tokenizer = AutoTokenizer.from_pretrained(source, **known) if pinned.max_words else None
     return model, tokenizer
 
 

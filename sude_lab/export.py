@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -112,6 +113,13 @@ def _drawing_lines(config: TuningConfig, backbone: Backbone, prompt: str) -> lis
     ]
 
 
+def _code(text: str) -> str:
+    """Return a text as code in Markdown: between more backticks than it has in a row."""
+    text = " ".join(text.split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
+
+
 def _base(config: TuningConfig) -> str:
     # The path of the embedded model differs from machine to machine: in a clone it is this one.
     return "data/embedded" if config.backbone == EMBEDDED else config.backbone
@@ -163,7 +171,7 @@ def model_card(
         *(["- lora"] if lora and not pipeline else []),
         "---",
     ]
-    names = ", ".join(f"`{s.token}` (a {s.category})" for s in config.subjects)
+    names = ", ".join(f"{_code(s.token)} (a {s.category})" for s in config.subjects)
     paper = _PAPERS.get(config.method, config.method)
     sude = (
         f"with SuDe (arXiv 2403.06775), w_s = {config.weight_sude:g}"
@@ -176,7 +184,7 @@ def model_card(
         f"{paper}, {sude}, tuned on one picture of each subject. In a prompt, say {names}.",
     ]
     if grid:
-        rows = "; ".join(f"“`{p}`”" for p in prompts)
+        rows = "; ".join(f"“{_code(p)}”" for p in prompts)
         about += ["", f"![the subject, drawn]({grid})", "", f"Rows: {rows}. Columns: seeds."]
     return "\n".join(
         [

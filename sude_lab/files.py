@@ -59,7 +59,14 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     path = Path(os.path.abspath(path))
     _require_free(path)  # before the work, which may take minutes
     with _temporary_sibling(path) as temporary:
-        temporary.mkdir()
+        try:
+            temporary.mkdir()
+        except OSError as error:  # of /proc, say, that lets nobody write
+            if error.errno in _FULL:
+                raise
+            raise UserError(
+                f"The folder {path} cannot be made ({error.strerror}): name another one."
+            ) from error
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
@@ -58,7 +59,7 @@ def generate(
     one seed start from the same noise. The prompt must have its subject's token filled in.
 
     Raises:
-        UserError: `num_images` or the sampler's settings are out of range.
+        UserError: `num_images` or the sampler's settings are out of range, or a picture is none.
     """
     from diffusers import DDIMScheduler
 
@@ -96,14 +97,21 @@ def generate(
                 for k in indices
             ]
             with backbone.autocast():
-                images += pipeline(
+                drawn = pipeline(
                     [prompt] * len(indices),
                     latents=torch.stack(noise).to(backbone.device),
                     num_inference_steps=steps,
                     guidance_scale=settings["guidance_scale"],
                     # None and "" differ for SDXL: None is the null condition it was trained with.
                     negative_prompt=[negative_prompt] * len(indices) if negative_prompt else None,
+                    output_type="np",
                 ).images
+            if not np.isfinite(drawn).all():  # which would be a black picture without a word
+                raise UserError(
+                    "The picture came out as numbers that are none: lower the guidance scale, or "
+                    "use --dtype float32 where it is float16."
+                )
+            images += pipeline.image_processor.numpy_to_pil(drawn)
     finally:
         pipeline.scheduler = trained_with
     return images

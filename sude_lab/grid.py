@@ -397,6 +397,8 @@ def _config(given: dict[str, Any], factor: float) -> tuple[TuningConfig, float]:
         config = replace(config, **{name: getattr(usual, name) for name in apart})
     elif not config.truncate:
         config = replace(config, truncate_at=usual.truncate_at)
+    if not config.prior_loss_weight:
+        config = replace(config, class_images=usual.class_images)
     if not config.prior_bank:
         config = replace(config, **{name: getattr(usual, name) for name in _BANK})
     return config, usual.weight_sude

@@ -57,7 +57,7 @@ def read_text(path: Path | str, what: str, instead: str) -> str:
         elif path.stat().st_size > MOST_BYTES:
             why = f"it has more than {MOST_BYTES:,} bytes"
         else:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")  # some editors begin with a mark
     except OSError as error:
         why = error.strerror or str(error)
     except ValueError as error:
@@ -92,6 +92,12 @@ def read_yaml(text: str, what: str) -> Any:
             node = loader.get_single_node()
             if node is None:
                 return None
+            twice = _said_twice(node, set())
+            if twice is not None:
+                raise UserError(
+                    f"{what} says {twice.value!r} twice, again in line "
+                    f"{twice.start_mark.line + 1}: leave one of them out."
+                )
             # Before anything is made of it: an alias costs a letter and may stand for a million.
             if _size(node, {}) > MOST_VALUES:
                 raise UserError(
@@ -107,6 +113,25 @@ def read_yaml(text: str, what: str) -> Any:
         raise UserError(f"{what} is nested too deeply: write it flatter.") from None
     except Exception as error:  # dates that are none, numbers too long: errors of any class
         raise UserError(f"{what} is not readable YAML ({error}): correct it.") from error
+
+
+def _said_twice(node: Any, seen: set[int]) -> Any:
+    """Return a key that stands in one mapping twice, of which YAML would take the last; or None."""
+    import yaml
+
+    if isinstance(node, yaml.ScalarNode) or id(node) in seen:
+        return None
+    seen.add(id(node))
+    parts = node.value
+    if isinstance(node, yaml.MappingNode):
+        keys: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in keys:
+                    return key
+                keys.add((key.tag, key.value))
+        parts = chain.from_iterable(node.value)
+    return next((k for part in parts if (k := _said_twice(part, seen)) is not None), None)
 
 
 def _size(node: Any, known: dict[int, int]) -> int:

@@ -271,6 +271,11 @@ def run_tuning(
         )
     backbone = backbone or _open_backbone(config, accelerator)
     config = resolve(config, backbone)
+    if config.class_images is not None and not config.prior_loss_weight:
+        raise UserError(
+            "--class-images is of no use where --prior-loss-weight is 0: add "
+            "--prior-loss-weight 1, or leave it out."
+        )
     samples = [_filled(p, config) for p in sample_prompts or default_prompts(config)]
     validated = [_filled(p, config) for p in validation_prompts or []] or samples
     if kohya:
@@ -288,6 +293,11 @@ def run_tuning(
         _check_same_pictures(pictures, config, out)
         if (out / CHECKPOINT).is_file():
             state = _read_checkpoint(out / CHECKPOINT)
+            if not 0 < state["step"] < config.max_train_steps:
+                raise UserError(
+                    f"{out / CHECKPOINT} is of step {state['step']} and the run has "
+                    f"{config.max_train_steps}: delete it, and --resume starts anew."
+                )
             rows = state.pop("rows")
 
     started = time.time()

@@ -43,7 +43,7 @@ from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone, open_backbone, resolve_source
 from sude_lab.encoders import Encoder
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, one_line
 from sude_lab.evaluate import FOLDER, PICTURES, evaluate
 from sude_lab.files import (
     PARTIAL,
@@ -297,8 +297,9 @@ def _beside(runs: Path, key: str, what: str) -> Path:
 
 def _failure(runs: Path, key: str) -> dict[str, Any] | None:
     try:
-        return json.loads(_beside(runs, key, "failed.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        told = read_json(_beside(runs, key, "failed.json"))
+        return {"reason": str(told["reason"]), "when": float(told["when"])}
+    except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: it is tried again
         return None
 
 
@@ -548,7 +549,13 @@ class _Table:
     def _part(self, job: Job) -> pa.Table | None:
         scores = job.scores(self.plan.runs)
         if scores.is_file():
-            rows = pq.read_table(scores)
+            try:
+                rows = pq.read_table(scores).cast(_SCORES)
+            except (OSError, pa.ArrowException) as damage:
+                raise UserError(
+                    f"{scores} is damaged ({one_line(str(damage), 160)}): delete it, and give the "
+                    "command again."
+                ) from damage
             label = [pa.array([job.label[f.name]] * len(rows), f.type) for f in _LABELS]
             error = pa.array([""] * len(rows), _text)
             return pa.Table.from_arrays([*label, *rows.columns, error], schema=_TABLE)

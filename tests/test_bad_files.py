@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from refusals import content, generated, say
 
 from sude_lab.backbone import FACTS_FILE, read_facts
+from sude_lab.dreambench import load_dreambench
 from sude_lab.errors import UserError
 from sude_lab.generation import sampling_settings
 from sude_lab.grid import make_plan, read_grid
@@ -45,6 +46,8 @@ HOSTILE: dict[str, tuple[str | bytes, str]] = {
     "no truth": ("seeds: !!bool perhaps", "not readable YAML"),
     "a long number": (f"seeds: {'1' * 5000}", "not readable YAML"),
     "a list as a key": ("? [a]\n: 1", ""),
+    "said twice": ("seeds: [0]\nw_s: 1\nseeds: [1]", "says 'seeds' twice, again in line 3"),
+    "said twice within": ("- {prompt: a, caption: b}\n- {prompt: a, prompt: b}", "twice"),
     "two documents": ("a: 1\n--- \nb: 2", "not readable YAML"),
     "control": (b"a: \x00\x1b", "not readable YAML"),
     "latin": (b"a: \xe4", "not UTF-8"),
@@ -286,3 +289,15 @@ def test_a_plan_that_leaves_its_folder_is_no_plan(
     assert [state.status for state in survey(tmp_path)] == ["waiting"]
     (tmp_path / PLAN).write_text(json.dumps(damaged(change)))
     assert "There is no sweep in" in say("sweep", "--status", "--out", tmp_path).sentence
+
+
+def test_a_mark_that_some_editors_begin_with_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("# ours\na {S*} here\n".encode("utf-8-sig"))
+    assert [prompt.text for prompt in read_prompts(file, "dog")] == ["a {S*} here"]
+
+
+def test_a_data_set_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "prompts_and_classes.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        load_dreambench(tmp_path)

@@ -7,6 +7,7 @@ in test_bad_files.py.
 import io
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -257,6 +258,7 @@ DRAWN = {
     "emoji": ("photo of a {S*} 🐕‍🦺🏖️", ""),
     "right to left": ("صورة {S*} כלב", ""),
     "Chinese": ("一张{S*}的照片", ""),
+    "touching": ("photo of two {S*}s and my{S*}{S*}_1 e\u0301{S*}", ""),
     "lines": ("photo\nof\ta\r\n{S*}", ""),
     "format": ("{0.__class__} {S*} {} %s %(x)s $HOME ${HOME} `id`", ""),
     "flag": ("photo of --a {S*}", ""),
@@ -271,6 +273,7 @@ NOT_DRAWN = {
     "half a pair": ("photo of a {S*} \udc80", "has the character '\\udc80'"),
     "another subject": ("photo of a {S*2}", "asks for {S*2}"),
     "out of reach": (f"{LONG} photo of a {{S*}}", "stands behind them"),
+    "a token within a word": ("photo of two <sks>s", "without <sks>: put spaces around it"),
 }
 
 
@@ -282,6 +285,11 @@ def test_an_odd_prompt_is_drawn(name: str, tiny_run: Path, tmp_path: Path) -> No
     said = say(*command, "--out", tmp_path / "drawn")
     assert said.code == 0 and told in said.err and "Traceback" not in said.err
     assert list(content(tmp_path)) == ["drawn", "drawn/000.png"] and content(tiny_run) == before
+    run = Run.open(tiny_run)
+    backbone = run.load("cpu")
+    index = backbone.tokenizer.convert_tokens_to_ids("<sks>")
+    ids = backbone.tokenize([run.prompt(prompt)])[0].tolist()
+    assert ids.count(index) == prompt.count("{S*}"), "the model reads the subject's word"
 
 
 @pytest.mark.parametrize("name", NOT_DRAWN)
@@ -317,7 +325,10 @@ def test_a_tuning_prompt_that_cannot_be_meant_is_refused(
 def test_a_prompt_is_filled_in_and_never_run(text: str, token: str, words: str) -> None:
     """{S*} gives way to the token, and nothing else is understood: no format, no pattern."""
     prompt = f"{text}{PLACEHOLDER}{words}"
-    assert fill(prompt, token) == token.join(prompt.split(PLACEHOLDER))
+    # A space may be put where it touches a letter.
+    between = f" ?{re.escape(token)} ?"
+    pattern = between.join(map(re.escape, prompt.split(PLACEHOLDER)))
+    assert re.fullmatch(pattern, fill(prompt, token), re.DOTALL)
     asked = ask("photo of a {S*} {category}", "dog", words.strip(), text)
     assert PLACEHOLDER in asked.text and "dog" in asked.caption
     if words.strip():
@@ -413,6 +424,11 @@ COMMANDS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
         ("out", "runs", "cluster", "checkpoint-every"),
     ),
     "export": (("export", "missing", "--out", "new"), ("format", "dtype", "out")),
+    "demo": (
+        ("demo", "--category", "horse", "--out", "new"),
+        ("seed", "method", "num-images", "max-train-steps", "truncation", "out"),
+    ),
+    "release": (("release", "/dev/null"), ("course",)),
 }
 
 
@@ -676,3 +692,27 @@ def test_help_names_debug(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"])
     assert stop.value.code == 0 and "--debug" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--class-images", "."), "--class-images is of no use where --prior-loss-weight is 0"),
+        (("--backbone", " "), "--backbone is empty"),
+        (("--out", "/proc/new"), "The folder /proc/new cannot be made"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(
+    flags: tuple[str, ...], told: str, tiny_folder: Path, subject_picture: Path, tmp_path: Path
+) -> None:
+    before = ("tune", subject_picture, "--category", "dog", "--backbone", tiny_folder, *FEW)
+    assert told in say(*before, "--out", tmp_path / "run", *flags).sentence
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_of_no_numbers_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+    """diffusers makes a black one of it."""
+    command = ("generate", tiny_run, "a {S*}", "--num-images", 1, "--device", "cpu")
+    said = say(*command, "--guidance-scale", "1e38", "--out", tmp_path / "drawn")
+    assert said.code == 2 and "lower the guidance scale" in said.err
+    assert not list(tmp_path.iterdir())

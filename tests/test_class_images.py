@@ -270,3 +270,15 @@ def test_a_file_that_is_no_picture_is_named(tiny: Backbone, tmp_path: Path) -> N
     settings = resolve(config(class_images=tmp_path / "dogs"), tiny)
     with pytest.raises(UserError, match=r"notes\.txt"):
         class_latents(settings, tiny, "dog")
+
+
+def test_damaged_pictures_of_the_cache_are_told(
+    fresh: Callable[[], Backbone], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SUDE_LAB_CACHE", str(tmp_path))
+    drawn_class_images(fresh(), "dog", number=1, seed=0)
+    (file,) = tmp_path.rglob("*.png")
+    for damage in (file.read_bytes()[:60], b"no picture"):
+        file.write_bytes(damage)
+        with pytest.raises(UserError, match="are damaged .* delete the folder"):
+            drawn_class_images(fresh(), "dog", number=1, seed=0)

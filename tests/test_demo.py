@@ -1,13 +1,16 @@
 """The demo writes what it says, and its page needs no network."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from refusals import content
 
-from sude_lab.demo import REPORT, RESULTS, run_demo, table_with_intervals
+from sude_lab.demo import REPORT, RESULTS, _seconds, run_demo, table_with_intervals
 from sude_lab.errors import UserError
+from sude_lab.runs import ENVIRONMENT, Run
 
 COLUMNS = {
     "subject",
@@ -58,8 +61,20 @@ def test_a_second_call_keeps_finished_runs(demo: Path) -> None:
 
 
 def test_a_demo_of_other_settings_is_refused(demo: Path) -> None:
-    with pytest.raises(UserError, match="other settings"):
-        run_demo(demo, num_images=2, max_train_steps=4, progress=False)
+    before = content(demo)
+    for settings in ({"max_train_steps": 4}, {"seed": 99}, {"method": "textual_inversion"}):
+        with pytest.raises(UserError, match="other settings"):
+            run_demo(demo, num_images=2, progress=False, **settings)
+    assert content(demo) == before
+
+
+def test_a_run_of_the_demo_without_its_times_says_how_it_goes_on(
+    demo: Path, tmp_path: Path
+) -> None:
+    (tmp_path / ENVIRONMENT).write_text("{}")
+    run = replace(Run.open(demo / "runs" / "plain"), folder=tmp_path)
+    with pytest.raises(UserError, match="is damaged: delete the folder"):
+        _seconds(run)
 
 
 def test_intervals_hold_their_means(demo: Path) -> None:

@@ -4,7 +4,9 @@ No weights can be had here: tiny models of the real classes stand for the pinned
 published preprocessing is compared with transformers' own processors on fixed pictures.
 """
 
+import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -246,9 +248,10 @@ def test_the_cache_knows_encoders_and_shapes_apart(
 def test_a_damaged_file_of_the_cache_is_made_anew(folders: dict[str, Path]) -> None:
     encoder = open_encoder("dino", folders["dino"], device="cpu")
     first = encoder.images(PICTURES)
-    files()[0].write_bytes(b"\x93NUMPY broken")
-    torch.testing.assert_close(encoder.images(PICTURES), first, atol=1e-6, rtol=1e-5)
-    assert np.load(files()[0]).shape == (32,)
+    for damage in (b"\x93NUMPY broken", b""):
+        files()[0].write_bytes(damage)
+        torch.testing.assert_close(encoder.images(PICTURES), first, atol=1e-6, rtol=1e-5)
+        assert np.load(files()[0]).shape == (32,)
 
 
 # --- refusals ------------------------------------------------------------------------------------
@@ -285,7 +288,7 @@ def test_what_is_no_encoder_is_refused(folders: dict[str, Path], tmp_path: Path)
 def test_a_model_with_missing_or_damaged_weights_is_refused(tmp_path: Path) -> None:
     folder = build_encoder("dino", tmp_path / "dino")
     weights = folder / "model.safetensors"
-    tensors = load_file(weights)
+    tensors = {k: v.clone() for k, v in load_file(weights).items()}  # the file is written over
     name = next(n for n in tensors if n.endswith("norm.weight") or "layernorm.weight" in n)
     save_file({k: v for k, v in tensors.items() if k != name}, weights, {"format": "pt"})
     assert "lacks 1 of the encoder's tensors" in refused("dino", folder)
@@ -301,3 +304,27 @@ def test_an_encoder_of_pictures_alone_reads_no_texts(folders: dict[str, Path]) -
     assert isinstance(encoder, Encoder) and isinstance(encoder.preprocessing, Preprocessing)
     with pytest.raises(ValueError, match="reads no texts"):
         encoder.texts(TEXTS)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_that_a_folder_brings_is_not_run_whoever_says_yes(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks at the terminal, unless it is told beforehand."""
+    folder, ran = build_encoder("clip", tmp_path / "clip"), tmp_path / "ran"
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass C: pass\n")
+    about = json.loads((folder / file).read_text())
+    kinds = {"AutoConfig": "code.C", "AutoTokenizer": ["code.C", "code.C"]}
+    about |= {"auto_map": kinds, "model_type": "new", "tokenizer_class": "C"}
+    (folder / file).write_text(json.dumps(about))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with suppress(UserError):  # a tokenizer of a known kind is opened without the code
+        open_encoder("clip", folder, device="cpu")
+    assert not ran.exists()
+
+
+def test_a_size_of_pictures_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    folder = build_encoder("dino", tmp_path / "dino")
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | {"image_size": [32, 32]}))
+    assert "image_size" in refused("dino", folder) or "could not be opened" in refused("dino", folder)

@@ -210,3 +210,20 @@ def test_fill_words_fills_what_is_asked_for_and_leaves_the_rest() -> None:
     assert fill_words(template, **words) == "photo of a running {S*} on the beach"
     assert fill_words("photo of a {category}", category="otter") == "photo of an otter"
     assert fill_words("photo of the {category}", category="otter") == "photo of the otter"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "filled"),
+    [
+        ("photo of a {S*} dog", "photo of a <sks> dog"),
+        ("一张{S*}的照片", "一张 <sks> 的照片"),
+        ("two {S*}s, my{S*}", "two <sks> s, my <sks>"),
+        ("{S*}'s ball (a {S*})", "<sks>'s ball (a <sks>)"),
+        ("{S*}{S*2}_x{S*2}", "<sks> <cat> _x <cat>"),
+        ("{S*3}{S*}", "{S*3}<sks>"),
+        ("", ""),
+    ],
+)
+def test_a_subject_s_word_stands_alone(prompt: str, filled: str) -> None:
+    """Within a word a tokenizer would not see it."""
+    assert fill(prompt, "<sks>", "<cat>") == filled

@@ -336,6 +336,8 @@ CHECKPOINTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "with code in it": (lambda state: {"step": Foreign()}, "damaged"),
     "a model": (lambda state: state["trained"], "no checkpoint of this version"),
     "a list": (lambda state: [1], "no checkpoint of this version"),
+    "of a longer run": (lambda state: state | {"step": 10**6}, "delete it, and --resume starts"),
+    "of no step": (lambda state: state | {"step": -1}, "delete it, and --resume starts anew"),
     "without an optimiser": (lambda state: state | {"optimizer": {}}, "start a new run"),
     "of another optimiser": (
         lambda state: state | {"optimizer": state["optimizer"] | {"param_groups": []}},

@@ -644,3 +644,22 @@ def test_lockstep_groups_differ_in_their_use_of_sude_alone(tmp_path: Path) -> No
         sweep(grid, tmp_path / "out", lockstep=0)
     with pytest.raises(UserError, match="not for --cluster"):
         sweep(grid, tmp_path / "out", lockstep=2, cluster="local")
+
+
+def test_damaged_rows_are_told_and_a_damaged_failure_is_none(
+    unbroken: Swept, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(unbroken(), tmp_path / "out"))
+    grid = write_grid(tmp_path)
+    rows = next((out / "runs").rglob("*.parquet"))
+    whole = rows.read_bytes()
+    for damage in (whole[:100], b""):
+        rows.write_bytes(damage)
+        with pytest.raises(UserError, match="is damaged .* delete it"):
+            sweep(grid, out, progress=False)
+    rows.write_bytes(whole)
+    key = make_plan(read_grid(grid), out).jobs[0].key
+    for damage in ("{}", "[]", "null", '{"reason": "x", "when": "then"}'):
+        (out / "runs" / room.STATE / f"{key}.failed.json").write_text(damage)
+        assert room._failure(out / "runs", key) is None
+        assert sweep(grid, out, progress=False) == {}
