@@ -280,5 +280,5 @@ def test_damaged_pictures_of_the_cache_are_told(
     (file,) = tmp_path.rglob("*.png")
     for damage in (file.read_bytes()[:60], b"no picture"):
         file.write_bytes(damage)
-        with pytest.raises(UserError, match="are damaged .* delete the folder"):
+        with pytest.raises(UserError, match=r"are damaged .* delete the folder"):
             drawn_class_images(fresh(), "dog", number=1, seed=0)

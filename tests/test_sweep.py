@@ -655,7 +655,7 @@ def test_damaged_rows_are_told_and_a_damaged_failure_is_none(
     whole = rows.read_bytes()
     for damage in (whole[:100], b""):
         rows.write_bytes(damage)
-        with pytest.raises(UserError, match="is damaged .* delete it"):
+        with pytest.raises(UserError, match=r"is damaged .* delete it"):
             sweep(grid, out, progress=False)
     rows.write_bytes(whole)
     key = make_plan(read_grid(grid), out).jobs[0].key
