@@ -49,6 +49,7 @@ from sude_lab.tuning import (
     _check_finite,
     _conditions,
     _draw,
+    _draw_pairs,
     _optimizer,
     one_of_each,
     picture_latents,
@@ -179,8 +180,10 @@ def _tune_together(
     while number <= config.max_train_steps:
         stack.warm(min(1.0, number / max(1, config.lr_warmup_steps)))
         generator = step_generator(config.seed, number)
-        rows = size * accumulate
-        whole = _draw(latents, banks, rows, schedule.num_timesteps, generator)
+        if banks:
+            whole = _draw_pairs(banks, size * accumulate, generator)
+        else:
+            whole = _draw(latents, size * accumulate, schedule.num_timesteps, generator)
         stack.optimizer.zero_grad(set_to_none=True)
         seen = []
         for k in range(accumulate):

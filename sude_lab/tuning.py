@@ -299,7 +299,10 @@ def _tune(
         # Everything random is drawn on the CPU, for all processes alike: the same numbers on every
         # device, and one process with the whole batch takes the same step as many with their parts.
         rows = size * accumulate * processes.number
-        whole = _draw(latents, banks, rows, schedule.num_timesteps, generator)
+        if banks:
+            whole = _draw_pairs(banks, rows, generator)
+        else:
+            whole = _draw(latents, rows, schedule.num_timesteps, generator)
         if regularized is not None:
             whole = _draw_class_images(whole, regularized, generator)
         mine = whole.rows(processes.part(len(whole.t)))
@@ -508,18 +511,9 @@ def picture_latents(
 
 
 def _draw(
-    latents: list[tuple[Tensor, Tensor]],
-    banks: list[PriorBank],
-    size: int,
-    num_timesteps: int,
-    generator: torch.Generator,
+    latents: list[tuple[Tensor, Tensor]], size: int, num_timesteps: int, generator: torch.Generator
 ) -> _Batch:
-    """Draw latents of the subjects' pictures (B, C, h, w), noise of that shape, and t (B,).
-
-    Where there are banks, their pairs, each as likely as any other, with what is kept of them.
-    """
-    if banks:
-        return _draw_pairs(banks, size, generator)
+    """Draw latents of the subjects' pictures (B, C, h, w), noise of that shape, and t (B,)."""
     means = torch.stack([mean for mean, _ in latents])
     deviations = torch.stack([std for _, std in latents])
     which = torch.zeros(size, dtype=torch.long)
@@ -534,6 +528,7 @@ def _draw(
 
 
 def _draw_pairs(banks: list[PriorBank], size: int, generator: torch.Generator) -> _Batch:
+    """Draw pairs of the subjects' banks, each as likely as any other, with what is kept of them."""
     which = torch.zeros(size, dtype=torch.long)
     if len(banks) > 1:
         which = torch.randint(len(banks), (size,), generator=generator)
