@@ -46,8 +46,8 @@ class TuningConfig:
     """Which model's opinion of the category counts: as it is now, or as it was before tuning."""
     prior_bank: int = 0
     """Draw from so many pairs (t, noise), for which SuDe asks the model before tuning once, for all
-    runs on this picture (without SuDe: the same pairs, and nothing asked); 0 draws and asks anew in
-    every step."""
+    runs of a seed on this picture (without SuDe: the same pairs, nothing asked); 0 draws and asks
+    anew in every step."""
     prior_bank_dtype: Literal["float16", "float32", "live"] = "float16"
     """How the bank is kept; live keeps nothing and asks every step, at the same pairs."""
     weighting: Literal["exact", "simple", "reference"] | None = None

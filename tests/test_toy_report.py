@@ -39,6 +39,16 @@ def hand_made() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def test_what_was_seen_while_tuning_counts_once_a_run() -> None:
+    """However many pictures a run has: one with three times as many rows weighs the same."""
+    table = hand_made()
+    first = table["subject"] == table["subject"].iloc[0]
+    table.loc[first & (table["variant"] == "sude"), ["open_gates", "rho"]] = 0.75, 1.2
+    more = pd.concat([table, table[first], table[first]])
+    _, sude = report.means_table(more).to_dict("records")
+    assert (sude["open gates"], sude["rho"]) == ("50%", "1.00")
+
+
 def test_means_and_gains_with_the_interval_of_two_subjects() -> None:
     plain, sude = report.means_table(hand_made()).to_dict("records")
     assert plain["attribute alignment"] == "0.35" and plain["open gates"] == ""

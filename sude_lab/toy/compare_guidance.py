@@ -1,7 +1,7 @@
 """Compare SuDe at sampling time with its rivals on drawn subjects, at equal fidelity.
 
     python -m sude_lab.toy.compare_guidance --subjects held-out --numbers 0 1 2 5 7 \\
-        --num-seeds 3 --out data/results/guidance.csv
+        --sude-weights 1 --num-images 4 --out data/results/guidance.csv
 
 Three rules, each with a strength, on one plainly tuned model a subject and seed:
 

@@ -43,9 +43,17 @@ def untuned_alignment(category: str, shown: str) -> float:
     return float(rows["attribute_alignment"].mean())
 
 
+def one_row_a_run(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the first row of every run: for means of what was seen while it was tuned.
+
+    A study has a row a picture, and some categories have more attributes, hence more pictures.
+    """
+    return table.drop_duplicates(["method", "variant", "subject", "seed"])
+
+
 def means_table(table: pd.DataFrame) -> pd.DataFrame:
     """Return the README's table: a row a (method, variant), gains with their intervals."""
-    runs = table.groupby(["method", "variant"])[list(WATCHED)].mean()
+    runs = one_row_a_run(table).groupby(["method", "variant"])[list(WATCHED)].mean()
     rows = []
     for row in summarize(table).to_dict("records"):
         line: dict[str, object] = {
@@ -137,7 +145,8 @@ def banks_table(table: pd.DataFrame) -> pd.DataFrame:
             if gain is not None and gain == gain:
                 low, high = row[f"{measure}_low"], row[f"{measure}_high"]
                 line[label] = f"{row[measure]:.3f} ({gain:+.3f} [{low:+.3f}, {high:+.3f}])"
-        mine = table[(table["method"] == row["method"]) & (table["variant"] == row["variant"])]
+        mine = one_row_a_run(table)
+        mine = mine[(mine["method"] == row["method"]) & (mine["variant"] == row["variant"])]
         line["rho"] = "" if name == "plain" else f"{mine['rho'].mean():.2f}"
         if "loss_seen" in mine:
             line["loss on its pairs"] = f"{mine['loss_seen'].mean():.3f}" if size else ""

@@ -3,7 +3,8 @@
 Development subjects choose settings, held-out subjects (other seeds) are reported. Both lists
 follow from a fixed seed, so nobody chooses them.
 
-    python -m sude_lab.toy.study --subjects held-out --num-seeds 3 --out data/results/held_out.csv
+    python -m sude_lab.toy.study --subjects held-out --numbers 0 1 2 5 7 --num-seeds 3 \\
+        --methods dreambooth custom_diffusion vico textual_inversion --out data/results/held_out.csv
 
 Finished (subject, variant, seed) are never redone: give the command again to continue. With other
 `--asks` write another file, because a run's weights are not kept.
