@@ -27,10 +27,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import pandas as pd
 import torch
@@ -174,7 +174,7 @@ def measure(args: Benchmark, name: str, config: TuningConfig, setting: str) -> d
         backbone.unet.to(memory_format=torch.channels_last)
     side = backbone.resolution
     run = tune(config, backbone, Image.linear_gradient("L").convert("RGB").resize((side, side)))
-    with own_cache():
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, SUDE_LAB_CACHE=folder):
         next(run)  # encodes the picture and the prompts, and builds a bank, once
     with FlopCounterMode(display=False) as counted:
         next(run)
@@ -197,20 +197,6 @@ def measure(args: Benchmark, name: str, config: TuningConfig, setting: str) -> d
         "peak_mib": peak,
         "operations": counted.get_total_flops(),
     }
-
-
-@contextmanager
-def own_cache() -> Iterator[None]:
-    """Keep banks in a folder that goes: no other model has these weights."""
-    before = os.environ.get("SUDE_LAB_CACHE")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["SUDE_LAB_CACHE"] = folder
-        try:
-            yield
-        finally:
-            del os.environ["SUDE_LAB_CACHE"]
-            if before is not None:
-                os.environ["SUDE_LAB_CACHE"] = before
 
 
 def failure(error: Exception) -> str:

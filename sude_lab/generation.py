@@ -109,7 +109,7 @@ def generate(
             if not np.isfinite(drawn).all():  # which would be a black picture without a word
                 raise UserError(
                     "The picture came out as numbers that are none: lower the guidance scale, or "
-                    "use --dtype float32 where it is float16."
+                    "open a model of float16 in float32."
                 )
             images += pipeline.image_processor.numpy_to_pil(drawn)
     finally:
