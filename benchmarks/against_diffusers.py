@@ -224,6 +224,8 @@ def watched(turns: Turns) -> Iterator[None]:
             (unet, "forward", "UNet forward", note_unet),
             (Tensor, "backward", "UNet backward", None),
             (torch.nn.utils, "clip_grad_norm_", "clipping", note_clip),
+            (torch.nn.utils, "get_total_norm", "clipping", None),  # ours: the same in two calls
+            (torch.nn.utils, "clip_grads_with_norm_", "clipping", None),
             (torch.optim.AdamW, "step", "AdamW", note_step),
         ):
             stack.enter_context(turns.watch(owner, name, part, note))
@@ -284,6 +286,7 @@ def run_ours(args: Benchmark, batch: int, turns: Turns, side: str) -> None:
         max_train_steps=10_000_000,
         optimizer="adamw" if "as torch" in side else "adamw_fused",
     )
+    turns.facts["max_grad_norm"] = config.max_grad_norm
     backbone = open_backbone(args.folder / "pipeline", device=args.device, dtype=args.dtype)
     for step in tune(config, backbone, Image.open(path).convert("RGB")):
         turns.step(step.loss_subject.mean().item())

@@ -314,9 +314,13 @@ def _tune(
             _check_finite(number, processes.gather(losses.t), processes.gather(losses.total))
             scaler.scale(losses.total.mean() / accumulate).backward()
             seen.append(losses)
-        processes.average([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        processes.average(gradients)
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        # torch's clip_grad_norm_ multiplies by 1 where nothing is clipped: a pass over all weights.
+        if config.max_grad_norm and bool(norm + 1e-6 > config.max_grad_norm):
+            torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
         if not scaler.is_enabled():  # the scaler leaves out a step whose gradient overflowed
             drawn = torch.cat([losses.t for losses in seen])
             _check_finite(number, processes.gather(drawn), norm.expand(1), "gradient")
