@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from sude_lab import __version__, plots
 from sude_lab.backbone import open_backbone
 from sude_lab.errors import UserError
-from sude_lab.files import atomic_write
+from sude_lab.files import atomic_write, require_own
 from sude_lab.metrics import MEASURES, bootstrap_interval
 from sude_lab.reading import read_json
 from sude_lab.runs import CONFIG, ENVIRONMENT, Run, _read_config, run_tuning
@@ -78,6 +78,9 @@ def run_demo(
         before = folder / CONFIG
         if before.is_file() and _read_config(before) != resolve(configs[name], base):
             raise UserError(f"{out} holds a demo of other settings: choose another --out.")
+    require_own(out, RESULTS, "subject,variant,", (REPORT, STRIP))
+    if picture.exists() and not _shows(picture, who.picture):
+        raise UserError(f"{picture} is another picture: choose another --out.")
     with atomic_write(picture) as path:
         who.picture.save(path)
 
@@ -134,6 +137,14 @@ def run_demo(
     with atomic_write(out / REPORT) as path:
         path.write_text(report(who, table, grids, runs, seed), encoding="utf-8")
     return table
+
+
+def _shows(file: Path, picture: Image.Image) -> bool:
+    try:
+        with Image.open(file) as found:
+            return found.size == picture.size and found.tobytes() == picture.tobytes()
+    except (OSError, ValueError):
+        return False
 
 
 def table_with_intervals(table: pd.DataFrame) -> pd.DataFrame:

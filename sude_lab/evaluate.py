@@ -37,7 +37,7 @@ from sude_lab.dreambench import (
 )
 from sude_lab.encoders import ENCODERS, Encoder, open_encoder
 from sude_lab.errors import UserError
-from sude_lab.files import atomic_write
+from sude_lab.files import atomic_write, require_own
 from sude_lab.generation import MOST, generate, sampling_settings
 from sude_lab.methods import get_method
 from sude_lab.pictures import open_picture
@@ -172,6 +172,7 @@ def evaluate(
     target = Path(out) if out is not None else opened[0].folder / FOLDER
     if target.is_file():
         raise UserError(f"{target} is a file: --out takes a folder.")
+    require_own(target, SCORES, "run,settings,", (TABLE, REPORT))
     named = _named_encoders(encoders)
     oracle = load_oracle() if any(_is_drawn(run.config) for run in opened) else None
     labels = _labels(opened)

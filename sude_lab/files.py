@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,30 @@ def replaced_folder(path: Path | str) -> Iterator[Path]:
             os.replace(old, path)
             raise
         shutil.rmtree(old)
+
+
+def require_own(folder: Path | str, mark: str, beginning: str, others: Sequence[str] = ()) -> None:
+    """Check that the results about to be written take the place of nobody else's files.
+
+    The file `mark`, which is written first, tells whose they are: it begins with `beginning`; where
+    there is none, there may be none of `others` either.
+
+    Raises:
+        UserError: one of them is somebody else's.
+    """
+    path = Path(folder) / mark
+    try:
+        with path.open("rb") as stream:
+            wrong = None if stream.read(len(beginning)) == beginning.encode() else mark
+    except FileNotFoundError:
+        wrong = next((name for name in others if (Path(folder) / name).exists()), None)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): name another --out.") from error
+    if wrong is not None:
+        raise UserError(
+            f"{Path(folder) / wrong} is not from this command and would be overwritten: name "
+            "another --out."
+        )
 
 
 @contextmanager

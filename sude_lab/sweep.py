@@ -52,6 +52,7 @@ from sude_lab.files import (
     lock_holder,
     locked,
     remove_partials,
+    require_own,
 )
 from sude_lab.grid import Job, Plan, is_known, kind_of, make_plan, read_grid
 from sude_lab.lockstep import MAY_DIFFER, PRIOR, check_together, feed
@@ -366,6 +367,7 @@ def sweep(
     for folder in (plan.out, plan.runs):
         if folder.is_file():
             raise UserError(f"{folder} is a file: name a folder.")
+    require_own(plan.out, PLAN, '{\n "runs": ', (RESULTS, "results.csv"))
     unknown = [s for s in plan.grid.backbones if not is_known(s)]
     if unknown:
         raise UserError(

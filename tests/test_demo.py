@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 from refusals import content
 
-from sude_lab.demo import REPORT, RESULTS, _seconds, run_demo, table_with_intervals
+from sude_lab.demo import REPORT, RESULTS, STRIP, _seconds, run_demo, table_with_intervals
 from sude_lab.errors import UserError
 from sude_lab.runs import ENVIRONMENT, Run
 
@@ -66,6 +67,23 @@ def test_a_demo_of_other_settings_is_refused(demo: Path) -> None:
         with pytest.raises(UserError, match="other settings"):
             run_demo(demo, num_images=2, progress=False, **settings)
     assert content(demo) == before
+
+
+@pytest.mark.parametrize("name", ["subject.png", RESULTS, REPORT, STRIP])
+def test_somebody_elses_file_is_left_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    before = content(tmp_path)
+    with pytest.raises(UserError, match=f"{name} is .*another --out"):
+        run_demo(tmp_path, num_images=1, max_train_steps=1, progress=False)
+    assert content(tmp_path) == before
+
+
+def test_another_picture_of_a_subject_is_left_alone(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "subject.png")
+    before = content(tmp_path)
+    with pytest.raises(UserError, match="another picture"):
+        run_demo(tmp_path, num_images=1, max_train_steps=1, progress=False)
+    assert content(tmp_path) == before
 
 
 def test_a_run_of_the_demo_without_its_times_says_how_it_goes_on(

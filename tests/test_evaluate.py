@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from refusals import content
 from tiny_encoders import SIDE, build_encoder
 
 from sude_lab import evaluate as room
@@ -139,6 +140,19 @@ def test_the_table_is_tidy_and_whole(pair: list[Path], measure: Measure, tmp_pat
     }
 
 
+@pytest.mark.parametrize("name", ["scores.csv", "table.csv", "table.md"])
+def test_somebody_elses_file_is_left_alone(
+    name: str, pair: list[Path], measure: Measure, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    before = content(tmp_path)
+    with pytest.raises(UserError, match=f"{name} is not from this command"):
+        measure(pair, out=out)
+    assert content(tmp_path) == before
+
+
 def test_scores_are_those_of_the_pictures_on_the_disk(
     pair: list[Path], measure: Measure, encoders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -256,8 +270,8 @@ def test_lost_and_damaged_pictures_alone_are_drawn_again(
     drawings.clear()
     measure(pair[0], num_images=4)
     assert [call[1:] for call in drawings] == [(0, 1, 1), (0, 3, 1)]
-    for name, content in pictures(pair[0]).items():
-        a, b = (np.asarray(Image.open(p)) for p in (pair[0] / name, _write(content, pair[0])))
+    for name, data in pictures(pair[0]).items():
+        a, b = (np.asarray(Image.open(p)) for p in (pair[0] / name, _write(data, pair[0])))
         assert np.abs(a.astype(int) - b).max() <= 1 and len(kept) == 8
     assert pictures(pair[0]).keys() == kept.keys()
 

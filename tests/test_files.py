@@ -11,7 +11,13 @@ from safetensors.torch import load_file
 
 from sude_lab import files
 from sude_lab.errors import UserError
-from sude_lab.files import atomic_folder, atomic_write, replaced_folder, save_tensors
+from sude_lab.files import (
+    atomic_folder,
+    atomic_write,
+    replaced_folder,
+    require_own,
+    save_tensors,
+)
 
 
 def everything(folder: Path) -> list[str]:
@@ -216,3 +222,27 @@ def test_tensors_may_be_read_by_whoever_may_read_new_files(tmp_path: Path) -> No
     save_tensors({"x": torch.arange(3)}, tmp_path / "x.safetensors", {"about": "this"})
     assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "like").stat().st_mode
     assert load_file(tmp_path / "x.safetensors")["x"].tolist() == [0, 1, 2]
+
+
+def test_nobody_elses_results_are_overwritten(tmp_path: Path) -> None:
+    def check(folder: Path) -> None:
+        require_own(folder, "first.csv", "run,", ("second.md",))
+
+    check(tmp_path / "nothing there")
+    mark, other = tmp_path / "first.csv", tmp_path / "second.md"
+    other.write_text("mine")
+    with pytest.raises(UserError, match="overwritten") as error:
+        check(tmp_path)
+    assert_one_sentence(error, "second.md")
+    for begins in ("ru", "mine,1", ""):
+        mark.write_text(begins)
+        with pytest.raises(UserError, match="overwritten") as error:
+            check(tmp_path)
+        assert_one_sentence(error, "first.csv")
+    mark.write_text("run,1")
+    check(tmp_path)
+    mark.unlink()
+    mark.mkdir()
+    with pytest.raises(UserError, match="cannot be read") as error:
+        check(tmp_path)
+    assert_one_sentence(error, "first.csv")

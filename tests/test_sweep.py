@@ -519,6 +519,16 @@ def test_bad_input_is_one_sentence(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("name", [room.PLAN, RESULTS, "results.csv"])
+def test_somebody_elses_file_is_left_alone(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is not from this command"):
+        sweep(write_grid(tmp_path), out, progress=False)
+    assert [p.name for p in out.iterdir()] == [name] and (out / name).read_text() == "mine"
+
+
 def test_without_ray_a_cluster_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match="pip install 'sude-lab\\[cluster\\]'"):
