@@ -290,7 +290,8 @@ def _generate(args: Generate) -> None:
         )
         for k, image in enumerate(images):
             image.save(folder / f"{k:03d}.png")
-    print(f"{len(images)} pictures are in {args.out}.")
+    drawn = "1 picture is" if len(images) == 1 else f"{len(images)} pictures are"
+    print(f"{drawn} in {args.out}.")
 
 
 def _evaluate(args: Evaluate) -> None:
@@ -348,7 +349,8 @@ def _classify(args: Classify) -> None:
         print(json.dumps(about | {"prompts": found}, indent=2))
         return
     for row in found:
-        print(f"{row['probability']:.4f} +/- {row['standard_error']:.4f}  {row['prompt']}")
+        prompt = row["prompt"] or '"" (no prompt)'
+        print(f"{row['probability']:.4f} +/- {row['standard_error']:.4f}  {prompt}")
 
 
 def _sweep(args: Sweep) -> int:

@@ -18,6 +18,7 @@ from sude_lab import __version__, plots
 from sude_lab.backbone import open_backbone
 from sude_lab.errors import UserError
 from sude_lab.files import atomic_write, require_own
+from sude_lab.generation import MOST
 from sude_lab.metrics import MEASURES, bootstrap_interval
 from sude_lab.reading import read_json
 from sude_lab.runs import CONFIG, ENVIRONMENT, Run, _read_config, run_tuning
@@ -51,11 +52,14 @@ def run_demo(
     what happens without eq. 9.
 
     Raises:
-        UserError: the category is unknown, or `out` cannot be written.
+        UserError: the category is unknown, a number is out of range, or `out` cannot be written or
+            holds other files of these names.
     """
     out = Path(out)
     if out.is_file():
         raise UserError(f"{out} is a file: --out takes a folder.")
+    if not 1 <= num_images <= MOST:
+        raise UserError(f"--num-images is {num_images}: it must lie between 1 and {MOST}.")
     base, oracle = open_backbone(), load_oracle()
     base.check_category(category)
     who = study.subject("demo", seed, category)

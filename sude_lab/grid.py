@@ -159,8 +159,9 @@ def _mapping(given: Any, known: Sequence[str], where: str) -> dict[str, Any]:
         raise UserError(f"{where} must be a mapping, with keys among {', '.join(known)}.")
     for key in given:
         if key not in known:
-            nearest = get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise UserError(f"{where} has the unknown key {key!r}: did you mean {nearest!r}?")
+            nearest = get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"use {', '.join(known)}."
+            raise UserError(f"{where} has the unknown key {key!r}: {hint}")
     return given
 
 

@@ -43,6 +43,7 @@ from sude_lab.probe import ask, encode_all, latents_of, noise_generator
 from sude_lab.prompts import PLACEHOLDER, checked
 
 WEIGHTINGS = ("elbo", "simple")
+MOST_PAIRS = 10_000
 
 
 def step_weights(schedule: Schedule, weighting: str = "elbo") -> Tensor:
@@ -330,6 +331,10 @@ class ImplicitClassifier:
         object.__setattr__(self, "prompts", checked_prompts(self.prompts))
         if self.num_pairs < 2:
             raise UserError(f"--num-pairs is {self.num_pairs}: a standard error needs at least 2.")
+        if self.num_pairs > MOST_PAIRS:  # all of a picture's noise is in memory
+            raise UserError(
+                f"--num-pairs is {self.num_pairs:,}: it must be at most {MOST_PAIRS:,}."
+            )
         if self.batch_size < 1:
             raise UserError(f"--batch-size is {self.batch_size}: it must be at least 1.")
         if self.seed < 0:

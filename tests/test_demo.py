@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -102,7 +103,16 @@ def test_intervals_hold_their_means(demo: Path) -> None:
         assert (means[name] <= means[f"{name}_high"]).all()
 
 
-def test_an_unknown_category_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="horse"):
-        run_demo(tmp_path / "out", category="horse", progress=False)
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"category": "horse"}, "horse"),
+        ({"num_images": 0}, "--num-images is 0"),
+        ({"max_train_steps": 0}, "--max-train-steps is 0"),
+        ({"seed": -1}, "--seed is -1"),
+    ],
+)
+def test_bad_settings_write_nothing(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        run_demo(tmp_path / "out", progress=False, **settings)
     assert not (tmp_path / "out").exists()

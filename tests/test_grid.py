@@ -142,6 +142,7 @@ def test_a_changed_default_leaves_older_runs_their_names(
     [
         ({"subject": ["held-out 0"]}, "unknown key 'subject': did you mean 'subjects'?"),
         ({"truncate": True}, "did you mean 'truncation'?"),
+        ({"foo": True}, "unknown key 'foo': use subjects, methods"),
         ({"evaluate": {"metric": "oracle"}}, "did you mean 'metrics'?"),
         ({"settings": {"max_steps": 3}}, "did you mean 'max_train_steps'?"),
         ({"also": [{"ws": 0}]}, "did you mean 'w_s'?"),

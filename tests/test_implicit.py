@@ -328,6 +328,7 @@ def test_a_prompt_that_was_asked_once_has_the_noise_of_the_others() -> None:
         ({"prompts": ["photo of a dog", "photo  of a dog "]}, "given twice"),
         ({"prompts": ["photo of a {S*}", "photo of a dog"]}, "plain words"),
         ({"num_pairs": 1}, "--num-pairs is 1"),
+        ({"num_pairs": 10_001}, "--num-pairs is 10,001"),
         ({"batch_size": 0}, "--batch-size is 0"),
         ({"seed": -1}, "--seed is -1"),
         ({"caution": 0.0}, "--caution"),
