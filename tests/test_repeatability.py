@@ -91,6 +91,35 @@ def test_the_command_line_changes_nothing_outside(
         assert main(drawn) == 0
 
 
+def test_no_other_command_changes_anything_outside(
+    tiny_data: Path, subject_picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each once to warm up, then again beside what it made: classes and modules are loaded once."""
+    monkeypatch.setenv("SUDE_LAB_DATA", str(tiny_data))
+    (tmp_path / "grid.yaml").write_text(
+        "{subjects: [held-out 0], w_s: [0, x1], pictures: 1, num_gpus: 0, prompts: [plain], "
+        "settings: {max_train_steps: 1, device: cpu}}"
+    )
+    run = tmp_path / "run"
+    settings = TuningConfig(subject_picture, "dog", max_train_steps=1, device="cpu")
+    run_tuning(settings, run, num_samples=0, report_to="none", progress=False)
+    few = ["--num-images", "1", "--num-inference-steps", "2"]
+    asked = ["--prompt", "photo of a dog", "--prompt", "photo of a cat"]
+    for name, *words in (
+        ["evaluate", str(run), "--prompts", "plain", *few],
+        ["classify", str(subject_picture), *asked, "--num-pairs", "4"],
+        ["export", str(run)],
+        ["sweep", str(tmp_path / "grid.yaml")],
+        ["sweep", str(tmp_path / "grid.yaml"), "--lockstep", "2"],
+        ["demo", "--max-train-steps", "1", "--num-images", "1"],
+    ):
+        outs = [str(tmp_path / f"{name}-{len(words)}-{k}") for k in range(2)]
+        first, second = ([] if name == "classify" else ["--out", out] for out in outs)
+        assert main([name, *words, *first]) == 0, name
+        with nothing_changes():
+            assert main([name, *words, *second]) == 0, name
+
+
 IMPORTS = """
 import json, locale, logging, os, random, signal, sys, warnings
 import numpy, torch, matplotlib, accelerate, peft
@@ -144,7 +173,7 @@ def tuned(
         return weights, np.asarray(picture_drawn, dtype=float)
 
 
-def test_two_threads_give_what_one_gives_within_the_tolerance(
+def test_the_same_command_gives_the_same_and_two_threads_the_same_within_the_tolerance(
     tiny_folder: Path, subject_picture: Path, tmp_path: Path
 ) -> None:
     """Sums of floats hang on their order; how far that goes is promised, and tested here."""
@@ -155,5 +184,8 @@ def test_two_threads_give_what_one_gives_within_the_tolerance(
         apart = (two[name] - value).norm() / value.norm().clamp_min(1e-6)
         assert apart <= WEIGHTS_APART, (name, apart)
     assert np.abs(drawn - drawn_again).max() <= PIXELS_APART
+    again, drawn_again = tuned(tiny_folder, subject_picture, tmp_path / "again", 1)
+    assert all(torch.equal(value, again[name]) for name, value in one.items())  # the same bytes
+    assert (drawn == drawn_again).all()
     first = (tmp_path / "one" / METRICS).read_text(encoding="utf-8").splitlines()
     assert len(first) == 7

@@ -172,7 +172,8 @@ def load_oracle(folder: Path | None = None) -> Oracle:
     folder = folder or data_folder() / "oracle"
     if not (folder / "oracle.safetensors").is_file():
         raise UserError(f"There is no oracle in {folder}: run from a clone of the repository.")
-    oracle = Oracle()
+    with torch.random.fork_rng(devices=[]):  # new weights are drawn, then written over
+        oracle = Oracle()
     oracle.load_state_dict(load_file(folder / "oracle.safetensors"))
     return oracle.eval().requires_grad_(False)
 
