@@ -60,17 +60,18 @@ def main(args: Benchmark) -> None:
         f"medians of {args.pairs} pairs of processes, {platform.machine()}, {os.cpu_count()} "
         f"cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}"
     )
-    print(f"{'':22}{'s':>8}{'busy s':>8}{'of import numpy':>17}{'busy':>8}{'target s':>10}")
+    head = f"{'':22}{'s':>8}{'busy s':>8}{'of import numpy':>17}{'of pairs':>16}{'busy':>8}"
+    print(f"{head}{'target s':>10}")
     first = [one for found in pairs.values() for one, _ in found]
     wall, busy = (statistics.median(column) for column in zip(*first, strict=True))
-    print(f"{BASE:22}{wall:8.3f}{busy:8.3f}{1:17.2f}{1:8.2f}{'':>10}")
+    print(f"{BASE:22}{wall:8.3f}{busy:8.3f}{1:17.2f}{'':>16}{1:8.2f}{'':>10}")
     for name, found in pairs.items():
         wall, busy = (statistics.median(v) for v in zip(*(two for _, two in found), strict=True))
-        ratios = [
-            statistics.median(two[k] / one[k] for one, two in found if one[k]) for k in (0, 1)
-        ]
+        ratios = [[two[k] / one[k] for one, two in found if one[k]] for k in (0, 1)]
+        between = f"{min(ratios[0]):.2f} to {max(ratios[0]):.2f}"
+        middle = [statistics.median(some) for some in ratios]
         print(
-            f"{name:22}{wall:8.3f}{busy:8.3f}{ratios[0]:17.2f}{ratios[1]:8.2f}"
+            f"{name:22}{wall:8.3f}{busy:8.3f}{middle[0]:17.2f}{between:>16}{middle[1]:8.2f}"
             f"{TARGETS.get(name, ''):>10}"
         )
 

@@ -3,8 +3,8 @@
     python benchmarks/step_cost.py
 
 Variants take turns in one process (block k of each, then block k + 1 of each), so that whatever
-else the machine does hits them alike; the ratio is the median of the paired ratios. Peak memory is
-measured in a process of its own for each variant.
+else the machine does hits them alike; the ratio is the median of the paired ratios, least and most
+of the blocks beside it. Peak memory is measured in a process of its own for each variant.
 
 A step of plain DreamBooth is a forward and a backward, which costs two forwards: three units. SuDe
 with prior `current` adds one forward of twice the rows without autograd, two units: 5/3 is the
@@ -136,17 +136,18 @@ def measure(args: Benchmark) -> None:
         f"{device or platform.machine()}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}"
     )
-    print(f"{'':26}{'s/step':>9}{'ratio':>8}{'peak MiB':>10}{'ratio':>8}")
+    print(f"{'':26}{'s/step':>9}{'ratio':>8}{'of blocks':>16}{'peak MiB':>10}{'ratio':>8}")
     base = 0.0
     for name in VARIANTS:
         command = [sys.executable, __file__, "--memory-of", name, "--backbone", args.backbone]
         command += ["--train-batch-size", str(args.train_batch_size), "--pairs", str(args.pairs)]
         memory = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
         base = base or memory
-        ratio = statistics.median(a / b for a, b in zip(times[name], times["plain"], strict=True))
+        ratios = [a / b for a, b in zip(times[name], times["plain"], strict=True)]
+        between = f"{min(ratios):.2f} to {max(ratios):.2f}"
         print(
-            f"{name:26}{statistics.median(times[name]):9.4f}{ratio:8.2f}"
-            f"{memory:10.0f}{memory / base:8.2f}"
+            f"{name:26}{statistics.median(times[name]):9.4f}{statistics.median(ratios):8.2f}"
+            f"{between:>16}{memory:10.0f}{memory / base:8.2f}"
         )
     print(f"The floor of prior current is 5/3 = {5 / 3:.2f}.")
     step = statistics.median(times["plain"])
