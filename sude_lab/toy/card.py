@@ -5,8 +5,11 @@ python -m sude_lab.toy.card --num-images 16
 
 from __future__ import annotations
 
+import math
+import random
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import pandas as pd
 import tyro
@@ -15,8 +18,9 @@ from tqdm.auto import tqdm
 from sude_lab.backbone import data_folder, open_backbone
 from sude_lab.files import atomic_write
 from sude_lab.generation import generate, sampling_settings
+from sude_lab.reading import read_json
 from sude_lab.toy import world
-from sude_lab.toy.oracle import ALL_ATTRIBUTES, HEADS, load_oracle
+from sude_lab.toy.oracle import ALL_ATTRIBUTES, HEADS, labels, load_oracle
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,41 @@ def alignment_table(num_images: int, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def wilson(counted: tuple[float, int]) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share p of n, which is no point where p is 0 or 1.
+
+    (p + z^2/2n -+ z sqrt(p (1 - p) / n + z^2/4n^2)) / (1 + z^2/n), z = 1.96; doi
+    10.1080/01621459.1927.10502953.
+    """
+    p, n = counted
+    z = NormalDist().inv_cdf(0.975)
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    middle, whole = p + z**2 / (2 * n), 1 + z**2 / n
+    return (middle - half) / whole, (middle + half) / whole
+
+
+def held_out_table() -> pd.DataFrame:
+    """Return the oracle's share of right answers, and how many scenes each is a share of.
+
+    A head is judged on the scenes that show it: a single-coloured thing has no second colour.
+    """
+    folder = data_folder() / "oracle"
+    told = read_json(folder / "training.json")
+    names = (f"held-out-{told['seed']}-{k}" for k in range(int(told["held_out"])))
+    seen = [labels(world.sample_scene(random.Random(name))) for name in names]
+    table = pd.read_csv(folder / "held_out_accuracy.csv")
+    table.insert(1, "scenes", [sum(scene[head] >= 0 for scene in seen) for head in table["head"]])
+    shares = zip(table["decoded"], table["scenes"], strict=True)
+    return table.assign(interval=[f"[{low:.3f}, {high:.3f}]" for low, high in map(wilson, shares)])
+
+
 def main(config: CardConfig) -> None:
     """Measure and write `README.md` and `alignment.csv` into the pipeline's folder."""
     folder = data_folder() / "embedded"
     table = alignment_table(config.num_images, config.seed)
     with atomic_write(folder / "alignment.csv") as path:
         table.to_csv(path, index=False)
-    held = pd.read_csv(data_folder() / "oracle" / "held_out_accuracy.csv")
+    held = held_out_table()
     settings = sampling_settings(open_backbone())
     size = sum(f.stat().st_size for f in folder.rglob("*.safetensors")) / 2**20
     text = f"""# The embedded model
@@ -87,7 +119,8 @@ Drawn with DDIM, {settings["num_inference_steps"]} steps, guidance {settings["gu
 
 ## Oracle
 `data/oracle`, a small convolutional network, judges what pictures show. Share of right answers on
-held-out scenes, as drawn and as the autoencoder renders them with latent noise:
+held-out scenes (of a head, those that show it), as drawn and as the autoencoder renders them with
+latent noise, with the 95 % interval (Wilson's) of the latter:
 
 {held.to_markdown(index=False)}
 
