@@ -17,7 +17,7 @@ from sude_lab.backbone import Backbone, open_backbone
 from sude_lab.generation import generate
 from sude_lab.methods import METHODS
 from sude_lab.toy import gallery, study, world
-from sude_lab.toy.card import held_out_table, wilson
+from sude_lab.toy.card import held_out_table
 from sude_lab.toy.oracle import ALL_ATTRIBUTES, HEADS, Oracle, labels, load_oracle
 from sude_lab.tuning import TuningConfig, resolve
 
@@ -111,14 +111,6 @@ def test_the_model_card_states_what_it_must() -> None:
     for heading in ("Data", "Training", "Oracle", "Limits"):
         assert f"## {heading}" in card
     assert held_out_table().to_markdown(index=False) in card
-
-
-def test_wilson_s_interval_is_where_the_share_is_1_96_errors_away() -> None:
-    for p, n in ((0.5, 10), (0.9, 50), (0.0, 20), (1.0, 1000)):
-        low, high = wilson((p, n))
-        assert -1e-12 <= low <= p + 1e-12 and p - 1e-12 <= high <= 1 + 1e-12 and high - low > 1 / n
-        for end in (low, high):
-            assert (p - end) ** 2 == pytest.approx(1.959963985**2 * end * (1 - end) / n, abs=1e-9)
 
 
 def test_the_tokenizer_s_three_files_agree(tmp_path: Path) -> None:

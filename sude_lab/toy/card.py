@@ -5,11 +5,9 @@ python -m sude_lab.toy.card --num-images 16
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 
 import pandas as pd
 import tyro
@@ -20,6 +18,7 @@ from sude_lab.files import atomic_write
 from sude_lab.generation import generate, sampling_settings
 from sude_lab.reading import read_json
 from sude_lab.toy import world
+from sude_lab.toy.classify_study import share_interval
 from sude_lab.toy.oracle import ALL_ATTRIBUTES, HEADS, labels, load_oracle
 
 
@@ -61,19 +60,6 @@ def alignment_table(num_images: int, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def wilson(counted: tuple[float, int]) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share p of n, which is no point where p is 0 or 1.
-
-    (p + z^2/2n -+ z sqrt(p (1 - p) / n + z^2/4n^2)) / (1 + z^2/n), z = 1.96; doi
-    10.1080/01621459.1927.10502953.
-    """
-    p, n = counted
-    z = NormalDist().inv_cdf(0.975)
-    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    middle, whole = p + z**2 / (2 * n), 1 + z**2 / n
-    return (middle - half) / whole, (middle + half) / whole
-
-
 def held_out_table() -> pd.DataFrame:
     """Return the oracle's share of right answers, and how many scenes each is a share of.
 
@@ -85,8 +71,9 @@ def held_out_table() -> pd.DataFrame:
     seen = [labels(world.sample_scene(random.Random(name))) for name in names]
     table = pd.read_csv(folder / "held_out_accuracy.csv")
     table.insert(1, "scenes", [sum(scene[head] >= 0 for scene in seen) for head in table["head"]])
-    shares = zip(table["decoded"], table["scenes"], strict=True)
-    return table.assign(interval=[f"[{low:.3f}, {high:.3f}]" for low, high in map(wilson, shares)])
+    right = (table["decoded"] * table["scenes"]).round().astype(int)
+    ends = map(share_interval, right, table["scenes"])
+    return table.assign(interval=[f"[{low:.3f}, {high:.3f}]" for low, high in ends])
 
 
 def main(config: CardConfig) -> None:
