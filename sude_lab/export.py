@@ -86,8 +86,15 @@ def loading_lines(config: TuningConfig, weights: Path, *, is_xl: bool) -> list[s
             lines.append(f'pipeline.load_textual_inversion("weights", weight_name="{name}")')
     for part in _PARTS:
         if (weights / f"{part}.safetensors").is_file():
+            lines.append(f'weights = load_file("weights/{part}.safetensors")')
+            if part != "unet":
+                prefix = 'removeprefix("text_model.")'
+                lines += [
+                    "# transformers 4 has text_model. before its names, 5 has not.",
+                    f"own = {{n.{prefix}: n for n in pipeline.{part}.state_dict()}}",
+                    f"weights = {{own[n.{prefix}]: weight for n, weight in weights.items()}}",
+                ]
             lines += [
-                f'weights = load_file("weights/{part}.safetensors")',
                 f"told = pipeline.{part}.load_state_dict(weights, strict=False)",
                 "assert not told.unexpected_keys",
             ]

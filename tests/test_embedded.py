@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from sude_lab.backbone import Backbone, open_backbone
 from sude_lab.generation import generate
@@ -41,6 +42,9 @@ def test_it_is_small_and_safetensors_only() -> None:
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
     index = json.loads((FOLDER / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"
+    # Under the names that every transformers reads.
+    names = load_file(FOLDER / "text_encoder" / "model.safetensors").keys()
+    assert all(name.startswith("text_model.") for name in names)
 
 
 def test_plain_diffusers_loads_and_draws_without_sude_lab(tmp_path: Path, oracle: Oracle) -> None:

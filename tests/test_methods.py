@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from sude_lab.backbone import Backbone, open_backbone
@@ -157,7 +157,7 @@ def test_every_subject_has_a_prompt_with_its_own_token_and_category(fresh: Fresh
             ["photo of a <sks> dog", "photo of a <bear> stuffed animal", "photo of a <wax> candle"],
         ),
         ("textual_inversion", None, ["photo of a <sks>", "photo of a <bear>", "photo of a <wax>"]),
-        ("dreambooth", "{S*}, a {category}", ["<sks>, a dog", "<bear>, a stuffed animal"]),
+        ("dreambooth", "{S*}, a {category}", ["<sks> , a dog", "<bear> , a stuffed animal"]),
     ):
         backbone = fresh()
         chosen = config(method=name, more_subjects=more[: len(expected) - 1], prompt=prompt)
@@ -301,6 +301,9 @@ def test_dreambooth_trains_every_text_encoder_and_their_words(
         "text_encoder_2.safetensors",
         "unet.safetensors",
     ]
+    for name in ("text_encoder", "text_encoder_2"):  # as the files of every pipeline name them
+        names = load_file(tmp_path / f"{name}.safetensors").keys()
+        assert all(n.startswith(("text_model.", "text_projection.")) for n in names)
     loaded = _tiny_xl.copy()
     get_method("dreambooth").load(loaded, tmp_path)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -316,6 +319,27 @@ def test_dreambooth_trains_every_text_encoder_and_their_words(
         )
     assert torch.equal(seen, expected)
     assert (seen - before).norm() > 1e-3 * before.norm()
+
+
+def test_a_text_encoder_is_read_under_the_names_of_every_transformers(
+    fresh: Fresh, picture: Image.Image, tmp_path: Path
+) -> None:
+    """4 has "text_model." before the names, 5 has not; the weights are the same."""
+    tuned, bare = fresh(), fresh()
+    run(config(train_text_encoder=True), tuned, picture).method.save(tmp_path)
+    path = tmp_path / "text_encoder.safetensors"
+    with_prefix = {name: p.clone() for name, p in load_file(path).items()}  # it is written over
+    assert all(name.startswith("text_model.") for name in with_prefix)
+    save_file({n.removeprefix("text_model."): p for n, p in with_prefix.items()}, path)
+    get_method("dreambooth").load(bare, tmp_path)
+    expected = tuned.text_encoder.state_dict()
+    assert all(torch.equal(p, expected[n]) for n, p in bare.text_encoder.state_dict().items())
+    untuned = fresh().text_encoder.get_input_embeddings().weight
+    assert not torch.equal(bare.text_encoder.get_input_embeddings().weight[: len(untuned)], untuned)
+    with_prefix["text_model.odd"] = torch.zeros(1)
+    save_file(with_prefix, path)
+    with pytest.raises(UserError, match=r"unknown tensor text_model\.odd"):
+        get_method("dreambooth").load(fresh(), tmp_path)
 
 
 def test_a_token_of_two_encoders_does_not_fit_one_and_the_other_way_round(

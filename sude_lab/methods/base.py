@@ -170,7 +170,7 @@ class Method:
 
         `learned_embeds.safetensors` (a file a subject) loads with `load_textual_inversion`;
         `unet.safetensors` and `text_encoder.safetensors` hold the tensors that changed, under the
-        model's own names.
+        names that they have in a pipeline folder.
         """
         folder.mkdir(parents=True, exist_ok=True)
         for number, subject in enumerate(self.subjects):
@@ -188,7 +188,7 @@ class Method:
             save_tensors(tensors, path, metadata={"token": subject.token})
         for part in ("unet", *self.tokens):
             tensors = {
-                name.removeprefix(f"{part}."): p.detach().cpu().contiguous()
+                _shared_name(part, name.removeprefix(f"{part}.")): p.detach().cpu().contiguous()
                 for name, p in self.parameters.items()
                 if name.startswith(f"{part}.")
             }
@@ -296,8 +296,23 @@ def _add_saved_token(backbone: Backbone, path: Path) -> tuple[list[list[int]], l
     return [list(of) for of in zip(*ids, strict=True)], vectors
 
 
+_TEXT = "text_model."
+
+
+def _shared_name(part: str, name: str) -> str:
+    """Return a tensor's name in a pipeline folder, whatever transformers calls it in memory.
+
+    transformers 5 leaves "text_model." out of a CLIPTextModel; files and earlier ones have it.
+    """
+    if part == "unet" or name.startswith((_TEXT, "text_projection.")):
+        return name
+    return _TEXT + name
+
+
 def _load_part(module: nn.Module, part: str, path: Path) -> None:
+    own = {name.removeprefix(_TEXT): name for name in module.state_dict()}
     tensors, _ = _read(path)
+    tensors = {own.get(n.removeprefix(_TEXT), n): tensor for n, tensor in tensors.items()}
     try:
         result = module.load_state_dict(tensors, strict=False)
     except RuntimeError as error:

@@ -26,12 +26,14 @@ import tyro
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sude_lab.backbone import FACTS_FILE
+from sude_lab.files import save_tensors
 from sude_lab.toy import dataset, world
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -466,6 +468,13 @@ def export(pipeline: StableDiffusionPipeline, out: Path) -> None:
     # transformers 5 writes tokenizer.json alone; earlier ones read these two.
     state = json.loads((temporary / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
     write_vocabulary(temporary / "tokenizer", state["model"]["vocab"], state["model"]["merges"])
+    # transformers 5 leaves "text_model." out where it built the model; earlier ones look for it.
+    weights = temporary / "text_encoder" / "model.safetensors"
+    tensors = {  # clones, because the file is written over
+        f"text_model.{name.removeprefix('text_model.')}": tensor.clone()
+        for name, tensor in load_file(weights).items()
+    }
+    save_tensors(tensors, weights, metadata={"format": "pt"})
     words = list(world.vocabulary())
     facts = {
         "categories": list(world.CATEGORIES),
