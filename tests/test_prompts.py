@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken
 
+from sude_lab.backbone import open_backbone
 from sude_lab.errors import UserError
 from sude_lab.methods import METHODS
 from sude_lab.prompts import (
+    PLACEHOLDER,
     Prompt,
     article,
     ask,
@@ -44,7 +47,7 @@ def test_every_subject_has_a_placeholder_of_its_own() -> None:
     assert [placeholder(k) for k in (0, 1, 10)] == ["{S*}", "{S*2}", "{S*11}"]
     tokens = [f"<{letter}>" for letter in "abcdefghijkl"]
     text = "a {S*} beside a {S*2}, a {S*12}, and the {S*2}"
-    assert fill(text, *tokens) == "a <a> beside a <b>, a <l>, and the <b>"
+    assert fill(text, *tokens) == "a <a> beside a <b> , a <l> , and the <b>"
     assert fill(text, "<a>") == "a <a> beside a {S*2}, a {S*12}, and the {S*2}"
 
 
@@ -218,12 +221,25 @@ def test_fill_words_fills_what_is_asked_for_and_leaves_the_rest() -> None:
         ("photo of a {S*} dog", "photo of a <sks> dog"),
         ("一张{S*}的照片", "一张 <sks> 的照片"),
         ("two {S*}s, my{S*}", "two <sks> s, my <sks>"),
-        ("{S*}'s ball (a {S*})", "<sks>'s ball (a <sks>)"),
+        ("{S*}'s ball (a {S*})", "<sks> 's ball (a <sks> )"),
+        ("photo of\n{S*}, asleep", "photo of\n <sks> , asleep"),
         ("{S*}{S*2}_x{S*2}", "<sks> <cat> _x <cat>"),
-        ("{S*3}{S*}", "{S*3}<sks>"),
+        ("{S*3}{S*}", "{S*3} <sks>"),
         ("", ""),
     ],
 )
 def test_a_subject_s_word_stands_alone(prompt: str, filled: str) -> None:
     """Within a word a tokenizer would not see it."""
     assert fill(prompt, "<sks>", "<cat>") == filled
+
+
+@pytest.mark.parametrize("prompt", ["({S*}, asleep)", "the {S*}'s ball", "{S*}!!! {S*}", "-{S*}-"])
+def test_a_space_beside_the_subject_s_word_says_nothing(prompt: str) -> None:
+    """The pieces are those of the texts around it, with the word between."""
+    tokenizer = open_backbone().tokenizer
+    tokenizer.add_tokens(AddedToken("<sks>", single_word=True))
+    parts = [tokenizer(p, add_special_tokens=False).input_ids for p in prompt.split(PLACEHOLDER)]
+    expected = parts[0]
+    for part in parts[1:]:
+        expected = [*expected, tokenizer.convert_tokens_to_ids("<sks>"), *part]
+    assert tokenizer(fill(prompt, "<sks>"), add_special_tokens=False).input_ids == expected
