@@ -651,7 +651,14 @@ def _check_source(folder: str) -> None:
     for part in parts:
         if not (path / part).is_dir():
             raise UserError(f"{folder} lacks the folder {part}: the pipeline is not complete.")
-        if not part.startswith(("tokenizer", "scheduler")):
+        if part.startswith("tokenizer"):
+            vocabularies = ("tokenizer.json", "vocab.json")
+            if not any((path / part / name).is_file() for name in vocabularies):
+                raise UserError(
+                    f"{folder}/{part} has no {' or '.join(vocabularies)}: the pipeline is not "
+                    "complete."
+                )
+        elif part != "scheduler":
             _check_weights(path / part)
 
 

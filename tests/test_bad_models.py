@@ -27,7 +27,7 @@ TEXT = "text_encoder/model.safetensors"
 
 def tensors(file: str, change: Callable[[dict[str, Any]], Any]) -> Change:
     def apply(folder: Path) -> None:
-        found = load_file(folder / file)
+        found = {n: p.clone() for n, p in load_file(folder / file).items()}  # it is written over
         change(found)
         save_file(found, folder / file, metadata={"format": "pt"})
 
@@ -73,7 +73,7 @@ PIPELINES: dict[str, tuple[Change, str]] = {
     "a pickle": (pickled, "unet has no safetensors, the only weights"),
     "no configuration": (lambda f: (f / "unet/config.json").unlink(), "unet has no config.json"),
     "no words": (lambda f: shutil.rmtree(f / "tokenizer") or (f / "tokenizer").mkdir(),
-                 "model_max_length"),
+                 "tokenizer has no tokenizer.json or vocab.json"),
     "UNet lacks a tensor": (tensors(UNET, without("attn2.to_k")), "unet lacks the tensor"),
     "VAE lacks a tensor": (tensors(VAE, without("conv_in.weight")), "vae lacks the tensor"),
     "text encoder lacks a tensor": (tensors(TEXT, without("k_proj.weight")),
