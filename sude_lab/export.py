@@ -18,7 +18,7 @@ from sude_lab.errors import UserError
 from sude_lab.files import atomic_folder, atomic_write, save_tensors
 from sude_lab.generation import sampling_settings
 from sude_lab.methods import get_method
-from sude_lab.methods.base import EMBEDDINGS
+from sude_lab.methods.base import EMBEDDINGS, shared_name
 from sude_lab.methods.dreambooth import LORA_FILE
 from sude_lab.prompts import fill, placeholder
 from sude_lab.tuning import TuningConfig
@@ -348,6 +348,7 @@ def export_pipeline(run: Run, out: Path | str, dtype: Precision = "float32") -> 
             if isinstance(part, torch.nn.Module):
                 part.to(getattr(torch, dtype))
         pipeline.save_pretrained(folder, safe_serialization=True)
+        open_to_earlier_versions(folder)
         if backbone.facts:
             facts = json.dumps(backbone.facts, indent=1)
             (folder / FACTS_FILE).write_text(facts, encoding="utf-8")
@@ -359,3 +360,29 @@ def export_pipeline(run: Run, out: Path | str, dtype: Precision = "float32") -> 
         )
         (folder / CARD).write_text(card, encoding="utf-8")
     return Path(out)
+
+
+def open_to_earlier_versions(pipeline: Path) -> None:
+    """Let transformers 4, too, open a pipeline folder that transformers 5 wrote.
+
+    5 writes a tokenizer as `tokenizer.json` alone, and the tensors of a CLIPTextModel that was not
+    read from such a file without "text_model." before their names.
+    """
+    for path in pipeline.glob("tokenizer*/tokenizer.json"):
+        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        write_vocabulary(path.parent, model["vocab"], model["merges"])
+    for path in pipeline.glob("text_encoder*/model.safetensors"):
+        tensors = load_file(path)
+        named = {shared_name("text_encoder", name): tensor for name, tensor in tensors.items()}
+        if named.keys() != tensors.keys():
+            # Clones, because what was loaded lies in the file that is written over.
+            copies = {name: tensor.clone() for name, tensor in named.items()}
+            save_tensors(copies, path, metadata={"format": "pt"})
+
+
+def write_vocabulary(folder: Path, vocab: dict[str, int], merges: list[list[str]]) -> None:
+    """Write `vocab.json` and `merges.txt`, the two files of a CLIP tokenizer of transformers 4."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

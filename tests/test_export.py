@@ -372,6 +372,14 @@ def test_an_exported_pipeline_is_the_run_in_plain_diffusers(
     untuned.add_token("<sks>", "sks" if name != "textual inversion" else "dog")
     assert not torch.allclose(answers(plain), answers(untuned), rtol=1e-3)
 
+    # transformers 4 finds the words and the tensors, too.
+    vocab = json.loads((out / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    merges = (out / "tokenizer" / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    assert vocab == {k: i for k, i in pipeline.tokenizer.get_vocab().items() if k != "<sks>"}
+    assert all(left + right in vocab for left, right in (pair.split(" ") for pair in merges))
+    names = load_file(out / "text_encoder" / "model.safetensors").keys()
+    assert all(n.startswith("text_model.") for n in names)
+
     # It is a backbone like any other, with what is known of its words, and its card works.
     assert open_backbone(out, device="cpu").facts == own.facts
     monkeypatch.chdir(out)

@@ -188,7 +188,7 @@ class Method:
             save_tensors(tensors, path, metadata={"token": subject.token})
         for part in ("unet", *self.tokens):
             tensors = {
-                _shared_name(part, name.removeprefix(f"{part}.")): p.detach().cpu().contiguous()
+                shared_name(part, name.removeprefix(f"{part}.")): p.detach().cpu().contiguous()
                 for name, p in self.parameters.items()
                 if name.startswith(f"{part}.")
             }
@@ -299,7 +299,7 @@ def _add_saved_token(backbone: Backbone, path: Path) -> tuple[list[list[int]], l
 _TEXT = "text_model."
 
 
-def _shared_name(part: str, name: str) -> str:
+def shared_name(part: str, name: str) -> str:
     """Return a tensor's name in a pipeline folder, whatever transformers calls it in memory.
 
     transformers 5 leaves "text_model." out of a CLIPTextModel; files and earlier ones have it.

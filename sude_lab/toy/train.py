@@ -26,14 +26,13 @@ import tyro
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
-from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sude_lab.backbone import FACTS_FILE
-from sude_lab.files import save_tensors
+from sude_lab.export import open_to_earlier_versions, write_vocabulary
 from sude_lab.toy import dataset, world
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -110,14 +109,6 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(
         folder, model_max_length=MAX_TOKENS, pad_token=EOS, unk_token=EOS, **special
     )
-
-
-def write_vocabulary(folder: Path, vocab: dict[str, int], merges: list[list[str]]) -> None:
-    """Write `vocab.json` and `merges.txt`, the two files of a CLIP tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def build_vae() -> AutoencoderKL:
@@ -465,16 +456,7 @@ def export(pipeline: StableDiffusionPipeline, out: Path) -> None:
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_pretrained(temporary, safe_serialization=True)
-    # transformers 5 writes tokenizer.json alone; earlier ones read these two.
-    state = json.loads((temporary / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
-    write_vocabulary(temporary / "tokenizer", state["model"]["vocab"], state["model"]["merges"])
-    # transformers 5 leaves "text_model." out where it built the model; earlier ones look for it.
-    weights = temporary / "text_encoder" / "model.safetensors"
-    tensors = {  # clones, because the file is written over
-        f"text_model.{name.removeprefix('text_model.')}": tensor.clone()
-        for name, tensor in load_file(weights).items()
-    }
-    save_tensors(tensors, weights, metadata={"format": "pt"})
+    open_to_earlier_versions(temporary)
     words = list(world.vocabulary())
     facts = {
         "categories": list(world.CATEGORIES),
