@@ -29,14 +29,21 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def uses_of_sude(settings: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Five uses, two of them with gates amid the rhos that the tiny model has with a method."""
-    rho = 1.003 if settings["method"] == "textual_inversion" else 0.853
+def uses_of_sude(
+    settings: dict[str, Any], backbone: Backbone, picture: Image.Image
+) -> tuple[dict[str, Any], ...]:
+    """Five uses, two of them with gates amid the rhos that plain tuning has here."""
+    watched = config(**settings, weight_sude=0.0, monitor_sude=True)
+    rhos = torch.cat([step.rho for step in tune(watched, backbone, picture)]).sort().values
+    amid = []
+    for middle in (len(rhos) // 2, 3 * len(rhos) // 4):
+        near = rhos[middle - 2 : middle + 2]  # in the widest gap, where rounding opens no gate
+        amid.append(near[near.diff().argmax() :][:2].mean().item())
     return (
         {"weight_sude": 0.0},
-        {"weight_sude": 2.0, "truncate_at": rho},
+        {"weight_sude": 2.0, "truncate_at": amid[0]},
         {"weight_sude": 4.0, "truncate": False},
-        {"weight_sude": 2.0, "truncate_at": rho + 0.05, "weighting": "simple"},
+        {"weight_sude": 2.0, "truncate_at": amid[1], "weighting": "simple"},
         {"weight_sude": 0.0, "monitor_sude": True},
     )
 
@@ -106,7 +113,8 @@ def test_every_member_takes_the_steps_of_its_separate_run(
 ) -> None:
     # A clipped gradient, a warm-up and several batches a step: each member has its own norm.
     how = {"max_grad_norm": 0.02, "lr_warmup_steps": 3, "gradient_accumulation_steps": 2}
-    members = [config(**settings, **how, **own) for own in uses_of_sude(settings)]
+    uses = uses_of_sude(settings | how, fresh(), picture)
+    members = [config(**settings, **how, **own) for own in uses]
     rows = together(members, fresh(), picture)
     for member, ours in zip(members, rows, strict=True):
         assert_same(ours, [seen(step) for step in tune(member, fresh(), picture)])
@@ -148,7 +156,7 @@ def test_they_take_their_samples_and_the_prior_from_a_bank(
 ) -> None:
     monkeypatch.setenv("SUDE_LAB_CACHE", str(tmp_path))
     how = settings | {"gradient_accumulation_steps": 2}
-    members = [config(**how, **own) for own in uses_of_sude(settings)]
+    members = [config(**how, **own) for own in uses_of_sude(how, fresh(), picture)]
     rows = together(members, fresh(), picture)
     for member, ours in zip(members, rows, strict=True):
         assert_same(ours, [seen(step) for step in tune(member, fresh(), picture)])

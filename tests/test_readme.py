@@ -4,6 +4,7 @@ import ast
 import importlib
 import pkgutil
 import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,11 @@ def options() -> set[str]:
     known |= {name for command in cli._COMMANDS for name in command.__dataclass_fields__}
     for module in pkgutil.iter_modules(toy.__path__):
         found = vars(importlib.import_module(f"sude_lab.toy.{module.name}"))
-        configs = [c for name, c in found.items() if name.endswith("Config")]
-        known |= {name for config in configs for name in config.__dataclass_fields__}
+        ours = [
+            c for c in found.values() if str(getattr(c, "__module__", "")).startswith("sude_lab")
+        ]
+        configs = [c for c in ours if isinstance(c, type) and is_dataclass(c)]
+        known |= {field.name for config in configs for field in fields(config)}
     for path in (ROOT / "benchmarks").glob("*.py"):
         nodes = ast.parse(path.read_text(encoding="utf-8")).body
         (asked,) = [n for n in nodes if isinstance(n, ast.ClassDef) and n.name == "Benchmark"]

@@ -25,6 +25,7 @@ from sude_lab.diffusion import (
 )
 from sude_lab.losses import guidance_projection, sude_loss, sude_threshold
 from sude_lab.regularizer import SudeRegularizer, sude_terms
+from sude_lab.toy import world
 from sude_lab.tuning import TuningConfig, tune
 
 Fresh = Callable[[], Backbone]
@@ -109,7 +110,7 @@ def test_a_loop_of_ones_own_has_the_gradients_of_tune(
     )
     # Near the category's own direction: some samples are before it, some beyond. The model's random
     # weights hang on the versions of what draws them, and which word does it hangs on those.
-    for initializer in ("dog dog cat", "dog dog car", "dog dog shoe"):
+    for initializer in (f"dog dog {word}" for word in ("cat", *world.vocabulary())):
         weights, gradients = [], []
         draws.clear()
         here = replace(settings, initializer=initializer)

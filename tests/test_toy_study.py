@@ -182,7 +182,7 @@ def test_a_small_bank_s_noise_is_learnt_by_heart(tiny: Backbone) -> None:
     config = TuningConfig(
         image=Path("candle.png"),
         category="candle",
-        max_train_steps=40,
+        max_train_steps=80,
         learning_rate=3e-3,
         prior_bank=2,
         prior_bank_dtype="live",
@@ -193,7 +193,7 @@ def test_a_small_bank_s_noise_is_learnt_by_heart(tiny: Backbone) -> None:
     before = study.noise_errors(untuned, config, who.picture)
     assert before["loss_seen"] == pytest.approx(before["loss_new"], rel=0.1)
     tuned = tiny.copy()
-    assert len(list(study.tune(config, tuned, who.picture))) == 40
+    assert len(list(study.tune(config, tuned, who.picture))) == 80
     after = study.noise_errors(tuned, config, who.picture)
     assert after["loss_seen"] < 0.8 * after["loss_new"]
     assert after["loss_seen"] < 0.8 * before["loss_seen"]
