@@ -256,7 +256,7 @@ def test_no_picture_to_classify_is_refused(
     words = ["--prompt", "a dog", "--prompt", "a cat"]
     code = main(["classify", str(tmp_path / "missing.png"), *words])
     assert "missing.png does not exist" in refused(code, capsys)
-    assert "PATH" in refused(main(["classify", *words]), capsys)
+    assert "The picture" in refused(main(["classify", *words]), capsys)
 
 
 # --- pictures as people have them ----------------------------------------------------------------

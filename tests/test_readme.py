@@ -49,10 +49,8 @@ def options() -> set[str]:
     known |= {name for command in cli._COMMANDS for name in command.__dataclass_fields__}
     for module in pkgutil.iter_modules(toy.__path__):
         found = vars(importlib.import_module(f"sude_lab.toy.{module.name}"))
-        ours = [
-            c for c in found.values() if str(getattr(c, "__module__", "")).startswith("sude_lab")
-        ]
-        configs = [c for c in ours if isinstance(c, type) and is_dataclass(c)]
+        types = [c for c in found.values() if isinstance(c, type) and is_dataclass(c)]
+        configs = [c for c in types if c.__module__.startswith("sude_lab.")]
         known |= {field.name for config in configs for field in fields(config)}
     for path in (ROOT / "benchmarks").glob("*.py"):
         nodes = ast.parse(path.read_text(encoding="utf-8")).body
