@@ -58,8 +58,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, dataloader
 
 from sude_lab.backbone import EMBEDDED, open_backbone, resolve_source
-from sude_lab.toy import study
 from sude_lab.tuning import TuningConfig, tune
+from sude_lab.world import subjects as study
 
 SIDES = ("diffusers", "diffusers, text kept", "sude_lab", "sude_lab, AdamW as torch chooses")
 

@@ -44,7 +44,7 @@ from real_configs import REAL, build, shrink
 
 from sude_lab.backbone import Backbone, pick_device
 from sude_lab.errors import UserError
-from sude_lab.files import atomic_write
+from sude_lab.io.files import atomic_write
 from sude_lab.tuning import TuningConfig, tune
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -34,11 +34,12 @@ import tyro
 from tqdm.auto import tqdm
 
 from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
-from sude_lab.files import atomic_write
 from sude_lab.generation import generate
 from sude_lab.implicit import ImplicitClassifier
-from sude_lab.toy import study, world
+from sude_lab.io.files import atomic_write
 from sude_lab.tuning import TuningConfig, tune
+from sude_lab.world import drawing as world
+from sude_lab.world import subjects as study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -27,9 +27,9 @@ import torch
 import tyro
 
 from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
-from sude_lab.lockstep import tune_together
-from sude_lab.toy import study
+from sude_lab.sweep.lockstep import tune_together
 from sude_lab.tuning import Step, TuningConfig, tune
+from sude_lab.world import subjects as study
 
 METHODS: dict[str, dict[str, Any]] = {
     "textual_inversion": {"method": "textual_inversion"},

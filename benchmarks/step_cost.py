@@ -31,9 +31,9 @@ import torch
 import tyro
 
 from sude_lab.backbone import EMBEDDED, open_backbone
-from sude_lab.prior_bank import PAIRS_AT_ONCE, PriorBank, open_bank
-from sude_lab.toy import study
+from sude_lab.runs.prior_bank import PAIRS_AT_ONCE, PriorBank, open_bank
 from sude_lab.tuning import Step, TuningConfig, resolve, tune
+from sude_lab.world import subjects as study
 
 VARIANTS: dict[str, dict[str, object]] = {
     "plain": {"weight_sude": 0.0},

@@ -26,9 +26,9 @@ from torch.func import functional_call
 from sude_lab.config import EMBEDDED
 from sude_lab.diffusion import Schedule
 from sude_lab.errors import UserError
-from sude_lab.pictures import to_tensor
+from sude_lab.io.pictures import to_tensor
+from sude_lab.io.reading import is_dir, is_file, read_json
 from sude_lab.prompts import PLACEHOLDER
-from sude_lab.reading import is_dir, is_file, read_json
 
 FACTS_FILE = "sude_lab.json"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")

@@ -222,7 +222,7 @@ def _demo(args: Demo) -> None:
 def _tune(args: Tune) -> None:
     from torch import distributed
 
-    from sude_lab.runs import run_tuning
+    from sude_lab.runs.folder import run_tuning
 
     config = TuningConfig(**{f.name: getattr(args, f.name) for f in fields(TuningConfig)})
     if args.checkpoint_every < 1 or args.num_samples < 0:
@@ -252,11 +252,11 @@ def _tune(args: Tune) -> None:
 
 
 def _generate(args: Generate) -> None:
-    from sude_lab.files import atomic_folder
     from sude_lab.generation import generate
     from sude_lab.guidance import guidance_for
+    from sude_lab.io.files import atomic_folder
     from sude_lab.prompts import PLACEHOLDER, checked
-    from sude_lab.runs import Run
+    from sude_lab.runs.folder import Run
 
     run = Run.open(args.run)
     if not args.prompt.strip():
@@ -295,7 +295,7 @@ def _generate(args: Generate) -> None:
 
 
 def _evaluate(args: Evaluate) -> None:
-    from sude_lab.evaluate import SCORES, TABLE, evaluate
+    from sude_lab.evaluate.evaluate import SCORES, TABLE, evaluate
 
     found = evaluate(**vars(args))
     print(found.text)
@@ -305,7 +305,7 @@ def _evaluate(args: Evaluate) -> None:
 def _classify(args: Classify) -> None:
     from sude_lab.backbone import open_backbone
     from sude_lab.implicit import ImplicitClassifier, checked_prompts
-    from sude_lab.pictures import load_picture, open_picture
+    from sude_lab.io.pictures import load_picture, open_picture
 
     # What is wrong with these is said before a large model is opened.
     checked_prompts(args.prompt)
@@ -355,19 +355,19 @@ def _classify(args: Classify) -> None:
 
 def _sweep(args: Sweep) -> int:
     if args.status:
-        from sude_lab.sweep import status
+        from sude_lab.sweep.sweep import status
 
         print(status(args.out))
         return 0
     if args.grid is None:
         raise UserError("Name a grid file, for example data/grids/smoke.yaml.")
     if args.dry_run:
-        from sude_lab.forecast import describe
-        from sude_lab.grid import make_plan, read_grid
+        from sude_lab.sweep.grid import make_plan, read_grid
+        from sude_lab.sweep.plan import describe
 
         print(describe(make_plan(read_grid(args.grid), args.out, args.runs)))
         return 0
-    from sude_lab.sweep import RESULTS, sweep
+    from sude_lab.sweep.sweep import RESULTS, sweep
 
     failed = sweep(
         args.grid,
@@ -389,8 +389,8 @@ def _sweep(args: Sweep) -> int:
 
 
 def _export(args: Export) -> None:
-    from sude_lab.export import export_pipeline, write_kohya
-    from sude_lab.runs import Run
+    from sude_lab.runs.export import export_pipeline, write_kohya
+    from sude_lab.runs.folder import Run
 
     run = Run.open(args.run)
     if args.format == "kohya":
@@ -516,7 +516,7 @@ def _check_paths(command: Any) -> None:
 def _kept(command: Any) -> str:
     """Say what an interrupted command leaves, and how it is continued."""
     if isinstance(command, Tune):
-        from sude_lab.runs import CHECKPOINT, CONFIG
+        from sude_lab.runs.folder import CHECKPOINT, CONFIG
 
         if (command.out / CHECKPOINT).is_file():
             return f"the checkpoint in {command.out} is kept: give the command with --resume"

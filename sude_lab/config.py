@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sude_lab.errors import UserError
+from sude_lab.io.reading import check_types
 from sude_lab.prompts import PLACEHOLDER, checked
-from sude_lab.reading import check_types
 
 EMBEDDED = "embedded"
 """The name of the model in `data/`."""

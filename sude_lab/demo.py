@@ -14,17 +14,18 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sude_lab import __version__, plots
+from sude_lab import __version__
 from sude_lab.backbone import open_backbone
 from sude_lab.errors import UserError
-from sude_lab.files import atomic_write, require_own
+from sude_lab.evaluate.metrics import MEASURES, bootstrap_interval
 from sude_lab.generation import MOST
-from sude_lab.metrics import MEASURES, bootstrap_interval
-from sude_lab.reading import read_json
-from sude_lab.runs import CONFIG, ENVIRONMENT, Run, _read_config, run_tuning
-from sude_lab.toy import study
-from sude_lab.toy.oracle import load_oracle
+from sude_lab.io.files import atomic_write, require_own
+from sude_lab.io.reading import read_json
+from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, _read_config, run_tuning
 from sude_lab.tuning import TuningConfig, resolve
+from sude_lab.view import plots
+from sude_lab.world import subjects as study
+from sude_lab.world.oracle import load_oracle
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

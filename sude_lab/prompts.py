@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sude_lab.errors import UserError
-from sude_lab.reading import read_text, read_yaml
+from sude_lab.io.reading import read_text, read_yaml
 
 PLACEHOLDER = "{S*}"
 """Stands for the subject in every prompt; a run knows the token that replaces it."""

@@ -22,7 +22,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sude_lab.backbone import Backbone, Condition, concatenate, hub_id
-from sude_lab.class_images import class_latents
 from sude_lab.config import PRESETS as PRESETS
 from sude_lab.config import Subject as Subject
 from sude_lab.config import TuningConfig
@@ -31,9 +30,10 @@ from sude_lab.diffusion import add_noise, training_target
 from sude_lab.errors import UserError, machine_failure
 from sude_lab.losses import class_regularizer, subject_loss, total_loss
 from sude_lab.methods import Method, get_method
-from sude_lab.prior_bank import PriorBank, open_bank
 from sude_lab.prompts import photo_of
-from sude_lab.regularizer import SudeTerms, sude_terms
+from sude_lab.runs.class_images import class_latents
+from sude_lab.runs.prior_bank import PriorBank, open_bank
+from sude_lab.sude import SudeTerms, sude_terms
 
 GENERAL_DEFAULTS: dict[str, Any] = {
     "prior": "pretrained",
@@ -170,7 +170,7 @@ def tune(
 
     The loss is the batch mean of L_sub + w_s lambda_tau L_sude + w_r L_reg (arXiv 2403.06775,
     eq. 10) and the method's own loss, every term a mean over the latent's dimensions, L_sub the
-    loss the model was trained with; eq. 7-9 are those of `sude_lab.regularizer.sude_terms`.
+    loss the model was trained with; eq. 7-9 are those of `sude_lab.sude.sude_terms`.
 
     `state` continues a run from `Step.state_dict()`. With an `accelerate.Accelerator` of several
     processes each takes its part of one larger batch, and all take the same step. Use the backbone

@@ -44,8 +44,8 @@ def build_pipeline(folder: Path, *, text_width: int = 32) -> None:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    from studies.embedded.train import MAX_TOKENS, build_scheduler, build_tokenizer
     from sude_lab.backbone import FACTS_FILE
-    from sude_lab.toy.train import MAX_TOKENS, build_scheduler, build_tokenizer
 
     tokenizer = build_tokenizer(folder.with_name(f"{folder.name}-words"))
     with torch.random.fork_rng(devices=[]):
@@ -166,7 +166,7 @@ def tiny(fresh: Callable[[], Any]) -> Any:
 @pytest.fixture(scope="session")
 def subject_picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The one picture of a subject: a brown dog with a red collar, which is not symmetric."""
-    from sude_lab.toy.world import Look, Scene, draw
+    from sude_lab.world.drawing import Look, Scene, draw
 
     path = tmp_path_factory.mktemp("subject") / "dog.png"
     draw(Scene("dog", "sitting", Look("brown", "white", "spots", "red")), 64).save(path)

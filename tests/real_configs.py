@@ -22,7 +22,7 @@ import torch
 import transformers
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from sude_lab.toy.train import BOS, EOS, build_tokenizer
+from studies.embedded.train import BOS, EOS, build_tokenizer
 
 Config = dict[str, Any]
 

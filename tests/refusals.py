@@ -1,7 +1,7 @@
 """What the tests of bad input share: a command in this process, a folder's content, many cases.
 
-Generated cases are the same in every run. `SUDE_LAB_FUZZ=20 pytest tests/test_bad_input.py` makes
-20 times as many, and others every time; a failure prints the line that repeats it.
+Generated cases are the same in every run. `SUDE_LAB_FUZZ=20 pytest tests/project/test_bad_input.py`
+makes 20 times as many, and others every time; a failure prints the line that repeats it.
 """
 
 import hashlib

@@ -18,8 +18,8 @@ from transformers import (
     ViTModel,
 )
 
-from sude_lab.toy import world
-from sude_lab.toy.train import MAX_TOKENS, build_tokenizer
+from studies.embedded.train import MAX_TOKENS, build_tokenizer
+from sude_lab.world import drawing as world
 
 SIDE = 32
 _SMALL: dict[str, Any] = {
@@ -33,7 +33,7 @@ _EYES: dict[str, Any] = _SMALL | {"image_size": SIDE, "patch_size": 8, "initiali
 
 
 def build_encoder(name: str, folder: Path, seed: int = 0) -> Path:
-    """Write a tiny encoder for one name of `sude_lab.encoders.ENCODERS`; return `folder`."""
+    """Write a tiny encoder for one name of `evaluate.encoders.ENCODERS`; return `folder`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = {"clip": _clip, "clip-large": _clip, "blip": _blip, "dino": _dino, "dinov2": _dino2}

@@ -7,9 +7,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from sude_lab.evaluate.metrics import bootstrap_interval
 from sude_lab.exercises.judging import Answer, Mistake, ask, interval_of, judge, judge_table
 from sude_lab.exercises.worlds import normal, uniform
-from sude_lab.metrics import bootstrap_interval
 
 # name: how many attributes it is asked for, alignment of plain tuning, how fast SuDe helps, what
 # fidelity plain tuning has, what one unit of w_s costs of it
@@ -22,7 +22,7 @@ SUBJECTS = {
 
 
 def made_up_sweep(seed: int = 0) -> pd.DataFrame:
-    """Return a made-up sweep over w_s, a row a picture, with the columns of `sude_lab.toy.study`.
+    """Return a made-up sweep over w_s, a row a picture, as `sude_lab.world.subjects` has it.
 
     Four subjects, w_s of arXiv 2403.06775, eq. 10, from 0 to 4, three seeds; the attribute is
     missing where the prompt asked for none. Alignment rises with w_s and fidelity falls, for each
@@ -128,7 +128,7 @@ def check_cluster_interval(answer: Answer, *, seed: int = 0) -> None:
     10,000 times draw as many subjects as there are, with replacement, take *all* values of the
     drawn ones, and their mean; the interval goes from the 2.5 % to the 97.5 % quantile. values:
     (N,); subjects: (N,), whose value each is. Right within 4 % of the interval's width. No
-    equation; see `sude_lab.metrics.bootstrap_interval`.
+    equation; see `sude_lab.evaluate.metrics.bootstrap_interval`.
 
     Raises:
         Mistake: the answer is wrong.

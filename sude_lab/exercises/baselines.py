@@ -237,7 +237,7 @@ def check_plug(answer: Answer, *, seed: int = 0) -> None:
     Raises:
         Mistake: the answer is wrong.
     """
-    from sude_lab.regularizer import SudeRegularizer  # here: it imports diffusers, which is slow
+    from sude_lab.sude import SudeRegularizer  # here: it imports diffusers, which is slow
 
     g = torch.Generator().manual_seed(seed)
     unet, schedule = TinyPlugUNet(seed), short_schedule()

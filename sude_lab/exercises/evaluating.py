@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sude_lab.evaluate.metrics import bootstrap_interval, cosines, image_similarity
 from sude_lab.exercises.baselines import WORDS
 from sude_lab.exercises.judging import Answer, ask, choose, interval_of, judge, judge_words
-from sude_lab.metrics import bootstrap_interval, cosines, image_similarity
 from sude_lab.prompts import article, caption
 
 STUDIES = 400
@@ -126,7 +126,7 @@ def check_spearman(answer: Answer, *, seed: int = 0) -> None:
     """Check spearman(a, b): do two metrics order the runs alike?
 
     The correlation of the ranks, equal values sharing the mean of their ranks; between -1 and 1. No
-    equation; `sude_lab.metrics.rank_agreement` uses it.
+    equation; `sude_lab.evaluate.metrics.rank_agreement` uses it.
 
     Raises:
         Mistake: the answer is wrong.

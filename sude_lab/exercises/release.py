@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 from sude_lab.backbone import data_folder
 from sude_lab.errors import UserError
-from sude_lab.files import atomic_folder
+from sude_lab.io.files import atomic_folder
 
 COURSE = "sude_lab"
 # 30 seconds a cell, nbgrader's own limit, is little for a first `import torch` on a busy machine.

@@ -223,7 +223,7 @@ def _training_step(
 def check_paired_gain(answer: Answer, *, seed: int = 0) -> None:
     """Check paired_gain(table): how much alignment SuDe wins over plain tuning, a number a subject.
 
-    A table as `sude_lab.toy.study` writes it, a row a picture, with subject, seed, variant,
+    A table as `sude_lab.world.subjects` writes it, a row a picture, with subject, seed, variant,
     attribute (missing for the plain prompt) and attribute_alignment; a Series by subject is asked
     for. No equation: the measure of arXiv 2403.06775, section 5, without unit.
 

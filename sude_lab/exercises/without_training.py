@@ -12,7 +12,7 @@ from sude_lab.diffusion import Schedule, add_noise, to_x_0
 from sude_lab.exercises.judging import Answer, ask, choose, judge
 from sude_lab.exercises.worlds import normal, things, uniform
 from sude_lab.losses import guidance_projection, hinge_loss
-from sude_lab.mixture import GaussianMixture
+from sude_lab.world.mixture import GaussianMixture
 
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 

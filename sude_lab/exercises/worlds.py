@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sude_lab.diffusion import Schedule, add_noise
-from sude_lab.mixture import GaussianMixture
+from sude_lab.world.mixture import GaussianMixture
 
 DOG, CAT = 0, 1
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sude_lab.backbone import Backbone, Condition, FrozenUNet
 from sude_lab.errors import UserError
-from sude_lab.files import save_tensors
+from sude_lab.io.files import save_tensors
 from sude_lab.prompts import PLACEHOLDER, fill, placeholder
 
 if TYPE_CHECKING:

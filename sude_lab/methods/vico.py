@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from sude_lab.backbone import Backbone, Condition
 from sude_lab.errors import UserError
-from sude_lab.files import save_tensors
+from sude_lab.io.files import save_tensors
 from sude_lab.methods.base import _ELSEWHERE, Method, _read, token_words
 
 FILE = "vico.safetensors"

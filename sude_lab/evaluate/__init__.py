@@ -1,0 +1,1 @@
+"""Measuring pictures of runs: metrics, encoders, DreamBench, tables."""

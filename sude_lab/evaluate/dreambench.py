@@ -1,0 +1,186 @@
+"""DreamBench, the DreamBooth data set: 30 subjects, 15 classes, 25 prompts for each of two kinds.
+
+Read from a clone of the data set's own repository (google/dreambooth on GitHub), whose layout is
+
+    dataset/<subject>/00.jpg, 01.jpg, ...
+    dataset/prompts_and_classes.txt
+
+One-shot tuning takes `00.jpg` alone; all pictures of a subject are the references that its
+fidelity is measured against. The attribute prompts are our own: `data/attribute_prompts.yaml`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from sude_lab.backbone import data_folder
+from sude_lab.errors import UserError
+from sude_lab.io.reading import read_text
+from sude_lab.prompts import PLACEHOLDER, Prompt, caption
+
+FILE = "prompts_and_classes.txt"
+ONE_SHOT = "00.jpg"
+LIVE = ("cat", "dog")
+"""The classes that the data set's authors ask the prompts for live subjects of."""
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One subject of the data set."""
+
+    name: str
+    category: str
+    images: tuple[Path, ...]
+    """All its pictures, in the order of their names: the references."""
+
+    @property
+    def live(self) -> bool:
+        """Whether it is asked the prompts for live subjects."""
+        return self.category in LIVE
+
+    @property
+    def picture(self) -> Path:
+        """The one picture that is tuned on."""
+        return self.images[0].parent / ONE_SHOT
+
+
+@dataclass(frozen=True)
+class DreamBench:
+    """The data set: its subjects by name, and its two lists of prompts."""
+
+    folder: Path
+    subjects: dict[str, Subject]
+    object_prompts: tuple[str, ...]
+    """With {S*} and {category}: "a {S*} {category} in the jungle"."""
+    live_prompts: tuple[str, ...]
+
+    def subject(self, name: str) -> Subject:
+        """Return a subject by its name.
+
+        Raises:
+            UserError: there is no such subject; the closest names are told.
+        """
+        if name not in self.subjects:
+            close = get_close_matches(name, self.subjects, n=3) or sorted(self.subjects)
+            raise UserError(
+                f"DreamBench in {self.folder} has no subject {name!r}: choose among "
+                f"{', '.join(close)}."
+            )
+        return self.subjects[name]
+
+    def prompts(self, subject: Subject) -> list[Prompt]:
+        """Return the data set's own prompts for a subject: those for live ones, or for objects."""
+        templates = self.live_prompts if subject.live else self.object_prompts
+        texts = [t.replace("{category}", subject.category) for t in templates]
+        return [Prompt(t, caption(t, subject.category), group="dreambench") for t in texts]
+
+
+def find_dreambench(folder: Path) -> Path | None:
+    """Return the folder of the data set in a clone or in itself; None where it is neither."""
+    return next((f for f in (folder, folder / "dataset") if (f / FILE).is_file()), None)
+
+
+def load_dreambench(folder: Path | str) -> DreamBench:
+    """Read the data set from a clone of its repository, or from the folder `dataset` in it.
+
+    No picture is opened here.
+
+    Raises:
+        UserError: its file of prompts and classes is not there or cannot be understood, a subject
+            is named twice, or a subject's folder or its `00.jpg` is missing.
+    """
+    folder = Path(folder)
+    found = find_dreambench(folder)
+    if found is None:
+        raise UserError(
+            f"{folder} does not hold {FILE}: name a clone of the DreamBooth data set, or the "
+            "folder dataset in it."
+        )
+    # Every part begins with its title; of the lists of prompts, which are Python, the texts are
+    # read.
+    text = read_text(found / FILE, str(found / FILE), "a clone of the DreamBooth data set")
+    parts = re.split(r"^(?:Object|Live Subject) Prompts\s*$", text, flags=re.M)
+    if len(parts) != 3:
+        raise UserError(f"{found / FILE} is not the data set's own: it must have two prompt lists.")
+    subjects: dict[str, Subject] = {}
+    for name, category in re.findall(r"^([\w-]+),([\w -]+?)[ \t\r]*$", parts[0], flags=re.M):
+        if name == "subject_name":
+            continue
+        if name in subjects:
+            raise UserError(f"{found / FILE} names the subject {name} twice: remove one of them.")
+        subjects[name] = Subject(name, category, _images(found, name))
+    prompts = [tuple(_templates(part)) for part in parts[1:]]
+    if not subjects or not all(prompts):
+        raise UserError(f"{found / FILE} has no subjects or no prompts: take the data set's own.")
+    return DreamBench(found, subjects, *prompts)
+
+
+def pictures_in(folder: Path) -> tuple[Path, ...]:
+    """Return the picture files of a folder in the order of their names."""
+    return tuple(
+        sorted(
+            p
+            for p in folder.iterdir()
+            if p.suffix.lower() in _SUFFIXES and p.is_file() and not p.name.startswith(".")
+        )
+    )
+
+
+def _images(dataset: Path, name: str) -> tuple[Path, ...]:
+    folder = dataset / name
+    if not folder.is_dir():
+        there = [p.name for p in dataset.iterdir() if p.is_dir()]
+        close = get_close_matches(name, there, n=1)
+        hint = f"is it {close[0]}?" if close else "copy it from the data set."
+        raise UserError(f"The folder of the subject {name} is missing in {dataset}: {hint}")
+    if not (folder / ONE_SHOT).is_file():
+        raise UserError(f"{folder} has no {ONE_SHOT}, the picture to tune on: copy it again.")
+    return pictures_in(folder)
+
+
+def _templates(part: str) -> list[str]:
+    quoted = re.findall(r"^\s*(['\"])(.+?)\1\.format\(", part, flags=re.M)
+    return [text.replace("{0}", PLACEHOLDER).replace("{1}", "{category}") for _, text in quoted]
+
+
+@cache
+def _own_prompts(folder: Path) -> dict[str, dict[str, list[str]] | list[str]]:
+    path = folder / "attribute_prompts.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"There is no {path.name} in {folder}: run from a clone of the repository, or name "
+            "a file with --prompts."
+        )
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def attributes_of(category: str) -> tuple[str, ...]:
+    """Return our five attributes for a class of DreamBench.
+
+    Raises:
+        UserError: the class is not one of the 15, or the file is not there.
+    """
+    known = _own_prompts(data_folder())["attributes"]
+    assert isinstance(known, dict)
+    if category not in known:
+        raise UserError(
+            f"There are no attribute prompts for the category {category!r} (there are for "
+            f"{', '.join(known)}): name a file of prompts with --prompts."
+        )
+    return tuple(known[category])
+
+
+def backgrounds() -> tuple[str, ...]:
+    """Return the backgrounds of our prompts: "on the beach", ...
+
+    Raises:
+        UserError: the file is not there.
+    """
+    return tuple(_own_prompts(data_folder())["backgrounds"])

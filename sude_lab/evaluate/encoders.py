@@ -1,0 +1,345 @@
+"""Pinned encoders of pictures and texts: CLIP, DINO, DINOv2 and BLIP, all through transformers.
+
+    dino = open_encoder("dino")
+    features = dino.images(pictures)  # (N, D), of unit length
+
+Weights are safetensors at a fixed revision. Where a model's main branch has none, the revision is
+the hub's own conversion of it (its bot's pull request). Features of pictures are kept in the cache,
+addressed by the encoder and by the picture's pixels: no picture is encoded twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sude_lab.backbone import pick_device, quiet
+from sude_lab.errors import UserError
+from sude_lab.io.files import atomic_write
+from sude_lab.runs.class_images import cache_folder
+
+Triple = tuple[float, float, float]
+CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
+CLIP_DEVIATION: Triple = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
+IMAGENET_DEVIATION: Triple = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an encoder wants its pictures: bicubic resize, centre crop, mean and deviation."""
+
+    side: int
+    """Side of the square that the encoder sees, in pixels."""
+    resize: int
+    """The shorter side before the crop, in pixels."""
+    mean: Triple
+    deviation: Triple
+    stretch: bool = False
+    """Resize to the square at once, whatever the proportions (BLIP), in place of a crop."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return the picture as (3, side, side) float32: (value / 255 - mean) / deviation."""
+        image = image.convert("RGB")
+        if self.stretch:
+            image = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
+        else:
+            short = min(image.size)
+            width, height = (
+                self.resize if x == short else int(self.resize * x / short) for x in image.size
+            )
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            left, top = (width - self.side) // 2, (height - self.side) // 2
+            image = image.crop((left, top, left + self.side, top + self.side))
+        x = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
+        mean, deviation = (torch.tensor(v)[:, None, None] for v in (self.mean, self.deviation))
+        return (x - mean) / deviation
+
+    def at(self, side: int) -> Preprocessing:
+        """Return the same for a model that sees smaller squares."""
+        return replace(self, side=side, resize=round(self.resize * side / self.side))
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """Where an encoder comes from, and what goes into it."""
+
+    source: str
+    revision: str
+    model_type: str
+    preprocessing: Preprocessing
+    max_words: int = 0
+    """Tokens of a text that are read; 0: the encoder reads no texts."""
+
+
+_CLIP = Preprocessing(224, 224, CLIP_MEAN, CLIP_DEVIATION)
+# DINO's own evaluation; the hub's processor for it would squeeze every picture into the square.
+_DINO = Preprocessing(224, 256, IMAGENET_MEAN, IMAGENET_DEVIATION)
+
+ENCODERS: dict[str, Pinned] = {
+    "clip": Pinned(
+        "openai/clip-vit-base-patch32",
+        "c237dc49a33fc61debc9276459120b7eac67e7ef",
+        "clip",
+        _CLIP,
+        77,
+    ),
+    "clip-large": Pinned(
+        "openai/clip-vit-large-patch14",
+        "32bd64288804d66eefd0ccbe215aa642df71cc41",
+        "clip",
+        _CLIP,
+        77,
+    ),
+    "dino": Pinned(
+        "facebook/dino-vits16", "a7a4d161f5c0bd70478c05ca5777ec7cd8848021", "vit", _DINO
+    ),
+    "dinov2": Pinned(
+        "facebook/dinov2-small", "ed25f3a31f01632728cabb09d1542f84ab7b0056", "dinov2", _DINO
+    ),
+    "blip": Pinned(
+        "Salesforce/blip-itm-base-coco",
+        "98cf803d8586e8e8b3ec527885ac50c422d514ae",
+        "blip",
+        Preprocessing(384, 384, CLIP_MEAN, CLIP_DEVIATION, stretch=True),
+        35,
+    ),
+}
+
+
+class Encoder:
+    """One encoder, opened: pictures and, where it reads them, texts become unit vectors.
+
+    Forward passes run in `dtype` (autocast); features are float32 on the CPU.
+    """
+
+    def __init__(
+        self,
+        pinned: Pinned,
+        model: Any,
+        tokenizer: Any,
+        *,
+        identity: str,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.pinned, self.tokenizer = pinned, tokenizer
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.identity, self.device, self.dtype = identity, device, dtype
+        side = getattr(model.config, "vision_config", model.config).image_size
+        if not isinstance(side, int):
+            raise UserError(f"The encoder's image_size is {side!r}: it must be one whole number.")
+        self.preprocessing = pinned.preprocessing
+        if side < self.preprocessing.side:
+            self.preprocessing = self.preprocessing.at(side)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it encodes texts into the space of the pictures."""
+        return self.pinned.max_words > 0
+
+    @torch.no_grad()
+    def images(
+        self, images: Sequence[Image.Image], *, batch_size: int = 32, progress: bool = False
+    ) -> Tensor:
+        """Return the features of pictures, (N, D), each of length 1; known ones from the cache.
+
+        Raises:
+            UserError: the cache folder cannot be written.
+        """
+        paths = [self._cached(image) for image in images]
+        missing = {path: k for k, path in enumerate(paths) if _read_vector(path) is None}
+        order = list(missing.items())
+        starts = range(0, len(order), batch_size)
+        for start in tqdm(starts, desc="encoding", unit="batch", disable=not progress):
+            batch = order[start : start + batch_size]
+            pixels = torch.stack([self.preprocessing(images[k]) for _, k in batch])
+            with self._autocast():
+                features = _image_features(self.model, pixels.to(self.device))
+            for (path, _), vector in zip(batch, _unit(features).numpy(), strict=True):
+                with atomic_write(path) as file:
+                    np.save(file, vector)
+        vectors = [_read_vector(path) for path in paths]
+        return torch.from_numpy(np.stack([v for v in vectors if v is not None]))
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
+        """Return the features of texts, (N, D), each of length 1; equal texts are read once.
+
+        Raises:
+            ValueError: the encoder reads no texts.
+        """
+        if not self.reads_text:
+            raise ValueError(f"{self.identity} reads no texts.")
+        known = list(dict.fromkeys(texts))
+        parts = []
+        for start in range(0, len(known), batch_size):
+            tokens = self.tokenizer(
+                known[start : start + batch_size],
+                padding=True,
+                truncation=True,
+                max_length=min(self.pinned.max_words, self.tokenizer.model_max_length),
+                return_tensors="pt",
+            ).to(self.device)
+            with self._autocast():
+                features = _text_features(self.model, tokens.input_ids, tokens.attention_mask)
+            parts.append(_unit(features))
+        return torch.cat(parts)[[known.index(text) for text in texts]]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def _cached(self, image: Image.Image) -> Path:
+        image = image.convert("RGB")
+        name = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32]
+        about = f"{self.identity} {self.dtype} {self.preprocessing}"
+        folder = hashlib.sha256(about.encode()).hexdigest()[:16]
+        return cache_folder() / "features" / folder / f"{name}.npy"
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=-1).cpu()
+
+
+def _read_vector(path: Path) -> np.ndarray | None:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # not there, or damaged: it is computed
+        return None
+
+
+def _image_features(model: Any, pixels: Tensor) -> Tensor:
+    """The picture's token, after the last norm; CLIP and BLIP project it to the texts' space."""
+    if model.config.model_type == "clip":
+        return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+    if model.config.model_type == "blip":
+        return model.vision_proj(model.vision_model(pixel_values=pixels).last_hidden_state[:, 0])
+    return model(pixel_values=pixels).last_hidden_state[:, 0]
+
+
+def _text_features(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    if model.config.model_type == "clip":
+        pooled = model.text_model(input_ids=ids, attention_mask=mask).pooler_output
+        return model.text_projection(pooled)
+    states = model.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    return model.text_proj(states[:, 0])
+
+
+def open_encoder(
+    name: str, source: str | Path | None = None, *, device: str = "auto", dtype: str = "auto"
+) -> Encoder:
+    """Open an encoder by its name in `ENCODERS`: from the hub, or from a folder of the same kind.
+
+    `dtype` auto computes in bfloat16 on a CUDA card that has it and in float32 elsewhere.
+
+    Args:
+        name: clip, clip-large, dino, dinov2 or blip.
+        source: A folder as transformers' `save_pretrained` writes it; None: the pinned weights.
+        device: auto, cpu, cuda, ...
+        dtype: auto, float32 or bfloat16.
+
+    Raises:
+        UserError: there is no such encoder, the hub cannot be reached, the folder holds another
+            kind of model, or weights are missing.
+    """
+    if name not in ENCODERS:
+        raise UserError(f"There is no encoder {name!r}: choose one of {', '.join(ENCODERS)}.")
+    pinned = ENCODERS[name]
+    folder = None if source is None else Path(source)
+    if folder is not None and not (folder / "config.json").is_file():
+        raise UserError(
+            f"There is no {name} encoder in {folder}: name a folder with config.json and "
+            "safetensors, as transformers' save_pretrained writes it."
+        )
+    where = pick_device(device)
+    if dtype == "auto":
+        bf16 = where.type == "cuda" and torch.cuda.is_bf16_supported()
+        precision = torch.bfloat16 if bf16 else torch.float32
+    else:
+        precision = getattr(torch, dtype)
+    try:
+        with quiet():
+            model, tokenizer = _load(pinned, folder)
+    except UserError:
+        raise
+    except Exception as error:  # the loaders, and the hub's client, fail with errors of any class
+        if folder is not None:
+            raise UserError(
+                f"The {name} encoder in {folder} could not be opened ({type(error).__name__}: "
+                f"{str(error)[:160]}): save it again with transformers' save_pretrained."
+            ) from error
+        raise UserError(
+            f"The {name} encoder {pinned.source} could not be had from the hub "
+            f"({type(error).__name__}): run once with a connection, or download its revision "
+            f"{pinned.revision} elsewhere and name the folder with --encoders {name}=FOLDER."
+        ) from error
+    if folder is None:
+        identity = f"{pinned.source}@{pinned.revision[:8]}"
+    else:
+        identity = f"{folder.resolve().name}@{_digest(folder)[:8]}"
+    return Encoder(pinned, model, tokenizer, identity=identity, device=where, dtype=precision)
+
+
+def _load(pinned: Pinned, folder: Path | None) -> tuple[Any, Any]:
+    from transformers import (
+        AutoConfig,
+        AutoTokenizer,
+        BlipForImageTextRetrieval,
+        CLIPModel,
+        Dinov2Model,
+        ViTModel,
+    )
+
+    source = pinned.source if folder is None else str(folder)
+    revision = {"revision": pinned.revision} if folder is None else {}
+    # Said, because unsaid means: ask at the terminal whether to run code that the folder brings.
+    known: dict[str, Any] = revision | {"trust_remote_code": False}
+    kind = AutoConfig.from_pretrained(source, **known).model_type
+    if kind != pinned.model_type:
+        # Another class would load, with random weights for all that it lacks.
+        raise UserError(f"{source} holds a {kind} model: this encoder is a {pinned.model_type}.")
+    loader: Any = {
+        "clip": CLIPModel,
+        "vit": ViTModel,
+        "dinov2": Dinov2Model,
+        "blip": BlipForImageTextRetrieval,
+    }[kind]
+    options: dict[str, Any] = {"add_pooling_layer": False} if kind == "vit" else {}
+    model, report = loader.from_pretrained(
+        source,
+        **revision,
+        **options,
+        use_safetensors=True,
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{source} lacks {len(missing)} of the encoder's tensors ({missing[0]}, ...): "
+            "take the whole model."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(source, **known) if pinned.max_words else None
+    return model, tokenizer
+
+
+def _digest(folder: Path) -> str:
+    """A short name of the weights in a folder: the same weights, the same name."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

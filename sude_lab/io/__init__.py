@@ -1,0 +1,1 @@
+"""Files: models opened and checked, weights, pictures, whole files."""

@@ -1,0 +1,129 @@
+"""Pictures of the category for prior preservation: drawn once and reused, or the user's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sude_lab.backbone import Backbone
+from sude_lab.errors import UserError
+from sude_lab.generation import generate, sampling_settings
+from sude_lab.io.files import atomic_folder
+from sude_lab.io.pictures import load_picture
+from sude_lab.prompts import photo_of
+
+if TYPE_CHECKING:
+    from sude_lab.tuning import TuningConfig
+
+
+LANCZOS = Image.Resampling.LANCZOS
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def cache_folder() -> Path:
+    """Return the folder of what is computed once: SUDE_LAB_CACHE, or ~/.cache/sude_lab."""
+    named = os.environ.get("SUDE_LAB_CACHE")
+    return Path(named) if named else Path.home() / ".cache" / "sude_lab"
+
+
+def fingerprint(backbone: Backbone) -> str:
+    """Return a short name of the model's weights: the same weights, the same name."""
+    digest = hashlib.sha256()
+    for module in (backbone.unet, *backbone.text_encoders.values(), backbone.pipeline.vae):
+        for name, tensor in module.state_dict().items():
+            # The sum of the bits, read as integers, and a few of them: a gigabyte of weights is
+            # named in a second, and the sum is exact on every device, in whatever order.
+            bits = tensor.detach().flatten().view(_BITS[tensor.element_size()])
+            few = bits[:: max(1, bits.numel() // 8)][:8].tolist()
+            total = bits.sum(dtype=torch.int64).item()
+            digest.update(f"{name} {tuple(tensor.shape)} {total} {few}".encode())
+    return digest.hexdigest()[:16]
+
+
+def drawn_class_images(
+    backbone: Backbone, category: str, *, number: int, seed: int, progress: bool = False
+) -> list[Image.Image]:
+    """Return `number` pictures of the category that this model draws; kept in the cache.
+
+    They are addressed by what made them (weights, prompt, sampler, seed): another run with the same
+    model and category finds them there.
+
+    Raises:
+        UserError: the cache folder cannot be written.
+    """
+    about: dict[str, Any] = {
+        "weights": fingerprint(backbone),
+        "prompt": photo_of(category),
+        "seed": seed,
+        "number": number,
+        "sampling": sampling_settings(backbone),
+    }
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_folder() / "class_images" / name
+    if not folder.is_dir():
+        try:
+            with atomic_folder(folder) as unfinished:
+                images = generate(
+                    backbone, about["prompt"], num_images=number, seed=seed, progress=progress
+                )
+                for k, image in enumerate(images):
+                    image.save(unfinished / f"{k:04d}.png")
+                text = json.dumps(about, indent=1)
+                (unfinished / "about.json").write_text(text, encoding="utf-8")
+        except UserError:
+            if not folder.is_dir():  # else another run drew the same pictures at the same time
+                raise
+    try:
+        return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow's words for damaged pictures
+        raise UserError(
+            f"The class images in {folder} are damaged ({error}): delete the folder, and they are "
+            "drawn again."
+        ) from error
+
+
+@torch.no_grad()
+def class_latents(config: TuningConfig, backbone: Backbone, category: str) -> Tensor:
+    """Return the latents of the category's pictures, (N, C, h, w), on the CPU.
+
+    They come from the folder `config.class_images` (with several categories: from its subfolder of
+    that name), all of them, or else are `config.num_class_images` drawn ones.
+
+    Raises:
+        UserError: the user's folder holds no picture, or does not tell the categories apart.
+    """
+    assert config.num_class_images is not None and config.resolution is not None
+    side = config.resolution
+    if config.class_images is not None:
+        several = len({subject.category for subject in config.subjects}) > 1
+        images = _users_images(config.class_images, category, side, several)
+    else:
+        images = drawn_class_images(
+            backbone,
+            category,
+            number=config.num_class_images,
+            seed=config.seed + 10_000,
+            progress=True,
+        )
+    # Drawn at the model's own size; the subject's picture may be tuned at another.
+    images = [i if i.size == (side, side) else i.resize((side, side), LANCZOS) for i in images]
+    means = [backbone.encode_pictures([image])[0].cpu() for image in images]
+    return torch.cat(means)
+
+
+def _users_images(folder: Path, category: str, resolution: int, several: bool) -> list[Image.Image]:
+    if several or (folder / category).is_dir():
+        folder = folder / category
+    paths = sorted(p for p in folder.glob("*") if p.is_file() and not p.name.startswith("."))
+    if not paths:
+        raise UserError(
+            f"There are no class images in {folder}: put pictures of the category there."
+        )
+    return [load_picture(path, resolution=resolution).image for path in paths]

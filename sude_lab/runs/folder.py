@@ -1,0 +1,694 @@
+"""A run's folder: configuration, pictures, metrics, weights, sample grid; written whole; resumed.
+
+    DIR/config.json        every setting, defaults filled in
+    DIR/picture.png        the picture as the model saw it; further subjects': picture-2.png, ...
+    DIR/metrics.csv        one row a step
+    DIR/samples.png        rows: prompts, columns: seeds
+    DIR/weights/           safetensors
+    DIR/README.md          the model card: what this is, and how to load it elsewhere
+    DIR/environment.json   versions, device, seconds
+and, where it was asked for,
+    DIR/logs/              the tracker's files (TensorBoard's by default)
+    DIR/validation/        step-000200.png, ...: the sample grid while tuning
+    DIR/DIR_kohya.safetensors   a LoRA for the web UIs
+While a run is under way the folder holds config.json, the pictures, `checkpoint.pt`, validation/
+and logs/ alone; a run that failed after a step also leaves `weights-step-000123/`, the weights
+after the last step that was finished. Each file is written whole, except a tracker's, which grow;
+nothing is read from those. `environment.json` comes last: where it is, the run is finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers.utils import make_image_grid
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+
+from sude_lab.backbone import Backbone, open_backbone, pick_device
+from sude_lab.errors import UserError, machine_failure
+from sude_lab.generation import generate
+from sude_lab.io.files import PARTIAL, atomic_folder, atomic_write, remove_partials
+from sude_lab.io.pictures import load_picture, open_picture
+from sude_lab.io.reading import read_json
+from sude_lab.methods import get_method
+from sude_lab.prompts import PLACEHOLDER, checked, fill, placeholder
+from sude_lab.runs.export import CARD, Precision, model_card, write_kohya
+from sude_lab.tuning import Step, TuningConfig, resolve, tune
+
+CONFIG, PICTURE, METRICS = "config.json", "picture.png", "metrics.csv"
+SAMPLES, WEIGHTS, ENVIRONMENT, CHECKPOINT = (
+    "samples.png",
+    "weights",
+    "environment.json",
+    "checkpoint.pt",
+)
+LOGS, VALIDATION = "logs", "validation"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as its folder tells it."""
+
+    folder: Path
+    config: TuningConfig
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Run:
+        """Read a run's folder.
+
+        Raises:
+            UserError: it is not a run's folder, or the run is not finished.
+        """
+        folder = Path(folder)
+        if not (folder / CONFIG).is_file():
+            raise UserError(
+                f"{folder} is not a run's folder: give the --out folder of `sude-lab tune`."
+            )
+        if not (folder / ENVIRONMENT).is_file():
+            raise UserError(f"The run in {folder} is not finished: continue it with --resume.")
+        return cls(folder, _read_config(folder / CONFIG))
+
+    def metrics(self) -> pd.DataFrame:
+        """Return the steps, one row each.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        try:
+            return pd.read_csv(self.folder / METRICS)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.folder / METRICS} cannot be read ({error}): the run's folder is damaged."
+            ) from error
+
+    def picture(self, number: int = 0) -> Image.Image:
+        """Return the picture of subject `number`, as the model saw it.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        return open_picture(self.folder / picture_name(number))
+
+    @property
+    def weights(self) -> Path:
+        """The folder of the run's weights.
+
+        Raises:
+            UserError: no safetensors are there.
+        """
+        folder = self.folder / WEIGHTS
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(
+                f"{folder} holds no safetensors, the only weights that are read: put the run's "
+                "own back, or tune again."
+            )
+        return folder
+
+    def load(self, device: str = "auto", backbone: Backbone | None = None) -> Backbone:
+        """Open the backbone with the run's weights in it, or put them into an opened `backbone`.
+
+        Raises:
+            UserError: the weights are missing, damaged, or not those of this model and method.
+        """
+        weights, method = self.weights, get_method(self.config.method)
+        backbone = backbone or open_backbone(
+            self.config.backbone, device=device, dtype=self.config.dtype
+        )
+        try:
+            method.load(backbone, weights)
+        except UserError:
+            raise
+        except Exception as error:  # foreign files fail in the loaders with errors of any class
+            raise UserError(
+                f"The weights in {weights} could not be loaded ({type(error).__name__}: "
+                f"{str(error)[:160]}): they are damaged, or not a {self.config.method} run's."
+            ) from error
+        return backbone
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The words that stand for the subjects."""
+        return tuple(subject.token for subject in self.config.subjects)
+
+    def prompt(self, text: str) -> str:
+        """Return `text` with {S*} (and {S*2}, ...) replaced by the subjects' tokens.
+
+        Raises:
+            UserError: the text names a subject that the run does not have.
+        """
+        return _filled(text, self.config)
+
+
+def picture_name(number: int) -> str:
+    """Return the name of the file of subject `number`'s picture: picture.png, picture-2.png, ..."""
+    return PICTURE if number == 0 else f"picture-{number + 1}.png"
+
+
+def default_prompts(config: TuningConfig) -> list[str]:
+    """Return the prompts of a run's sample grid: those it was tuned with."""
+    template = config.prompt or get_method(config.method).template
+    return [
+        template.replace(PLACEHOLDER, placeholder(k)).replace("{category}", s.category)
+        for k, s in enumerate(config.subjects)
+    ]
+
+
+def _filled(text: str, config: TuningConfig) -> str:
+    filled = fill(checked(text), *(s.token for s in config.subjects))
+    left = re.search(r"\{S\*\d*\}", filled)
+    if left:
+        raise UserError(
+            f"The prompt {text[:200]!r} asks for {left.group()}, but the run has "
+            f"{len(config.subjects)} subject(s): the first is {PLACEHOLDER}."
+        )
+    return filled
+
+
+def launched(device: str) -> Any:
+    """Return the Accelerator of the processes that `accelerate launch` started; None without it.
+
+    torchrun, mpirun and accelerate's `notebook_launcher` count, too.
+
+    Raises:
+        UserError: accelerate cannot set the processes up.
+    """
+    told = ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    if not any(name in os.environ for name in told):
+        return None
+    from accelerate import Accelerator
+
+    try:
+        return Accelerator(cpu=pick_device(device).type == "cpu")
+    except (RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"accelerate could not set the processes up ({str(error)[:160]}): change what "
+            "`accelerate config` or the flags of `accelerate launch` say."
+        ) from error
+
+
+def run_tuning(
+    config: TuningConfig,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    checkpoint_every: int = 100,
+    sample_prompts: list[str] | None = None,
+    num_samples: int = 4,
+    validation_every: int = 0,
+    validation_prompts: list[str] | None = None,
+    report_to: str = "tensorboard",
+    kohya: Precision | None = None,
+    backbone: Backbone | None = None,
+    on_step: Callable[[Step], None] | None = None,
+    progress: bool = True,
+    label: str = "tuning",
+    tuner: Callable[..., Iterator[Step]] | None = None,
+) -> Run:
+    """Tune on `config.image` and write the run's folder; with `resume` continue where it stopped.
+
+    A resumed run ends with the same weights as an unbroken one: what step k draws follows from
+    (seed, k), and the checkpoint holds the trained tensors and the optimiser. Under `accelerate
+    launch` each process computes `train_batch_size` samples of a larger batch, and the main process
+    alone writes, draws and tells.
+
+    Args:
+        config: The settings of the run.
+        out: The run's folder.
+        resume: Whether to continue an unfinished run.
+        checkpoint_every: Steps between checkpoints.
+        sample_prompts: The rows of samples.png; None: the tuning prompts.
+        num_samples: Pictures a prompt; 0 draws no grid.
+        validation_every: Steps between grids of `validation_prompts` (None: `sample_prompts`); 0
+            draws none. Drawing changes no bit of the result.
+        report_to: tensorboard, another tracker of accelerate's, "all" that are installed, or none.
+        kohya: The precision in which to write a LoRA for the web UIs as well; None writes none.
+        backbone: The model, opened; None: `config.backbone` is opened.
+        on_step: Called after every step, in every process.
+        progress: Whether to show bars.
+        label: What the bar says.
+        tuner: What to call in the place of `tune`, as `sude_lab.sweep.lockstep.feed` gives it.
+
+    Raises:
+        UserError: bad input (nothing is written then), another run in the folder, or a failure
+            while tuning (the checkpoint, and the weights after the last finished step, stay).
+    """
+    out = Path(out)
+    trackers = _Trackers(report_to)
+    accelerator = launched(config.device)
+    main = accelerator is None or accelerator.is_main_process
+    _check_folder(out, resume)
+    if (out / ENVIRONMENT).is_file():
+        if resume:
+            if main:
+                tqdm.write(f"The run in {out} is already finished.")
+            return Run.open(out)
+        raise UserError(f"{out} already holds a finished run: choose another --out.")
+    # Bad input is found before the model is opened and before anything is written.
+    for subject in config.subjects:
+        load_picture(subject.image, resolution=64)
+    if validation_every and not num_samples:
+        raise UserError(
+            "--validation-every draws --num-samples pictures a prompt: give at least 1."
+        )
+    backbone = backbone or _open_backbone(config, accelerator)
+    config = resolve(config, backbone)
+    if config.class_images is not None and not config.prior_loss_weight:
+        raise UserError(
+            "--class-images is of no use where --prior-loss-weight is 0: add "
+            "--prior-loss-weight 1, or leave it out."
+        )
+    samples = [_filled(p, config) for p in sample_prompts or default_prompts(config)]
+    validated = [_filled(p, config) for p in validation_prompts or []] or samples
+    if kohya:
+        _check_lora(config)
+    assert config.resolution is not None and config.max_train_steps is not None
+    loaded = [load_picture(s.image, resolution=config.resolution) for s in config.subjects]
+    for note in [note for picture in loaded for note in picture.notes if main]:
+        tqdm.write(note)
+    pictures = [picture.image for picture in loaded]
+
+    state: dict[str, Any] | None = None
+    rows: list[dict[str, float]] = []
+    if resume and (out / CONFIG).is_file():
+        _check_same(_read_config(out / CONFIG), config, out)
+        _check_same_pictures(pictures, config, out)
+        if (out / CHECKPOINT).is_file():
+            state = _read_checkpoint(out / CHECKPOINT)
+            if not 0 < state["step"] < config.max_train_steps:
+                raise UserError(
+                    f"{out / CHECKPOINT} is of step {state['step']} and the run has "
+                    f"{config.max_train_steps}: delete it, and --resume starts anew."
+                )
+            rows = state.pop("rows")
+
+    started = time.time()
+    done = state["step"] if state else 0
+    steps = (tuner or tune)(config, backbone, pictures, state=state, accelerator=accelerator)
+    steps = _keeping(steps, out, accelerator)
+    # Before the bar: what is wrong with the settings shows here, and is one sentence then.
+    first = next(steps)
+    if main:
+        remove_partials(out)
+        if not done:
+            _begin(out, config, pictures)
+        trackers.begin(out / LOGS, config, first.number)
+    try:
+        with tqdm(
+            total=config.max_train_steps,
+            initial=done,
+            desc=label,
+            unit="step",
+            disable=not (progress and main),
+        ) as bar:
+            for step in chain([first], steps):
+                rows.append(step.row())
+                bar.update()
+                bar.set_postfix(
+                    loss=f"{rows[-1]['loss_subject']:.4f}",
+                    gates=f"{rows[-1]['open_gates']:.2f}",
+                    refresh=False,
+                )
+                if on_step:
+                    on_step(step)
+                if not main:
+                    continue
+                trackers.log(rows[-1])
+                if step.number % checkpoint_every == 0 and step.number < config.max_train_steps:
+                    with atomic_write(out / CHECKPOINT) as path:
+                        torch.save(step.state_dict() | {"rows": rows}, path)
+                if validation_every and step.number % validation_every == 0:
+                    file = out / VALIDATION / f"step-{step.number:06d}.png"
+                    try:
+                        grid = _draw_grid(file, config, backbone, validated, num_samples)
+                    except UserError as error:
+                        raise _told(error, out, step) from error
+                    trackers.picture(grid, step.number)
+    finally:
+        trackers.finish()
+    if main:
+        _keep_weights(out / WEIGHTS, step)
+        with atomic_write(out / METRICS) as path:
+            pd.DataFrame(rows).to_csv(path, index=False)
+        seconds = time.time() - started
+        if num_samples:
+            _draw_grid(out / SAMPLES, config, backbone, samples, num_samples, progress)
+        if kohya:
+            name = f"{out.resolve().name}_kohya.safetensors"
+            (out / name).unlink(missing_ok=True)  # of a run stopped at this very point
+            write_kohya(out / WEIGHTS, out / name, kohya)
+        grid_name = SAMPLES if num_samples else None
+        card = model_card(config, backbone, out / WEIGHTS, samples, grid=grid_name)
+        with atomic_write(out / CARD) as path:
+            path.write_text(card, encoding="utf-8")
+        for folder in out.glob("weights-step-*"):  # of a failure before the resume
+            shutil.rmtree(folder)
+        # Written last: its presence says that the run is finished.
+        with atomic_write(out / ENVIRONMENT) as path:
+            about = _environment(backbone, seconds, rows, accelerator)
+            path.write_text(json.dumps(about, indent=2))
+        (out / CHECKPOINT).unlink(missing_ok=True)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    return Run.open(out)
+
+
+def _open_backbone(config: TuningConfig, accelerator: Any) -> Backbone:
+    """Open the model where the launcher says, in the precision that the launcher says."""
+    device, dtype = config.device, config.dtype
+    if accelerator is not None:
+        if accelerator.num_processes > 1 or device == "auto":
+            # accelerate numbers CPUs, too: cpu:0, cpu:1.
+            device = "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
+        if dtype == "auto":
+            told = {"bf16": "bfloat16", "fp16": "float16"}
+            return open_backbone(
+                config.backbone, device=device, dtype=told.get(accelerator.mixed_precision, "auto")
+            )
+    return open_backbone(config.backbone, device=device, dtype=dtype)
+
+
+def _check_lora(config: TuningConfig) -> None:
+    if config.method != "dreambooth" or config.train != "lora" or config.train_text_encoder:
+        raise UserError(
+            "--kohya writes a LoRA of the UNet: tune with --method dreambooth --train lora and "
+            "without --train-text-encoder, or leave --kohya out."
+        )
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    if out.is_file():
+        raise UserError(f"{out} is a file: --out takes a folder.")
+    # What a process was killed at before it had written anything whole is no content.
+    if out.is_dir() and any(not p.name.startswith(PARTIAL) for p in out.iterdir()):
+        if not (out / CONFIG).is_file():
+            raise UserError(
+                f"The folder {out} is not empty and holds no run: choose another --out."
+            )
+        if not resume and not (out / ENVIRONMENT).is_file():
+            raise UserError(f"{out} holds an unfinished run: continue it with --resume.")
+    elif resume and not out.exists():
+        raise UserError(f"There is no run to resume in {out}: leave --resume out to start one.")
+
+
+# --- what a run began with -----------------------------------------------------------------------
+
+
+def _read_config(path: Path) -> TuningConfig:
+    try:
+        values = read_json(path)
+        known = {f.name for f in fields(TuningConfig)}
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            raise UserError(
+                f"{path} has the unknown setting {unknown[0]!r}: open it with the version of "
+                "sude_lab that wrote it."
+            )
+        for name in ("image", "class_images"):
+            if values.get(name) is not None:
+                values[name] = Path(values[name])
+        values["more_subjects"] = tuple(values.get("more_subjects", ()))
+        for name in ("image", "class_images", "more_subjects"):
+            if "\0" in str(values.get(name)):
+                raise ValueError(name)
+        try:
+            config = TuningConfig(**values)
+        except UserError as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+        get_method(config.method)
+        return config
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not a run's configuration: the file is damaged.") from error
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # damaged bytes fail with errors of any class
+        raise UserError(f"{path} is damaged: delete it, and --resume starts anew.") from error
+    kinds = {"step": int, "trained": dict, "optimizer": dict, "rows": list}
+    if not isinstance(state, dict) or not all(
+        type(state.get(name)) is kind for name, kind in kinds.items()
+    ):
+        raise UserError(
+            f"{path} is no checkpoint of this version of sude_lab: delete it, and --resume starts "
+            "anew."
+        )
+    return state
+
+
+def _check_same(old: TuningConfig, new: TuningConfig, out: Path) -> None:
+    for f in fields(TuningConfig):
+        before, now = getattr(old, f.name), getattr(new, f.name)
+        if f.name == "more_subjects":  # the files may have moved
+            before, now = ([(s.category, s.token) for s in c.subjects[1:]] for c in (old, new))
+        if before != now and f.name not in ("image", "device"):
+            flag = f.name.replace("_", "-")
+            raise UserError(
+                f"The run in {out} was started with --{flag} {before}, not {now}: resume it with "
+                "the same settings, or choose another --out."
+            )
+
+
+def _check_same_pictures(pictures: list[Image.Image], config: TuningConfig, out: Path) -> None:
+    """The files may have moved; what they show must be what the run began with."""
+    for number, (picture, subject) in enumerate(zip(pictures, config.subjects, strict=True)):
+        kept = out / picture_name(number)
+        if not kept.is_file():  # stopped between the first files
+            continue
+        if open_picture(kept).tobytes() != picture.tobytes():
+            raise UserError(
+                f"The run in {out} was started on another picture than {subject.image}: resume it "
+                "with that one, or choose another --out."
+            )
+
+
+def _begin(out: Path, config: TuningConfig, pictures: list[Image.Image]) -> None:
+    with atomic_write(out / CONFIG) as path:
+        path.write_text(json.dumps(asdict(config), indent=2, default=str), encoding="utf-8")
+    for number, picture in enumerate(pictures):
+        with atomic_write(out / picture_name(number)) as path:
+            picture.save(path)
+
+
+# --- what a failure leaves -----------------------------------------------------------------------
+
+
+def _keeping(steps: Iterator[Step], out: Path, accelerator: Any) -> Iterator[Step]:
+    """Pass the steps on; where tuning fails after one of them, keep the weights and name them."""
+    last = None
+    try:
+        for step in steps:
+            last = step
+            yield step
+    except UserError as error:
+        told: UserError = error
+        if accelerator is None or accelerator.is_main_process:
+            told = _told(error, out, last)
+        # All fail alike and wait until the weights are kept: the first process that ends ends all.
+        # Where the memory of one ran out the others know nothing of it, and waiting has no end.
+        alone = error.__cause__ is not None and machine_failure(error.__cause__)
+        if accelerator is not None and not alone:
+            accelerator.wait_for_everyone()
+        if told is error:
+            raise
+        raise told from error
+
+
+def _told(error: UserError, out: Path, last: Step | None) -> UserError:
+    """Keep the weights after the step `last`; return the error with where they are."""
+    kept = []
+    if last is not None and (out / CONFIG).is_file():
+        folder = out / f"weights-step-{last.number:06d}"
+        try:
+            _keep_weights(folder, last)
+            kept.append(f"the weights after step {last.number} ({folder})")
+        except Exception:  # a full disk, or a device that is gone with the weights
+            pass
+    if (out / CHECKPOINT).is_file():
+        step = _read_checkpoint(out / CHECKPOINT)["step"]
+        kept.append(f"the checkpoint of step {step} ({out / CHECKPOINT})")
+    if not kept:
+        return error
+    return UserError(f"{str(error).rstrip('.')}; kept: {' and '.join(kept)}.")
+
+
+def _keep_weights(folder: Path, step: Step) -> None:
+    # A folder left by a run that was stopped at this very point is of no use: write it anew.
+    shutil.rmtree(folder, ignore_errors=True)
+    with atomic_folder(folder) as unfinished:
+        step.method.save(unfinished)
+
+
+# --- what is drawn and told ----------------------------------------------------------------------
+
+
+@contextmanager
+def _undisturbed(backbone: Backbone) -> Iterator[None]:
+    """Draw in the midst of tuning: afterwards modes and the state of chance are as before."""
+    parts = [p for p in backbone.pipeline.components.values() if isinstance(p, nn.Module)]
+    training = [module for part in parts for module in part.modules() if module.training]
+    with torch.random.fork_rng(devices=[backbone.device] if backbone.device.type == "cuda" else []):
+        for part in parts:
+            part.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _draw_grid(
+    file: Path,
+    config: TuningConfig,
+    backbone: Backbone,
+    prompts: Sequence[str],
+    number: int,
+    progress: bool = False,
+) -> Image.Image:
+    """Draw `number` pictures of every prompt into one file, a row a prompt; return it."""
+    images: list[Image.Image] = []
+    try:
+        with _undisturbed(backbone):
+            for prompt in tqdm(
+                prompts, desc="drawing samples", unit="prompt", disable=not progress
+            ):
+                images += generate(backbone, prompt, num_images=number, seed=config.seed)
+    except (RuntimeError, MemoryError) as error:
+        told = machine_failure(error)
+        if told is None:
+            raise
+        advice = "use a smaller --num-samples" if "memory" in told else "see whether it is there"
+        raise UserError(f"{told} while {file.name} was drawn: {advice}.") from error
+    grid = make_image_grid(images, len(prompts), number)
+    with atomic_write(file) as path:
+        grid.save(path)
+    return grid
+
+
+class _Trackers:
+    """The trackers of a run, by accelerate's names and classes; nothing is imported for none."""
+
+    def __init__(self, report_to: str) -> None:
+        self.names = _tracker_names(report_to)
+        self.begun: list[Any] = []
+
+    def begin(self, folder: Path, config: TuningConfig, first: int) -> None:
+        """Start the trackers; what they write on this machine goes into `folder`."""
+        if not self.names:
+            return
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        folder.mkdir(exist_ok=True)
+        own: dict[str, dict[str, Any]] = {
+            # What was logged after the checkpoint of a run that is resumed is hidden.
+            "tensorboard": {"purge_step": first},
+            "wandb": {"dir": str(folder), "name": folder.parent.name},
+        }
+        settings = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in asdict(config).items()
+        }
+        for name in self.names:
+            kind = LOGGER_TYPE_TO_CLASS[name]
+            where = [str(folder)] if kind.requires_logging_directory else []
+            try:
+                tracker = kind("sude_lab", *where, **own.get(name, {}))
+                tracker.start()
+                tracker.store_init_configuration(settings)
+            except Exception as error:  # each tracker fails in its own way: no account, no network
+                raise UserError(
+                    f"The tracker {name} could not be started ({type(error).__name__}: "
+                    f"{str(error)[:160]}): set it up, or --resume with --report-to none."
+                ) from error
+            self.begun.append(tracker)
+
+    def log(self, row: dict[str, float]) -> None:
+        """Log one step."""
+        values = {name: value for name, value in row.items() if name != "step"}
+        for tracker in self.begun:
+            tracker.log(values, step=int(row["step"]))
+
+    def picture(self, grid: Image.Image, step: int) -> None:
+        """Show a validation grid, where the tracker can."""
+        for tracker in self.begun:
+            if tracker.name == "tensorboard":
+                batch = np.asarray(grid)[None]
+                tracker.log_images({"validation": batch}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({"validation": [grid]}, step=step)
+
+    def finish(self) -> None:
+        """Let the trackers write what they still hold."""
+        for tracker in self.begun:
+            tracker.finish()
+
+
+def _tracker_names(report_to: str) -> list[str]:
+    """Return accelerate's names of the trackers.
+
+    Raises:
+        UserError: accelerate knows none of that name, or its package is not installed.
+    """
+    if report_to == "none":
+        return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
+    here = [str(name) for name in get_available_trackers()]
+    if report_to == "all":
+        return here
+    if report_to not in LOGGER_TYPE_TO_CLASS:
+        known = ", ".join(["none", "all", *LOGGER_TYPE_TO_CLASS])
+        raise UserError(f"There is no tracker {report_to!r}: choose --report-to among {known}.")
+    # A class that was registered with accelerate by hand is in no list of packages.
+    if report_to in LoggerType.list() and report_to not in here:
+        raise UserError(
+            f"--report-to {report_to} needs the package {report_to}: pip install {report_to}, or "
+            "use --report-to none."
+        )
+    return [report_to]
+
+
+def _environment(
+    backbone: Backbone, seconds: float, rows: list[dict[str, float]], accelerator: Any
+) -> dict[str, Any]:
+    names = ("sude-lab", "torch", "diffusers", "transformers", "peft", "accelerate")
+    versions = {}
+    for name in (*names, "safetensors", "pillow"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # a checkout that was not installed
+            versions[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        **({"backbone_commit": backbone.commit} if backbone.commit else {}),
+        "device": str(backbone.device),
+        "precision": str(backbone.dtype).removeprefix("torch."),
+        "processes": 1 if accelerator is None else accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds, 2),
+        "steps": len(rows),
+        "versions": versions,
+    }

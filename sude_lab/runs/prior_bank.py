@@ -1,0 +1,275 @@
+"""A prior bank: what the model before tuning says of N pairs (t, noise), asked once for many runs.
+
+SuDe's prior `pretrained` is two predictions a step, eps_class and eps_uncond, of a model that never
+changes, of one picture. Both follow from (t, noise), so they are asked once for N pairs and kept;
+a step draws its samples from the pairs and asks nothing:
+
+    bank = open_bank(config, backbone, "dog", picture, (mean, deviation))    # config.prior_bank = N
+    x_0, eps, t = bank.pairs.batch(index)                                    # the step's samples
+    uncond, category = bank.outputs(index).unbind(1)                         # its prior
+
+Kept in half precision are the null prediction and the *direction* d = category - null, not the
+category's prediction: SuDe's gradient is along d (`sude_lab.losses`), which is small beside both,
+so that the difference of two rounded predictions would lose a part of its digits. A bank takes
+4 C h w bytes a pair on the disk and in memory: 64 KiB for a latent of Stable Diffusion at 512
+pixels. The pairs themselves take none: pair k is drawn anew from its seed and k.
+
+In float32 both predictions are kept as they are, asked a pair at a time: the very calls that a step
+of one sample makes. The last bits of a prediction hang on the batch it is made in, so the losses of
+a run with `train_batch_size` 1 are those of asking in every step bit for bit, those of larger
+batches to rounding.
+
+Banks lie in the cache (`class_images.cache_folder`), named by a hash of all that they follow from:
+weights, schedule, picture, prompts, seed, number, precision. Runs that differ in anything else
+(method, w_s, learning rates) share one, and so do members of a lockstep.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sude_lab.backbone import Backbone, Condition, concatenate
+from sude_lab.diffusion import add_noise
+from sude_lab.io.files import atomic_write, locked, save_tensors
+from sude_lab.prompts import photo_of
+from sude_lab.runs.class_images import cache_folder, fingerprint
+
+if TYPE_CHECKING:
+    from sude_lab.tuning import TuningConfig
+
+FORMAT = 1
+"""Changes with the way in which pairs are drawn or kept, so that no older bank is taken."""
+PAIRS_AT_ONCE = 8
+"""Pairs in one call of the UNet while a half-precision bank is built: 16 rows, no gradients."""
+_WAIT = 2.0  # seconds before a bar is shown
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """N pairs of a timestep and noise for one picture, numbered from 0.
+
+    Pair k is a draw of the picture's latent (which mirror image, and the encoder's deviation), of
+    eps and of t, from a generator of its own. The timesteps are spread: t of pair k is drawn evenly
+    from the k-th of N equal parts of 0 ... T-1, so that a small bank has early and late ones too.
+    """
+
+    mean: Tensor
+    """Means of the latents, (K, C, h, w): the picture's, and its mirror image's where K = 2."""
+    deviation: Tensor
+    number: int
+    num_timesteps: int
+    seed: int
+
+    def pair(self, k: int) -> tuple[Tensor, Tensor, int]:
+        """Return x_0 and eps, (C, h, w) each, and t of pair k."""
+        # CPU generators read 32 bits of a seed: hashed, so that they are not those of the steps.
+        digest = hashlib.blake2b(f"pair {k} of seed {self.seed}".encode(), digest_size=4).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        within = torch.rand((), generator=generator, dtype=torch.float64).item()
+        t = min(int((k + within) * self.num_timesteps / self.number), self.num_timesteps - 1)
+        pick = int(torch.randint(len(self.mean), (), generator=generator))
+        noise = torch.randn((2, *self.mean.shape[1:]), generator=generator)
+        return self.mean[pick] + self.deviation[pick] * noise[0], noise[1], t
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x_0 and eps, (B, C, h, w) each, and t, (B,), of the pairs `index`, (B,)."""
+        x_0, eps, t = zip(*map(self.pair, index.tolist()), strict=True)
+        return torch.stack(x_0), torch.stack(eps), torch.tensor(t)
+
+
+@dataclass(frozen=True)
+class PriorBank:
+    """The pairs, and what the model before tuning says of them."""
+
+    pairs: Pairs
+    kept: Mapping[str, Tensor]
+    """`uncond`, and `direction` or `category`, (N, C, h, w) each; empty where all is asked live."""
+    path: Path | None = None
+    """The bank's file."""
+
+    def __len__(self) -> int:
+        return self.pairs.number
+
+    def outputs(self, index: Tensor) -> Tensor | None:
+        """Return the model outputs for no condition and for the category, (B, 2, C, h, w), float32.
+
+        None where nothing is kept: ask the model then.
+        """
+        if not self.kept:
+            return None
+        uncond = self.kept["uncond"][index].float()
+        if "category" in self.kept:
+            return torch.stack([uncond, self.kept["category"][index]], dim=1)
+        return torch.stack([uncond, uncond + self.kept["direction"][index].float()], dim=1)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the predictions take in memory, in bytes; the file has some hundred more."""
+        return sum(x.numel() * x.element_size() for x in self.kept.values())
+
+
+def open_bank(
+    config: TuningConfig,
+    backbone: Backbone,
+    category: str,
+    picture: Image.Image,
+    latents: tuple[Tensor, Tensor],
+) -> PriorBank:
+    """Read the bank of a picture and its category from the cache; build it where it is not there.
+
+    Without SuDe nothing is asked, and nothing kept: the pairs alone, so that a plain run sees the
+    samples that its like with SuDe sees. Who comes second waits for who builds it. A file that is
+    damaged is told, and built anew. The backbone must be as it was opened: no adapters, no new
+    words.
+
+    Args:
+        config: The run's settings, resolved: `prior_bank` pairs in `prior_bank_dtype`.
+        backbone: The model before tuning.
+        category: What the picture shows.
+        picture: The picture that was encoded.
+        latents: Mean and deviation of its latents, (K, C, h, w) each.
+
+    Raises:
+        UserError: the cache cannot be written or locked.
+    """
+    mean, deviation = latents
+    schedule = backbone.schedule
+    pairs = Pairs(mean, deviation, config.prior_bank, schedule.num_timesteps, config.seed)
+    if config.prior_bank_dtype == "live" or not config.with_sude:
+        return PriorBank(pairs, {})
+    about = _about(config, backbone, category, picture)
+    path = cache_folder() / "prior_banks" / f"{_hash(about)[:16]}.safetensors"
+    with locked(path.with_suffix(".lock")):
+        tensors = _read(path, about, pairs, config.prior_bank_dtype) if path.exists() else None
+        if tensors is None:
+            tensors = _build(config, backbone, category, pairs)
+            # The latents go with them: a machine whose encoder rounds otherwise takes these.
+            tensors |= {"mean": mean.contiguous(), "deviation": deviation.contiguous()}
+            told = {"about": json.dumps(about), "sum": _sum(tensors)}
+            with atomic_write(path) as temporary:
+                save_tensors(tensors, temporary, metadata=told)
+            size = path.stat().st_size / 2**20
+            tqdm.write(
+                f"The prior bank of {pairs.number:,} pairs takes {size:.1f} MiB on the disk and in "
+                f"memory: {path}",
+                file=sys.stderr,
+            )
+    mean, deviation = tensors.pop("mean"), tensors.pop("deviation")
+    pairs = Pairs(mean, deviation, pairs.number, pairs.num_timesteps, pairs.seed)
+    return PriorBank(pairs, tensors, path)
+
+
+@torch.no_grad()
+def ask(backbone: Backbone, pairs: Pairs, index: Tensor, null: Condition, of: Condition) -> Tensor:
+    """Return what the model says of pairs: for no condition and for `of`, (B, 2, C, h, w).
+
+    Both in one call, as a step of tuning asks them. Args: index: (B,); null, of: one row each.
+    """
+    x_0, eps, t = (x.to(backbone.device) for x in pairs.batch(index))
+    x_t = add_noise(x_0, eps, t, backbone.schedule)
+    both = concatenate([null.expand(len(t)), of.expand(len(t))])
+    output = backbone.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+    return torch.stack(output.chunk(2), dim=1).cpu()
+
+
+def _build(
+    config: TuningConfig, backbone: Backbone, category: str, pairs: Pairs
+) -> dict[str, Tensor]:
+    half = config.prior_bank_dtype == "float16"
+    with torch.no_grad():
+        null, of = backbone.null_condition(), backbone.encode_prompts([photo_of(category)])
+    uncond, second = [], []
+    with tqdm(
+        total=pairs.number, desc="asking the model before tuning", unit="pair", delay=_WAIT
+    ) as bar:
+        for index in torch.arange(pairs.number).split(PAIRS_AT_ONCE if half else 1):
+            no_condition, said = ask(backbone, pairs, index, null, of).unbind(1)
+            uncond.append(no_condition.half() if half else no_condition)
+            second.append((said - no_condition).half() if half else said)
+            bar.update(len(index))
+    kept = {"uncond": uncond, "direction" if half else "category": second}
+    # A UNet in channels_last answers so, and safetensors takes what is contiguous alone.
+    return {name: torch.cat(rows).contiguous() for name, rows in kept.items()}
+
+
+def _about(
+    config: TuningConfig, backbone: Backbone, category: str, picture: Image.Image
+) -> dict[str, Any]:
+    """Return all that a bank follows from; where its files lie has no part in it."""
+    pipeline, pixels = backbone.pipeline, picture.convert("RGB")
+    settings = [dict(part.config) for part in (pipeline.unet, pipeline.vae, pipeline.scheduler)]
+    settings += [encoder.config.to_dict() for encoder in backbone.text_encoders.values()]
+    # A pipeline's other settings name the classes of its parts.
+    settings.append({k: v for k, v in pipeline.config.items() if isinstance(v, bool)})
+    return {
+        "format": FORMAT,
+        "weights": fingerprint(backbone),
+        "schedule": _hash(backbone.schedule.alphas_cumprod.tolist()),
+        "settings": _hash([_public(part) for part in settings]),
+        "prompts": ["", photo_of(category)],
+        # The words as the text encoder reads them, which is the tokenizer's part of the model.
+        "tokens": [
+            backbone.tokenize(["", photo_of(category)], tokenizer).tolist()
+            for tokenizer in backbone.tokenizers
+        ],
+        "picture": hashlib.sha256(f"{pixels.size}".encode() + pixels.tobytes()).hexdigest(),
+        "resolution": config.resolution,
+        "horizontal_flip": config.horizontal_flip,
+        "seed": config.seed,
+        "number": config.prior_bank,
+        "kept": config.prior_bank_dtype,
+        "computed": f"{str(backbone.dtype).removeprefix('torch.')} on {backbone.device.type}",
+    }
+
+
+def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a part's settings without its class, its version and the place it was read from."""
+    return {str(k): v for k, v in settings.items() if not str(k).startswith("_")}
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _sum(tensors: Mapping[str, Tensor]) -> str:
+    """Return a checksum of the tensors' bytes: safetensors knows a file's length and no more."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(
+    path: Path, about: Mapping[str, Any], pairs: Pairs, dtype: str
+) -> dict[str, Tensor] | None:
+    """Return the tensors of a bank's file; None, and a word of it, where they are not whole."""
+    shape = (pairs.number, *pairs.mean.shape[1:])
+    second = "direction" if dtype == "float16" else "category"
+    expected = {"uncond": shape, second: shape}
+    expected |= dict.fromkeys(("mean", "deviation"), tuple(pairs.mean.shape))
+    try:
+        with safe_open(path, "pt") as file:
+            told = file.metadata() or {}
+            # Copies: these are views of the file, and a run must not die with a file cut short.
+            tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        same = json.loads(told["about"]) == about and shapes == expected
+        if same and told["sum"] == _sum(tensors):
+            return tensors
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        pass
+    tqdm.write(f"The prior bank {path} is damaged: it is built anew.", file=sys.stderr)
+    return None

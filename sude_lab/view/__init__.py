@@ -1,0 +1,1 @@
+"""What is looked at: plots, and widgets that show a picture where no widget runs."""

@@ -1,0 +1,181 @@
+"""Watch a run while it tunes: curves and newest pictures, redrawn in place in a notebook."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from sude_lab.errors import UserError
+from sude_lab.view import plots
+
+if TYPE_CHECKING:
+    from sude_lab.tuning import Step
+
+
+class LiveView:
+    """Curves of a run, and its newest validation grid, redrawn in place while it tunes.
+
+        with LiveView(config.max_train_steps, folder=out) as live:
+            run_tuning(config, out, on_step=live, validation_every=50)
+
+    Around `tune` call it in the loop: `live(step)`, or `live(step, grid)` with a picture of one's
+    own. A page that updates outputs (JupyterLab, VS Code, Colab) shows one figure that moves; what
+    it shows last is what a notebook stores. Elsewhere nothing is shown: `figure`, `png()` and
+    `save(file)` hold the same. A run that is stopped and goes on is shown as one: steps that are
+    done again replace the first ones.
+
+    Drawing takes at most about `share` of the time: after a drawing that took s seconds the next
+    one waits s (1 / share - 1) seconds, and never less than `every`.
+
+    Args:
+        total: the steps of the run, the length of the axes; None: as many as there are.
+        folder: the run's folder, whose newest validation grid is shown; None: no grids but those
+            that are handed over.
+        labels: names of the grid's rows, from the top.
+        every: seconds between two drawings, at least.
+        share: share of the time that drawing may take, above 0 and at most 1.
+        window: steps of the running means.
+
+    Raises:
+        UserError: `share` is out of range.
+    """
+
+    def __init__(
+        self,
+        total: int | None = None,
+        *,
+        folder: Path | str | None = None,
+        labels: Sequence[str] = (),
+        every: float = 2.0,
+        share: float = 0.05,
+        window: int = 25,
+    ) -> None:
+        if not 0 < share <= 1:
+            raise UserError(f"The share of time for drawing is {share}: give above 0, at most 1.")
+        self.total, self.labels = total, tuple(labels)
+        self.folder = Path(folder) if folder else None
+        self.every, self.share, self.window = every, share, window
+        self.rows: list[dict[str, float]] = []
+        self.figure = Figure(figsize=(12, 2.9), dpi=80, layout="constrained")
+        FigureCanvasAgg(self.figure)
+        self._axes = self.figure.subplots(1, 4)
+        self._grid: tuple[str, Image.Image] | None = None
+        self._handle: Any = None
+        self._took, self._ended = 0.0, float("-inf")
+        self._began, self._seconds, self._steps = time.perf_counter(), 0.0, 0
+
+    def __enter__(self) -> LiveView:
+        """Show the empty figure; what matplotlib loads first is loaded before the first step."""
+        self.draw()
+        self._took = 0.0  # the first drawing is no measure for the next ones
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Draw once more, with the last grid; also after an error or an interrupt."""
+        self.draw()
+
+    def __call__(self, step: Step, grid: Image.Image | None = None) -> None:
+        """Take a step, and redraw when it is time to."""
+        while self.rows and self.rows[-1]["step"] >= step.number:  # resumed before where it stopped
+            self.rows.pop()
+        self.rows.append(step.row())
+        if grid is not None:
+            self._grid = (f"step {step.number}", grid)
+        now = time.perf_counter()
+        self._seconds, self._steps = now - self._began, self._steps + 1
+        wait = max(self.every, self._took * (1 / self.share - 1))
+        if now - self._ended >= wait:
+            self.draw()
+
+    def metrics(self) -> pd.DataFrame:
+        """Return the steps so far, one row each, as in a run's metrics.csv."""
+        return pd.DataFrame(self.rows)
+
+    def draw(self) -> None:
+        """Redraw the figure now, and show it where something is listening."""
+        started = time.perf_counter()
+        self._redraw()
+        if _is_listening():
+            from IPython.display import Image as Shown
+            from IPython.display import display
+
+            shown = Shown(data=self.png(), format="png")
+            if self._handle is None:
+                self._handle = display(shown, display_id=True)
+            else:
+                self._handle.update(shown)
+        self._ended = time.perf_counter()
+        self._took = self._ended - started
+
+    def png(self) -> bytes:
+        """Return the figure as it was drawn last."""
+        file = BytesIO()
+        self.figure.savefig(file, format="png")
+        return file.getvalue()
+
+    def save(self, file: Path | str) -> None:
+        """Write the figure as it was drawn last; the ending of the name says in which format."""
+        self.figure.savefig(file)
+
+    def _redraw(self) -> None:
+        loss, sude, member, pictures = self._axes
+        for ax in self._axes:
+            ax.clear()
+        table = self.metrics()
+        self.figure.suptitle(self._state(), fontsize=10, x=0.01, ha="left")
+        if len(table):
+            plots.learning(loss, {"sude": table}, self.window)
+        watched = len(table) and table["rho"].notna().any()
+        if watched:
+            plots.loss_against_threshold(sude, table, self.window)
+            plots.membership(member, {"sude": table}, self.window)
+            gates = plots.smooth(table["open_gates"], self.window)
+            (line,) = member.plot(table["step"], gates, ":", color="black")
+            lines = [member.get_lines()[0], line]
+            member.legend(lines, [r"$\rho$", "share of open gates"], frameon=False, fontsize=8)
+            member.set(ylabel="batch mean", ylim=(min(0.0, member.get_ylim()[0]), None))
+        off = "" if watched or not len(table) else " (not watched)"
+        titles = (
+            "the subject's loss",
+            f"category: loss, threshold{off}",
+            f"category: ρ and gates{off}",
+        )
+        for ax, title in zip((loss, sude, member), titles, strict=True):
+            ax.set_title(title, fontsize=10)
+            if self.total:
+                ax.set_xlim(0, self.total)
+        name, picture = self._newest() or ("no pictures yet", None)
+        plots.picture_grid(pictures, picture, self.labels, title=name)
+
+    def _state(self) -> str:
+        if not self.rows:
+            return "waiting for the first step"
+        total = f" of {self.total}" if self.total else ""
+        pace = f"{self._seconds / max(1, self._steps):.2f} s a step, pictures included"
+        lines = f"lines: running means of {self.window} steps"
+        return f"step {self.rows[-1]['step']:.0f}{total}   ·   {pace}   ·   {lines}"
+
+    def _newest(self) -> tuple[str, Image.Image] | None:
+        if self._grid is not None or self.folder is None:
+            return self._grid
+        files = sorted((self.folder / "validation").glob("step-*.png"))
+        if not files:
+            return None
+        with Image.open(files[-1]) as picture:  # files of a run are written whole
+            return f"step {int(files[-1].stem.removeprefix('step-'))}", picture.convert("RGB")
+
+
+def _is_listening() -> bool:
+    """Whether this is a notebook's kernel; a terminal would print an object's name each time."""
+    from IPython import get_ipython
+
+    return getattr(get_ipython(), "kernel", None) is not None

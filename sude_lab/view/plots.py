@@ -1,0 +1,476 @@
+"""Figures: every function takes an axis, draws on it and returns it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from sude_lab.evaluate.metrics import bootstrap_interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = {"plain": "#777777", "sude": "#c2410c", "sude, no truncation": "#1d4ed8"}
+
+
+def smooth(values: pd.Series, window: int = 25) -> pd.Series:
+    """Return the running mean over `window` steps (fewer at the start)."""
+    return values.rolling(window, min_periods=1).mean()
+
+
+def open_gates(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) -> Axes:
+    """Draw the share of samples whose gate (eq. 9) is open, a line a run."""
+    for name, table in metrics.items():
+        ax.plot(table["step"], smooth(table["open_gates"], window), label=name, color=_colour(name))
+    ax.set(xlabel="step", ylabel="share of open gates", ylim=(-0.02, 1.02))
+    ax.set_title(f"Open gates, running mean of {window} steps", fontsize=10)
+    ax.legend(frameon=False)
+    return ax
+
+
+def loss_against_threshold(ax: Axes, metrics: pd.DataFrame, window: int = 25) -> Axes:
+    """Draw L_sude and tau over the steps of one run; the gate is open where the loss is above."""
+    loss, tau = smooth(metrics["loss_sude"], window), smooth(metrics["tau"], window)
+    ax.plot(metrics["step"], loss, color=COLOURS["sude"], label="$L_{sude}$ (eq. 7)")
+    ax.plot(metrics["step"], tau, color="black", ls="--", label=r"$\tau_t$ (eq. 8)")
+    ax.fill_between(metrics["step"], tau, loss, where=loss > tau, color=COLOURS["sude"], alpha=0.15)
+    ax.set(xlabel="step", ylabel="per dimension")
+    ax.set_title(f"Loss against threshold, running mean of {window} steps", fontsize=10)
+    ax.legend(frameon=False)
+    return ax
+
+
+def membership(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) -> Axes:
+    """Draw rho, how far the subject follows the category's direction; 1 is where eq. 9 stops."""
+    for name, table in metrics.items():
+        ax.plot(table["step"], smooth(table["rho"], window), label=name, color=_colour(name))
+    ax.axhline(1.0, color="black", lw=0.8, ls="--")
+    ax.set(xlabel="step", ylabel=r"$\rho$")
+    ax.set_title(f"Category membership, running mean of {window} steps", fontsize=10)
+    ax.legend(frameon=False)
+    return ax
+
+
+def learning(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) -> Axes:
+    """Draw L_sub over the steps, a line a run: single steps faint, their running mean strong."""
+    for name, table in metrics.items():
+        loss, colour = table["loss_subject"], _colour(name)
+        ax.plot(table["step"], loss, ".", markersize=2, alpha=0.3, color=colour)
+        ax.plot(table["step"], smooth(loss, window), label=name, color=colour)
+    ax.set(xlabel="step", ylabel="$L_{sub}$ (eq. 3), per dimension")
+    ax.set_title(f"The subject's loss, running mean of {window} steps", fontsize=10)
+    if len(metrics) > 1:
+        ax.legend(frameon=False)
+    return ax
+
+
+def membership_over_time(ax: Axes, samples: pd.DataFrame) -> Axes:
+    """Draw rho of single samples over their timestep; open gates (eq. 9) are the full marks.
+
+    `samples` has the columns t, rho and gate (bool). The axis shows the middle 98 % of rho.
+    """
+    for name, mine in (("open", samples["gate"]), ("shut", ~samples["gate"])):
+        face = _SAFE[1] if name == "open" else "none"
+        part = samples[mine]
+        ax.scatter(
+            part["t"],
+            part["rho"],
+            s=10,
+            facecolors=face,
+            edgecolors=_SAFE[1 if name == "open" else 0],
+            linewidths=0.6,
+            label=f"gate {name}: {len(part) / max(1, len(samples)):.0%} of the samples",
+        )
+    ax.axhline(1.0, color="black", lw=0.8, ls="--")
+    low, high = np.nanquantile(samples["rho"], [0.01, 0.99])
+    margin = 0.1 * max(high - low, 0.1)
+    ax.set_ylim(min(low, 1.0) - margin, max(high, 1.0) + margin)
+    ax.set(xlabel="timestep t", ylabel=r"$\rho$ of a sample")
+    ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def picture_grid(
+    ax: Axes, picture: Image.Image | None, rows: Sequence[str] = (), title: str = ""
+) -> Axes:
+    """Draw a grid of pictures that is one picture already, with names beside its equal rows."""
+    ax.set_title(title, fontsize=9)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    if picture is not None:
+        ax.imshow(np.asarray(picture.convert("RGB")), interpolation="lanczos")
+        height = picture.height / max(1, len(rows))
+        ax.set_yticks([(k + 0.5) * height - 0.5 for k in range(len(rows))], list(rows))
+        ax.tick_params(length=0, labelsize=9)
+    return ax
+
+
+def tile(
+    rows: Mapping[str, Mapping[str, Sequence[Image.Image]]], per_cell: int = 2
+) -> tuple[np.ndarray, list[str], int, int]:
+    """Return pictures as one (H, W, 3) array of `picture_table`, its columns, and side and gap."""
+    columns = list(dict.fromkeys(name for cells in rows.values() for name in cells))
+    side = next(iter(next(iter(rows.values())).values()))[0].width
+    gap = max(2, side // 10)
+    width = per_cell * side + gap
+    canvas = np.full((len(rows) * (side + gap), len(columns) * width, 3), 255, dtype=np.uint8)
+    for i, cells in enumerate(rows.values()):
+        for j, name in enumerate(columns):
+            for k, image in enumerate(cells.get(name, ())[:per_cell]):
+                y, x = i * (side + gap), j * width + k * side
+                canvas[y : y + side, x : x + side] = np.asarray(image.convert("RGB"))
+    return canvas, columns, side, gap
+
+
+def picture_table(
+    ax: Axes, rows: Mapping[str, Mapping[str, Sequence[Image.Image]]], per_cell: int = 2
+) -> Axes:
+    """Draw pictures as a table: a row a model, a column a prompt, `per_cell` pictures a cell."""
+    canvas, columns, side, gap = tile(rows, per_cell)
+    width = per_cell * side + gap
+    ax.imshow(canvas, interpolation="lanczos")
+    ax.set_xticks([j * width + (width - gap) / 2 for j in range(len(columns))], columns)
+    ax.set_yticks([i * (side + gap) + side / 2 for i in range(len(rows))], list(rows))
+    ax.tick_params(length=0, labelsize=10)
+    ax.xaxis.tick_top()
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    return ax
+
+
+def difference(before: Image.Image, after: Image.Image) -> Image.Image:
+    """Return how two pictures differ, as a picture: grey where they agree."""
+    a, b = (np.asarray(image.convert("RGB"), dtype=int) for image in (before, after))
+    return Image.fromarray((128 + (b - a) // 2).astype(np.uint8))
+
+
+def measures(ax: Axes, table: pd.DataFrame, names: Sequence[str]) -> Axes:
+    """Draw the means of measures by variant with their intervals (`name_low`, `name_high`)."""
+    width = 0.8 / len(table)
+    for i, row in enumerate(table.to_dict("records")):
+        means = np.array([row[n] for n in names])
+        low = means - np.array([row[f"{n}_low"] for n in names])
+        high = np.array([row[f"{n}_high"] for n in names]) - means
+        ax.bar(
+            np.arange(len(names)) + (i - (len(table) - 1) / 2) * width,
+            means,
+            width * 0.92,
+            yerr=np.vstack([low, high]),
+            capsize=3,
+            color=_colour(str(row["variant"])),
+            label=row["variant"],
+        )
+    ax.set_xticks(np.arange(len(names)), [n.replace("_", " ") for n in names])
+    ax.set_ylim(0, 1.05)
+    ax.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.14))
+    return ax
+
+
+def paired_runs(
+    ax: Axes,
+    runs: pd.DataFrame,
+    *,
+    before: str = "plain",
+    after: str = "sude",
+    x: str = "subject_fidelity",
+    y: str = "attribute_alignment",
+) -> Axes:
+    """Draw an arrow a (subject, seed) from the run without SuDe to the run with it."""
+    pairs = runs[runs["variant"] == before].merge(
+        runs[runs["variant"] == after], on=["subject", "seed"], suffixes=("_before", "_after")
+    )
+    subjects = list(dict.fromkeys(pairs["subject"]))
+    for row in pairs.to_dict("records"):
+        colour = f"C{subjects.index(row['subject']) % 10}"
+        start, end = ((row[f"{x}_{k}"], row[f"{y}_{k}"]) for k in ("before", "after"))
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.3})
+        ax.plot(*start, "o", color=colour, markersize=4)
+    for k, subject in enumerate(subjects):
+        ax.plot([], [], "-", color=f"C{k % 10}", label=subject)
+    ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "), xlim=(0, 1), ylim=(0, 1.02))
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def half_space(
+    ax: Axes,
+    direction: Sequence[float] | np.ndarray,
+    before: np.ndarray,
+    after: Mapping[str, np.ndarray],
+) -> Axes:
+    """Draw points of a plane and where they are moved; shaded: rho >= 1, where eq. 9 stops.
+
+    `direction`: d, (2,); `before` and every value of `after`: (N, 2), seen from the unconditional
+    prediction, which is the origin.
+    """
+    d = np.asarray(direction, dtype=float)
+    across, far = np.array([-d[1], d[0]]), 20.0
+    corners = d + far * np.array([across, -across, d - across, d + across])
+    ax.fill(*corners.T, color="#dddddd", lw=0, label=r"$\rho\geq 1$: gate shut")
+    ax.plot(*corners[:2].T, color="black", lw=0.8, ls="--")
+    tip = (float(d[0]), float(d[1]))
+    ax.annotate("", tip, (0, 0), arrowprops={"arrowstyle": "->", "lw": 1.6})
+    ax.annotate("d", (tip[0] / 2, tip[1] / 2), (4, -12), textcoords="offset points")
+    ax.plot(0, 0, "k+", markersize=9)
+    ax.plot(*before.T, "o", color="black", markersize=6, label="subject, a")
+    for k, (name, points) in enumerate(after.items()):
+        colour, mark = _SAFE[k % len(_SAFE)], "s^Dv"[k % 4]
+        ax.plot(*points.T, mark, color=colour, markersize=5, alpha=0.85, label=name)
+        for start, end in zip(before, points, strict=True):
+            ax.plot(*np.stack([start, end]).T, color=colour, lw=0.9, alpha=0.6)
+    seen = np.concatenate([before, *after.values(), [d, 0 * d]])
+    low, high = seen.min(0), seen.max(0)
+    margin = 0.15 * (high - low).max()
+    ax.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
+    ax.set(aspect="equal", xlabel="prediction, first number", ylabel="prediction, second number")
+    ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def rule_lines(
+    ax: Axes,
+    table: pd.DataFrame,
+    *,
+    start: str = "plain",
+    x: str = "subject_fidelity",
+    y: str = "attribute_alignment",
+) -> Axes:
+    """Draw rules with a strength as lines through the plane of two measures.
+
+    `table`: columns rule, strength, x and y, one row a (rule, strength); every line begins at the
+    row of the rule `start`. Numbers at the marks are strengths.
+    """
+    first = table[table["rule"] == start]
+    rules = [rule for rule in dict.fromkeys(table["rule"]) if rule != start]
+    for k, rule in enumerate(rules):
+        line = pd.concat([first, table[table["rule"] == rule].sort_values("strength")])
+        colour = _SAFE[k % len(_SAFE)]
+        ax.plot(line[x], line[y], f"{'os^D'[k % 4]}{_DASHES[k % 4]}", color=colour, label=rule)
+        for row in line[line["rule"] != start].to_dict("records"):
+            ax.annotate(
+                f"{row['strength']:g}",
+                (row[x], row[y]),
+                ((5, 4), (-7, -14))[k % 2],  # beside neighbouring lines, not on each other
+                textcoords="offset points",
+                color=colour,
+                fontsize=8,
+            )
+    ax.plot(first[x], first[y], "o", color="black", markersize=8, label=start)
+    ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+    ax.legend(frameon=False, fontsize=9)
+    return ax
+
+
+def response(
+    ax: Axes, runs: pd.DataFrame, measure: str, *, x: str, each: str = "subject", unit: str = ""
+) -> Axes:
+    """Draw the change of a measure over a setting: every subject's line, their mean and interval.
+
+    `runs`: a row a picture or a run, with the columns `x`, `each` and `measure`. Changes are
+    against the smallest x, the interval is a 95 % bootstrap over `each`; values of x stand at equal
+    distances.
+    """
+    means = runs.groupby([each, x])[measure].mean().unstack(x)
+    change = means.sub(means.iloc[:, 0], axis=0)
+    places = range(change.shape[1])
+    for k, (name, line) in enumerate(change.iterrows()):
+        colour, mark = _SAFE[k % len(_SAFE)], _MARKS[k % len(_MARKS)]
+        ax.plot(places, line, color=colour, marker=mark, lw=1, ms=4, alpha=0.6, label=str(name))
+    mean = change.mean()
+    ends = np.array([bootstrap_interval(change[value].dropna()) for value in change]).T
+    spread = np.nan_to_num(np.abs(ends - mean.to_numpy()))
+    ax.errorbar(places, mean, yerr=spread, color="black", lw=2, capsize=4, label="mean")
+    ax.axhline(0.0, color="black", lw=0.8, ls="--")
+    ax.set_xticks(places, [f"{value:g}{unit}" for value in change])
+    ax.set(xlabel=x.replace("_", " "), ylabel=f"change of {measure.replace('_', ' ')}")
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def curves(
+    ax: Axes,
+    x: Sequence[float] | np.ndarray,
+    lines: Mapping[str, Sequence[float] | np.ndarray],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    log: Literal["", "x", "y", "xy"] = "",
+    mark: float | None = None,
+) -> Axes:
+    """Draw named lines over one x, told apart by colour and by dash.
+
+    `log` names the logarithmic axes; `mark` is an x worth a thin vertical line.
+    """
+    for k, (name, y) in enumerate(lines.items()):
+        ax.plot(x, np.asarray(y), label=name, color=_SAFE[k % len(_SAFE)], ls=_DASHES[k % 4])
+    if mark is not None:
+        ax.axvline(mark, color="black", lw=0.7)
+    if "x" in log:
+        ax.set_xscale("log")
+    if "y" in log:
+        ax.set_yscale("log")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set_title(title, fontsize=10)
+    if len(lines) > 1:
+        ax.legend(frameon=False, fontsize=9)
+    return ax
+
+
+def samples(
+    ax: Axes,
+    drawn: Mapping[str, Sequence[float] | np.ndarray],
+    x: Sequence[float] | np.ndarray,
+    densities: Mapping[str, Sequence[float] | np.ndarray],
+    *,
+    xlabel: str,
+    title: str = "",
+) -> Axes:
+    """Draw histograms of drawn numbers, and over them the densities that they should follow.
+
+    Both are named alike, one colour a name; densities integrate to one over `x`.
+    """
+    x = np.asarray(x)
+    edges = np.linspace(x.min(), x.max(), 61)
+    for k, name in enumerate(densities):
+        colour = _SAFE[k % len(_SAFE)]
+        if name in drawn:
+            ax.hist(np.asarray(drawn[name]), list(edges), density=True, color=colour, alpha=0.25)
+        ax.plot(x, np.asarray(densities[name]), color=colour, ls=_DASHES[k % 4], label=name)
+    ax.set(xlabel=xlabel, ylabel="density")
+    ax.set_title(title, fontsize=10)
+    ax.legend(frameon=False, fontsize=9, loc="upper right")
+    return ax
+
+
+def agreement(
+    ax: Axes,
+    exact: Sequence[float] | np.ndarray,
+    estimates: Mapping[str, Sequence[float] | np.ndarray],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+) -> Axes:
+    """Draw estimates over the truth; on the thin diagonal they are equal."""
+    exact = np.asarray(exact)
+    for k, (name, values) in enumerate(estimates.items()):
+        colour, mark = _SAFE[k % len(_SAFE)], "o^sv"[k % 4]
+        points = np.asarray(values)
+        ax.plot(exact, points, color=colour, marker=mark, ls="", ms=3, alpha=0.6, label=name)
+    ax.axline((float(exact.mean()), float(exact.mean())), slope=1, color="black", lw=0.7)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set_title(title, fontsize=10)
+    if len(estimates) > 1:
+        ax.legend(frameon=False, fontsize=9)
+    return ax
+
+
+def gate_over_time(
+    ax: Axes,
+    times: Sequence[float] | np.ndarray,
+    loss: Sequence[float] | np.ndarray,
+    threshold: Sequence[float] | np.ndarray,
+    *,
+    now: float | None = None,
+) -> Axes:
+    """Draw L_sude and tau_t of one noised picture over t; the gate is open where it is shaded.
+
+    Losses are means over the latent's dimensions, drawn in thousandths; `now` marks one timestep.
+    """
+    x = np.asarray(times, dtype=float)
+    y, tau = (1000 * np.asarray(values, dtype=float) for values in (loss, threshold))
+    ax.plot(x, y, "o-", color=COLOURS["sude"], markersize=3, label="$L_{sude}$ (eq. 7)")
+    ax.plot(x, tau, "--", color="black", label=r"$\tau_t$ (eq. 8)")
+    ax.fill_between(
+        x, tau, y, where=y > tau, interpolate=True, color=COLOURS["sude"], alpha=0.15, lw=0
+    )
+    ax.axhline(0, color="black", lw=0.5)
+    if now is not None:
+        ax.axvline(now, color=_SAFE[0], lw=1.2)
+    ax.set(xlabel="timestep t", ylabel="per dimension, in thousandths")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def confusion(ax: Axes, counts: np.ndarray, names: Sequence[str]) -> Axes:
+    """Draw how often each truth (row) was given each name (column), as shares of the row."""
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    ax.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    for i, j in np.ndindex(*counts.shape):
+        if counts[i, j]:
+            tone = "black" if shares[i, j] > 0.6 else "white"
+            ax.text(j, i, str(int(counts[i, j])), ha="center", va="center", color=tone, fontsize=8)
+    ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlabel="what the model calls it", ylabel="what it is")
+    return ax
+
+
+def gains(ax: Axes, table: pd.DataFrame, measure: str, *, rows: str = "method") -> Axes:
+    """Draw paired gains with their intervals; 0 is no change.
+
+    `table` is that of `sude_lab.evaluate.metrics.gains`: a line a name in the column `rows`, in it
+    a mark a variant, told apart by colour and by shape. Where there is no interval, the mark stands
+    alone.
+    """
+    mine = table[(table["measure"] == measure) & table["gain"].notna()]
+    names = list(dict.fromkeys(mine[rows]))
+    variants = ["all"] if rows == "variant" else list(dict.fromkeys(mine["variant"]))
+    for k, variant in enumerate(variants):
+        part = mine if rows == "variant" else mine[mine["variant"] == variant]
+        y = [names.index(n) + 0.24 * (k - (len(variants) - 1) / 2) for n in part[rows]]
+        ends = np.vstack([part["gain"] - part["low"], part["high"] - part["gain"]])
+        ax.errorbar(
+            part["gain"],
+            y,
+            xerr=np.nan_to_num(ends).clip(min=0),
+            fmt=_MARKS[k % len(_MARKS)],
+            color=_SAFE[k % len(_SAFE)],
+            capsize=3,
+            label=variant,
+        )
+    ax.axvline(0.0, color="black", lw=0.8, ls="--")
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)  # the first on top
+    ax.locator_params(axis="x", nbins=6)
+    ax.set_xlabel(f"change of {measure.replace('_', ' ')}")
+    if len(variants) > 1:
+        ax.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return ax
+
+
+def scatter(
+    ax: Axes, table: pd.DataFrame, x: str, y: str, *, group: str = "method", diagonal: bool = False
+) -> Axes:
+    """Draw one column over another, a mark a row, a colour and a shape a group.
+
+    `diagonal` adds the line y = x; the line y = 0 is always there.
+    """
+    for k, (name, part) in enumerate(table.groupby(group, sort=False)):
+        colour, mark = _SAFE[k % len(_SAFE)], _MARKS[k % len(_MARKS)]
+        ax.plot(part[x], part[y], mark, color=colour, label=name, alpha=0.8)
+    ax.axhline(0.0, color="black", lw=0.8)
+    if diagonal:
+        ax.axline((0, 0), slope=1, color="black", lw=0.8, ls="--")
+    ax.locator_params(nbins=6)
+    ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+    if table[group].nunique() > 1:
+        ax.legend(frameon=False, fontsize=9)
+    return ax
+
+
+_SAFE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's colours, which the colour-blind tell apart."""
+_DASHES = ("-", "--", "-.", ":")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def _colour(name: str) -> str | None:
+    return COLOURS.get(name, "#059669" if name.startswith("untuned") else None)

@@ -1,0 +1,184 @@
+"""Click on a run, and its pictures appear: a table of runs beside the plane of two measures."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from PIL import Image
+
+from sude_lab.errors import UserError
+from sude_lab.view import plots
+
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+class RunExplorer:
+    """A button a run, coloured by a measure; a click marks the run in the plane and draws it.
+
+    Show it as the last line of a cell. A page whose widgets do not run (a stored notebook, a site)
+    shows the present state instead; with the environment variable SUDE_LAB_STATIC=1 there is that
+    picture alone: so notebooks are stored, because a widget needs the kernel that made it.
+
+    Args:
+        runs: a row a run.
+        pictures: gives a run's pictures by what was asked for; asked at the first click on it.
+        row, column: the columns of `runs` that say where its button stands.
+        x, y: the measures of the plane, between 0 and 1; buttons show and are coloured by y.
+        at: the (row, column) to begin with.
+
+    Raises:
+        UserError: there is no run, two have the same place, or `at` is not among them.
+    """
+
+    def __init__(
+        self,
+        runs: pd.DataFrame,
+        pictures: Callable[[pd.Series], dict[str, list[Image.Image]]],
+        *,
+        row: str = "subject",
+        column: str = "factor",
+        x: str = "subject_fidelity",
+        y: str = "attribute_alignment",
+        at: Sequence[Any] | None = None,
+    ) -> None:
+        if runs.empty:
+            raise UserError("There is no run to show.")
+        if runs.duplicated([row, column]).any():
+            raise UserError(f"Two runs have the same {row} and {column}: choose among them first.")
+        self.runs = runs.sort_values(column, kind="stable").set_index([row, column], drop=False)
+        self._pictures, self.row, self.column, self.x, self.y = pictures, row, column, x, y
+        self._drawn: dict[tuple[Any, Any], bytes] = {}
+        self.figure = Figure(figsize=(11, 3.1), dpi=72)
+        self.canvas = FigureCanvasAgg(self.figure)
+        self._plane, self._right = (
+            self.figure.add_axes(box) for box in ((0.06, 0.17, 0.24, 0.72), (0.34, 0.02, 0.65, 0.9))
+        )
+        self.image = ipywidgets.Image(format="png")
+        self.buttons = self._make_buttons()
+        self._prepare()
+        self.show(*(at or self.runs.index[0]))
+
+    def show(self, row: Any, column: Any) -> bytes:
+        """Mark a run, draw its pictures, and return the figure as a PNG.
+
+        Raises:
+            UserError: there is no such run.
+        """
+        if (row, column) not in self.runs.index:
+            raise UserError(f"There is no run with {self.row} {row} and {self.column} {column}.")
+        self.at = (row, column)
+        for place, button in self.buttons.items():
+            button.layout.border = "3px solid black" if place == self.at else "3px solid white"
+        if self.at not in self._drawn:
+            self._move_mark()
+            self._draw_pictures()
+            self.canvas.draw()
+            file, pixels = BytesIO(), np.asarray(self.canvas.buffer_rgba())
+            Image.fromarray(pixels).save(file, "png", compress_level=1)
+            self._drawn[self.at] = file.getvalue()
+        self.image.value = self._drawn[self.at]
+        return self.image.value
+
+    def widget(self) -> Any:
+        """Return the table of buttons with the figure below."""
+        columns = list(dict.fromkeys(self.runs.index.get_level_values(1)))
+        rows = list(dict.fromkeys(self.runs[self.row]))
+        width = {"width": "190px"}
+        lines = [[ipywidgets.Label(f"{self.row} \\ {self.column}", layout=width)]]
+        lines[0] += [ipywidgets.Label(_short(c), layout={"width": "70px"}) for c in columns]
+        for row in rows:
+            line = [ipywidgets.Label(str(row), layout=width)]
+            for column in columns:
+                gap = ipywidgets.Label("", layout={"width": "70px"})
+                line.append(self.buttons.get((row, column), gap))
+            lines.append(line)
+        return ipywidgets.VBox([*(ipywidgets.HBox(line) for line in lines), self.image])
+
+    def __str__(self) -> str:
+        run = self.runs.loc[self.at]
+        return (
+            f"{self.at[0]}, {self.column} {_short(self.at[1])}: "
+            f"{_named(self.y)} {run[self.y]:.2f}, {_named(self.x)} {run[self.x]:.2f}"
+        )
+
+    def _make_buttons(self) -> dict[tuple[Any, Any], Any]:
+        shades = colormaps["cividis"]
+        buttons = {}
+        for place, run in self.runs.iterrows():
+            value = float(run[self.y])
+            button = ipywidgets.Button(
+                description=f"{value:.2f}",
+                tooltip=f"{place[0]}, {self.column} {_short(place[1])}",
+                layout={"width": "70px"},
+            )
+            button.style.button_color = to_hex(shades(value))
+            button.style.text_color = "black" if value > 0.5 else "white"
+            button.on_click(lambda _, place=place: self.show(*place))
+            buttons[place] = button
+        return buttons
+
+    def _prepare(self) -> None:
+        """Draw once what every state has: clearing axes costs more than all the rest."""
+        plane, right = self._plane, self._right
+        plane.plot(self.runs[self.x], self.runs[self.y], "o", ms=4, color="#bbbbbb")
+        (self._line,) = plane.plot([], [], "-o", ms=5, color="#0072B2", lw=1)
+        (self._mark,) = plane.plot([], [], "o", ms=12, mfc="none", mec="#D55E00", mew=2)
+        plane.set(xlim=(0, 1.03), ylim=(-0.03, 1.03), xlabel=_named(self.x), ylabel=_named(self.y))
+        self._canvas = right.imshow(np.full((2, 2, 3), 255, dtype=np.uint8))
+        self._title = right.set_title("", fontsize=10)
+        right.set_axis_off()
+
+    def _move_mark(self) -> None:
+        mine = self.runs[self.runs[self.row] == self.at[0]]
+        self._line.set_data(mine[self.x], mine[self.y])
+        run = self.runs.loc[self.at]
+        self._mark.set_data([run[self.x]], [run[self.y]])
+        self._title.set_text(str(self))
+
+    def _draw_pictures(self) -> None:
+        cells = list(self._pictures(self.runs.loc[self.at]).items())
+        half = -(-len(cells) // 2)
+        # Two lines of prompts: in one, the pictures would be too small to see anything.
+        lines = [part for part in (cells[:half], cells[half:]) if part]
+        canvases = [plots.tile({"": dict(part)}, len(cells[0][1]))[0] for part in lines]
+        height, width = canvases[0].shape[:2]
+        gap = height // 3
+        whole = np.full((len(lines) * (height + gap), width, 3), 255, dtype=np.uint8)
+        for text in list(self._right.texts):
+            text.remove()
+        for k, (part, canvas) in enumerate(zip(lines, canvases, strict=True)):
+            top, step = k * (height + gap) + gap, canvas.shape[1] / len(part)
+            whole[top : top + height, : canvas.shape[1]] = canvas
+            for j, (name, _) in enumerate(part):
+                self._right.text((j + 0.5) * step, top - 4, name, ha="center", fontsize=9)
+        self._canvas.set_data(whole)
+        self._canvas.set_extent((0, whole.shape[1], whole.shape[0], 0))
+        self._right.set(xlim=(0, whole.shape[1]), ylim=(whole.shape[0], 0))
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        bundle: dict[str, Any] = {
+            "text/plain": str(self),
+            "image/png": base64.b64encode(self.image.value).decode("ascii"),
+        }
+        if os.environ.get("SUDE_LAB_STATIC", "0") in ("", "0"):
+            bundle[WIDGET_VIEW] = self.widget()._repr_mimebundle_()[WIDGET_VIEW]
+        return bundle
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _named(measure: str) -> str:
+    return measure.replace("_", " ")

@@ -1,0 +1,326 @@
+"""Explorers: move a slider, and pictures and numbers of a lesson follow at once.
+
+The models are asked once, on a grid (`ask`); a move of a slider only looks up what they said. An
+explorer shows itself as sliders where a notebook's page can draw widgets, and as a picture of its
+present state everywhere else. With the environment variable SUDE_LAB_STATIC=1 it is the picture
+alone: so notebooks are stored, because a widget needs the kernel that made it.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from sude_lab.backbone import Backbone
+from sude_lab.diffusion import to_x_0
+from sude_lab.errors import UserError
+from sude_lab.losses import sude_move, sude_weight
+from sude_lab.probe import answers, decode
+from sude_lab.prompts import photo_of
+from sude_lab.sude import sude_terms
+from sude_lab.view import plots
+
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What two models say of one picture under N noises at M timesteps, and K categories.
+
+    `x_t`, `subject`, `uncond`: (N, M, C, h, w); `category`: (N, M, K, C, h, w). All but x_t are
+    predicted noise.
+    """
+
+    times: tuple[int, ...]
+    categories: tuple[str, ...]
+    seeds: tuple[int, ...]
+    x_t: Tensor
+    subject: Tensor
+    uncond: Tensor
+    category: Tensor
+
+
+def ask(
+    judge: Backbone,
+    tuned: Backbone,
+    picture: Image.Image,
+    subject_prompt: str,
+    categories: Sequence[str],
+    times: Sequence[int],
+    seeds: Sequence[int],
+) -> Grid:
+    """Ask `tuned` for the subject and `judge` for every category and for no prompt.
+
+    Both see the same x_t. N x M x (K + 2) evaluations of the UNet; the picture must have the
+    model's resolution.
+
+    Raises:
+        UserError: there is no category, timestep or seed, or a timestep is out of range.
+    """
+    if not categories or not seeds:
+        raise UserError("Give at least one category and one seed.")
+    prompts = ["", *(photo_of(category) for category in categories)]
+    noised, of_judge, of_subject = [], [], []
+    for seed in seeds:
+        parts = [p[1:5] for p in answers(judge, [picture], prompts, times, seed=seed)]
+        x_t, guess = (torch.cat([part[k] for part in parts]).cpu() for k in (0, 3))
+        noised.append(x_t.unflatten(0, (len(times), -1))[:, 0])
+        of_judge.append(guess.unflatten(0, (len(times), -1)))
+        asked = answers(tuned, [picture], [subject_prompt], times, seed=seed)
+        of_subject.append(torch.cat([part[4] for part in asked]).cpu())
+    said = torch.stack(of_judge)
+    return Grid(
+        tuple(times),
+        tuple(categories),
+        tuple(seeds),
+        torch.stack(noised),
+        torch.stack(of_subject),
+        said[:, :, 0],
+        said[:, :, 1:],
+    )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one position of the sliders says; losses are means over the latent's dimensions."""
+
+    t: int
+    category: str
+    seed: int
+    weight_sude: float
+    loss: float
+    """L_sude, eq. 7."""
+    threshold: float
+    """tau_t, eq. 8."""
+    open: bool
+    """lambda_tau, eq. 9."""
+    rho: float
+    move: float
+    """How far SuDe moves the answer, in lengths of d: `sude_lab.losses.sude_move`."""
+
+    def __str__(self) -> str:
+        gate = f"OPEN: moves by {self.move:.2f} d" if self.open else "shut: moves nothing"
+        return (
+            f"t = {self.t}, judged as: {self.category}.   L_sude = {1000 * self.loss:.2f}, "
+            f"τ_t = {1000 * self.threshold:.2f} (thousandths),  ρ = {self.rho:.2f}.   "
+            f"w_s = {self.weight_sude:g}, gate {gate}"
+        )
+
+
+class ThresholdExplorer:
+    """Sliders for t, category, noise and w_s over x_t, the push, and L_sude against tau_t.
+
+    The push is where SuDe, arXiv 2403.06775, eq. 7-10, moves the tuned model's answer when moving
+    costs what eq. 3 would charge for it: e_sub + s d with s of `sude_lab.losses.sude_move`. Show it
+    as the last line of a cell; `update` and `png` do the same without a page.
+
+    Args:
+        judge: the model whose autoencoder shows latents as pictures.
+        grid: what `ask` gave.
+        weights: the values of w_s on their slider.
+        weighting: exact, simple or reference, see `sude_lab.losses.sude_weight`.
+    """
+
+    def __init__(
+        self,
+        judge: Backbone,
+        grid: Grid,
+        *,
+        weights: Sequence[float] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0),
+        weighting: str = "reference",
+    ) -> None:
+        self.judge, self.grid, self.weights, self.weighting = judge, grid, tuple(weights), weighting
+        # The grid holds eps, whatever the model predicts.
+        self._schedule = replace(judge.schedule, prediction_type="epsilon")
+        shape = grid.category.shape[:3]
+        rows = torch.cartesian_prod(*(torch.arange(size) for size in shape))
+        n, m, k = rows.T
+        self._t = torch.tensor(grid.times)
+        terms = sude_terms(
+            grid.subject[n, m],
+            grid.category[n, m, k],
+            grid.uncond[n, m],
+            grid.x_t[n, m],
+            self._t[m],
+            self._schedule,
+            weighting=weighting,
+        )
+        self.loss, self.threshold, self.gate, self.rho = (
+            x.reshape(shape) for x in (terms.loss, terms.threshold, terms.gate, terms.rho)
+        )
+        self._pictures: dict[tuple[object, ...], Image.Image] = {}
+        self._see_all()
+        self.figure = Figure(figsize=(11.5, 3.0), dpi=72)
+        self.canvas = FigureCanvasAgg(self.figure)
+        places = self.figure.add_gridspec(
+            1, 2, width_ratios=(2.4, 1), left=0.01, right=0.99, bottom=0.17, top=0.86, wspace=0.16
+        )
+        self._left, self._right = (self.figure.add_subplot(places[0, k]) for k in range(2))
+        plots.picture_table(self._left, self._cells(0, 0, 0, 0.0), per_cell=1)
+        self._strip = self._left.get_images()[0]
+        self._title = self.figure.text(0.01, 0.93, "", fontsize=10)
+        for artist in (self._strip, self._title):
+            artist.set_animated(True)
+        # Axes, labels and curves cost most of the time and stay as they are while t and w_s move.
+        self._backgrounds = {
+            (n, k): self._background(n, k) for n in range(shape[0]) for k in range(shape[2])
+        }
+        self.sliders = self._make_sliders()
+        self.image = ipywidgets.Image(format="png")
+        self._follow()
+
+    def read(self, t: int, category: str, seed: int, weight_sude: float) -> Reading:
+        """Return the numbers of one position.
+
+        Raises:
+            UserError: the grid has no such timestep, category or noise.
+        """
+        n, m, k = self._index(t, category, seed)
+        move = self._move(n, m, k, weight_sude)
+        values = (x[n, m, k].item() for x in (self.loss, self.threshold, self.gate, self.rho))
+        loss, threshold, is_open, rho = values
+        return Reading(
+            t, category, seed, weight_sude, loss, threshold, bool(is_open), rho, move.item()
+        )
+
+    def update(self, t: int, category: str, seed: int, weight_sude: float) -> Reading:
+        """Redraw the figure for one position and return its numbers.
+
+        Raises:
+            UserError: the grid has no such timestep, category or noise.
+        """
+        reading = self.read(t, category, seed, weight_sude)
+        n, m, k = self._index(t, category, seed)
+        self._strip.set_data(plots.tile(self._cells(n, m, k, weight_sude), per_cell=1)[0])
+        self._now.set_xdata([t, t])
+        self._title.set_text(str(reading))
+        self.canvas.restore_region(self._backgrounds[n, k])
+        self._left.draw_artist(self._strip)
+        self._right.draw_artist(self._now)
+        self.figure.draw_artist(self._title)
+        return reading
+
+    def png(self) -> bytes:
+        """Return the figure as it is now."""
+        file = BytesIO()
+        Image.fromarray(np.asarray(self.canvas.buffer_rgba())).save(file, "png", compress_level=1)
+        return file.getvalue()
+
+    def widget(self) -> Any:
+        """Return the sliders with the figure below them."""
+        return ipywidgets.VBox([ipywidgets.HBox(list(self.sliders.values())), self.image])
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        values = {name: slider.value for name, slider in self.sliders.items()}
+        bundle: dict[str, Any] = {
+            "text/plain": str(self.read(**values)),
+            "image/png": base64.b64encode(self.png()).decode("ascii"),
+        }
+        if os.environ.get("SUDE_LAB_STATIC", "0") in ("", "0"):
+            bundle[WIDGET_VIEW] = self.widget()._repr_mimebundle_()[WIDGET_VIEW]
+        return bundle
+
+    def _make_sliders(self) -> dict[str, Any]:
+        grid = self.grid
+        widest = grid.times[int(self.rho[0, :, 0].argmin())]  # where there is most to see
+        wanted = {
+            "t": ("t", grid.times, widest),
+            "category": ("category", grid.categories, grid.categories[0]),
+            "seed": ("noise", grid.seeds, grid.seeds[0]),
+            "weight_sude": ("w_s", self.weights, self.weights[len(self.weights) // 2]),
+        }
+        sliders = {}
+        for name, (label, options, value) in wanted.items():
+            slider = ipywidgets.SelectionSlider(
+                options=options, value=value, description=label, layout={"width": "280px"}
+            )
+            slider.observe(self._follow, names="value")
+            sliders[name] = slider
+        return sliders
+
+    def _follow(self, _: Any = None) -> None:
+        """Bring the figure to where the sliders are."""
+        self.update(**{name: slider.value for name, slider in self.sliders.items()})
+        self.image.value = self.png()
+
+    def _index(self, t: int, category: str, seed: int) -> tuple[int, int, int]:
+        grid = self.grid
+        try:
+            return grid.seeds.index(seed), grid.times.index(t), grid.categories.index(category)
+        except ValueError as error:
+            raise UserError(
+                f"The grid holds no t = {t}, {category!r}, noise {seed}: choose t among "
+                f"{grid.times}, the category among {grid.categories}, the noise among {grid.seeds}."
+            ) from error
+
+    def _background(self, n: int, k: int) -> Any:
+        """Draw all that does not move with t and w_s, and return its pixels."""
+        self._right.clear()
+        loss, threshold = (x[n, :, k].numpy() for x in (self.loss, self.threshold))
+        plots.gate_over_time(self._right, self.grid.times, loss, threshold, now=self.grid.times[0])
+        self._now = self._right.get_lines()[-1]
+        self._now.set_animated(True)
+        self.canvas.draw()
+        return self.canvas.copy_from_bbox(self.figure.bbox)
+
+    def _cells(
+        self, n: int, m: int, k: int, weight_sude: float
+    ) -> dict[str, dict[str, list[Image.Image]]]:
+        """Return the row of pictures of one position."""
+        before, after = self._pictures["subject", n, m], self._pushed(n, m, k, weight_sude)
+        cells = {
+            "$x_t$": self._pictures["x_t", n, m],
+            "tuned model sees": before,
+            "judge sees": self._pictures["category", n, m, k],
+            "after the push": after,
+            "the push": plots.difference(before, after),
+        }
+        return {"": {name: [picture] for name, picture in cells.items()}}
+
+    def _move(self, n: int, m: int, k: int, weight_sude: float) -> Tensor:
+        t = self._t[m : m + 1]
+        variance = 0.5 / sude_weight(t, self._schedule, self.weighting)
+        category, uncond = self.grid.category[n, m, k : k + 1], self.grid.uncond[n, m : m + 1]
+        return sude_move(self.grid.subject[n, m : m + 1], category, uncond, variance, weight_sude)
+
+    def _pushed(self, n: int, m: int, k: int, weight_sude: float) -> Image.Image:
+        """Return the belief after the push; drawn once for every length of it."""
+        move = self._move(n, m, k, weight_sude)
+        if move == 0:
+            return self._pictures["subject", n, m]
+        key = ("pushed", n, m, k, move.item())
+        if key not in self._pictures:
+            d = self.grid.category[n, m, k] - self.grid.uncond[n, m]
+            eps = self.grid.subject[n, m] + move.to(d) * d
+            (self._pictures[key],) = self._believed(eps[None], n, m)
+        return self._pictures[key]
+
+    def _believed(self, eps: Tensor, n: int, m: int) -> list[Image.Image]:
+        """Return what predicted noises (B, ...) say is under the noise, as pictures."""
+        t = self._t[m].expand(len(eps))
+        x_0 = to_x_0(eps, self.grid.x_t[n, m].expand_as(eps), t, self._schedule)
+        return decode(self.judge, x_0)
+
+    def _see_all(self) -> None:
+        """Draw every picture that does not hang on w_s."""
+        for n in range(len(self.grid.seeds)):
+            noisy = decode(self.judge, self.grid.x_t[n])
+            for m, picture in enumerate(noisy):
+                self._pictures["x_t", n, m] = picture
+                eps = torch.cat([self.grid.subject[n, m : m + 1], self.grid.category[n, m]])
+                subject, *categories = self._believed(eps, n, m)
+                self._pictures["subject", n, m] = subject
+                for k, seen in enumerate(categories):
+                    self._pictures["category", n, m, k] = seen

@@ -1,0 +1,1 @@
+"""The drawn world: pictures we draw, an oracle that reads them, subjects, and an exact mixture."""

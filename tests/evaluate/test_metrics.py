@@ -1,0 +1,433 @@
+"""Similarities, means, intervals, paired differences: against cases worked out by hand."""
+
+from inspect import signature
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sude_lab.evaluate.metrics import (
+    MEASURES,
+    bootstrap_interval,
+    compare,
+    cosines,
+    crossed_interval,
+    gains,
+    image_similarity,
+    per_run,
+    rank_agreement,
+    summarize,
+    text_similarity,
+)
+
+
+def test_interval_of_two_values_is_the_quantiles_of_its_four_resamples() -> None:
+    # Of {0, 1} a resample has mean 0, 1/2, 1 with probability 1/4, 1/2, 1/4.
+    assert bootstrap_interval([0, 1], level=0.95, resamples=2000) == (0.0, 1.0)
+    assert bootstrap_interval([0, 1], level=0.40, resamples=2000) == (0.5, 0.5)
+
+
+def test_interval_of_equal_values_is_that_value() -> None:
+    assert bootstrap_interval([0.25] * 6, resamples=100) == (0.25, 0.25)
+
+
+def test_interval_is_the_normal_one_for_many_values() -> None:
+    x = np.random.default_rng(0).normal(3.0, 2.0, size=2000)
+    low, high = bootstrap_interval(x, resamples=2000)
+    half = 1.96 * x.std() / np.sqrt(len(x))
+    assert low == pytest.approx(x.mean() - half, abs=0.1 * half)
+    assert high == pytest.approx(x.mean() + half, abs=0.1 * half)
+
+
+def test_interval_covers_the_mean_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    hits = 0
+    for k in range(300):
+        low, high = bootstrap_interval(rng.normal(size=30), resamples=400, seed=k)
+        hits += low <= 0 <= high
+    # 0.95 less the percentile method's known shortfall at n = 30 (0.94), +- 4 deviations of 300.
+    assert 0.88 <= hits / 300 <= 0.99
+
+
+def test_correlated_clusters_widen_the_interval() -> None:
+    rng = np.random.default_rng(2)
+    subjects = np.repeat(np.arange(8), 5)
+    x = rng.normal(size=8)[subjects] + 0.1 * rng.normal(size=40)
+    alone = bootstrap_interval(x, resamples=2000)
+    together = bootstrap_interval(x, subjects, resamples=2000)
+    width = (together[1] - together[0]) / (alone[1] - alone[0])
+    # The seeds of a subject are nearly equal: 8 values in truth, not 40.
+    assert width == pytest.approx(np.sqrt(5), rel=0.15)
+
+
+def test_clusters_of_unequal_size_weigh_as_their_values_do() -> None:
+    # {a, b} drawn twice: aa -> 0, ab -> 3/4, bb -> 1.
+    low, high = bootstrap_interval([0, 1, 1, 1], ["a", "b", "b", "b"], level=0.4, resamples=2000)
+    assert (low, high) == (0.75, 0.75)
+
+
+@pytest.mark.parametrize(("values", "clusters"), [([], None), ([1.0], None), ([1.0, 2.0], "aa")])
+def test_fewer_than_two_clusters_give_no_interval(values: list[float], clusters: str) -> None:
+    low, high = bootstrap_interval(values, list(clusters) if clusters else None)
+    assert np.isnan(low) and np.isnan(high)
+
+
+def test_interval_depends_on_its_seed_alone() -> None:
+    x = np.random.default_rng(3).normal(size=12)
+    np.random.seed(0)
+    first = bootstrap_interval(x, resamples=200, seed=1)
+    np.random.seed(1)
+    assert bootstrap_interval(x, resamples=200, seed=1) == first
+    assert bootstrap_interval(x, resamples=200, seed=2) != first
+
+
+def table(rows: list[tuple[str, str, int, str, float]]) -> pd.DataFrame:
+    names = ["subject", "variant", "seed", "attribute", "attribute_alignment"]
+    frame = pd.DataFrame(rows, columns=names)
+    return frame.assign(
+        category="dog", method="dreambooth", subject_fidelity=0.5, category_alignment=1.0
+    )
+
+
+HAND_MADE = table(
+    [
+        ("rex", "plain", 0, "running", 0.1),
+        ("rex", "plain", 0, "jumping", 0.3),  # the run's mean is 0.2
+        ("rex", "sude", 0, "running", 0.4),
+        ("rex", "sude", 0, "jumping", 0.6),  # 0.5: +0.3
+        ("fay", "sude", 0, "running", 0.7),  # other order than plain: pairs go by name
+        ("fay", "plain", 0, "running", 0.6),  # +0.1
+        ("rex", "plain", 0, "", 0.9),  # no attribute asked for: not counted
+        ("rex", "sude", 1, "running", 1.0),  # no plain run of this seed: not in the pairs
+    ]
+)
+
+
+def test_a_run_is_the_mean_over_the_pictures_that_ask_for_an_attribute() -> None:
+    runs = per_run(HAND_MADE).set_index(["subject", "variant", "seed"])["attribute_alignment"]
+    assert len(runs) == 5
+    assert runs["rex", "plain", 0] == pytest.approx(0.2)
+    assert runs["rex", "sude", 0] == pytest.approx(0.5)
+
+
+def test_summary_pairs_runs_of_one_subject_and_seed() -> None:
+    rows = summarize(HAND_MADE).set_index("variant")
+    assert rows.loc["plain", "attribute_alignment"] == pytest.approx((0.2 + 0.6) / 2)
+    sude = rows.loc["sude"]
+    assert sude["subjects"] == 2 and sude["runs"] == 3
+    assert sude["attribute_alignment"] == pytest.approx((0.5 + 0.7 + 1.0) / 3)
+    assert sude["attribute_alignment_gain"] == pytest.approx((0.3 + 0.1) / 2)
+    assert sude["attribute_alignment_low"] == pytest.approx(0.1)
+    assert sude["attribute_alignment_high"] == pytest.approx(0.3)
+    assert sude["subject_fidelity_gain"] == 0.0
+    assert np.isnan(rows.loc["plain"].get("attribute_alignment_gain", np.nan))
+
+
+def test_summary_keeps_methods_apart() -> None:
+    other = HAND_MADE.assign(
+        method="textual_inversion", attribute_alignment=HAND_MADE["attribute_alignment"] * 0
+    )
+    rows = summarize(pd.concat([HAND_MADE, other]))
+    gains = rows[rows["variant"] == "sude"].set_index("method")["attribute_alignment_gain"]
+    assert gains["dreambooth"] == pytest.approx(0.2)
+    assert gains["textual_inversion"] == 0.0
+
+
+def test_summary_of_plain_runs_alone_has_means_and_no_gain() -> None:
+    rows = summarize(HAND_MADE[HAND_MADE["variant"] == "plain"])
+    assert len(rows) == 1
+    assert set(MEASURES) <= set(rows.columns)
+
+
+# --- similarities --------------------------------------------------------------------------------
+
+
+def test_cosines_are_those_of_the_angles() -> None:
+    degrees = np.array([0.0, 30.0, 90.0, 180.0, 245.0])
+    a = np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1)
+    lengths = np.array([1.0, 0.1, 7.0, 2.0, 300.0])[:, None]  # which do not matter
+    expected = np.cos(np.radians(degrees[:, None] - degrees[None]))
+    np.testing.assert_allclose(cosines(a * lengths, a), expected, atol=1e-12)
+
+
+def test_similarities_are_the_plain_loops() -> None:
+    rng = np.random.default_rng(0)
+    pictures, references, texts = (rng.normal(size=(n, 6)) for n in (4, 3, 4))
+
+    def cosine(u: np.ndarray, v: np.ndarray) -> float:
+        dot = sum(x * y for x, y in zip(u, v, strict=True))
+        return dot / (sum(x * x for x in u) ** 0.5 * sum(y * y for y in v) ** 0.5)
+
+    fidelity = [sum(cosine(p, r) for r in references) / 3 for p in pictures]
+    np.testing.assert_allclose(image_similarity(pictures, references), fidelity)
+    alignment = [cosine(p, t) for p, t in zip(pictures, texts, strict=True)]
+    np.testing.assert_allclose(text_similarity(pictures, texts), alignment)
+
+
+# --- intervals over two crossed factors ----------------------------------------------------------
+
+
+def test_crossed_interval_of_two_by_two_is_the_quantiles_of_its_sixteen_resamples() -> None:
+    table = np.array([[0.0, 1.0], [2.0, 10.0]])
+    x, rows, columns = table.ravel(), [0, 0, 1, 1], ["a", "b", "a", "b"]
+    # Rows (r1, r2) and columns (c1, c2), each drawn with replacement, independently.
+    means = sorted(
+        table[np.ix_(r, c)].mean()
+        for r in product((0, 1), repeat=2)
+        for c in product((0, 1), repeat=2)
+    )
+    for level in (0.95, 0.6):
+        low, high = crossed_interval(x, rows, columns, level=level, resamples=40_000)
+        assert low == np.quantile(means, (1 - level) / 2, method="inverted_cdf")
+        assert high == np.quantile(means, (1 + level) / 2, method="inverted_cdf")
+
+
+def test_a_factor_of_one_level_leaves_the_bootstrap_of_the_other() -> None:
+    x = np.random.default_rng(0).normal(size=24)
+    clusters = np.arange(24) // 3
+    one_by_one = crossed_interval(x, clusters, np.zeros(24), resamples=20_000)
+    swapped = crossed_interval(x, np.zeros(24), clusters, resamples=20_000)
+    plain = bootstrap_interval(x, clusters, resamples=20_000)
+    np.testing.assert_allclose(one_by_one, plain, atol=0.02)
+    np.testing.assert_allclose(swapped, plain, atol=0.02)
+    assert np.isnan(crossed_interval([1.0, 2.0], ["p", "p"], ["s", "s"])).all()
+    assert np.isnan(crossed_interval([], [], [])).all()
+
+
+def test_crossed_interval_covers_where_the_naive_one_does_not() -> None:
+    """Prompts and noises each have an effect of their own, as drawn pictures do."""
+    rng = np.random.default_rng(1)
+    rows, columns = (axis.ravel() for axis in np.indices((12, 8)))
+    hits = naive = 0
+    for k in range(200):
+        x = rng.normal(size=12)[rows] + rng.normal(size=8)[columns] + rng.normal(size=96)
+        low, high = crossed_interval(x, rows, columns, resamples=400, seed=k)
+        hits += low <= 0 <= high
+        low, high = bootstrap_interval(x, resamples=400, seed=k)
+        naive += low <= 0 <= high
+    # 0.95 less the percentile method's shortfall for 8 and 12 levels (about 0.05), and what is
+    # added because the interval errs to the wide side.
+    assert 0.86 <= hits / 200 <= 0.99
+    assert naive / 200 < 0.7
+
+
+def test_crossed_interval_of_a_table_with_holes_is_finite() -> None:
+    x, rows, columns = [1.0, 2.0, 3.0], [0, 1, 2], [0, 1, 2]
+    low, high = crossed_interval(x, rows, columns, resamples=2000)
+    assert low == 1.0 and high == 3.0
+
+
+# --- evaluations ---------------------------------------------------------------------------------
+
+
+def scores(values: dict[tuple[str, str, int, int, int], float], metric: str = "M") -> pd.DataFrame:
+    """Scores by (variant, subject, tuning seed, prompt number, picture)."""
+    rows = [
+        {
+            "run": f"{variant}-{subject}-{tuning_seed}",
+            "settings": "dreambooth",
+            "variant": variant,
+            "subject": subject,
+            "tuning_seed": tuning_seed,
+            "number": number,
+            "caption": f"caption {number}",
+            "kind": "attribute",
+            "seed": 0,
+            "picture": picture,
+            "metric": metric,
+            "value": value,
+        }
+        for (variant, subject, tuning_seed, number, picture), value in values.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_runs_are_compared_picture_by_picture() -> None:
+    plain = {("plain", "rex", 0, n, k): 0.1 * n + 0.01 * k for n in range(3) for k in range(2)}
+    sude = {("SuDe", "rex", 0, n, k): v + 0.2 + 0.1 * n for (_, _, _, n, k), v in plain.items()}
+    sude[("SuDe", "rex", 0, 7, 0)] = 0.9  # asked of one run alone: in the mean, not in the pairs
+    table = compare(scores(dict(reversed(sude.items())) | plain)).set_index("variant")
+    assert table.loc["plain", "mean"] == pytest.approx(0.105)
+    assert table.loc["plain", "over"] == "3 prompts x 2 noises"
+    row = table.loc["SuDe"]
+    assert row["pictures"] == 7 and row["pairs"] == 6
+    assert row["against"] == "dreambooth, plain"
+    assert row["difference"] == pytest.approx(0.3)
+    # The differences are 0.2, 0.3, 0.4 by prompt, whatever the noise.
+    low, high = bootstrap_interval([0.2, 0.3, 0.4])
+    assert row["difference_low"] == pytest.approx(low, abs=0.02)
+    assert row["difference_high"] == pytest.approx(high, abs=0.02)
+    assert np.isnan(table.loc["plain", "difference"])
+
+
+def test_pairs_share_subject_and_tuning_seed() -> None:
+    plain = {("plain", s, t, 0, 0): float(t) for s in ("rex", "fay") for t in (0, 1)}
+    sude = {("SuDe", s, t, 0, 0): t + 0.5 for s in ("rex", "fay") for t in (0, 1)}
+    del sude["SuDe", "fay", 1, 0, 0]
+    row = compare(scores(plain | sude)).set_index("variant").loc["SuDe"]
+    assert row["pairs"] == 3 and row["difference"] == pytest.approx(0.5)
+    assert row["over"] == "2 subjects x 2 tuning seeds"
+
+
+def test_without_a_plain_run_the_first_is_the_base() -> None:
+    table = compare(scores({("SuDe, 1", "rex", 0, 0, 0): 0.1, ("SuDe, 2", "rex", 0, 0, 0): 0.4}))
+    second = table.set_index("variant").loc["SuDe, 2"]
+    assert second["against"] == "dreambooth, SuDe, 1"
+    assert second["difference"] == pytest.approx(0.3) and np.isnan(second["difference_low"])
+    assert second["over"] == ""  # one picture each: there is no interval
+
+
+def test_a_metric_that_ranks_as_the_oracle_does_has_rho_1() -> None:
+    truth = {("a", "rex", 0, 0, 0): 0.1, ("b", "rex", 0, 0, 0): 0.5, ("c", "rex", 0, 0, 0): 0.9}
+    same = {k: v**3 for k, v in truth.items()}  # not linear: ranks alone count
+    opposite = {k: -v for k, v in truth.items()}
+    table = pd.concat(
+        [
+            scores(truth, "attribute_alignment"),
+            scores(same, "CLIP-T"),
+            scores(opposite, "BLIP-T"),
+            scores(truth, "DINO-I"),  # no fidelity of the oracle's beside it
+        ]
+    )
+    agreement = rank_agreement(table).set_index("metric")
+    assert set(agreement.index) == {"CLIP-T", "BLIP-T"}
+    assert agreement.loc["CLIP-T", "rho"] == pytest.approx(1)
+    assert agreement.loc["BLIP-T", "rho"] == pytest.approx(-1)
+    assert (agreement["runs"] == 3).all()
+    assert rank_agreement(table[table["variant"] != "c"]).empty  # two runs have no order to tell
+
+
+def small_study() -> pd.DataFrame:
+    """Two subjects, two pictures a run; "sude" gains 0.4 and 0.2, "other" ran for one subject."""
+    values = {
+        ("a", "plain"): (0.1, 0.3),
+        ("a", "sude"): (0.5, 0.7),
+        ("a", "other"): (0.2, 0.2),
+        ("b", "plain"): (0.5, 0.5),
+        ("b", "sude"): (0.6, 0.8),
+    }
+    return pd.DataFrame(
+        [
+            {"subject": s, "variant": v, "seed": 0, "method": m, "ask": "P1", "share": x}
+            for m in ("one", "two")
+            for (s, v), both in values.items()
+            for x in both
+        ]
+    )
+
+
+def test_gains_are_means_of_pairs_with_the_interval_over_subjects() -> None:
+    table = gains(small_study(), ("share",), by=("method", "ask")).set_index(["method", "variant"])
+    sude = table.loc[("two", "sude")]
+    assert sude["mean"] == pytest.approx(0.65) and sude["gain"] == pytest.approx(0.3)
+    # Of two subjects a resample has the mean gain 0.2, 0.3 or 0.4.
+    assert (sude["low"], sude["high"]) == (pytest.approx(0.2), pytest.approx(0.4))
+    assert (sude["ask"], sude["measure"], sude["subjects"], sude["runs"]) == ("P1", "share", 2, 2)
+    assert len(table) == 6 and np.isnan(table.loc[("one", "plain"), "gain"])
+
+
+def test_gains_leave_out_what_has_no_partner() -> None:
+    table = gains(small_study(), ("share",)).set_index(["method", "variant"])
+    other = table.loc[("one", "other")]
+    assert other["gain"] == pytest.approx(0.0) and np.isnan(other["low"])  # one subject
+    against = gains(small_study(), ("share",), against="other").set_index(["method", "variant"])
+    # Subject b has no run of "other": a alone counts, and the mean is over both all the same.
+    assert against.loc[("one", "sude"), "gain"] == pytest.approx(0.4)
+    assert against.loc[("one", "sude"), "mean"] == pytest.approx(0.65)
+
+
+# --- what a reader of the tables relies on: names, order, and what counts as independent ----------
+
+
+def test_a_row_without_an_attribute_is_not_counted_however_it_is_written() -> None:
+    rows = [("rex", "plain", 0, "running", 0.2), ("rex", "plain", 0, None, 0.9)]
+    runs = per_run(table(rows))
+    assert list(runs.columns) == ["subject", "category", "method", "variant", "seed", *MEASURES]
+    assert runs["attribute_alignment"].tolist() == [0.2]
+
+
+def test_summary_keeps_the_order_of_the_runs_and_draws_whole_subjects() -> None:
+    # One subject gains 0.2 and the other 0.4, in each of three seeds: two values in truth, not six.
+    gain = {"a": 0.2, "b": 0.4}
+    rows = [(s, "sude", seed, "running", 0.1 + gain[s]) for s in gain for seed in range(3)]
+    rows += [(s, "plain", seed, "running", 0.1) for s in gain for seed in range(3)]
+    rows += [("a", "zero", 0, "running", 0.1)]
+    rows = [row for row in rows if row[:3] != ("a", "plain", 2)]
+    found = summarize(table(rows))
+    assert list(found["variant"]) == ["plain", "sude", "zero"]
+    sude = found.set_index("variant").loc["sude"]
+    assert sude["attribute_alignment_low"] == pytest.approx(0.2)
+    assert sude["attribute_alignment_high"] == pytest.approx(0.4)
+    later = [row for row in rows if row[0] == "b" or row[1] == "sude"]
+    assert list(summarize(table(later))["variant"]) == ["sude", "plain"]  # as subject a begins
+
+
+def test_gains_have_their_columns_in_order_and_draw_whole_subjects() -> None:
+    study = small_study()
+    found = gains(study, ("share",))
+    names = ["method", "variant", "measure", "mean", "gain", "low", "high", "subjects", "runs"]
+    assert list(found.columns) == names
+    assert list(found["variant"]) == ["plain", "sude", "other"] * 2  # as they come, not by name
+    assert found.loc[found["variant"] == "plain", ["gain", "low", "high"]].isna().all(axis=None)
+    assert all(isinstance(x, float) for x in found["gain"])
+    seeds = pd.concat([study.assign(seed=seed) for seed in range(4)])
+    sude = gains(seeds, ("share",)).set_index(["method", "variant"]).loc[("one", "sude")]
+    assert (sude["low"], sude["high"]) == (pytest.approx(0.2), pytest.approx(0.4))
+    assert sude["runs"] == 8 and sude["subjects"] == 2
+
+
+def test_comparisons_have_their_columns_and_keep_kinds_and_metrics_apart() -> None:
+    values = {("SuDe", "rex", 0, n, 0): 0.5 + 0.1 * n for n in range(3)}
+    values |= {("plain", "rex", 0, n, 0): 0.2 * n for n in range(3)}
+    both = [scores(values, "M").assign(kind=kind) for kind in ("background", "attribute")]
+    other = scores({key: 10 * value for key, value in values.items()}, "A")
+    found = compare(pd.concat([*both, other]))
+    names = ["settings", "variant", "kind", "metric", "pictures", "over", "mean", "low", "high"]
+    names += ["against", "pairs", "difference", "difference_low", "difference_high"]
+    assert list(found.columns) == names
+    asked = [("SuDe", "background", "M"), ("plain", "background", "M"), ("SuDe", "attribute", "M")]
+    asked += [("plain", "attribute", "M"), ("SuDe", "attribute", "A"), ("plain", "attribute", "A")]
+    # In the order in which they first come.
+    assert list(found[["variant", "kind", "metric"]].itertuples(index=False, name=None)) == asked
+    sude = found[found["variant"] == "SuDe"]
+    assert sude["pairs"].tolist() == [3, 3, 3]
+    assert sude["difference"].tolist() == pytest.approx([0.4, 0.4, 4.0])
+    assert sude["mean"].tolist() == pytest.approx([0.6, 0.6, 6.0])
+
+
+def test_comparisons_draw_as_often_as_they_are_told() -> None:
+    values = {
+        (v, "rex", 0, n, 0): n * (1 + (v == "SuDe")) for v in ("plain", "SuDe") for n in (1, 4)
+    }
+    once = compare(scores(values), resamples=1)
+    assert (once["low"] == once["high"]).all()
+    sude = once[once["variant"] == "SuDe"].iloc[0]
+    assert sude["difference_low"] == sude["difference_high"]
+    often = compare(scores(values)).iloc[0]
+    assert (often["low"], often["high"]) == (1.0, 4.0)
+    assert signature(compare).parameters["resamples"].default == 10_000
+
+
+def test_rank_agreement_needs_values_that_differ() -> None:
+    truth = {("a", "rex", 0, 0, 0): 0.1, ("b", "rex", 0, 0, 0): 0.5, ("c", "rex", 0, 0, 0): 0.9}
+    two = dict(zip(truth, (0.0, 1.0, 1.0), strict=True))
+    constant = dict.fromkeys(truth, 0.3)
+    asked = {"attribute_alignment": truth, "CLIP-T": two, "BLIP-T": constant}
+    found = rank_agreement(pd.concat([scores(v, k) for k, v in asked.items()]))
+    assert list(found.columns) == ["metric", "oracle", "runs", "rho"]
+    assert found[["metric", "oracle"]].to_numpy().tolist() == [["CLIP-T", "attribute_alignment"]]
+    assert 0 < found["rho"].iloc[0] < 1
+    nothing = rank_agreement(scores(truth, "CLIP-T"))
+    assert list(nothing.columns) == ["metric", "oracle", "runs", "rho"] and nothing.empty
+
+
+def test_intervals_are_the_same_every_time_and_their_defaults_are_said() -> None:
+    x = np.random.default_rng(4).normal(size=36)
+    rows, columns = np.divmod(np.arange(36), 6)
+    first = crossed_interval(x, rows, columns, resamples=50)
+    assert first == crossed_interval(x, rows, columns, resamples=50, seed=0)
+    assert first != crossed_interval(x, rows, columns, resamples=50, seed=3)
+    assert bootstrap_interval(x, resamples=50) == bootstrap_interval(x, resamples=50, seed=0)
+    for interval in (bootstrap_interval, crossed_interval):
+        assert signature(interval).parameters["resamples"].default == 10_000

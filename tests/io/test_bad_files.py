@@ -1,0 +1,303 @@
+"""Grids, lists of prompts and the small files of a folder: read right, or refused in a sentence."""
+
+import json
+import os
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
+from refusals import content, generated, say
+
+from sude_lab.backbone import FACTS_FILE, read_facts
+from sude_lab.errors import UserError
+from sude_lab.evaluate.dreambench import load_dreambench
+from sude_lab.generation import sampling_settings
+from sude_lab.io.reading import MOST_BYTES, read_yaml
+from sude_lab.prompts import PLACEHOLDER, read_prompts
+from sude_lab.sweep.grid import make_plan, read_grid
+from sude_lab.sweep.sweep import PLAN, survey
+from sude_lab.tuning import TuningConfig, with_defaults
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+MERGED = "a: &a {x: 1}\n" + "".join(
+    f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}\n"
+    for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+HOSTILE: dict[str, tuple[str | bytes, str]] = {
+    "laughs": (LAUGHS, "more than 100,000 values"),
+    "merged": (MERGED, "more than 100,000 values"),
+    "snake": ("&a [*a]", "more than 100,000 values"),
+    "merged with itself": ("&a {<<: *a, b: 1}", ""),
+    "deep": ("[" * 10_000, "nested too deeply"),
+    "deep aliases": ("- &a0 [x]\n" + "".join(f"- &a{k + 1} [*a{k}]\n" for k in range(400)), ""),
+    "long": ("# " + "x" * MOST_BYTES, "more than 262,144 bytes"),
+    "object": ("!!python/object/apply:os.system ['true']", "not readable YAML"),
+    "module": ("!!python/module:os", "not readable YAML"),
+    "no date": ("seeds: 2001-99-99", "not readable YAML"),
+    "no whole number": ("seeds: !!int x", "not readable YAML"),
+    "an empty number": ("seeds: !!int ''", "not readable YAML"),
+    "no truth": ("seeds: !!bool perhaps", "not readable YAML"),
+    "a long number": (f"seeds: {'1' * 5000}", "not readable YAML"),
+    "a list as a key": ("? [a]\n: 1", ""),
+    "said twice": ("seeds: [0]\nw_s: 1\nseeds: [1]", "says 'seeds' twice, again in line 3"),
+    "said twice within": ("- {prompt: a, caption: b}\n- {prompt: a, prompt: b}", "twice"),
+    "two documents": ("a: 1\n--- \nb: 2", "not readable YAML"),
+    "control": (b"a: \x00\x1b", "not readable YAML"),
+    "latin": (b"a: \xe4", "not UTF-8"),
+    "utf-16": ("a: 1".encode("utf-16"), "not UTF-8"),
+    "empty": ("", ""),
+    "text": ("just words", ""),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_refused_by_sweep_and_evaluate(name: str, tmp_path: Path) -> None:
+    text, told = HOSTILE[name]
+    file = tmp_path / "file.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = content(tmp_path)
+    for flags in ((), ("--dry-run",)):
+        said = say("sweep", file, "--out", tmp_path / "new", *flags).sentence
+        assert told in said and "file.yaml" in said
+    with pytest.raises(UserError) as error:
+        read_prompts(file, "dog")
+    assert told in str(error.value) and "file.yaml" in str(error.value)
+    assert content(tmp_path) == before
+
+
+def test_aliases_are_understood_and_never_written_out() -> None:
+    assert read_yaml("a: &a [1, 2]\nb: *a\nc: {<<: {d: 3}}", "It") == {
+        "a": [1, 2],
+        "b": [1, 2],
+        "c": {"d": 3},
+    }
+    tracemalloc.start()
+    for text in (LAUGHS, MERGED):
+        with pytest.raises(UserError, match="100,000"):
+            read_yaml(text, "It")
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "missing", "nul\0", "a" * 300])
+def test_what_is_no_file_is_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{kind}.yaml"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)  # who reads it waits for ever
+    for read in (read_grid, lambda p: read_prompts(p, "dog")):
+        with pytest.raises(UserError, match="cannot be read"):
+            read(path)
+    assert say("sweep", path, "--out", tmp_path / "new").sentence
+
+
+# --- generated -----------------------------------------------------------------------------------
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(10**300, 10**301)
+    | st.floats()
+    | st.dates()
+    | st.sampled_from(["x1", "x", "xnan", "held-out 0", "held-out 9999999999", "demo ²", "../x"])
+    | st.sampled_from(["attributes", "{S*}", "dreambooth", "nul\0", "a" * 400, "1e-4", "inf", ""])
+    | st.text(max_size=8)
+)
+CONTENT = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.text(max_size=4)
+            | st.sampled_from(["picture", "category", "dreambench", "names", "prompt", "w_s"]),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=6,
+)
+GRID: dict[str, Any] = {
+    "subjects": ["held-out 0"],
+    "methods": ["dreambooth"],
+    "w_s": ["x0", "x1"],
+    "truncation": [True, 0.5],
+    "prior": ["current"],
+    "weighting": ["exact"],
+    "seeds": [0],
+    "backbone": "embedded",
+    "settings": {"max_train_steps": 3, "learning_rate": 1e-4},
+    "also": [{"w_s": [2]}],
+    "prompts": ["attributes"],
+    "pictures": 2,
+    "evaluate": {"num_seeds": 1, "guidance_scale": 2.0, "metrics": ["oracle"]},
+    "num_gpus": 0,
+    "assume": {"seconds_per_step": 1.0},
+}
+PLACES = [(k,) for k in GRID] + [
+    (k, inner) for k in ("settings", "evaluate", "assume") for inner in GRID[k]
+] + [
+    ("settings", name) for name in sorted(TuningConfig.__dataclass_fields__)
+]  # fmt: skip
+
+
+def planned(room: Path) -> None:
+    """Read and plan room/grid.yaml, as a dry run does; a sentence is as good as a plan."""
+    try:
+        plan = make_plan(read_grid(room / "grid.yaml"), room / "out")
+    except UserError as error:
+        assert str(error).isprintable()
+    else:
+        assert plan.jobs and all(set(job.key) <= set("0123456789abcdef") for job in plan.jobs)
+    assert [p.name for p in room.iterdir()] == ["grid.yaml"]
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("room")
+
+
+@generated(50)
+@given(place=st.sampled_from(PLACES), value=CONTENT)
+@example(place=("settings",), value={"lora_rank": [1] * 400, "num_vectors": [1] * 400})
+@example(place=("settings", "class_images"), value="/")
+@example(place=("num_gpus",), value=float("nan"))
+@example(place=("pictures",), value=10**300)
+def test_a_grid_with_one_wrong_value(place: tuple[str, ...], value: Any, room: Path) -> None:
+    grid = json.loads(json.dumps(GRID))
+    inner = grid
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (room / "grid.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
+    planned(room)
+
+
+@generated(150)
+@given(data=st.binary(max_size=80) | st.text("&*[]{}:-,!<>|'\" \n\tab1.~?%@", max_size=80))
+def test_bytes_and_letters_as_a_grid_and_as_prompts(data: bytes | str, room: Path) -> None:
+    raw = data if isinstance(data, bytes) else data.encode()
+    (room / "grid.yaml").write_bytes(raw)
+    planned(room)
+    try:
+        found = read_prompts(room / "grid.yaml", "dog")
+    except UserError as error:
+        assert "grid.yaml" in str(error)
+    else:
+        assert all(PLACEHOLDER in prompt.text for prompt in found)
+
+
+@generated(150)
+@given(entries=CONTENT | st.lists(CONTENT, max_size=3), plain=st.booleans())
+def test_prompts_of_any_content(entries: Any, plain: bool, room: Path) -> None:
+    file = room / "grid.yaml"
+    text = str(entries) if plain else yaml.safe_dump(entries)
+    file.write_text(text, encoding="utf-8", errors="replace")
+    path = room / "prompts.txt" if plain else file
+    if plain:
+        path.write_bytes(file.read_bytes())
+    try:
+        found = read_prompts(path, "dog")
+    except UserError as error:
+        assert path.name in str(error) or "is no text" in str(error)
+    else:
+        assert found and all(isinstance(p.text, str) and PLACEHOLDER in p.text for p in found)
+        assert all(isinstance(p.caption, str) for p in found)
+    finally:
+        (room / "prompts.txt").unlink(missing_ok=True)
+
+
+FACTS = ("words", "categories", "tuning", "generation", "other")
+
+
+@generated(120)
+@given(
+    facts=st.dictionaries(st.sampled_from(FACTS), CONTENT, max_size=3)
+    | st.fixed_dictionaries(
+        {"tuning": st.fixed_dictionaries({"dreambooth": st.dictionaries(
+            st.sampled_from(sorted(TuningConfig.__dataclass_fields__)), SCALARS, max_size=3)})}
+    )
+    | st.fixed_dictionaries({"generation": st.dictionaries(
+        st.sampled_from(["num_inference_steps", "guidance_scale", "eta"]), SCALARS, max_size=2)}),
+)  # fmt: skip
+def test_facts_of_any_content(facts: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whatever a model's folder says of itself: settings that work, or a sentence."""
+    folder = tmp_path_factory.getbasetemp() / "facts"
+    folder.mkdir(exist_ok=True)
+    (folder / FACTS_FILE).write_text(json.dumps(facts, default=str), encoding="utf-8")
+    try:
+        known = read_facts(folder)
+        config = with_defaults(TuningConfig(Path("x.png"), "dog"), known)
+        drawing = sampling_settings(known)
+    except UserError as error:
+        assert str(error).isprintable()
+    else:
+        assert config.learning_rate is None or config.learning_rate >= 0
+        assert drawing["num_inference_steps"] >= 1 and set(drawing) == {
+            "num_inference_steps",
+            "guidance_scale",
+        }
+
+
+@generated(80)
+@given(plan=CONTENT | st.fixed_dictionaries({"runs": SCALARS, "jobs": CONTENT}))
+def test_a_sweep_whose_plan_is_damaged(plan: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.getbasetemp() / "planned"
+    folder.mkdir(exist_ok=True)
+    (folder / PLAN).write_text(json.dumps(plan, default=str), encoding="utf-8")
+    try:
+        states = survey(folder)
+    except UserError as error:
+        assert "There is no sweep in" in str(error)
+    else:
+        assert states == []  # no generated plan names a run
+        assert say("sweep", "--status", "--out", folder).code == 0
+
+
+def damaged(change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    label = {"subject": "a", "settings": "b", "variant": "c", "tuning_seed": 0}
+    job = {"key": "0123456789abcdef", "rows": "rows-0.parquet", "label": label}
+    plan: dict[str, Any] = {"runs": "runs", "jobs": [job]}
+    change(plan)
+    return plan
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: plan["jobs"][0].update(key="../../etc"),
+        lambda plan: plan["jobs"][0].update(key="/etc"),
+        lambda plan: plan["jobs"][0].update(key=".."),
+        lambda plan: plan["jobs"][0].update(rows="../rows"),
+        lambda plan: plan["jobs"][0].update(rows=3),
+        lambda plan: plan["jobs"][0].update(label=None),
+        lambda plan: plan.update(runs=None),
+    ],
+)
+def test_a_plan_that_leaves_its_folder_is_no_plan(
+    change: Callable[[dict[str, Any]], None], tmp_path: Path
+) -> None:
+    (tmp_path / PLAN).write_text(json.dumps(damaged(lambda plan: None)))
+    assert [state.status for state in survey(tmp_path)] == ["waiting"]
+    (tmp_path / PLAN).write_text(json.dumps(damaged(change)))
+    assert "There is no sweep in" in say("sweep", "--status", "--out", tmp_path).sentence
+
+
+def test_a_mark_that_some_editors_begin_with_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("# ours\na {S*} here\n".encode("utf-8-sig"))
+    assert [prompt.text for prompt in read_prompts(file, "dog")] == ["a {S*} here"]
+
+
+def test_a_data_set_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "prompts_and_classes.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        load_dreambench(tmp_path)

@@ -1,0 +1,248 @@
+"""Files and folders appear whole or not at all."""
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sude_lab.errors import UserError
+from sude_lab.io import files
+from sude_lab.io.files import (
+    atomic_folder,
+    atomic_write,
+    replaced_folder,
+    require_own,
+    save_tensors,
+)
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def assert_one_sentence(error: pytest.ExceptionInfo[UserError], name: str) -> None:
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert name in message
+
+
+def test_user_error_is_one_line() -> None:
+    error = UserError("two\n   lines\tbecome one.")
+    assert str(error) == "two lines become one."
+    assert isinstance(error, ValueError)
+
+
+# --- one file ------------------------------------------------------------------------------------
+
+
+def test_write_appears_at_the_end_with_its_suffix(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder" / "values.npy"
+    with atomic_write(target) as temporary:
+        np.save(temporary, np.arange(3))  # appends .npy to a name that lacks it
+        assert temporary.parent == target.parent
+        assert not target.exists()
+    assert np.load(target).tolist() == [0, 1, 2]
+    assert everything(target.parent) == ["values.npy"]
+
+
+def test_write_is_open_to_others_as_an_ordinary_file_is(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").write_text("")
+    with atomic_write(tmp_path / "atomic") as temporary:
+        temporary.write_text("")
+    mode = (tmp_path / "ordinary").stat().st_mode
+    assert (tmp_path / "atomic").stat().st_mode == mode
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_failed_write_leaves_the_old_file(tmp_path: Path, failure: type[BaseException]) -> None:
+    target = tmp_path / "metrics.csv"
+    target.write_text("old")
+    with pytest.raises(failure), atomic_write(target) as temporary:
+        temporary.write_text("half of the ne")
+        raise failure
+    assert target.read_text() == "old"
+    assert everything(tmp_path) == ["metrics.csv"]
+
+
+def test_failed_write_removes_the_folders_it_made(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "kept" / "a" / "b" / "c.txt"):
+        raise RuntimeError
+    assert everything(tmp_path) == ["kept"]
+
+
+def test_write_refuses_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error, atomic_write(tmp_path):
+        pytest.fail("the body must not run")
+    assert_one_sentence(error, tmp_path.name)
+
+
+def test_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as error, atomic_write(tmp_path / "file" / "metrics.csv"):
+        pytest.fail("the body must not run")
+    assert_one_sentence(error, "file")
+
+
+def test_parent_that_is_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the administrator may write everywhere
+    with pytest.raises(UserError) as error, atomic_write(tmp_path / "new" / "metrics.csv"):
+        pytest.fail("the body must not run")
+    assert_one_sentence(error, "new")
+    assert everything(tmp_path) == []
+
+
+# --- a full disk ---------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("save", ["text", "numpy", "torch"])
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: str) -> None:
+    # numpy and torch name no reason, so the free space is looked up: pretend it agrees.
+    monkeypatch.setattr(files, "_NEARLY_FULL", float("inf"))
+    with pytest.raises(UserError) as error, atomic_write(tmp_path / "weights.bin") as temporary:
+        temporary.symlink_to("/dev/full")
+        match save:
+            case "text":
+                temporary.write_text("x" * 100_000)
+            case "numpy":
+                with temporary.open("wb") as stream:
+                    np.zeros(100_000).tofile(stream)
+            case "torch":
+                torch.save(torch.zeros(100_000), temporary)
+    assert_one_sentence(error, "weights.bin")
+    assert "No space" in str(error.value)
+    assert everything(tmp_path) == []
+
+
+def test_full_disk_in_the_words_of_another_class(tmp_path: Path) -> None:
+    class ForeignError(Exception):
+        pass
+
+    with pytest.raises(UserError, match="No space"), atomic_folder(tmp_path / "run"):
+        raise ForeignError(f"I/O error: {os.strerror(errno.ENOSPC)} (os error 28)")
+    assert everything(tmp_path) == []
+
+
+def test_other_failures_keep_their_class(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a bug"), atomic_write(tmp_path / "a"):
+        raise RuntimeError("a bug")
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "a"):
+        Path("/nowhere/at/all").read_text()
+
+
+# --- a folder ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "empty"])
+def test_folder_appears_at_the_end(tmp_path: Path, exists: bool) -> None:
+    target = tmp_path / "deep" / "run"
+    if exists:
+        target.mkdir(parents=True)
+    with atomic_folder(target) as temporary:
+        (temporary / "weights").mkdir()
+        (temporary / "weights" / "a.txt").write_text("whole")
+        assert temporary.parent == target.parent
+        assert not target.exists() or not any(target.iterdir())
+    assert everything(tmp_path) == [
+        "deep",
+        "deep/run",
+        "deep/run/weights",
+        "deep/run/weights/a.txt",
+    ]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_failed_folder_leaves_nothing(tmp_path: Path, failure: type[BaseException]) -> None:
+    with pytest.raises(failure), atomic_folder(tmp_path / "deep" / "run") as temporary:
+        (temporary / "half.txt").write_text("")
+        raise failure
+    assert everything(tmp_path) == []
+
+
+def test_folder_refuses_one_that_is_not_empty(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").write_text("kept")
+    with pytest.raises(UserError) as error, atomic_folder(tmp_path / "run"):
+        pytest.fail("the body must not run")
+    assert_one_sentence(error, "run")
+    assert (tmp_path / "run" / "precious.txt").read_text() == "kept"
+
+
+def test_folder_that_another_process_filled_meanwhile(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not empty"), atomic_folder(tmp_path / "run") as temporary:
+        (temporary / "ours.txt").write_text("")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "theirs.txt").write_text("")
+    assert everything(tmp_path) == ["run", "run/theirs.txt"]
+
+
+def test_folder_refuses_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError) as error, atomic_folder(tmp_path / "run"):
+        pytest.fail("the body must not run")
+    assert_one_sentence(error, "run")
+
+
+def test_folder_refuses_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error, atomic_folder("."):
+        pytest.fail("the body must not run")
+    assert_one_sentence(error, tmp_path.name)
+
+
+def test_folder_that_cannot_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(UserError) as error, atomic_folder(tmp_path / "link"):
+        pass
+    assert_one_sentence(error, "link")
+    assert everything(tmp_path) == ["link", "real"]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        with replaced_folder(tmp_path / "kept") as folder:
+            (folder / f"{text}.txt").write_text(text)
+    assert [p.name for p in (tmp_path / "kept").iterdir()] == ["second.txt"]
+    with pytest.raises(RuntimeError), replaced_folder(tmp_path / "kept") as folder:
+        (folder / "third.txt").write_text("third")
+        raise RuntimeError
+    assert [p.name for p in (tmp_path / "kept").iterdir()] == ["second.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]
+
+
+def test_tensors_may_be_read_by_whoever_may_read_new_files(tmp_path: Path) -> None:
+    (tmp_path / "like").touch()
+    save_tensors({"x": torch.arange(3)}, tmp_path / "x.safetensors", {"about": "this"})
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "like").stat().st_mode
+    assert load_file(tmp_path / "x.safetensors")["x"].tolist() == [0, 1, 2]
+
+
+def test_nobody_elses_results_are_overwritten(tmp_path: Path) -> None:
+    def check(folder: Path) -> None:
+        require_own(folder, "first.csv", "run,", ("second.md",))
+
+    check(tmp_path / "nothing there")
+    mark, other = tmp_path / "first.csv", tmp_path / "second.md"
+    other.write_text("mine")
+    with pytest.raises(UserError, match="overwritten") as error:
+        check(tmp_path)
+    assert_one_sentence(error, "second.md")
+    for begins in ("ru", "mine,1", ""):
+        mark.write_text(begins)
+        with pytest.raises(UserError, match="overwritten") as error:
+            check(tmp_path)
+        assert_one_sentence(error, "first.csv")
+    mark.write_text("run,1")
+    check(tmp_path)
+    mark.unlink()
+    mark.mkdir()
+    with pytest.raises(UserError, match="cannot be read") as error:
+        check(tmp_path)
+    assert_one_sentence(error, "first.csv")

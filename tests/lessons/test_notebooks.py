@@ -1,0 +1,170 @@
+r"""The notebooks are what a lesson should be: short cells, one seed, stored results to compare.
+
+nbval runs them (see `addopts` in pyproject.toml); here nothing is run. Outputs are stored by
+
+    SUDE_LAB_STATIC=1 jupyter nbconvert --to notebook --execute --inplace \
+        --ExecutePreprocessor.record_timing=False \
+        --ExecutePreprocessor.store_widget_state=False notebooks/03_truncation_thresholds.ipynb
+"""
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
+EXERCISES = sorted((NOTEBOOKS[0].parent / "exercises").glob("*.ipynb"))
+README = (NOTEBOOKS[0].parent.parent / "README.md").read_text(encoding="utf-8")
+MAX_LINES, MAX_BYTES = 20, 600_000
+CHECKED = "# NBVAL_CHECK_OUTPUT"
+SEED = re.compile(r"^SEED = \d+", re.M)
+WIDGETS = ("application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json")
+Notebook = dict[str, Any]
+
+
+def source(cell: Notebook) -> str:
+    return "".join(cell["source"])
+
+
+def problems(notebook: Notebook, *, lesson: bool = True) -> list[str]:
+    """Return what is wrong with a notebook, a sentence each; `lesson`: with goals and takeaways."""
+    found = []
+    cells = notebook["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    texts = [source(cell) for cell in cells if cell["cell_type"] == "markdown"]
+    for number, cell in enumerate(cells):
+        where = f"cell {number}"
+        if cell["cell_type"] != "code":
+            continue
+        if len(source(cell).splitlines()) > MAX_LINES:
+            found.append(f"{where} has more than {MAX_LINES} lines")
+        kinds = [output["output_type"] for output in cell["outputs"]]
+        if "error" in kinds:
+            found.append(f"{where} stores an error")
+        if any(kind in output.get("data", {}) for output in cell["outputs"] for kind in WIDGETS):
+            found.append(f"{where} stores a widget: execute with SUDE_LAB_STATIC=1")
+        if CHECKED in source(cell):
+            # nbval compares nothing in a cell without a count, and nothing with an empty output.
+            if cell["execution_count"] is None:
+                found.append(f"{where} is to be compared and has no count")
+            if not cell["outputs"]:
+                found.append(f"{where} is to be compared and has no output")
+            # Without the inline backend (MPLBACKEND=Agg) there is no picture, and nbval misses it.
+            if any("image/png" in output.get("data", {}) for output in cell["outputs"]):
+                found.append(f"{where} is to be compared and draws: draw in another cell")
+    if [cell["execution_count"] for cell in code] != list(range(1, len(code) + 1)):
+        found.append("the cells were not executed once, from top to bottom")
+    if not any(CHECKED in source(cell) for cell in code):
+        found.append("no cell is compared")
+    seeds = sum(len(SEED.findall(source(cell))) for cell in code)
+    if seeds != 1:
+        found.append(f"SEED is set {seeds} times, not once")
+    if WIDGETS[1] in notebook["metadata"].get("widgets", {}):
+        found.append("the notebook stores widgets: execute with store_widget_state=False")
+    if not texts or "*Time*" not in texts[0] or not texts[0].startswith("# "):
+        found.append("the first cell has no title or does not say how long it takes")
+    if lesson:
+        if not texts or "**Goals.**" not in texts[0]:
+            found.append("the first cell has no goals")
+        if not any("**Predict first**" in text for text in texts):
+            found.append("nothing is to be predicted")
+        if not texts or not ("## Takeaways" in texts[-1] and "**Reading**" in texts[-1]):
+            found.append("the last cell has no takeaways or no reading")
+    return found
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_a_notebook_has_no_problem(path: Path) -> None:
+    assert path.stat().st_size < MAX_BYTES
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert problems(notebook, lesson=not path.name.startswith("00")) == []
+
+
+@pytest.mark.parametrize("path", EXERCISES, ids=lambda p: p.name)
+def test_no_compared_cell_of_an_exercise_has_a_problem(path: Path) -> None:
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert not [p for p in problems(notebook, lesson=False) if "compared" in p]
+
+
+def sound() -> Notebook:
+    def text(words: str) -> Notebook:
+        return {"cell_type": "markdown", "source": [words]}
+
+    def code(number: int, words: str) -> Notebook:
+        output = {"output_type": "stream", "name": "stdout", "text": ["1\n"]}
+        return {
+            "cell_type": "code",
+            "execution_count": number,
+            "source": [words],
+            "outputs": [output],
+        }
+
+    cells = [
+        text("# 99 · Why?\n**Goals.** None. *Time*: a minute."),
+        code(1, "SEED = 0"),
+        text("**Predict first**: one or two?"),
+        code(2, f"{CHECKED}\nprint(1)"),
+        text("## Takeaways\n- None.\n\n**Reading**: nothing."),
+    ]
+    return {"cells": cells, "metadata": {}}
+
+
+def change(place: int, **what: Any) -> Callable[[Notebook], None]:
+    return lambda notebook: notebook["cells"][place].update(what)
+
+
+WIDGET = {"output_type": "display_data", "data": {WIDGETS[0]: {"model_id": "1"}}}
+PICTURE = {"output_type": "display_data", "data": {"image/png": ""}}
+BREAKS: dict[str, Callable[[Notebook], None]] = {
+    "compared and draws": change(3, outputs=[PICTURE]),
+    "has no count": change(3, execution_count=None),
+    "has no output": change(3, outputs=[]),
+    "more than 20 lines": change(1, source=["SEED = 0\n"] + ["x = 1\n"] * 20),
+    "SEED is set 0 times": change(1, source=["seed = 0"]),
+    "SEED is set 2 times": change(3, source=[f"{CHECKED}\n", "SEED = 1"]),
+    "stores an error": change(1, outputs=[{"output_type": "error"}]),
+    "stores a widget": change(1, outputs=[WIDGET]),
+    "stores widgets": lambda notebook: notebook["metadata"].update(widgets={WIDGETS[1]: {}}),
+    "not executed once": change(3, execution_count=3),
+    "no cell is compared": change(3, source=["print(1)"]),
+    "how long": change(0, source=["# 99\n**Goals.** None."]),
+    "no goals": change(0, source=["# 99\n*Time*: a minute."]),
+    "predicted": change(2, source=["Look:"]),
+    "no takeaways": change(4, source=["**Reading**: nothing."]),
+    "no reading": change(4, source=["## Takeaways"]),
+}
+
+
+def test_a_sound_notebook_is_found_sound() -> None:
+    assert problems(sound()) == []
+    longest = copy.deepcopy(sound())
+    longest["cells"][1]["source"] = ["SEED = 0\n"] + ["x = 1\n"] * 19
+    assert problems(longest) == []
+
+
+@pytest.mark.parametrize("sentence", BREAKS)
+def test_a_broken_notebook_is_found_broken(sentence: str) -> None:
+    notebook = sound()
+    BREAKS[sentence](notebook)
+    assert len(problems(notebook)) >= 1
+    assert any(sentence in problem for problem in problems(notebook)), problems(notebook)
+
+
+def test_the_readme_counts_what_is_there() -> None:
+    root = NOTEBOOKS[0].parent.parent
+    rows = re.findall(r"^\| \[(\w+)\]\(notebooks/\w+\.ipynb\) \|.*$", README, re.M)
+    assert rows == [path.stem for path in NOTEBOOKS]
+    for path in NOTEBOOKS:
+        line = re.search(rf"^\| \[{path.stem}\].*$", README, re.M)
+        assert line
+        *_, cells, compared, tasks = (part.strip() for part in line[0].strip("| ").split("|"))
+        found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        code = [cell for cell in found if cell["cell_type"] == "code"]
+        assert (int(cells), int(compared)) == (len(found), sum(CHECKED in source(c) for c in code))
+        exercise = root / "notebooks" / "exercises" / f"ex_{path.stem}.ipynb"
+        graded = json.loads(exercise.read_text(encoding="utf-8"))["cells"]
+        assert int(tasks) == sum(c["metadata"].get("nbgrader", {}).get("grade", 0) for c in graded)

@@ -1,0 +1,238 @@
+"""The benchmarks' own logic, and that each runs at a tiny size. No test here measures time."""
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from sude_lab.io.files import atomic_write
+from sude_lab.io.pictures import to_tensor
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def load(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+# --- beside diffusers' script ---------------------------------------------------------------------
+
+SCRIPT = """
+import argparse, torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from torchvision import transforms
+
+p = argparse.ArgumentParser()
+p.add_argument("--pretrained_model_name_or_path")
+p.add_argument("--learning_rate", type=float)
+p.add_argument("--train_batch_size", type=int)
+args, _ = p.parse_known_args()
+accelerator = Accelerator()
+unet = UNet2DConditionModel.from_pretrained(args.pretrained_model_name_or_path, subfolder="unet")
+optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate DECAY)
+unet, optimizer = accelerator.prepare(unet, optimizer)
+print("what a script prints is no answer")
+for step in range(100):
+    x = torch.randn(args.train_batch_size, 4, 8, 8)
+    t = torch.zeros(len(x), dtype=torch.long)
+    loss = unet(x, t, torch.zeros(len(x), 5, 32), return_dict=False)[0].square().mean()
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(unet.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    accelerator.log({"loss": loss.item()}, step=step)
+"""
+
+
+def against(tmp_path: Path, tiny_folder: Path, decay: str, **settings: Any) -> tuple[Any, Any]:
+    """Return the module and the settings of a comparison with a script of a few lines."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace(" DECAY", decay), encoding="utf-8")
+    module = load("against_diffusers")
+    args = module.Benchmark(
+        script,
+        backbone=str(tiny_folder),
+        train_batch_sizes=(2,),
+        blocks=2,
+        steps=2,
+        sides=("diffusers", "sude_lab"),
+        **settings,
+    )
+    return module, args
+
+
+def test_a_script_and_ours_take_turns_at_equal_work(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, args = against(tmp_path, tiny_folder, "")
+    module.main(args)
+    said = capsys.readouterr().out
+    assert "## batch 2" in said and "latents [2, 4, 8, 8]" in said and "optimizer AdamW" in said
+    assert "max_grad_norm 1.0" in said and "trained weights" in said
+    table = [line for line in said.splitlines() if line.startswith(("diffusers  ", "sude_lab  "))]
+    assert [line.split()[0] for line in table] == ["diffusers", "sude_lab"]
+    assert float(table[0].split()[2]) == 1  # its speed relative to itself
+    for part in ("UNet forward", "UNet backward", "clipping", "AdamW", "everything else"):
+        (row,) = [line for line in said.splitlines() if line.startswith(part)]
+        assert row.count("%") == 2
+    assert "VAE encoder" not in said  # this script encodes no picture, and we do it once, before
+
+
+def test_unequal_work_is_told_and_nothing_is_compared(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, args = against(tmp_path, tiny_folder, ", weight_decay=0.5")
+    with pytest.raises(SystemExit, match=r"weight_decay is 0\.5 in diffusers and 0\.01 in"):
+        module.main(args)
+    assert "speed" not in capsys.readouterr().out
+
+
+def test_differences_and_shares() -> None:
+    module = load("against_diffusers")
+    facts = {"a": {"lr": 1, "eps": 2}, "b": {"lr": 1, "eps": 2}, "c": {"lr": 3, "eps": 2, "x": 0}}
+    assert module.differences(facts) == ["lr is 1 in a and 3 in c", "x is None in a and 0 in c"]
+    found = module.shares({"UNet": 3.0, "VAE": 0.5}, 4.0)
+    assert found == {"UNet": (3.0, 0.75), "VAE": (0.5, 0.125), "everything else": (0.5, 0.125)}
+
+
+def test_the_stand_in_reads_a_picture_as_we_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("against_diffusers")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    transforms = module.stand_in()["torchvision.transforms"]
+    for name in ("torchvision", "torchvision.transforms"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    steps = [transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
+    for crop in (transforms.CenterCrop, transforms.RandomCrop):
+        read = transforms.Compose([transforms.Resize(16, interpolation="x"), crop(16), *steps])
+        pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        torch.testing.assert_close(read(image), to_tensor(image)[0])
+        assert read(Image.new("RGB", (48, 32))).shape == (3, 16, 16)
+    mirrored = [transforms.RandomHorizontalFlip()(image).getpixel((0, 0)) for _ in range(40)]
+    assert set(mirrored) == {image.getpixel((0, 0)), image.getpixel((15, 0))}
+
+
+def test_a_narrow_stable_diffusion_keeps_every_layer(tmp_path: Path) -> None:
+    module = load("against_diffusers")
+    module.shrunk_stable_diffusion(16, 64, tmp_path / "sd")
+    unet = json.loads((tmp_path / "sd" / "unet" / "config.json").read_text())
+    text = json.loads((tmp_path / "sd" / "text_encoder" / "config.json").read_text())
+    assert unet["block_out_channels"] == [20, 40, 80, 80] and unet["sample_size"] == 8
+    assert unet["layers_per_block"] == 2 and unet["cross_attention_dim"] == 48
+    assert text["hidden_size"] == 48 and text["num_hidden_layers"] == 12
+
+
+# --- growth ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_the_exponent_of_a_power_is_found(power: float) -> None:
+    growth = load("growth")
+    x = np.array([8, 1, 2, 16, 4])  # in any order
+    assert growth.exponent(x, 3 * x**power) == pytest.approx(power)
+    fixed_cost = np.where(x < 4, 50, 3 * x**power)  # what is small does not count
+    assert growth.exponent(x, fixed_cost) == pytest.approx(power)
+    assert math.isnan(growth.exponent(x, np.zeros(5)))
+
+
+def test_growth_measures_every_point_and_draws_it(tmp_path: Path) -> None:
+    growth = load("growth")
+    few = {"picture": (32, 64), "batch": (1, 4), "prompts": (2, 4), "drawing": (1, 2)}
+    args = growth.Benchmark(
+        out=tmp_path, num_pairs=2, num_inference_steps=1, rounds=2, repeats=1, **few
+    )
+    growth.main(args)
+    table = pd.read_csv(tmp_path / "growth.csv")
+    assert list(zip(table.panel, table.variant, table.x, strict=True)) == [
+        (panel, variant, x)
+        for panel in few
+        for variant in growth.variants(panel)
+        for x in few[panel]
+    ]
+    assert (table[["seconds", "processor_seconds", "opened_mib"]] > 0).all(axis=None)
+    assert (table.peak_mib >= table.opened_mib).all()
+    first = (tmp_path / "growth.png").read_bytes()
+    with Image.open(tmp_path / "growth.png") as picture:
+        assert picture.width > 800
+    (tmp_path / "growth.png").unlink()
+    growth.main(growth.Benchmark(redraw=tmp_path))
+    assert (tmp_path / "growth.png").read_bytes() == first
+    with atomic_write(tmp_path / "growth.csv") as path:
+        table.assign(processor_seconds=table.processor_seconds * table.x).to_csv(path, index=False)
+    growth.main(growth.Benchmark(redraw=tmp_path))
+    assert (tmp_path / "growth.png").read_bytes() != first
+
+
+def test_prompts_to_classify_differ_and_are_known(tiny_folder: Path) -> None:
+    growth = load("growth")
+    assert len(set(growth.some_prompts(32))) == 32
+    with pytest.raises(SystemExit, match="72 prompts"):
+        growth.some_prompts(1000)
+
+
+# --- cold start -----------------------------------------------------------------------------------
+
+
+def test_cold_start_prints_ratios(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cold_start = load("cold_start")
+    pair = [(0.2, 0.1), (0.4, 0.3)]
+    spent = iter([(1.0, 1.0)] * 4 + [*pair, *pair, (0.2, 0.1), (0.8, 0.3)] * 3)
+    monkeypatch.setattr(cold_start, "seconds_of", lambda command: next(spent))
+    cold_start.main(cold_start.Benchmark(pairs=3))
+    _, _, base, *rows = capsys.readouterr().out.splitlines()
+    assert base.split()[-4:] == ["0.200", "0.100", "1.00", "1.00"]
+    assert [row.split()[:2] for row in rows] == [
+        ["import", "sude_lab"],
+        ["sude-lab", "--help"],
+        ["sude-lab", "tune"],
+    ]
+    for row in rows:  # the middle ratio of the clock's, least and most, and the processor's
+        assert "0.400 0.300 2.00 2.00 to 4.00 3.00" in " ".join(row.split())
+
+
+# --- lockstep -------------------------------------------------------------------------------------
+
+
+def test_lockstep_prints_a_price_with_and_without_a_bank(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUDE_LAB_CACHE", "as it was")  # what main changes is put back
+    room = load("lockstep")
+    room.main(
+        room.Benchmark(
+            backbone=str(tiny_folder),
+            batch_sizes=(2,),
+            w_s=(0.0, 1.0),
+            pairs=3,
+            blocks=1,
+            steps=1,
+            check_steps=2,
+            device="cpu",
+        )
+    )
+    lines = capsys.readouterr().out.splitlines()[3:]
+    assert [line.split()[:3] for line in lines] == [
+        [method, "2", prior]
+        for method in ("textual_inversion", "lora")
+        for prior in ("asked", "bank")
+    ]
+    # LoRA's alone: a word of one vector starts at rho = 1, where rounding decides.
+    for line in lines[2:]:
+        difference, moved = map(float, line.split()[-2:])
+        assert difference < 0.05 * moved

@@ -1,0 +1,118 @@
+"""The demo writes what it says, and its page needs no network."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from PIL import Image
+from refusals import content
+
+from sude_lab.demo import REPORT, RESULTS, STRIP, _seconds, run_demo, table_with_intervals
+from sude_lab.errors import UserError
+from sude_lab.runs.folder import ENVIRONMENT, Run
+
+COLUMNS = {
+    "subject",
+    "category",
+    "method",
+    "weight_sude",
+    "truncate",
+    "seed",
+    "attribute",
+    "attribute_alignment",
+    "subject_fidelity",
+    "category_alignment",
+}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    run_demo(out, num_images=2, max_train_steps=3, progress=False)
+    return out
+
+
+def test_results_are_tidy(demo: Path) -> None:
+    table = pd.read_csv(demo / RESULTS)
+    assert set(table.columns) >= COLUMNS
+    assert set(table["variant"]) == {"untuned model", "plain", "sude", "sude, no truncation"}
+    assert table["attribute_alignment"].between(0, 1).all()
+    assert (table.groupby(["variant", "prompt"]).size() == 2).all()
+
+
+def test_the_page_is_whole_and_needs_no_network(demo: Path) -> None:
+    page = (demo / REPORT).read_text(encoding="utf-8")
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    assert "$" not in re.sub(r"base64,[^'\"]*", "", page)  # every field was filled in
+    assert page.count("<img") >= 4 + 4 * 5
+    assert "[" in page and "rho" in page
+
+
+def test_a_second_call_keeps_finished_runs(demo: Path) -> None:
+    weights = demo / "runs" / "sude" / "weights"
+    before = {f: f.stat().st_mtime_ns for f in weights.iterdir()}
+    first = pd.read_csv(demo / RESULTS)
+    again = run_demo(demo, num_images=2, max_train_steps=3, progress=False)
+    assert {f: f.stat().st_mtime_ns for f in weights.iterdir()} == before
+    pd.testing.assert_series_equal(
+        first["attribute_alignment"], again["attribute_alignment"], check_exact=True
+    )
+
+
+def test_a_demo_of_other_settings_is_refused(demo: Path) -> None:
+    before = content(demo)
+    for settings in ({"max_train_steps": 4}, {"seed": 99}, {"method": "textual_inversion"}):
+        with pytest.raises(UserError, match="other settings"):
+            run_demo(demo, num_images=2, progress=False, **settings)
+    assert content(demo) == before
+
+
+@pytest.mark.parametrize("name", ["subject.png", RESULTS, REPORT, STRIP])
+def test_somebody_elses_file_is_left_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    before = content(tmp_path)
+    with pytest.raises(UserError, match=f"{name} is .*another --out"):
+        run_demo(tmp_path, num_images=1, max_train_steps=1, progress=False)
+    assert content(tmp_path) == before
+
+
+def test_another_picture_of_a_subject_is_left_alone(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "subject.png")
+    before = content(tmp_path)
+    with pytest.raises(UserError, match="another picture"):
+        run_demo(tmp_path, num_images=1, max_train_steps=1, progress=False)
+    assert content(tmp_path) == before
+
+
+def test_a_run_of_the_demo_without_its_times_says_how_it_goes_on(
+    demo: Path, tmp_path: Path
+) -> None:
+    (tmp_path / ENVIRONMENT).write_text("{}")
+    run = replace(Run.open(demo / "runs" / "plain"), folder=tmp_path)
+    with pytest.raises(UserError, match="is damaged: delete the folder"):
+        _seconds(run)
+
+
+def test_intervals_hold_their_means(demo: Path) -> None:
+    means = table_with_intervals(pd.read_csv(demo / RESULTS, keep_default_na=False))
+    for name in ("attribute_alignment", "subject_fidelity"):
+        assert (means[f"{name}_low"] <= means[name]).all()
+        assert (means[name] <= means[f"{name}_high"]).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"category": "horse"}, "horse"),
+        ({"num_images": 0}, "--num-images is 0"),
+        ({"max_train_steps": 0}, "--max-train-steps is 0"),
+        ({"seed": -1}, "--seed is -1"),
+    ],
+)
+def test_bad_settings_write_nothing(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        run_demo(tmp_path / "out", progress=False, **settings)
+    assert not (tmp_path / "out").exists()

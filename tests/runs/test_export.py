@@ -1,0 +1,400 @@
+"""What a run leaves for other programs is loaded by them, and draws what the run itself draws."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from PIL import Image
+from real_configs import REAL, build, shrink
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sude_lab.backbone import FACTS_FILE, Backbone, open_backbone
+from sude_lab.errors import UserError
+from sude_lab.generation import generate
+from sude_lab.methods.dreambooth import LORA_FILE
+from sude_lab.runs.export import (
+    CARD,
+    Precision,
+    export_pipeline,
+    is_plain,
+    kohya_weights,
+    model_card,
+    write_kohya,
+)
+from sude_lab.runs.folder import SAMPLES, Run, run_tuning
+from sude_lab.tuning import TuningConfig
+
+Tuned = Callable[..., Run]
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "attention": {},
+    "unet and text encoder": {"train": "unet", "train_text_encoder": True},
+    "lora": {"train": "lora", "learning_rate": 1e-2},
+    "textual inversion": {"method": "textual_inversion"},
+    "custom diffusion": {
+        "method": "custom_diffusion",
+        "learning_rate": 1e-2,
+        "max_train_steps": 4,
+        "num_class_images": 1,
+    },
+    "vico": {"method": "vico", "learning_rate": 1e-2, "max_train_steps": 4},
+}
+PLAIN = [name for name in SETTINGS if name != "vico"]
+
+
+@pytest.fixture(scope="module")
+def tuned(
+    tiny_folder: Path, subject_picture: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Tuned:
+    """A finished run of the named settings, tuned once; do not write in it."""
+    done: dict[str, Run] = {}
+
+    def run(name: str) -> Run:
+        if name not in done:
+            config = TuningConfig(
+                image=subject_picture,
+                category="dog",
+                backbone=str(tiny_folder),
+                seed=3,
+                device="cpu",
+                **{"token_learning_rate": 1e-2} | SETTINGS[name],
+            )
+            out = tmp_path_factory.mktemp("runs") / "my dog"
+            done[name] = run_tuning(config, out, num_samples=2, progress=False, report_to="none")
+        return done[name]
+
+    return run
+
+
+PROMPT = "photo of a running <sks> dog"
+
+
+def answers(backbone: Backbone, prompt: str = PROMPT) -> Tensor:
+    """What a model says of two noisy latents: finer than any picture."""
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        condition = backbone.encode_prompts([prompt, ""])
+        return backbone.predict(x, torch.tensor([20, 700]), condition)
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    return np.concatenate([np.int16(image) for image in images])
+
+
+# --- the model card ------------------------------------------------------------------------------
+
+
+def code(card: Path) -> str:
+    (block,) = re.findall(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.DOTALL)
+    return block
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_lines_of_the_card_draw_the_grids_first_picture_in_plain_diffusers(
+    name: str, tuned: Tuned, tiny: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tuned(name)
+    lines = code(run.folder / CARD)
+    assert "sude_lab" not in lines
+    monkeypatch.chdir(run.folder)
+    found: dict[str, Any] = {}
+    exec(lines, found)
+    first = np.int16(Image.open(run.folder / SAMPLES).crop((0, 0, 32, 32)))
+    assert np.abs(first - np.int16(found["image"])).max() <= 1
+    # Silence is no proof: the lines must have changed what the model says.
+    loaded = replace(tiny, pipeline=found["pipeline"])
+    assert torch.equal(answers(loaded), answers(run.load("cpu")))
+    untuned = open_backbone(run.config.backbone, device="cpu")
+    untuned.add_token("<sks>", "sks" if name != "textual inversion" else "dog")
+    assert not torch.allclose(answers(loaded), answers(untuned), rtol=1e-3)
+
+
+def test_the_card_tells_what_the_run_is(tuned: Tuned, tiny: Backbone) -> None:
+    run = tuned("lora")
+    card = (run.folder / CARD).read_text(encoding="utf-8")
+    _, head, text = card.split("---\n", 2)
+    about = yaml.safe_load(head)
+    assert about["library_name"] == "diffusers" and "lora" in about["tags"]
+    assert about["instance_prompt"] == "photo of a <sks> dog"
+    assert "base_model" not in about and "license" not in about  # a folder: neither is known
+    assert "DreamBooth (arXiv 2208.12242), with SuDe (arXiv 2403.06775), w_s = 1," in text
+    assert "![the subject, drawn](samples.png)" in text
+    for name in ("seed", "learning_rate", "weight_sude", "prior", "max_train_steps"):
+        assert f"| {name} | {getattr(run.config, name)} |" in text
+    assert f"derives from `{run.config.backbone}`: the licence of that model applies." in text
+    assert str(run.folder) not in text  # a run that is moved or renamed keeps its card
+
+    def card_of(**settings: Any) -> str:
+        config = replace(run.config, **settings)
+        return model_card(config, tiny, run.folder / "weights", ["photo of a <sks>"], grid=None)
+
+    hub = yaml.safe_load(card_of(backbone="someone/model").split("---\n")[1])
+    assert hub["base_model"] == "someone/model"
+    embedded = card_of(backbone="embedded")
+    assert yaml.safe_load(embedded.split("---\n")[1])["license"] == "apache-2.0"
+    assert 'from_pretrained("data/embedded")' in embedded
+    assert "without SuDe (w_s = 0)" in card_of(weight_sude=0.0)
+    assert "samples.png" not in embedded
+
+
+def test_every_subject_has_its_line_in_the_card(
+    tuned: Tuned, tiny: Backbone, tmp_path: Path
+) -> None:
+    run = tuned("attention")
+    config = replace(run.config, more_subjects=("candle=<wax>=candle.png",))
+    for name in ("learned_embeds.safetensors", "learned_embeds-2.safetensors"):
+        save_file({name: torch.zeros(32)}, tmp_path / name)
+    card = model_card(config, tiny, tmp_path, ["photo of a <sks> dog"], grid=None)
+    assert "`<sks>` (a dog), `<wax>` (a candle)" in card
+    for name in ("learned_embeds.safetensors", "learned_embeds-2.safetensors"):
+        assert f'load_textual_inversion("weights", weight_name="{name}")' in card
+
+
+def test_what_plain_diffusers_cannot_hold_is_loaded_with_sude_lab(
+    tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tuned("vico")
+    assert is_plain(tuned("lora").weights) and not is_plain(run.weights)
+    lines = code(run.folder / CARD)
+    assert "from_pretrained" not in lines
+    monkeypatch.chdir(run.folder)
+    found: dict[str, Any] = {}
+    exec(lines, found)
+    first = np.int16(Image.open(run.folder / SAMPLES).crop((0, 0, 32, 32)))
+    assert np.abs(first - np.int16(found["image"])).max() <= 1
+    with pytest.raises(UserError, match="has no place for what vico adds"):
+        export_pipeline(run, tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline").exists()
+
+
+@pytest.mark.parametrize("settings", [{"train": "lora"}, {"train_text_encoder": True}])
+@pytest.mark.parametrize("name", ["sd21", "sdxl"])
+def test_everything_a_run_writes_is_loaded_into_models_of_the_published_make(
+    name: str,
+    settings: dict[str, Any],
+    subject_picture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "model"
+    build(shrink(REAL[name])[0], tmp_path).save_pretrained(folder, safe_serialization=True)
+    sampling = {"num_inference_steps": 3, "guidance_scale": 4.0}
+    (folder / FACTS_FILE).write_text(json.dumps({"generation": sampling}))
+    config = TuningConfig(
+        image=subject_picture,
+        category="dog",
+        backbone=str(folder),
+        learning_rate=1e-2,
+        token_learning_rate=1e-1,
+        max_train_steps=2,
+        device="cpu",
+        **settings,
+    )
+    lora = settings.get("train") == "lora"
+    kohya: Precision | None = "float32" if lora else None
+    out = tmp_path / "run"
+    run = run_tuning(config, out, num_samples=1, progress=False, report_to="none", kohya=kohya)
+    samples = np.int16(Image.open(out / SAMPLES))
+    lines = code(out / CARD)
+    monkeypatch.chdir(out)
+    ways = [lines]
+    if lora:
+        ways.append(
+            lines.replace(LORA_FILE, "run_kohya.safetensors").replace(
+                'load_lora_weights("weights"', 'load_lora_weights("."'
+            )
+        )
+    for way in ways:
+        found: dict[str, Any] = {}
+        exec(way, found)
+        assert np.abs(samples - np.int16(found["image"])).max() <= 1
+    assert len(set(ways)) == len(ways)
+    export_pipeline(run, tmp_path / "pipeline")
+    monkeypatch.chdir(tmp_path / "pipeline")
+    found = {}
+    exec(code(tmp_path / "pipeline" / CARD), found)
+    assert np.abs(samples - np.int16(found["image"])).max() <= 1
+    # The picture is the subject's: with the word that its token started from, it is another one.
+    plain = open_backbone(folder, device="cpu")
+    plain.add_token("<sks>", "sks")
+    (untuned,) = generate(plain, "photo of a <sks> dog", num_images=1, seed=0)
+    assert np.abs(samples - np.int16(untuned)).max() > 8
+
+
+# --- LoRA for the web UIs ------------------------------------------------------------------------
+
+MODULE = re.compile(
+    r"lora_unet_(down_blocks|mid_block|up_blocks)_(\d_)?attentions_\d_"
+    r"transformer_blocks_\d_attn[12]_to_(q|k|v|out_0)"
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_kohya_file_has_the_web_uis_names(dtype: str, tuned: Tuned, tmp_path: Path) -> None:
+    run = tuned("lora")
+    path = write_kohya(run.weights, tmp_path / "dog.safetensors", dtype)  # type: ignore[arg-type]
+    tensors = load_file(path)
+    modules = {name.split(".")[0] for name in tensors}
+    assert all(MODULE.fullmatch(module) for module in modules)
+    endings = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert set(tensors) == {f"{module}.{ending}" for module in modules for ending in endings}
+    # As many as there are attention projections in the UNet.
+    unet = open_backbone(run.config.backbone, device="cpu").unet
+    projections = [n for n, _ in unet.named_modules() if re.search(r"to_([qkv]|out\.0)$", n)]
+    assert len(modules) == len(projections) > 0
+    rank = run.config.lora_rank
+    for module in modules:
+        down, up, alpha = (tensors[f"{module}.{ending}"] for ending in endings)
+        assert down.dtype == up.dtype == alpha.dtype == getattr(torch, dtype)
+        assert down.shape[0] == up.shape[1] == rank and alpha.item() == rank
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    assert about["ss_network_module"] == "networks.lora"
+    assert about["ss_network_dim"] == about["ss_network_alpha"] == str(rank)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_kohya_file_draws_in_plain_diffusers_what_the_run_draws(
+    dtype: str, tuned: Tuned, tmp_path: Path
+) -> None:
+    run = tuned("lora")
+    path = write_kohya(run.weights, tmp_path / "dog.safetensors", dtype)  # type: ignore[arg-type]
+    pipeline = DiffusionPipeline.from_pretrained(run.config.backbone)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_textual_inversion(run.weights, weight_name="learned_embeds.safetensors")
+    own = run.load("cpu")
+    plain = replace(own, pipeline=pipeline)
+    before = answers(plain)
+    pipeline.load_lora_weights(path.parent, weight_name=path.name)
+    expected = answers(own)
+    assert not torch.allclose(before, expected, rtol=1e-2)
+    drawn = [pixels(generate(b, PROMPT, num_images=2, seed=1)) for b in (own, plain)]
+    if dtype == "float32":
+        assert torch.equal(answers(plain), expected)
+        assert np.array_equal(*drawn)
+    else:
+        torch.testing.assert_close(answers(plain), expected, rtol=1e-3, atol=1e-3)
+        assert np.abs(drawn[0] - drawn[1]).max() <= 2
+
+
+def test_names_without_the_unets_prefix_become_the_same(tuned: Tuned) -> None:
+    """diffusers' converter leaves such names as they are: silently, and no program knows them."""
+    lora = load_file(tuned("lora").weights / LORA_FILE)
+    bare = {name.removeprefix("unet."): value for name, value in lora.items()}
+    expected = kohya_weights(lora, torch.float32)
+    found = kohya_weights(bare, torch.float32)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    with pytest.raises(UserError, match="no LoRA"):
+        kohya_weights({"conv_in.weight": torch.zeros(2, 2)}, torch.float32)
+
+
+def test_a_run_writes_its_kohya_file_on_request(
+    tiny_folder: Path, subject_picture: Path, fresh: Callable[[], Backbone], tmp_path: Path
+) -> None:
+    config = TuningConfig(
+        image=subject_picture,
+        category="dog",
+        backbone=str(tiny_folder),
+        train="lora",
+        max_train_steps=1,
+    )
+    quiet: dict[str, Any] = {"progress": False, "num_samples": 0, "report_to": "none"}
+    out = tmp_path / "my-dog"
+    run_tuning(config, out, kohya="bfloat16", backbone=fresh(), **quiet)
+    path = out / "my-dog_kohya.safetensors"
+    assert {value.dtype for value in load_file(path).values()} == {torch.bfloat16}
+    for settings in ({"train": "attention"}, {"train_text_encoder": True}):
+        with pytest.raises(UserError, match="--train lora"):
+            changed = replace(config, **settings)
+            run_tuning(changed, tmp_path / "other", kohya="float16", backbone=fresh(), **quiet)
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_is_no_lora_is_not_written_as_one(tuned: Tuned, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no LoRA"):
+        write_kohya(tuned("attention").weights, tmp_path / "dog.safetensors")
+    weights = tuned("lora").weights
+    with pytest.raises(UserError, match=r"must end in \.safetensors"):
+        write_kohya(weights, tmp_path / "dog.bin")
+    (tmp_path / "mine.safetensors").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        write_kohya(weights, tmp_path / "mine.safetensors")
+    both = tmp_path / "both"
+    both.mkdir()
+    (both / LORA_FILE).write_bytes((weights / LORA_FILE).read_bytes())
+    save_file({"x": torch.zeros(1)}, both / "text_encoder.safetensors")
+    with pytest.raises(UserError, match="text encoder was trained"):
+        write_kohya(both, tmp_path / "dog.safetensors")
+    assert {p.name for p in tmp_path.iterdir()} == {"mine.safetensors", "both"}
+    assert (tmp_path / "mine.safetensors").read_text() == "mine"
+
+
+# --- a whole pipeline ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_an_exported_pipeline_is_the_run_in_plain_diffusers(
+    name: str, tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = tuned(name), tmp_path / "new" / "pipeline"
+    export_pipeline(run, out)
+    pipeline = DiffusionPipeline.from_pretrained(out)
+    pipeline.set_progress_bar_config(disable=True)
+    own = run.load("cpu")
+    plain = replace(own, pipeline=pipeline)
+    ids = pipeline.tokenizer(PROMPT).input_ids
+    assert ids == own.tokenizer(PROMPT).input_ids
+    token = pipeline.tokenizer.convert_tokens_to_ids("<sks>")
+    assert token in ids
+    table = pipeline.text_encoder.get_input_embeddings().weight
+    assert torch.equal(table, own.text_encoder.get_input_embeddings().weight)
+    assert pipeline.text_encoder.config.vocab_size == len(table)
+    drawn = [pixels(generate(b, PROMPT, num_images=2, seed=1)) for b in (own, plain)]
+    if name == "lora":  # merged: the same sum in another order
+        assert not any("lora" in key for key in pipeline.unet.state_dict())
+        torch.testing.assert_close(answers(plain), answers(own), rtol=1e-4, atol=1e-5)
+        assert np.abs(drawn[0] - drawn[1]).max() <= 1
+    else:
+        assert torch.equal(answers(plain), answers(own))
+        assert np.array_equal(*drawn)
+    untuned = open_backbone(run.config.backbone, device="cpu")
+    untuned.add_token("<sks>", "sks" if name != "textual inversion" else "dog")
+    assert not torch.allclose(answers(plain), answers(untuned), rtol=1e-3)
+
+    # transformers 4 finds the words and the tensors, too.
+    vocab = json.loads((out / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    merges = (out / "tokenizer" / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    assert vocab == {k: i for k, i in pipeline.tokenizer.get_vocab().items() if k != "<sks>"}
+    assert all(left + right in vocab for left, right in (pair.split(" ") for pair in merges))
+    names = load_file(out / "text_encoder" / "model.safetensors").keys()
+    assert all(n.startswith("text_model.") for n in names)
+
+    # It is a backbone like any other, with what is known of its words, and its card works.
+    assert open_backbone(out, device="cpu").facts == own.facts
+    monkeypatch.chdir(out)
+    found: dict[str, Any] = {}
+    exec(code(out / CARD), found)
+    assert found["image"].size == (32, 32)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="not empty"):
+        export_pipeline(run, out)
+
+
+def test_a_pipeline_is_exported_in_half_precision(tuned: Tuned, tmp_path: Path) -> None:
+    export_pipeline(tuned("attention"), tmp_path / "half", "float16")
+    for part in ("unet", "vae", "text_encoder"):
+        (path,) = (tmp_path / "half" / part).glob("*.safetensors")
+        assert {value.dtype for value in load_file(path).values()} == {torch.float16}
+    index = json.loads((tmp_path / "half" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"

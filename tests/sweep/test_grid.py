@@ -1,0 +1,271 @@
+"""Grid files mean what they say, runs are named by what they are, and forecasts add up."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sude_lab.errors import UserError
+from sude_lab.sweep import grid
+from sude_lab.sweep import plan as forecast
+from sude_lab.sweep.grid import Plan, make_plan, read_grid
+from sude_lab.sweep.plan import describe
+from sude_lab.world import drawing as world
+from sude_lab.world import subjects as study
+
+ROOT = Path(__file__).resolve().parents[2]
+GRIDS = ROOT / "data" / "grids"
+BENCH = Path(os.environ.get("SUDE_LAB_DREAMBENCH", ROOT.parent / "shared" / "dreambench"))
+
+Planned = Callable[..., Plan]
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Planned:
+    """The plan of a grid with one drawn dog and these keys."""
+
+    def plan(**keys: Any) -> Plan:
+        file = tmp_path / "grid.yaml"
+        file.write_text(yaml.safe_dump({"subjects": ["held-out 0"]} | keys), encoding="utf-8")
+        return make_plan(read_grid(file), tmp_path / "out")
+
+    return plan
+
+
+def test_the_lists_are_multiplied_in_the_order_that_is_told(planned: Planned) -> None:
+    plan = planned(
+        subjects=["held-out 0 1"],
+        methods=["dreambooth", "vico"],
+        w_s=["x1", 3],
+        prior=["current", "pretrained"],
+        seeds=[0, 7],
+        also=[{"w_s": 0}],
+        settings={"max_train_steps": [5, 6], "learning_rate": "1e-4"},
+    )
+    dog, cat = (study.subject("held-out", n).name for n in (0, 1))
+    expected = [
+        (seed, who, method, steps, *variant)
+        for seed in (0, 7)
+        for who in (dog, cat)
+        for method, own in (("dreambooth", 2.0), ("vico", 1.5))
+        for steps in (5, 6)
+        for variant in [
+            *((w, prior) for w in (own, 3.0) for prior in ("current", "pretrained")),
+            (0.0, "pretrained"),
+        ]
+    ]
+    found = [
+        (c.seed, c.image.stem, c.method, c.max_train_steps, c.weight_sude, c.prior)
+        for c in (job.config for job in plan.jobs)
+    ]
+    assert found == expected and plan.num_equal == 0
+    assert {job.config.learning_rate for job in plan.jobs} == {1e-4}
+    assert len({job.key for job in plan.jobs}) == len(plan.jobs)
+    assert plan.jobs[0].label["w_s_factor"] == 1.0
+    assert plan.jobs[0].label["variant"] == "SuDe, weight_sude 2.0, prior current"
+    assert plan.jobs[4].label["variant"] == "plain"
+    # Drawn subjects are asked the attributes that their picture does not show.
+    assert {j.pictures for j in plan.jobs} == {4 * (len(world.POSES) - 1)}
+
+
+def test_equal_runs_are_one(planned: Planned) -> None:
+    plan = planned(w_s=["x0", 2, "x1"], truncation=[True, False, 1.0])
+    # Without SuDe nothing of it counts, 2 is the method's own w_s, and rho = 1 is the paper's.
+    found = [(c.weight_sude, c.truncate) for c in (j.config for j in plan.jobs)]
+    assert found == [(0.0, True), (2.0, True), (2.0, False)] and plan.num_equal == 6
+    assert planned(w_s=0, prior=["current", "pretrained"]).num_equal == 1
+    watched = {"settings": {"monitor_sude": True}, "w_s": 0}
+    assert planned(prior=["current", "pretrained"], **watched).num_equal == 0
+
+
+def test_truncation_is_on_off_or_a_threshold(planned: Planned) -> None:
+    configs = [j.config for j in planned(truncation=[True, False, 0.5]).jobs]
+    found = [(c.truncate, c.truncate_at) for c in configs]
+    assert found == [(True, 1.0), (False, 1.0), (True, 0.5)]
+
+
+def test_a_run_is_named_by_its_content(
+    subject_picture: Path, tmp_path: Path, planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(picture: Path = subject_picture, **keys: Any) -> str:
+        entry = {"picture": str(picture), "category": "dog"}
+        (job,) = planned(subjects=[entry], **{"prompts": ["plain"]} | keys).jobs
+        return job.key
+
+    here = key()
+    moved = tmp_path / "elsewhere" / subject_picture.name
+    moved.parent.mkdir()
+    moved.write_bytes(subject_picture.read_bytes())
+    # Neither where the picture lies, nor the device, nor what is asked of it makes another run.
+    assert key(moved) == key(settings={"device": "cpu"}) == key(pictures=7) == here
+    assert key(settings={"learning_rate": 3e-4}) == here  # what the model's facts say anyway
+    moved.write_bytes(subject_picture.read_bytes() + b"\0")
+    settings = [{"max_train_steps": 9}, {"dtype": "bfloat16"}, {"prior_loss_weight": 1.0}]
+    others = [key(moved), key(seeds=1), key(w_s=1), *(key(settings=s) for s in settings)]
+    assert len({here, *others}) == 7
+    # The same model elsewhere is the same; another one is not.
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "oracle").symlink_to(ROOT / "data" / "oracle")
+    (data / "embedded").mkdir()
+    for file in (ROOT / "data" / "embedded").iterdir():
+        (data / "embedded" / file.name).symlink_to(file)
+    monkeypatch.setenv("SUDE_LAB_DATA", str(data))
+    config = data / "embedded" / "scheduler.json"
+    config.write_text("{}", encoding="utf-8")
+    assert key() != here
+
+
+def test_a_changed_default_leaves_older_runs_their_names(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name means one thing forever: what was the default first says nothing, now as then."""
+
+    def said(**settings: Any) -> dict[str, Any]:
+        seen: list[Any] = []
+        own = grid._hash
+        monkeypatch.setattr(grid, "_hash", lambda content: seen.append(content) or own(content))
+        planned(settings={"max_train_steps": 9} | settings, prompts=["plain"])
+        monkeypatch.setattr(grid, "_hash", own)
+        (about,) = [content[0] for content in seen if isinstance(content[0], dict) and content[2:]]
+        return about
+
+    assert "optimizer" not in said(optimizer="adamw") and said()["optimizer"] == "adamw_fused"
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"subject": ["held-out 0"]}, "unknown key 'subject': did you mean 'subjects'?"),
+        ({"truncate": True}, "did you mean 'truncation'?"),
+        ({"foo": True}, "unknown key 'foo': use subjects, methods"),
+        ({"evaluate": {"metric": "oracle"}}, "did you mean 'metrics'?"),
+        ({"settings": {"max_steps": 3}}, "did you mean 'max_train_steps'?"),
+        ({"also": [{"ws": 0}]}, "did you mean 'w_s'?"),
+        ({"settings": {"weight_sude": 1}}, "the grid's key w_s says"),
+        ({"settings": {"max_train_steps": "many"}}, "it takes a whole number"),
+        ({"prior": "curent"}, "it takes current, pretrained"),
+        ({"w_s": "2x"}, "weight_sude cannot be '2x'"),
+        ({"w_s": []}, "w_s: the list is empty"),
+        ({"truncation": "yes please"}, "write on, off"),
+        ({"pictures": 0}, "pictures cannot be 0"),
+        ({"num_gpus": "all"}, "num_gpus cannot be 'all'"),
+        ({"methods": ["dreamboth"]}, "There is no method 'dreamboth'"),
+        ({"subjects": ["held-in 0"]}, "is no drawn subject"),
+        ({"subjects": ["held-out"]}, "is no drawn subject"),
+        ({"subjects": ["held-out 0 0"]}, "two subjects are named held-out-0-dog"),
+        ({"subjects": [{"picture": "no.jpg", "category": "dog"}]}, "does not exist"),
+        ({"subjects": [{"picture": "no.jpg"}]}, "needs a picture and a category"),
+        ({"subjects": [{"dreambench": "nowhere"}]}, "does not hold"),
+        ({"prompts": ["atributes"]}, "no prompts of that name"),
+        ({"settings": {"lora_rank": 0}}, "--lora-rank is 0"),
+    ],
+)
+def test_a_mistake_is_one_sentence(keys: dict[str, Any], expected: str, planned: Planned) -> None:
+    with pytest.raises(UserError) as error:
+        planned(**keys)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_are_no_grids(tmp_path: Path) -> None:
+    file = tmp_path / "grid.yaml"
+    for text, expected in [
+        ("- a\n- b", "must be a mapping"),
+        ("seeds: [1", "not readable YAML"),
+        ("seeds: !!python/object/apply:os.getcwd []", "not readable YAML"),
+        ("seeds: [1]", "names no `subjects`"),
+    ]:
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=expected):
+            read_grid(file)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_grid(tmp_path / "none.yaml")
+
+
+# --- forecasts -----------------------------------------------------------------------------------
+
+ASSUMED = {
+    "seconds_per_step": {"dreambooth": 0.5, "textual_inversion": 0.25},
+    "sude_factor": 2.0,
+    "seconds_per_picture": 3.0,
+    "megabytes_per_run": 100,
+    "megabytes_per_picture": 0.5,
+}
+
+
+def test_a_forecast_adds_up(planned: Planned) -> None:
+    keys = {"w_s": [0, 1], "settings": {"max_train_steps": 1000}, "seeds": [0, 1], "pictures": 5}
+    plan = planned(**keys, assume=ASSUMED | {"price_per_gpu_hour": 2}, num_gpus=0.5)
+    told = describe(plan)
+    # 2 plain runs of 1000 steps of 0.5 s, 2 of 1 s; 4 runs of 4 prompts x 5 pictures of 3 s.
+    hours = (2 * 1000 * 0.5 + 2 * 1000 * 1.0 + 4 * 20 * 3.0) / 3600
+    assert "4 runs, 0 of them finished. To do: 4 runs, 80 pictures." in told
+    assert (
+        f"About {hours:,.1f} hours one after another, {(4 * 100 + 80 * 0.5) / 1000:.2f} GB" in told
+    )
+    assert f"{hours / 2:,.0f} GPU hours" in told and f"At 2 a GPU hour: {hours:,.0f}." in told
+    assert told.count("assumed") == 2 and not plan.out.exists()
+
+
+def test_class_images_are_counted_once_for_a_category_and_seed(planned: Planned) -> None:
+    prior = {"prior_loss_weight": 1.0, "num_class_images": 30}
+    told = describe(planned(w_s=[1, 2], seeds=[0, 1], settings=prior, assume=ASSUMED, num_gpus=0))
+    assert "+ 60 of classes" in told
+
+
+def test_what_finished_runs_took_counts_more_than_what_is_assumed(planned: Planned) -> None:
+    plan = planned(w_s=[0, 1], assume=ASSUMED, settings={"max_train_steps": 100}, num_gpus=0)
+    plain, sude = plan.jobs
+    for k, seconds in enumerate((1.0, 2.0, 9.0)):
+        folder = plan.runs / f"run-{k}"
+        folder.mkdir(parents=True)
+        took = {"seconds_per_step": seconds, "seconds_per_picture": 1.0}
+        took |= {"megabytes_per_run": 10.0, "megabytes_per_picture": 1.0}
+        about = {"kind": forecast.kind_of(sude.config), **took}
+        (folder / "timing.json").write_text(json.dumps(about), encoding="utf-8")
+    rows = [line for line in describe(plan).splitlines() if line.startswith("| embedded")]
+    assert "assumed" in rows[0] and "3 runs" in rows[1] and " 2.00 " in rows[1]
+    plain.scores(plan.runs).parent.mkdir(parents=True)
+    plain.scores(plan.runs).touch()
+    assert "2 runs, 1 of them finished. To do: 1 runs, 16 pictures." in describe(plan)
+
+
+def test_a_hub_id_is_not_fetched_for_a_forecast(planned: Planned) -> None:
+    told = describe(planned(backbone="nobody/nothing", prompts=["plain"], num_gpus=1))
+    assert "Nobody has measured 1 of the runs" in told
+
+
+# --- the grids of this repository ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "pictures"),
+    # Four attributes of the three animals, two of the candle, three of the teapot.
+    [("smoke", 2, 16), ("w_s", 50, 1760), ("truncation", 35, 1232), ("collapse", 8, 320)],
+)
+def test_stored_grids(name: str, runs: int, pictures: int, tmp_path: Path) -> None:
+    plan = make_plan(read_grid(GRIDS / f"{name}.yaml"), tmp_path)
+    assert len(plan.jobs) == runs
+    assert sum(job.pictures for job in plan.jobs) == pictures
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not BENCH.is_dir(), reason=f"DreamBench is not in {BENCH}")
+def test_the_full_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dreambooth").symlink_to(BENCH)
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan(read_grid(GRIDS / "full_study.yaml"), tmp_path / "out")
+    # Truncation says nothing of the runs without SuDe: 4 w_s x 2 + 1.
+    assert len(plan.jobs) == 30 * 4 * (4 * 2 + 1) * 3 * 2 and plan.num_equal == 720
+    assert {job.pictures for job in plan.jobs} == {30 * 4}
+    assert {Path(job.asked["references"]) for job in plan.jobs} == {tmp_path / "dreambooth/dataset"}
+    # The README shows what the dry run says.
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for line in (x for x in describe(plan).splitlines() if x and not x.startswith("|:")):
+        assert " ".join(line.split()) in readme, line

@@ -1,0 +1,316 @@
+"""Figures hold what they are given: labels, limits, lines, and pictures in their places."""
+
+from collections.abc import Iterator
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from PIL import Image
+
+from sude_lab.view import plots
+
+
+@pytest.fixture
+def ax() -> Iterator[Axes]:
+    plt.switch_backend("Agg")
+    figure, axes = plt.subplots()
+    yield axes
+    plt.close(figure)
+
+
+METRICS = pd.DataFrame(
+    {
+        "step": [1, 2, 3, 4],
+        "open_gates": [1.0, 0.0, 1.0, 0.0],
+        "loss_sude": [0.3, 0.1, -0.1, -0.3],
+        "tau": [-0.2, -0.2, -0.2, -0.2],
+        "rho": [0.0, 0.5, 1.0, 1.5],
+    }
+)
+
+
+def test_running_mean_takes_what_there_is_at_the_start() -> None:
+    seen = plots.smooth(pd.Series([1.0, 3.0, 5.0, 7.0]), window=3)
+    assert seen.tolist() == [1.0, 2.0, 3.0, 5.0]
+
+
+def test_open_gates_draws_a_named_line_a_run(ax: Axes) -> None:
+    assert plots.open_gates(ax, {"plain": METRICS, "sude": METRICS}, window=2) is ax
+    lines = ax.get_lines()
+    assert [line.get_label() for line in lines] == ["plain", "sude"]
+    assert list(lines[0].get_xdata()) == [1, 2, 3, 4]
+    assert list(lines[0].get_ydata()) == [1.0, 0.5, 0.5, 0.5]
+    assert to_hex(lines[1].get_color()) == plots.COLOURS["sude"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("step", "share of open gates")
+    low, high = ax.get_ylim()
+    assert low < 0 and high > 1
+    assert "2 steps" in ax.get_title()
+
+
+def test_loss_against_threshold_fills_where_the_gate_is_open(ax: Axes) -> None:
+    plots.loss_against_threshold(ax, METRICS, window=1)
+    loss, tau = ax.get_lines()
+    assert list(loss.get_ydata()) == METRICS["loss_sude"].tolist()
+    assert list(tau.get_ydata()) == METRICS["tau"].tolist()
+    assert "eq. 7" in str(loss.get_label()) and "eq. 8" in str(tau.get_label())
+    filled = np.concatenate([path.vertices for path in ax.collections[0].get_paths()])
+    assert filled[:, 0].max() == 3  # at step 4 the loss is below the threshold
+    assert ax.get_ylabel() == "per dimension"
+
+
+def test_membership_marks_where_the_gate_shuts(ax: Axes) -> None:
+    plots.membership(ax, {"sude": METRICS}, window=1)
+    run, mark = ax.get_lines()
+    assert list(run.get_ydata()) == METRICS["rho"].tolist()
+    assert list(mark.get_ydata()) == [1.0, 1.0]
+    assert ax.get_ylabel() == r"$\rho$"
+
+
+def test_picture_table_puts_every_picture_in_its_place(ax: Axes) -> None:
+    red, green, blue = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
+
+    def square(colour: tuple[int, int, int]) -> Image.Image:
+        return Image.new("RGB", (20, 20), colour)
+
+    rows = {
+        "plain": {"sitting": [square(red), square(green)], "running": [square(blue)]},
+        "sude": {"running": [square(green), square(blue), square(red)]},
+    }
+    plots.picture_table(ax, rows, per_cell=2)
+    canvas = np.asarray(ax.get_images()[0].get_array())
+    assert canvas.shape == (2 * 22, 2 * 42, 3)
+    expected = np.full_like(canvas, 255)
+    expected[:20, :20], expected[:20, 20:40], expected[:20, 42:62] = red, green, blue
+    expected[22:42, 42:62], expected[22:42, 62:82] = green, blue
+    assert np.array_equal(canvas, expected)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["sitting", "running"]
+    assert ax.get_xticks().tolist() == [20, 62]  # the middle of each cell's two pictures
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["plain", "sude"]
+    assert ax.get_yticks().tolist() == [10, 32]
+
+
+def test_measures_draws_means_with_their_intervals(ax: Axes) -> None:
+    table = pd.DataFrame(
+        {
+            "variant": ["plain", "sude"],
+            "fidelity": [0.5, 0.6],
+            "fidelity_low": [0.4, 0.55],
+            "fidelity_high": [0.7, 0.65],
+        }
+    )
+    plots.measures(ax, table, ["fidelity"])
+    bars = [patch for group in ax.containers[1::2] for patch in group]
+    assert [bar.get_height() for bar in bars] == [0.5, 0.6]
+    assert bars[0].get_x() < bars[1].get_x()
+    assert bars[0].get_x() + bars[0].get_width() <= bars[1].get_x() + 1e-12  # no overlap
+    spans = [line.get_segments()[0][:, 1] for line in ax.collections]
+    assert np.allclose(spans, [[0.4, 0.7], [0.55, 0.65]])
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["fidelity"]
+
+
+GAINS = pd.DataFrame(
+    {
+        "method": ["one", "two", "one", "two", "one"],
+        "variant": ["sude", "sude", "more", "more", "plain"],
+        "measure": ["attribute_alignment"] * 5,
+        "gain": [0.3, -0.1, 0.2, 0.4, float("nan")],
+        "low": [0.1, -0.2, float("nan"), 0.3, float("nan")],
+        "high": [0.6, 0.1, float("nan"), 0.5, float("nan")],
+    }
+)
+
+
+def test_gains_draw_a_mark_with_its_interval_in_the_row_of_its_name(ax: Axes) -> None:
+    assert plots.gains(ax, GAINS, "attribute_alignment") is ax
+    sude, more = ax.containers
+    assert list(sude.lines[0].get_xdata()) == [0.3, -0.1]
+    assert [round(y) for y in sude.lines[0].get_ydata()] == [0, 1]
+    ends = [segment[:, 0].tolist() for segment in sude.lines[2][0].get_segments()]
+    assert ends == [pytest.approx([0.1, 0.6]), pytest.approx([-0.2, 0.1])]
+    ends = [segment[:, 0].tolist() for segment in more.lines[2][0].get_segments()]
+    assert ends == [[0.2, 0.2], pytest.approx([0.3, 0.5])]  # no interval: the mark alone
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["one", "two"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first on top
+    assert ax.get_xlabel() == "change of attribute alignment"
+    assert {t.get_text() for t in ax.get_legend().get_texts()} == {"sude", "more"}
+
+
+def test_gains_with_a_row_a_variant_need_no_legend(ax: Axes) -> None:
+    plots.gains(ax, GAINS[GAINS["method"] == "one"], "attribute_alignment", rows="variant")
+    assert ax.get_legend() is None
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["sude", "more"]
+    (marks,) = ax.containers
+    assert list(marks.lines[0].get_ydata()) == [0, 1]
+
+
+def test_scatter_has_a_colour_and_a_shape_a_group(ax: Axes) -> None:
+    table = pd.DataFrame({"x": [0.1, 0.2, 0.3], "y": [1, 2, 3], "method": ["a_b", "a_b", "c"]})
+    assert plots.scatter(ax, table, "x", "y", diagonal=True) is ax
+    first, second, *_ = ax.get_lines()
+    assert list(first.get_xdata()) == [0.1, 0.2] and list(second.get_ydata()) == [3]
+    assert first.get_marker() != second.get_marker() and first.get_color() != second.get_color()
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a_b", "c"]
+    assert len(ax.get_lines()) == 4 and len(plots.scatter(ax, table, "x", "y").get_lines()) == 7
+
+
+def test_learning_draws_every_step_and_the_running_mean(ax: Axes) -> None:
+    table = pd.DataFrame({"step": [1, 2, 3], "loss_subject": [3.0, 1.0, 5.0]})
+    plots.learning(ax, {"plain": table, "sude": table}, window=2)
+    dots, mean, _, _ = ax.get_lines()
+    assert list(dots.get_ydata()) == [3.0, 1.0, 5.0] and dots.get_linestyle() == "None"
+    assert list(mean.get_ydata()) == [3.0, 2.0, 3.0]
+    legend = ax.get_legend()
+    assert legend and [text.get_text() for text in legend.get_texts()] == ["plain", "sude"]
+    assert "eq. 3" in ax.get_ylabel() and "2 steps" in ax.get_title()
+
+
+def test_membership_over_time_tells_open_gates_from_shut_ones(ax: Axes) -> None:
+    samples = pd.DataFrame(
+        {"t": [10, 500, 900, 950], "rho": [0.2, 1.4, 0.9, 1.0], "gate": [True, False, True, False]}
+    )
+    plots.membership_over_time(ax, samples)
+    is_open, shut = ax.collections
+    assert np.array_equal(is_open.get_offsets(), [[10, 0.2], [900, 0.9]])
+    assert np.array_equal(shut.get_offsets(), [[500, 1.4], [950, 1.0]])
+    assert len(is_open.get_facecolor()) and not len(shut.get_facecolor())
+    assert "open: 50%" in str(is_open.get_label()) and "shut: 50%" in str(shut.get_label())
+    assert list(ax.get_lines()[0].get_ydata()) == [1.0, 1.0]
+    low, high = ax.get_ylim()
+    assert low < 0.2 and high > 1.4
+
+
+def test_membership_over_time_is_not_ruled_by_one_wild_sample(ax: Axes) -> None:
+    rho = np.linspace(0, 2, 1000)
+    rho[7] = 1e6
+    samples = pd.DataFrame({"t": np.arange(1000), "rho": rho, "gate": rho < 1})
+    plots.membership_over_time(ax, samples)
+    assert ax.get_ylim()[1] < 3
+
+
+def test_a_picture_grid_names_its_rows_in_their_middle(ax: Axes) -> None:
+    grid = Image.new("RGB", (40, 60), "green")
+    plots.picture_grid(ax, grid, ["a", "b", "c"], "step 5")
+    assert np.array_equal(np.asarray(ax.get_images()[0].get_array()), np.asarray(grid))
+    assert ax.get_yticks().tolist() == [9.5, 29.5, 49.5]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c"]
+    assert ax.get_title() == "step 5"
+
+
+def test_half_space_shades_where_rho_is_one_or_more(ax: Axes) -> None:
+    d = np.array([2.0, 1.0])
+    before = np.array([[0.0, 1.0], [-1.0, 0.0], [3.0, 2.0]])
+    after = {"g = 1": before + np.maximum(0, 1 - before @ d / (d @ d))[:, None] * d}
+    plots.half_space(ax, d, before, after)
+    (shaded,) = ax.patches
+    for x in (*before, *after["g = 1"], d, [0.5, -0.5], [2.4, 0.3]):
+        rho = np.dot(x, d) / (d @ d)
+        if abs(rho - 1) > 1e-9:
+            assert shaded.get_path().contains_point(x) == (rho > 1), x
+    edge = ax.get_lines()[0].get_xydata()
+    assert np.allclose(edge @ d, d @ d)
+    marks = {line.get_label(): line.get_xydata() for line in ax.get_lines()}
+    assert np.array_equal(marks["subject, a"], before)
+    assert np.array_equal(marks["g = 1"], after["g = 1"])
+
+
+def test_rule_lines_start_at_plain_and_follow_the_strength(ax: Axes) -> None:
+    table = pd.DataFrame(
+        {
+            "rule": ["guidance", "plain", "guidance", "composition"],
+            "strength": [2.0, 0.0, 0.5, 1.0],
+            "subject_fidelity": [0.3, 0.6, 0.5, 0.2],
+            "attribute_alignment": [0.9, 0.1, 0.5, 0.8],
+        }
+    )
+    plots.rule_lines(ax, table)
+    lines = {str(line.get_label()): line.get_xydata().tolist() for line in ax.get_lines()}
+    assert lines["guidance"] == [[0.6, 0.1], [0.5, 0.5], [0.3, 0.9]]
+    assert lines["composition"] == [[0.6, 0.1], [0.2, 0.8]]
+    assert lines["plain"] == [[0.6, 0.1]]
+    texts = {(text.get_text(), *text.xy) for text in ax.texts}  # type: ignore[attr-defined]
+    assert texts == {("0.5", 0.5, 0.5), ("2", 0.3, 0.9), ("1", 0.2, 0.8)}
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("subject fidelity", "attribute alignment")
+
+
+def test_curves_are_told_apart_by_colour_and_by_dash(ax: Axes) -> None:
+    lines = {"one": [1.0, 2.0], "two": [3.0, 4.0], "three": [5.0, 6.0]}
+    plots.curves(ax, [10, 20], lines, xlabel="t", ylabel="nats", title="Over t", mark=15.0, log="y")
+    *drawn, mark = ax.get_lines()
+    assert {str(line.get_label()): list(line.get_ydata()) for line in drawn} == lines
+    assert len({line.get_color() for line in drawn}) == 3
+    assert len({line.get_linestyle() for line in drawn}) == 3
+    assert list(mark.get_xdata()) == [15.0, 15.0]
+    assert (ax.get_xscale(), ax.get_yscale()) == ("linear", "log")
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()) == ("t", "nats", "Over t")
+    assert ax.get_legend() is not None
+
+
+def test_one_curve_needs_no_legend(ax: Axes) -> None:
+    plots.curves(ax, [1, 2], {"": [1.0, 2.0]}, xlabel="t", ylabel="nats", log="x")
+    assert ax.get_legend() is None and len(ax.get_lines()) == 1
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "linear")
+
+
+def test_samples_draws_histograms_under_their_densities(ax: Axes) -> None:
+    x = np.linspace(0, 6, 7)
+    drawn = {"dog": [0.55, 0.55, 0.55, 3.05]}
+    densities = {"dog": np.full(7, 1 / 6), "cat": x / 18}
+    plots.samples(ax, drawn, x, densities, xlabel="snout")
+    assert [list(line.get_ydata()) for line in ax.get_lines()] == [
+        list(densities[k]) for k in densities
+    ]
+    bars = {round(bar.get_x(), 3): bar.get_height() for bar in ax.patches}
+    assert sum(bars.values()) * 0.1 == pytest.approx(1)  # sixty bins of a tenth: a density
+    assert bars[0.5] == pytest.approx(7.5) and bars[3.0] == pytest.approx(2.5)
+    assert to_hex(ax.patches[0].get_facecolor()) == to_hex(ax.get_lines()[0].get_color())
+
+
+def test_agreement_has_a_diagonal_where_both_are_equal(ax: Axes) -> None:
+    plots.agreement(ax, [1.0, 3.0], {"a": [1.0, 4.0], "b": [0.0, 2.0]}, xlabel="x", ylabel="y")
+    a, b, diagonal = ax.get_lines()
+    assert list(a.get_xdata()) == [1.0, 3.0] and list(b.get_ydata()) == [0.0, 2.0]
+    assert a.get_marker() != b.get_marker() and a.get_linestyle() == "None"
+    assert diagonal.get_slope() == 1 and diagonal.get_xy1() == (2.0, 2.0)
+
+
+def test_gate_over_time_is_shaded_where_the_gate_is_open(ax: Axes) -> None:
+    plots.gate_over_time(ax, [100, 500, 900], [-5e-4, -1e-4, -3e-4], [-2e-4] * 3, now=500)
+    loss, tau = ax.get_lines()[:2]
+    assert np.allclose(loss.get_ydata(), [-0.5, -0.1, -0.3])
+    assert np.allclose(tau.get_ydata(), -0.2)
+    (shade,) = ax.collections
+    x = np.concatenate([path.vertices for path in shade.get_paths()])[:, 0]
+    assert 100 < x.min() < 500 < x.max() < 900
+    assert 500 in [line.get_xdata()[0] for line in ax.get_lines()]
+    assert ax.get_ylabel() == "per dimension, in thousandths"
+
+
+def test_confusion_counts_and_shades_by_row(ax: Axes) -> None:
+    plots.confusion(ax, np.array([[3, 1], [0, 0]]), ["dog", "cat"])
+    shown = np.asarray(ax.get_images()[0].get_array())
+    assert shown.tolist() == [[0.75, 0.25], [0.0, 0.0]]
+    assert {(t.get_position(), t.get_text()) for t in ax.texts} == {((0, 0), "3"), ((1, 0), "1")}
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("what it is", "what the model calls it")
+
+
+def test_response_draws_changes_from_the_smallest_setting_and_their_mean(ax: Axes) -> None:
+    runs = pd.DataFrame(
+        {
+            "subject": ["dog", "cat"] * 3,
+            "factor": [0.0, 0.0, 4.0, 4.0, 1.0, 1.0],
+            "alignment": [0.1, 0.3, 0.5, 0.5, 0.3, 0.3],
+        }
+    )
+    assert plots.response(ax, runs, "alignment", x="factor", unit=" w") is ax
+    cat, dog, mean, *_ = ax.get_lines()
+    assert list(dog.get_ydata()) == pytest.approx([0.0, 0.2, 0.4])
+    assert list(cat.get_ydata()) == pytest.approx([0.0, 0.0, 0.2])
+    assert list(mean.get_ydata()) == pytest.approx([0.0, 0.1, 0.3])
+    (bars,) = ax.containers
+    ends = [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()]
+    assert ends[1] == pytest.approx([0.0, 0.2]) and ends[2] == pytest.approx([0.2, 0.4])
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0 w", "1 w", "4 w"]
+    assert ax.get_ylabel() == "change of alignment"
