@@ -41,10 +41,11 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import Backbone, open_backbone, pick_device
+from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError, machine_failure
 from sude_lab.generation import generate
 from sude_lab.io.files import PARTIAL, atomic_folder, atomic_write, remove_partials
+from sude_lab.io.opening import open_backbone, pick_device
 from sude_lab.io.pictures import load_picture, open_picture
 from sude_lab.io.reading import read_json
 from sude_lab.methods import get_method
