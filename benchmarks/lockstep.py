@@ -27,10 +27,11 @@ import torch
 import tyro
 
 from sude_lab.backbone import Backbone
-from sude_lab.config import EMBEDDED
+from sude_lab.config import EMBEDDED, TuningConfig
 from sude_lab.io.opening import open_backbone
+from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.sweep.lockstep import tune_together
-from sude_lab.tuning import Step, TuningConfig, tune
+from sude_lab.tuning import Step
 from sude_lab.world import subjects as study
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from PIL import Image
 from tokenizers import AddedToken
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from sude_lab.diffusion import Schedule
 from sude_lab.errors import UserError
@@ -65,54 +64,6 @@ def concatenate(conditions: list[Condition]) -> Condition:
     return Condition(*(torch.cat(p) if p else None for p in parts))  # type: ignore[arg-type]
 
 
-@contextmanager
-def without_adapters(unet: nn.Module) -> Iterator[None]:
-    """Switch the LoRA adapters (peft) of a UNet off for a moment, where it has any."""
-    layers: list[Any] = [
-        m for m in unet.modules() if hasattr(m, "adapter_layer_names") and not m.disable_adapters
-    ]
-    # peft stops the gradients of what it switches off, and lets them all flow when it is back on.
-    flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        for p, needed in flags:
-            p.requires_grad_(needed)
-
-
-class FrozenUNet:
-    """A UNet as it is now, whatever is done to its weights later; called like the UNet.
-
-    Only the tensors that require gradients now are copied. LoRA adapters (peft) leave the original
-    weights in place: they are switched off for the call, and nothing is copied for them.
-    """
-
-    def __init__(self, unet: nn.Module) -> None:
-        self.unet = unet
-        self._kept = {
-            name: p.detach().clone()
-            for name, p in unet.named_parameters()
-            if p.requires_grad and ".lora_" not in name
-        }
-
-    @property
-    def num_bytes(self) -> int:
-        """How much memory the copy takes, in bytes."""
-        return sum(p.numel() * p.element_size() for p in self._kept.values())
-
-    @torch.no_grad()
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the UNet returned before."""
-        with without_adapters(self.unet):
-            if self._kept:
-                return functional_call(self.unet, self._kept, args, kwargs)
-            return self.unet(*args, **kwargs)
-
-
 @dataclass
 class Backbone:
     """A Stable Diffusion pipeline with what tuning asks of it.
@@ -127,6 +78,8 @@ class Backbone:
     facts: dict[str, Any] = field(default_factory=dict)
     commit: str | None = None
     """The commit that a hub id stood for; None for a folder."""
+    used: str = ""
+    """What has been done to it, in words; empty: it is as it was opened."""
 
     @property
     def unet(self) -> Any:
@@ -178,6 +131,19 @@ class Backbone:
     def copy(self) -> Backbone:
         """Return a backbone with weights of its own, to be tuned while this one stays as it is."""
         return replace(self, pipeline=copy.deepcopy(self.pipeline))
+
+    def use(self, how: str = "") -> None:
+        """Check that nothing has been done to this backbone yet, and remember what is done now.
+
+        Raises:
+            UserError: it was tuned, or a run's weights were put into it.
+        """
+        if self.used:
+            raise UserError(
+                f"This backbone {self.used}, and its weights and words are no longer the model's "
+                "own: use backbone.copy() before such a use, or open it again."
+            )
+        self.used = how
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which forward passes run in `dtype`."""

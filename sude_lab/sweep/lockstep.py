@@ -36,30 +36,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sude_lab.backbone import Backbone, Condition, concatenate
+from sude_lab.config import CompleteConfig, TuningConfig, fields_of
 from sude_lab.diffusion import add_noise, training_target
+from sude_lab.draws import Batch, one_of_each, picture_latents, step_generator
 from sude_lab.errors import UserError, machine_failure
 from sude_lab.losses import subject_loss, total_loss
-from sude_lab.methods import Method, get_method
+from sude_lab.methods import Method, configure, get_method
+from sude_lab.runs.prepare import prepare
 from sude_lab.sude import SudeTerms, sude_terms
-from sude_lab.tuning import (
-    Step,
-    TuningConfig,
-    _banks,
-    _Batch,
-    _check_finite,
-    _conditions,
-    _draw,
-    _draw_pairs,
-    _optimizer,
-    one_of_each,
-    picture_latents,
-    resolve,
-    step_generator,
-)
+from sude_lab.tuning import Classifier, Step, category_conditions, check_finite, make_optimizer
 
-MAY_DIFFER = ("weight_sude", "truncate", "truncate_at", "weighting", "monitor_sude")
+MAY_DIFFER = fields_of("sude")
 """The settings in which members may differ: those of SuDe that change no weight and no draw."""
-PRIOR = ("prior", "prior_bank_dtype")
+PRIOR = fields_of("prior")
 """Who is asked, and how that is kept: one for all members with SuDe; nothing to those without."""
 
 
@@ -134,15 +123,15 @@ def tune_together(
         UserError: the settings do not fit each other, the model or lockstep, the last member
             failed, or memory ran out.
     """
-    configs = [resolve(config, backbone) for config in configs]
-    check_together(configs)
+    complete = [configure(config, backbone) for config in configs]
+    check_together(complete)
     if backbone.is_xl:
         raise UserError("Lockstep is made for Stable Diffusion 1 and 2: tune SDXL one by one.")
     if backbone.dtype == torch.float16:
         raise UserError("Lockstep does not work with --dtype float16: use bfloat16 or float32.")
-    pictures = one_of_each(configs[0], picture)
+    pictures = one_of_each(complete[0], picture)
     try:
-        yield from _tune_together(configs, backbone, pictures, states)
+        yield from _tune_together(complete, backbone, pictures, states)
     except (RuntimeError, MemoryError) as error:
         told = machine_failure(error)
         if told is None:
@@ -154,36 +143,32 @@ def tune_together(
 
 
 def _tune_together(
-    configs: Sequence[TuningConfig],
+    configs: Sequence[CompleteConfig],
     backbone: Backbone,
     pictures: list[Image.Image],
     states: Sequence[dict[str, Any]] | None,
 ) -> Iterator[tuple[Step | UserError, ...]]:
     config = configs[0]
-    assert config.max_train_steps is not None and config.train_batch_size is not None
     schedule, device, size = backbone.schedule, backbone.device, config.train_batch_size
     latents = [picture_latents(config, backbone, picture) for picture in pictures]
     asks = next((own for own in configs if own.with_sude), config)
-    banks = _banks(asks, backbone, pictures, latents)
+    draws, classifier = prepare(asks, backbone, pictures)
     with torch.no_grad():
-        fixed = _conditions(backbone, config)
+        fixed = category_conditions(backbone, config)
     kind = get_method(config.method)
     methods = {k: kind(sharing_copy(backbone), own) for k, own in enumerate(configs)}
     for method in methods.values():
         method.start([mean for mean, _ in latents])
     stack = _Stack(config, methods, states)
     joint = _JointModel(kind(sharing_copy(backbone), config), stack)
-    losses_of = partial(_losses, configs, joint, fixed, schedule)
+    losses_of = partial(_losses, configs, joint, fixed, schedule, classifier)
     failed: dict[int, UserError] = {}
     accumulate = config.gradient_accumulation_steps
     number = stack.first + 1
     while number <= config.max_train_steps:
         stack.warm(min(1.0, number / max(1, config.lr_warmup_steps)))
         generator = step_generator(config.seed, number)
-        if banks:
-            whole = _draw_pairs(banks, size * accumulate, generator)
-        else:
-            whole = _draw(latents, size * accumulate, schedule.num_timesteps, generator)
+        whole = draws.draw(size * accumulate, generator)
         stack.optimizer.zero_grad(set_to_none=True)
         seen = []
         for k in range(accumulate):
@@ -313,11 +298,12 @@ class _Losses:
 
 
 def _losses(
-    configs: Sequence[TuningConfig],
+    configs: Sequence[CompleteConfig],
     joint: _JointModel,
     fixed: tuple[Condition, Condition],
     schedule: Any,
-    batch: _Batch,
+    classifier: Classifier | None,
+    batch: Batch,
 ) -> _Losses:
     """Return eq. 10 of every member that is left, for one batch that they share."""
     members, size = joint.stack.members, len(batch.t)
@@ -326,9 +312,8 @@ def _losses(
     # The classifier first: gradient checkpointing computes the subject's part anew, as it was left.
     asked = [k for k in members if configs[k].with_sude]
     priors: dict[int, tuple[Tensor, Tensor]] = {}
-    if batch.prior is not None:  # known from the bank
-        uncond, category = batch.prior.unbind(1)
-        priors = dict.fromkeys(asked, (uncond, category))
+    if asked and classifier is not None:  # known from the bank
+        priors = dict.fromkeys(asked, classifier(x_t, batch))
     elif asked:
         null, classes = fixed
         pair = concatenate([null.expand(size), classes[batch.which]])
@@ -346,12 +331,9 @@ def _losses(
     of_subject = subject_loss(output, _repeat(target, len(members))) / dims
     subject, outputs = (x.unflatten(0, (len(members), size)) for x in (of_subject, output))
 
-    nan = torch.full_like(subject[0], math.nan).detach()
-    shut = torch.zeros_like(nan, dtype=torch.bool)
-    terms = {k: SudeTerms(nan, nan, torch.zeros_like(nan), shut, nan) for k in members}
+    terms = {k: SudeTerms.none(subject[0].detach()) for k in members}
     for group in _alike(configs, asked):
         own = configs[group[0]]
-        assert own.weighting is not None
         of_group = sude_terms(
             torch.cat([outputs[members.index(k)] for k in group]),
             torch.cat([priors[k][1] for k in group]),
@@ -364,25 +346,19 @@ def _losses(
             truncate_at=own.truncate_at,
         )
         for row, k in enumerate(group):
-            terms[k] = _map_terms(
-                lambda x, row=row: x[row * size : (row + 1) * size],
-                of_group,
-            )
-    none = torch.zeros_like(nan)
+            rows = slice(row * size, (row + 1) * size)
+            terms[k] = of_group.map(lambda x, rows=rows: x[rows])
+    none = torch.zeros_like(subject[0]).detach()
     total = [
-        total_loss(subject[row], terms[k].gated, none, configs[k].weight_sude or 0.0, 0.0)
+        total_loss(subject[row], terms[k].gated, none, configs[k].weight_sude, 0.0)
         for row, k in enumerate(members)
     ]
-    sude = _map_terms(lambda *rows: torch.stack(rows), *terms.values())
+    first, *others = terms.values()
+    sude = first.map(lambda *rows: torch.stack(rows), *others)
     return _Losses(batch.t, subject, sude, torch.stack(total))
 
 
-def _map_terms(function: Callable[..., Tensor], *terms: SudeTerms) -> SudeTerms:
-    names = [f.name for f in fields(SudeTerms)]
-    return SudeTerms(*(function(*(getattr(x, name) for x in terms)) for name in names))
-
-
-def _alike(configs: Sequence[TuningConfig], members: list[int]) -> list[list[int]]:
+def _alike(configs: Sequence[CompleteConfig], members: list[int]) -> list[list[int]]:
     """Return the members in groups for which eq. 7-9 are one computation."""
     groups: dict[Any, list[int]] = {}
     for k in members:
@@ -399,7 +375,7 @@ def _not_finite(
     if not bool(torch.isfinite(values).all()):
         for member, row in zip(members, values, strict=True):
             try:
-                _check_finite(number, t, row, what)
+                check_finite(number, t, row, what)
             except UserError as error:
                 found[member] = error
     return found
@@ -453,7 +429,7 @@ class _Stack:
 
     def __init__(
         self,
-        config: TuningConfig,
+        config: CompleteConfig,
         methods: Mapping[int, Method],
         states: Sequence[dict[str, Any]] | None,
     ) -> None:
@@ -471,7 +447,7 @@ class _Stack:
         names = {id(p): name for name, p in own.parameters.items()}
         for group in groups:
             group["params"] = [self.parameters[names[id(p)]] for p in group["params"]]
-        self.optimizer = _optimizer(config, groups)
+        self.optimizer = make_optimizer(config, groups)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.first = 0
         if states is not None:

@@ -42,6 +42,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError, one_line
 from sude_lab.evaluate.encoders import Encoder
 from sude_lab.evaluate.evaluate import FOLDER, PICTURES, evaluate
@@ -59,7 +60,7 @@ from sude_lab.io.reading import read_json
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, run_tuning
 from sude_lab.sweep.grid import Job, Plan, is_known, kind_of, make_plan, read_grid
 from sude_lab.sweep.lockstep import MAY_DIFFER, PRIOR, check_together, feed
-from sude_lab.tuning import Step, TuningConfig
+from sude_lab.tuning import Step
 
 PLAN, RESULTS, TIMING, STATE = "plan.json", "results.parquet", "timing.json", ".sweep"
 _FULL = "No space is left on the disk: free some, and give the command again."

@@ -15,10 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from sude_lab.backbone import Backbone
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.io.opening import open_backbone
-from sude_lab.methods import METHODS, get_method
-from sude_lab.tuning import Step, TuningConfig, resolve, tune
+from sude_lab.io.weights import load_weights, save_weights
+from sude_lab.methods import METHODS, configure, get_method
+from sude_lab.runs.prepare import prepared_tuning as tune
+from sude_lab.tuning import Step
 
 Fresh = Callable[[], Backbone]
 
@@ -142,10 +145,10 @@ def test_prompts_name_the_token_and_the_category(fresh: Fresh) -> None:
         ("textual_inversion", "photo of a <sks>"),
     ):
         backbone = fresh()
-        settings = resolve(replace(config(method=name), category="stuffed animal"), backbone)
+        settings = configure(replace(config(method=name), category="stuffed animal"), backbone)
         assert METHODS[name](backbone, settings).subject_prompts() == [expected]
     backbone = fresh()
-    settings = resolve(config(prompt="{S*} the {category}", token="<rex>"), backbone)
+    settings = configure(config(prompt="{S*} the {category}", token="<rex>"), backbone)
     assert METHODS["dreambooth"](backbone, settings).subject_prompts() == ["<rex> the dog"]
 
 
@@ -162,7 +165,7 @@ def test_every_subject_has_a_prompt_with_its_own_token_and_category(fresh: Fresh
     ):
         backbone = fresh()
         chosen = config(method=name, more_subjects=more[: len(expected) - 1], prompt=prompt)
-        assert METHODS[name](backbone, resolve(chosen, backbone)).subject_prompts() == expected
+        assert METHODS[name](backbone, configure(chosen, backbone)).subject_prompts() == expected
 
 
 def test_dreambooths_tokens_start_from_a_rare_word_each_and_inversions_from_the_category(
@@ -177,7 +180,9 @@ def test_dreambooths_tokens_start_from_a_rare_word_each_and_inversions_from_the_
     ):
         backbone = fresh()
         table = backbone.text_encoder.get_input_embeddings().weight.detach().clone()
-        method = METHODS[name](backbone, resolve(config(method=name, more_subjects=more), backbone))
+        method = METHODS[name](
+            backbone, configure(config(method=name, more_subjects=more), backbone)
+        )
         rows = [
             table[backbone.tokenizer(word, add_special_tokens=False).input_ids].mean(dim=0)
             for word in expected
@@ -208,7 +213,7 @@ def test_an_unknown_method_is_refused_with_those_there_are() -> None:
     [
         ({"weight_sude": 1.0, "prior": "pretrained"}, True),
         ({"weight_sude": 0.0, "monitor_sude": True, "prior": "pretrained"}, True),
-        ({"weight_sude": 0.0, "prior_loss_weight": 1.0, "regularizer": "teacher"}, True),
+        ({"weight_sude": 0.0, "prior_loss_weight": 1.0, "prior_preservation": "teacher"}, True),
         ({"weight_sude": 1.0, "prior": "current"}, False),
         ({"weight_sude": 0.0, "prior": "pretrained"}, False),
         ({"weight_sude": 0.0, "prior_loss_weight": 1.0}, False),
@@ -218,7 +223,7 @@ def test_the_old_weights_are_kept_only_where_the_run_asks_for_them(
     settings: dict[str, Any], kept: bool, fresh: Fresh, probe: dict[str, Any]
 ) -> None:
     backbone = fresh()
-    method = METHODS["dreambooth"](backbone, resolve(config(**settings), backbone))
+    method = METHODS["dreambooth"](backbone, configure(config(**settings), backbone))
     assert (method.frozen is not None) == kept
     if kept:
         seen = method.predict_pretrained(probe["x"], probe["t"], probe["c"])
@@ -294,7 +299,7 @@ def test_dreambooth_trains_every_text_encoder_and_their_words(
                 assert len(new[key]) == len(value) + 2
             elif not any(part in key for part in unread):
                 assert not torch.equal(new[key], value), (name, key)
-    step.method.save(tmp_path)
+    save_weights(step.method, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "learned_embeds-2.safetensors",
         "learned_embeds.safetensors",
@@ -306,7 +311,7 @@ def test_dreambooth_trains_every_text_encoder_and_their_words(
         names = load_file(tmp_path / f"{name}.safetensors").keys()
         assert all(n.startswith(("text_model.", "text_projection.")) for n in names)
     loaded = _tiny_xl.copy()
-    get_method("dreambooth").load(loaded, tmp_path)
+    load_weights("dreambooth", loaded, tmp_path)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     prompts = ["photo of a <sks> dog", "photo of a <cat-1> cat"]
     with torch.no_grad():
@@ -332,7 +337,7 @@ def test_a_text_encoder_is_read_under_the_names_of_every_transformers(
     with_prefix = {name: p.clone() for name, p in load_file(path).items()}  # it is written over
     assert all(name.startswith("text_model.") for name in with_prefix)
     save_file({n.removeprefix("text_model."): p for n, p in with_prefix.items()}, path)
-    get_method("dreambooth").load(bare, tmp_path)
+    load_weights("dreambooth", bare, tmp_path)
     expected = tuned.text_encoder.state_dict()
     assert all(torch.equal(p, expected[n]) for n, p in bare.text_encoder.state_dict().items())
     untuned = fresh().text_encoder.get_input_embeddings().weight
@@ -340,7 +345,7 @@ def test_a_text_encoder_is_read_under_the_names_of_every_transformers(
     with_prefix["text_model.odd"] = torch.zeros(1)
     save_file(with_prefix, path)
     with pytest.raises(UserError, match=r"unknown tensor text_model\.odd"):
-        get_method("dreambooth").load(fresh(), tmp_path)
+        load_weights("dreambooth", fresh(), tmp_path)
 
 
 def test_a_token_of_two_encoders_does_not_fit_one_and_the_other_way_round(
@@ -351,7 +356,7 @@ def test_a_token_of_two_encoders_does_not_fit_one_and_the_other_way_round(
         folder = tmp_path / str(backbone.is_xl)
         run(replace(settings, token_learning_rate=1e-2), backbone, picture).method.save(folder)
         with pytest.raises(UserError, match="backbone it was tuned on"):
-            get_method("textual_inversion").load(other, folder)
+            load_weights("textual_inversion", other, folder)
 
 
 # --- SuDe and the words of the prompt ------------------------------------------------------------
@@ -403,7 +408,7 @@ def test_a_lora_and_a_token_load_in_a_plain_pipeline(
     backbone = fresh()
     settings = config(train="lora", lora_rank=3, learning_rate=1e-2, token_learning_rate=1e-2)
     step = run(settings, backbone, picture)
-    step.method.save(tmp_path)
+    save_weights(step.method, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "learned_embeds.safetensors",
         "pytorch_lora_weights.safetensors",
@@ -444,8 +449,8 @@ def test_saved_weights_load_into_a_fresh_backbone(
 ) -> None:
     tuned, loaded = fresh(), fresh()
     settings = config(**{"token_learning_rate": 1e-2} | CASES[case][0])
-    run(settings, tuned, picture).method.save(tmp_path)
-    get_method(settings.method).load(loaded, tmp_path)
+    save_weights(run(settings, tuned, picture).method, tmp_path)
+    load_weights(settings.method, loaded, tmp_path)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         outputs = [
@@ -467,8 +472,8 @@ def test_many_subjects_load_into_a_fresh_backbone_each_with_its_own_token(
         max_train_steps=1,
         more_subjects=tuple(f"dog=<dog-{k}>=dog.png" for k in range(2, 13)),
     )
-    run(settings, tuned, [picture] * 12).method.save(tmp_path)
-    get_method(settings.method).load(loaded, tmp_path)
+    save_weights(run(settings, tuned, [picture] * 12).method, tmp_path)
+    load_weights(settings.method, loaded, tmp_path)
     prompts = [f"photo of a {s.token} dog" for s in settings.subjects]
     assert len(prompts) == 12
     with torch.no_grad():
@@ -485,10 +490,10 @@ def test_weights_saved_in_the_middle_of_a_run_have_the_tokens_of_that_moment(
     settings = config(train_text_encoder=True, token_learning_rate=1e-2, max_train_steps=3)
     for step in tune(settings, backbone, picture):
         if step.number == 2:
-            step.method.save(tmp_path)
+            save_weights(step.method, tmp_path)
             with torch.no_grad():
                 expected = backbone.encode_prompts(["photo of a <sks> dog"]).hidden
-    get_method(settings.method).load(loaded, tmp_path)
+    load_weights(settings.method, loaded, tmp_path)
     with torch.no_grad():
         assert torch.equal(loaded.encode_prompts(["photo of a <sks> dog"]).hidden, expected)
 
@@ -497,11 +502,11 @@ def test_weights_saved_in_the_middle_of_a_run_have_the_tokens_of_that_moment(
 def test_damaged_weights_are_refused_in_one_sentence(
     name: str, fresh: Fresh, picture: Image.Image, tmp_path: Path
 ) -> None:
-    run(config(), fresh(), picture).method.save(tmp_path)
+    save_weights(run(config(), fresh(), picture).method, tmp_path)
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="damaged") as error:
-        get_method("dreambooth").load(fresh(), tmp_path)
+        load_weights("dreambooth", fresh(), tmp_path)
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
@@ -510,9 +515,9 @@ def test_weights_of_another_architecture_are_refused_in_one_sentence(
     case: str, fresh: Fresh, picture: Image.Image, wider_folder: Path, tmp_path: Path
 ) -> None:
     settings = config(**CASES[case][0])
-    run(settings, fresh(), picture).method.save(tmp_path)
+    save_weights(run(settings, fresh(), picture).method, tmp_path)
     with pytest.raises(UserError, match="backbone it was tuned on"):
-        get_method(settings.method).load(open_backbone(wider_folder, device="cpu"), tmp_path)
+        load_weights(settings.method, open_backbone(wider_folder, device="cpu"), tmp_path)
 
 
 @pytest.mark.parametrize("case", ["attention", "lora"])
@@ -521,13 +526,13 @@ def test_weights_of_another_unet_are_refused_in_one_sentence(
 ) -> None:
     """The token fits (it is put in place by hand), the UNet's weights do not."""
     settings = config(**CASES[case][0])
-    run(settings, fresh(), picture).method.save(tmp_path)
+    save_weights(run(settings, fresh(), picture).method, tmp_path)
     other = open_backbone(wider_folder, device="cpu")
     from safetensors.torch import save_file
 
     save_file({"<sks>": torch.zeros(64)}, tmp_path / "learned_embeds.safetensors")
     with pytest.raises(UserError, match="backbone it was tuned on") as error:
-        get_method(settings.method).load(other, tmp_path)
+        load_weights(settings.method, other, tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -564,9 +569,9 @@ def test_a_word_of_several_vectors_is_trained_saved_and_read_by_plain_diffusers(
     table = backbone.text_encoder.get_input_embeddings().weight
     assert len(table[ids].unique(dim=0)) == 3, "the vectors are trained alike"
 
-    steps[-1].method.save(tmp_path)
+    save_weights(steps[-1].method, tmp_path)
     again, plain = fresh(), fresh()
-    get_method(name).load(again, tmp_path)
+    load_weights(name, again, tmp_path)
     for ending in ("", "-2"):
         file = f"learned_embeds{ending}.safetensors"
         plain.pipeline.load_textual_inversion(tmp_path, weight_name=file)

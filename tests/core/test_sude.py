@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sude_lab import tuning
-from sude_lab.backbone import Backbone, Condition, FrozenUNet, without_adapters
+from sude_lab.backbone import Backbone, Condition
+from sude_lab.config import TuningConfig
 from sude_lab.diffusion import (
     PREDICTION_TYPES,
     VARIANCE_TYPES,
@@ -23,9 +24,10 @@ from sude_lab.diffusion import (
     posterior_variance,
     reverse_mean,
 )
+from sude_lab.frozen import FrozenUNet, without_adapters
 from sude_lab.losses import guidance_projection, sude_loss, sude_threshold
+from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.sude import SudeRegularizer, sude_terms
-from sude_lab.tuning import TuningConfig, tune
 from sude_lab.world import drawing as world
 
 Fresh = Callable[[], Backbone]

@@ -17,12 +17,15 @@ from torch import Tensor
 from sude_lab import sude as regularizer
 from sude_lab import tuning
 from sude_lab.backbone import Backbone, Condition
+from sude_lab.config import PRESETS, TuningConfig
 from sude_lab.diffusion import add_noise, posterior_variance, reverse_mean
+from sude_lab.draws import step_generator
 from sude_lab.errors import UserError
 from sude_lab.io.opening import open_backbone
 from sude_lab.losses import sude_loss, sude_threshold, sude_weight
-from sude_lab.methods import METHODS, DreamBooth
-from sude_lab.tuning import PRESETS, Step, TuningConfig, resolve, step_generator, tune, with_preset
+from sude_lab.methods import METHODS, DreamBooth, configure
+from sude_lab.runs.prepare import prepared_tuning as tune
+from sude_lab.tuning import Step, with_preset
 
 Fresh = Callable[[], Backbone]
 TENSORS = ("t", "loss_subject", "loss_sude", "tau", "gate", "rho")
@@ -105,7 +108,7 @@ def by_hand(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """t, L_sub, L_sude and tau of step 1, in float64 and in the space of the means."""
     backbone = fresh()
-    settings = resolve(settings, backbone)
+    settings = configure(settings, backbone)
     assert settings.train_batch_size is not None
     generator = step_generator(settings.seed, 1)
     size = settings.train_batch_size
@@ -380,11 +383,11 @@ def test_the_teachers_regulariser_is_eq_14(fresh: Fresh, picture: Image.Image) -
         train="attention",
         prior_loss_weight=1.0,
         num_class_images=3,
-        regularizer="teacher",
+        prior_preservation="teacher",
         max_train_steps=3,
     )
     teacher, pupil = fresh(), fresh()
-    resolved = resolve(settings, teacher)
+    resolved = configure(settings, teacher)
     class_latents = tuning.class_latents(resolved, teacher, "dog")
     assert class_latents.shape == (3, 4, 8, 8)
     with torch.no_grad():
@@ -412,7 +415,9 @@ def test_a_teacher_that_agrees_pulls_nowhere_and_one_that_does_not_pulls(
     fresh: Fresh, picture: Image.Image
 ) -> None:
     plain = config(train="attention", max_train_steps=3)
-    taught = replace(plain, prior_loss_weight=10.0, num_class_images=2, regularizer="teacher")
+    taught = replace(
+        plain, prior_loss_weight=10.0, num_class_images=2, prior_preservation="teacher"
+    )
     states: list[list[dict[str, Tensor]]] = [
         [step.state_dict()["trained"] for step in tune(settings, fresh(), picture)]
         for settings in (plain, taught)
@@ -582,14 +587,14 @@ def test_a_further_subject_that_is_not_told_whole_is_refused(text: str) -> None:
 
 def test_further_subjects_are_read_checked_and_need_their_own_token(tiny: Backbone) -> None:
     given = config(more_subjects=(" stuffed  animal =<bear>=a=b.png", "cat=<cat-1>=cat.png"))
-    seen = resolve(given, tiny).subjects
+    seen = configure(given, tiny).subjects
     assert [(s.category, s.token, str(s.image)) for s in seen] == [
         ("dog", "<sks>", "dog.png"),
         ("stuffed animal", "<bear>", "a=b.png"),
         ("cat", "<cat-1>", "cat.png"),
     ]
     with pytest.raises(UserError, match="never met the word 'okapi'"):
-        resolve(config(more_subjects=("okapi=<o>=o.png",)), tiny)
+        configure(config(more_subjects=("okapi=<o>=o.png",)), tiny)
     with pytest.raises(UserError, match="token of its own"):
         config(more_subjects=("candle=<sks>=candle.png",))
 
@@ -825,7 +830,7 @@ def test_settings_resolve_from_the_given_then_the_folder_then_the_method_then_al
 ) -> None:
     tiny.facts = copy.deepcopy(tiny.facts)
     tiny.facts["tuning"]["dreambooth"] = {"learning_rate": 2e-4, "weighting": "simple"}
-    seen = resolve(TuningConfig(image=Path("x.png"), category=" dog ", weight_sude=0.25), tiny)
+    seen = configure(TuningConfig(image=Path("x.png"), category=" dog ", weight_sude=0.25), tiny)
     assert seen.weight_sude == 0.25  # given
     assert seen.learning_rate == 2e-4  # the folder's, where the method says 5e-6
     assert seen.weighting == "simple"  # the folder's, where all say otherwise
@@ -835,14 +840,14 @@ def test_settings_resolve_from_the_given_then_the_folder_then_the_method_then_al
     assert seen.category == "dog"
     missing = [f.name for f in fields(seen) if getattr(seen, f.name) is None]
     assert missing == ["initializer", "prompt", "class_images"]
-    assert resolve(seen, tiny) == seen
+    assert configure(seen, tiny) == seen
 
 
 def test_every_setting_given_survives_resolving(tiny: Backbone) -> None:
     given = config(
         weight_sude=0.0, learning_rate=0.0, token_learning_rate=0.0, prior_loss_weight=0.0
     )
-    seen = resolve(given, tiny)
+    seen = configure(given, tiny)
     assert (seen.weight_sude, seen.learning_rate, seen.token_learning_rate) == (0.0, 0.0, 0.0)
 
 
@@ -851,15 +856,15 @@ def test_tune_resolves_what_is_left_open(fresh: Fresh, picture: Image.Image) -> 
     backbone = fresh()
     assert same(
         trained(run(partly, fresh(), picture)),
-        trained(run(resolve(partly, backbone), backbone, picture)),
+        trained(run(configure(partly, backbone), backbone, picture)),
     )
 
 
 def test_presets_fill_what_is_not_given(tiny: Backbone) -> None:
-    paper = resolve(with_preset(config(), "paper"), tiny)
+    paper = configure(with_preset(config(), "paper"), tiny)
     assert (paper.prior, paper.weighting) == ("pretrained", "exact")
     given = with_preset(config(weighting="simple", max_train_steps=7), "reference")
-    reference = resolve(given, tiny)
+    reference = configure(given, tiny)
     assert reference.weighting == "simple" and reference.max_train_steps == 7
     for name, value in PRESETS["reference"].items():
         if name not in ("weighting", "max_train_steps"):
@@ -918,7 +923,7 @@ def test_tuning_leaves_the_global_generator_alone(
             "token_learning_rate": 1e-2,
             "gradient_accumulation_steps": 2,
             "prior_loss_weight": 0.5,
-            "regularizer": "teacher",
+            "prior_preservation": "teacher",
             "num_class_images": 2,
         },
     ],

@@ -12,10 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from sude_lab.backbone import Backbone
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
+from sude_lab.io.weights import load_weights, save_weights
+from sude_lab.methods import configure
+from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.sweep import lockstep
 from sude_lab.sweep.lockstep import check_together, sharing_copy, tune_together
-from sude_lab.tuning import Step, TuningConfig, resolve, tune
+from sude_lab.tuning import Step
 
 Fresh = Callable[[], Backbone]
 
@@ -226,10 +230,10 @@ def test_a_member_is_saved_and_drawn_with_as_a_separate_run(
     for number, (member, step) in enumerate(zip(members, last, strict=True)):
         assert isinstance(step, Step)
         folder = tmp_path / str(number)
-        step.method.save(folder)
+        save_weights(step.method, folder)
         (*_, alone) = tune(member, fresh(), picture)
         loaded = fresh()
-        type(step.method).load(loaded, folder)
+        load_weights(step.method.name, loaded, folder)
         answers = []
         for model in (step.method.backbone, loaded, alone.method.backbone):
             with torch.no_grad():
@@ -362,7 +366,7 @@ def test_what_does_not_work_in_lockstep_says_what_does(
 
 
 def test_members_differ_in_their_use_of_sude_alone(tiny: Backbone) -> None:
-    one = resolve(config(), tiny)
+    one = configure(config(), tiny)
     for name, value in {"seed": 6, "learning_rate": 1e-2, "prior": "current"}.items():
         with pytest.raises(UserError, match=f"differ in {name}"):
             check_together([one, replace(one, **{name: value})])
