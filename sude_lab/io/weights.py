@@ -84,7 +84,7 @@ def load_weights(method: str, backbone: Backbone, folder: Path) -> None:
         UserError: the backbone has been used already, or the weights are not there, are damaged, or
             do not belong to this model.
     """
-    backbone.use(f"holds the weights of a run ({folder})")
+    backbone.use()
     if method == "custom_diffusion":
         path = folder / "unet.safetensors"
         # A smaller model's weights would fit some layers of a larger one: all or nothing.
@@ -98,7 +98,12 @@ def load_weights(method: str, backbone: Backbone, folder: Path) -> None:
         read_tensors(folder / VICO_FILE)  # before anything is changed
     # In the subjects' order (-2 before -10), which is the order of the ids.
     paths = sorted(folder.glob(EMBEDDINGS), key=lambda path: (len(path.name), path.name))
-    tokens = [_add_saved_token(backbone, path) for path in paths]
+    saved = [_read_token(backbone, path) for path in paths]
+    backbone.use(f"holds the weights of a run ({folder})")
+    tokens = []
+    for token, vectors in saved:
+        ids = [backbone.add_token(word, "photo") for word in token_words(token, len(vectors[0]))]
+        tokens.append((zip(*ids, strict=True), vectors))
     for part, module in (("unet", backbone.unet), *backbone.text_encoders.items()):
         path = folder / f"{part}.safetensors"
         if path.is_file():
@@ -110,7 +115,7 @@ def load_weights(method: str, backbone: Backbone, folder: Path) -> None:
         ):
             table = encoder.get_input_embeddings().weight
             with torch.no_grad():
-                table[rows] = vector.to(table)
+                table[list(rows)] = vector.to(table)
     if (folder / LORA_FILE).is_file():
         try:
             backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
@@ -170,8 +175,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def _add_saved_token(backbone: Backbone, path: Path) -> tuple[list[list[int]], list[Tensor]]:
-    """Add a saved token; return its ids and vectors (V, D), for each text encoder."""
+def _read_token(backbone: Backbone, path: Path) -> tuple[str, list[Tensor]]:
+    """Return a saved token and its vectors (V, D), for each text encoder."""
     tensors, about = read_tensors(path)
     names = set(XL_KEYS.values()) if backbone.is_xl else set(tensors)
     token = about.get("token") or next(iter(tensors), None)
@@ -189,8 +194,7 @@ def _add_saved_token(backbone: Backbone, path: Path) -> tuple[list[list[int]], l
                 f"The run's token has the shape {tuple(vector.shape)}, this model's text encoder "
                 f"the width {width}: {_ELSEWHERE}"
             )
-    ids = [backbone.add_token(word, "photo") for word in token_words(token, len(vectors[0]))]
-    return [list(of) for of in zip(*ids, strict=True)], vectors
+    return token, vectors
 
 
 def shared_name(part: str, name: str) -> str:

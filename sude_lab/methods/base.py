@@ -37,7 +37,7 @@ class Method:
     the priors `current` and `pretrained` are the same."""
 
     def __init__(self, backbone: Backbone, config: CompleteConfig) -> None:
-        backbone.use(f"has been tuned ({config.method}, {config.category})")
+        backbone.use()
         self.backbone = backbone
         self.config = config
         self.subjects = config.subjects
@@ -49,6 +49,7 @@ class Method:
             ]
             for k, s in enumerate(self.subjects)
         ]
+        backbone.use(f"has been tuned ({config.method}, {config.category})")
         self.tokens = {
             name: Tokens(encoder, [[word[k] for word in of] for of in ids])
             for k, (name, encoder) in enumerate(backbone.text_encoders.items())

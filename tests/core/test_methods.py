@@ -195,8 +195,9 @@ def test_several_subjects_with_the_same_word_for_good_are_refused(fresh: Fresh) 
     more = ("cat=<cat-1>=cat.png",)
     chosen = config(more_subjects=more, initializer="cat")
     with pytest.raises(UserError, match="--token-learning-rate"):
-        METHODS["dreambooth"](fresh(), chosen)
-    METHODS["dreambooth"](fresh(), replace(chosen, token_learning_rate=1e-3))
+        METHODS["dreambooth"](fresh(), configure(chosen, fresh()))
+    trained = configure(replace(chosen, token_learning_rate=1e-3), fresh())
+    METHODS["dreambooth"](fresh(), trained)
 
 
 def test_an_unknown_method_is_refused_with_those_there_are() -> None:
@@ -220,10 +221,13 @@ def test_an_unknown_method_is_refused_with_those_there_are() -> None:
     ],
 )
 def test_the_old_weights_are_kept_only_where_the_run_asks_for_them(
-    settings: dict[str, Any], kept: bool, fresh: Fresh, probe: dict[str, Any]
+    settings: dict[str, Any],
+    kept: bool,
+    fresh: Fresh,
+    probe: dict[str, Any],
+    picture: Image.Image,
 ) -> None:
-    backbone = fresh()
-    method = METHODS["dreambooth"](backbone, configure(config(**settings), backbone))
+    method = tune(config(**settings), fresh(), picture).method
     assert (method.frozen is not None) == kept
     if kept:
         seen = method.predict_pretrained(probe["x"], probe["t"], probe["c"])
@@ -332,7 +336,7 @@ def test_a_text_encoder_is_read_under_the_names_of_every_transformers(
 ) -> None:
     """4 has "text_model." before the names, 5 has not; the weights are the same."""
     tuned, bare = fresh(), fresh()
-    run(config(train_text_encoder=True), tuned, picture).method.save(tmp_path)
+    save_weights(run(config(train_text_encoder=True), tuned, picture).method, tmp_path)
     path = tmp_path / "text_encoder.safetensors"
     with_prefix = {name: p.clone() for name, p in load_file(path).items()}  # it is written over
     assert all(name.startswith("text_model.") for name in with_prefix)
@@ -354,7 +358,9 @@ def test_a_token_of_two_encoders_does_not_fit_one_and_the_other_way_round(
     settings = config(method="textual_inversion", max_train_steps=1)
     for backbone, other in ((_tiny_xl.copy(), fresh()), (fresh(), _tiny_xl.copy())):
         folder = tmp_path / str(backbone.is_xl)
-        run(replace(settings, token_learning_rate=1e-2), backbone, picture).method.save(folder)
+        save_weights(
+            run(replace(settings, token_learning_rate=1e-2), backbone, picture).method, folder
+        )
         with pytest.raises(UserError, match="backbone it was tuned on"):
             load_weights("textual_inversion", other, folder)
 
@@ -433,7 +439,7 @@ def test_a_learned_token_loads_with_load_textual_inversion(
     fresh: Fresh, picture: Image.Image, tiny_folder: Path, tmp_path: Path
 ) -> None:
     backbone = fresh()
-    run(config(method="textual_inversion"), backbone, picture).method.save(tmp_path)
+    save_weights(run(config(method="textual_inversion"), backbone, picture).method, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["learned_embeds.safetensors"]
     pipeline = plain(tiny_folder)
     pipeline.load_textual_inversion(tmp_path, weight_name="learned_embeds.safetensors")

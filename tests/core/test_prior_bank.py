@@ -245,7 +245,7 @@ def test_a_model_in_channels_last_is_kept_as_any_other(fresh: Fresh, picture: Im
         backbone.unet.to(memory_format=torch.channels_last)
         bank = bank_of(config(prior_bank_dtype=dtype, seed=7), backbone, picture)
         index = torch.arange(len(bank))
-        live = prior_bank.ask(
+        live = prior_bank.ask_pairs(
             backbone,
             bank.pairs,
             index,
@@ -253,7 +253,7 @@ def test_a_model_in_channels_last_is_kept_as_any_other(fresh: Fresh, picture: Im
             backbone.encode_prompts(["photo of a dog"]),
         )
         found = bank.outputs(index)
-        torch.testing.assert_close(found, live, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(found, torch.stack(live, dim=1), rtol=1e-2, atol=1e-2)
 
 
 def test_with_a_bank_no_copy_of_the_model_is_kept(fresh: Fresh, picture: Image.Image) -> None:
@@ -463,7 +463,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
 def test_a_run_is_resumed_with_its_own_bank_only(
     fresh: Fresh, subject_picture: Path, tmp_path: Path
 ) -> None:
-    settings = config(image=subject_picture)
+    settings = config(image=subject_picture, backbone=fresh().source)
     asked: dict[str, Any] = {"num_samples": 0, "report_to": "none", "progress": False}
 
     class Stop(Exception):
@@ -546,6 +546,7 @@ def test_where_the_prior_moves_a_bank_is_refused_before_anything_is_written(
     method: str, fresh: Fresh, subject_picture: Path, tmp_path: Path, cache: Path
 ) -> None:
     settings = config(image=subject_picture, method=method, prior="current")
+    settings = replace(settings, backbone=fresh().source)
     with pytest.raises(UserError, match="use --prior pretrained, or leave --prior-bank out"):
         run_tuning(settings, tmp_path / "run", backbone=fresh(), report_to="none")
     assert not (tmp_path / "run").exists() and not cache.exists()

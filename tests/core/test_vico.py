@@ -727,7 +727,7 @@ def test_sdxl_is_refused_in_one_sentence(tmp_path: Path, picture: Image.Image) -
     with pytest.raises(UserError, match=r"not for SDXL: choose.*another --method\."):
         ViCo(backbone, configure(config(), backbone))
     with pytest.raises(UserError, match="not for SDXL"):
-        load_weights("vico", backbone, tmp_path)
+        load_weights("vico", Backbone(pipeline, "sdxl", torch.device("cpu")), tmp_path)
 
 
 def test_a_word_that_has_learned_nothing_is_told_from_its_first_word(

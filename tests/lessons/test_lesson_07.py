@@ -18,7 +18,7 @@ from torch import Tensor
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.draws import step_generator
-from sude_lab.io.weights import load_weights
+from sude_lab.io.weights import load_weights, save_weights
 from sude_lab.methods import METHODS, Method, configure
 from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.sude import SudeRegularizer
@@ -106,7 +106,7 @@ def test_what_the_fifth_method_saves_comes_back(
     fifth: type[Method], fresh: Fresh, picture: Image.Image, tmp_path: Path
 ) -> None:
     tuned, loaded = fresh(), fresh()
-    last_step(settings(learning_rate=0.1), tuned, picture).method.save(tmp_path)
+    save_weights(last_step(settings(learning_rate=0.1), tuned, picture).method, tmp_path)
     load_weights(fifth.name, loaded, tmp_path)
     x_t, t = (
         torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
