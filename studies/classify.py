@@ -8,8 +8,8 @@ prompts (every second attribute of the 9 categories) in turn, with a look, backg
 of its own. Asked are
 
 - "attributes": the 20 prompts, "photo of a running dog", ...: all pairs (t, eps), and `pruned`, the
-  rule of `sude_lab.implicit` replayed on the same pairs, as the same answers would have led it,
-  with more and with less caution, too; and `first pairs`, all prompts with as many pairs as the
+  rule of `sude_lab.classify.implicit` replayed on the same pairs, as the same answers would have
+  led it, with more and with less caution, too; and `first pairs`, all prompts with as many pairs as the
   evaluations of pruning would have paid for, rounded up;
 - "categories": the 9 prompts "photo of a dog", ... at a grid of t, all together (`all pairs`), and
   eq. 5 of arXiv 2403.06775 at each t alone: `one step` with x_{t-1} drawn from
@@ -36,13 +36,13 @@ from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
 from sude_lab.classifier import class_log_posterior, squared_distance
+from sude_lab.classify.implicit import ImplicitClassifier, ask_in_rounds, posterior, spread_times
+from sude_lab.classify.probe import encode_all, latents_of, noise_generator, predictions
 from sude_lab.config import EMBEDDED
 from sude_lab.diffusion import posterior_mean, posterior_variance, reverse_mean
 from sude_lab.errors import UserError
-from sude_lab.implicit import ImplicitClassifier, ask_in_rounds, posterior, spread_times
 from sude_lab.io.files import atomic_write
 from sude_lab.io.opening import open_backbone
-from sude_lab.probe import encode_all, latents_of, noise_generator, predictions
 from sude_lab.prompts import photo_of
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import HEADS, Oracle, load_oracle

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sude_lab import classifier, diffusion, losses
+    from sude_lab.classify.implicit import ImplicitClassifier
     from sude_lab.generation import generate
     from sude_lab.guidance import sude_guidance
-    from sude_lab.implicit import ImplicitClassifier
     from sude_lab.io.opening import open_backbone
     from sude_lab.methods import configure
     from sude_lab.runs.folder import Run, run_tuning
@@ -27,7 +27,7 @@ _HOMES = {
     **dict.fromkeys(("SudeRegularizer", "SudeTerms", "sude_terms"), "sude"),
     **dict.fromkeys(("Run", "run_tuning"), "runs.folder"),
     **dict.fromkeys(("Tuning", "tune"), "tuning"),
-    "ImplicitClassifier": "implicit",
+    "ImplicitClassifier": "classify.implicit",
     "configure": "methods",
     "generate": "generation",
     "open_backbone": "io.opening",

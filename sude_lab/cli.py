@@ -304,7 +304,7 @@ def _evaluate(args: Evaluate) -> None:
 
 
 def _classify(args: Classify) -> None:
-    from sude_lab.implicit import ImplicitClassifier, checked_prompts
+    from sude_lab.classify.implicit import ImplicitClassifier, checked_prompts
     from sude_lab.io.opening import open_backbone
     from sude_lab.io.pictures import load_picture, open_picture
 

@@ -102,8 +102,9 @@ def load_weights(method: str, backbone: Backbone, folder: Path) -> None:
     backbone.use(f"holds the weights of a run ({folder})")
     tokens = []
     for token, vectors in saved:
-        ids = [backbone.add_token(word, "photo") for word in token_words(token, len(vectors[0]))]
-        tokens.append((zip(*ids, strict=True), vectors))
+        words = token_words(token, len(vectors[0]))
+        added = [backbone.add_token(word, "photo") for word in words]
+        tokens.append((zip(*added, strict=True), vectors))
     for part, module in (("unet", backbone.unet), *backbone.text_encoders.items()):
         path = folder / f"{part}.safetensors"
         if path.is_file():

@@ -25,16 +25,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from sude_lab.config import (
-    EMBEDDED,
-    RENAMED,
-    CompleteConfig,
-    TuningConfig,
-    fields_of,
-    kinds_of,
-    taken,
-)
-from sude_lab.errors import UserError
+from sude_lab.config import EMBEDDED, RENAMED, CompleteConfig, TuningConfig, fields_of
+from sude_lab.errors import UserError, kinds_of, taken
 from sude_lab.evaluate.dreambench import load_dreambench
 from sude_lab.evaluate.evaluate import FOLDER, prompts_of, settings_and_variants, subject_name
 from sude_lab.io.opening import hub_id, read_facts, resolve_source

@@ -24,10 +24,10 @@ from PIL import Image
 from torch import Tensor
 
 from sude_lab.backbone import Backbone
+from sude_lab.classify.probe import answers, decode
 from sude_lab.diffusion import to_x_0
 from sude_lab.errors import UserError
 from sude_lab.losses import sude_move, sude_weight
-from sude_lab.probe import answers, decode
 from sude_lab.prompts import photo_of
 from sude_lab.sude import sude_terms
 from sude_lab.view import plots

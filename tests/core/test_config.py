@@ -11,8 +11,8 @@ import pytest
 
 import sude_lab
 from sude_lab import tuning
-from sude_lab.config import CompleteConfig, TuningConfig, kinds_of, read_settings
-from sude_lab.errors import UserError
+from sude_lab.config import CompleteConfig, TuningConfig, read_settings
+from sude_lab.errors import UserError, kinds_of
 from sude_lab.methods import METHODS
 
 HEAVY = (

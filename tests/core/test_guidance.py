@@ -27,13 +27,8 @@ from sude_lab.diffusion import Schedule, to_eps
 from sude_lab.errors import UserError
 from sude_lab.frozen import FrozenUNet
 from sude_lab.generation import generate
-from sude_lab.guidance import (
-    SudeGuidance,
-    sude_correction,
-    sude_guidance,
-    sude_guided,
-    to_class_prompt,
-)
+from sude_lab.guidance import sude_correction, sude_guidance, sude_guided, to_class_prompt
+from sude_lab.io.guider import SudeGuidance
 from sude_lab.losses import guidance_projection, hinge_loss
 from sude_lab.runs.folder import Run
 

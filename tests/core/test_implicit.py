@@ -11,9 +11,7 @@ import torch
 from PIL import Image
 
 from sude_lab.backbone import Backbone, Condition
-from sude_lab.diffusion import Schedule
-from sude_lab.errors import UserError
-from sude_lab.implicit import (
+from sude_lab.classify.implicit import (
     ImplicitClassifier,
     ask_in_rounds,
     compare,
@@ -21,6 +19,8 @@ from sude_lab.implicit import (
     spread_times,
     step_weights,
 )
+from sude_lab.diffusion import Schedule
+from sude_lab.errors import UserError
 from sude_lab.world.mixture import GaussianMixture
 
 PROMPTS = ["photo of a dog", "photo of a cat", "photo of a candle", "", "photo of a running dog"]

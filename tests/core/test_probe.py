@@ -9,10 +9,10 @@ from PIL import Image
 
 from sude_lab.backbone import Backbone
 from sude_lab.classifier import class_log_posterior
+from sude_lab.classify.probe import decode, prompt_errors, thresholds
 from sude_lab.diffusion import add_noise, posterior_mean, posterior_variance, reverse_mean
 from sude_lab.errors import UserError
 from sude_lab.losses import sude_weight
-from sude_lab.probe import decode, prompt_errors, thresholds
 
 PICTURE = Image.new("RGB", (32, 32))
 PROMPTS = ["photo of a dog", "photo of a cat", ""]

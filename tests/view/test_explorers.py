@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from sude_lab.backbone import Backbone
+from sude_lab.classify.probe import decode
 from sude_lab.diffusion import add_noise, to_x_0
 from sude_lab.errors import UserError
-from sude_lab.probe import decode
 from sude_lab.view.thresholds import WIDGET_VIEW, Grid, ThresholdExplorer, ask
 
 CATEGORIES, TIMES, SEEDS = ("dog", "candle"), (50, 400, 900), (3, 4)

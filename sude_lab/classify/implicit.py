@@ -36,10 +36,10 @@ from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone, Condition
 from sude_lab.classifier import squared_distance
+from sude_lab.classify.probe import encode_all, latents_of, noise_generator, predictions
 from sude_lab.diffusion import Schedule
 from sude_lab.errors import UserError
 from sude_lab.losses import sude_weight
-from sude_lab.probe import encode_all, latents_of, noise_generator, predictions
 from sude_lab.prompts import PLACEHOLDER, checked
 
 WEIGHTINGS = ("elbo", "simple")
