@@ -192,7 +192,7 @@ def measure(args: Benchmark, name: str, config: TuningConfig, setting: str) -> d
         began = wait(args.device)
         next(run)
         times.append(wait(args.device) - began)
-    run.close()
+    del run
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else math.nan
     return {
         "seconds_per_step": statistics.median(times),

@@ -9,8 +9,8 @@ of its own. Asked are
 
 - "attributes": the 20 prompts, "photo of a running dog", ...: all pairs (t, eps), and `pruned`, the
   rule of `sude_lab.classify.implicit` replayed on the same pairs, as the same answers would have
-  led it, with more and with less caution, too; and `first pairs`, all prompts with as many pairs as the
-  evaluations of pruning would have paid for, rounded up;
+  led it, with more and with less caution, too; and `first pairs`, all prompts with as many pairs
+  as the evaluations of pruning would have paid for, rounded up;
 - "categories": the 9 prompts "photo of a dog", ... at a grid of t, all together (`all pairs`), and
   eq. 5 of arXiv 2403.06775 at each t alone: `one step` with x_{t-1} drawn from
   q(x_{t-1} | x_t, x_0), `one step, mean` with x_{t-1} at that distribution's mean;

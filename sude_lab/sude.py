@@ -173,8 +173,8 @@ class SudeRegularizer:
         bare = getattr(bare, "_orig_mod", bare)  # compiled
         self.model: Callable[..., Any] = prior if callable(prior) else unet
         if prior == "pretrained":
-            require_silent(bare)
             self.model = FrozenUNet(bare)
+            require_silent(bare)
 
     @property
     def schedule(self) -> Schedule:

@@ -184,11 +184,11 @@ def _tune_and_judge(
 
 def lockstep_groups(jobs: Sequence[Job], most: int) -> list[list[Job]]:
     """Return those of the runs that can be tuned together, `most` at once, in their order."""
-    usual = {name: getattr(TuningConfig, name) for name in (*MAY_DIFFER, *PRIOR)}
+    alone = {name: getattr(jobs[0].config, name) for name in (*MAY_DIFFER, *PRIOR) if jobs}
     alike: dict[Any, dict[Any, list[Job]]] = {}
     order = {job.key: number for number, job in enumerate(jobs)}
     for job in jobs:
-        priors = alike.setdefault(replace(job.config, **usual), {})
+        priors = alike.setdefault(replace(job.config, **alone), {})
         asked = tuple(getattr(job.config, name) for name in PRIOR)
         priors.setdefault(asked if job.config.with_sude else None, []).append(job)
     groups = []

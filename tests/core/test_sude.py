@@ -24,10 +24,12 @@ from sude_lab.diffusion import (
     reverse_mean,
 )
 from sude_lab.draws import FreshDraws
+from sude_lab.errors import UserError
 from sude_lab.frozen import FrozenUNet, without_adapters
 from sude_lab.losses import guidance_projection, sude_loss, sude_threshold
 from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.sude import SudeRegularizer, sude_terms
+from sude_lab.tuning import Tuning
 from sude_lab.world import drawing as world
 
 Fresh = Callable[[], Backbone]
@@ -463,3 +465,199 @@ def test_the_gate_shuts_at_the_rho_that_is_asked_for(truncate_at: float, weighti
     paper = sude_terms(subject, category, uncond, x_t, t, schedule, weighting=weighting)
     torch.testing.assert_close(terms.loss, paper.loss)
     torch.testing.assert_close(terms.threshold, paper.threshold)  # tau_t itself does not move
+
+
+# --- zero terminal SNR ---------------------------------------------------------------------------
+
+
+def dark(prediction_type: str, variance_type: str = "fixed_small") -> Schedule:
+    """A schedule from a real configuration whose last step holds nothing of the picture."""
+    scheduler = DDPMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type=prediction_type,
+        variance_type=variance_type,
+        rescale_betas_zero_snr=True,
+    )
+    schedule = Schedule.from_scheduler(scheduler)
+    assert schedule.alphas_cumprod[-1] == 0
+    return schedule
+
+
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize("weighting", ["exact", "simple", "reference"])
+def test_v_and_x_0_have_a_value_at_zero_terminal_snr(
+    prediction_type: str, variance_type: str, weighting: str
+) -> None:
+    schedule = dark(prediction_type, variance_type)
+    t = torch.tensor([1, 500, 998, 999])
+    x_t, category, null = (normal(4, 4, 3, 3, seed=k, dtype=torch.float64) for k in range(3))
+    subject = (null + 0.4 * (category - null)).requires_grad_()
+    terms = sude_terms(subject, category, null, x_t, t, schedule, weighting=weighting)
+    torch.testing.assert_close(terms.rho, torch.full_like(terms.rho, 0.4))
+    assert all(torch.isfinite(x).all() for x in (terms.loss, terms.threshold))
+    terms.gated.sum().backward()
+    assert subject.grad is not None and torch.isfinite(subject.grad).all()
+    # `simple` is an eps-space weight: what eps does not know of at the last step is not asked.
+    assert terms.gate.tolist() == [True, True, True, weighting != "simple"]
+    if weighting == "exact":  # eq. 7 of the means, which are there for v and x_0
+        means = [reverse_mean(u, x_t, t, schedule) for u in (subject, category, null)]
+        expected = sude_loss(*means, posterior_variance(t, schedule)) / 36
+        torch.testing.assert_close(terms.loss, expected, rtol=1e-7, atol=0)
+
+
+def test_eps_has_none_there() -> None:
+    outputs = [normal(1, 5, seed=k) for k in range(4)]
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        sude_terms(*outputs, torch.tensor([999]), dark("epsilon"), weighting="exact")
+
+
+def test_a_run_with_zero_terminal_snr_takes_its_last_step_of_noise(
+    predicting: Callable[[str], Backbone], picture: Image.Image
+) -> None:
+    backbone = predicting("v_prediction")
+    backbone.pipeline.scheduler = DDPMScheduler.from_config(
+        backbone.pipeline.scheduler.config, rescale_betas_zero_snr=True
+    )
+
+    class AtTheEnd(FreshDraws):
+        def draw(self, size: int, generator: torch.Generator) -> Any:
+            return replace(super().draw(size, generator), t=torch.full((size,), 999))
+
+    small = picture.resize((32, 32))
+    draws = AtTheEnd([backbone.encode_pictures([small])], 1000)
+    settings = TuningConfig(Path("dog.png"), "dog", max_train_steps=2, learning_rate=1e-3)
+    steps = list(Tuning(settings, backbone, picture, draws=draws))
+    assert all(torch.isfinite(step.loss_sude).all() for step in steps)
+    assert not torch.equal(steps[0].rho, torch.ones(2))
+
+
+# --- the plug in other people's loops ------------------------------------------------------------
+
+
+def plug(backbone: Backbone, **settings: Any) -> SudeRegularizer:
+    null, dog = (backbone.encode_prompts([text]) for text in ("", "photo of a dog"))
+    return SudeRegularizer(backbone.unet, backbone.pipeline.scheduler, dog, null, **settings)
+
+
+def called(sude: SudeRegularizer) -> Tensor:
+    return sude(normal(2, 4, 8, 8, seed=0), torch.tensor([30, 700]), normal(2, 4, 8, 8, seed=1))
+
+
+def test_made_before_parts_are_opened_it_says_where_to_make_it(tiny: Backbone) -> None:
+    sude = plug(tiny)
+    called(sude)
+    train_part(tiny.unet, "attention")
+    with pytest.raises(UserError, match="is trained and was not kept: make this after parts are"):
+        called(sude)
+    called(plug(tiny))
+
+
+def test_made_before_the_attention_processors_it_says_so(tiny: Backbone) -> None:
+    from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
+
+    sude = plug(tiny)
+    processors = dict(tiny.unet.attn_processors)
+    name = next(n for n in processors if n.endswith("attn2.processor"))
+    width = tiny.unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
+    processors[name] = CustomDiffusionAttnProcessor2_0(
+        hidden_size=width, cross_attention_dim=tiny.text_encoder.config.hidden_size
+    )
+    tiny.unet.set_attn_processor(processors)
+    with pytest.raises(UserError, match="was added and was not kept"):
+        called(sude)
+
+
+def test_a_lora_that_replaces_forward_needs_a_callable(tiny: Backbone) -> None:
+    class Kohya(nn.Module):
+        def __init__(self, layer: nn.Linear) -> None:
+            super().__init__()
+            self.original, self.scale = layer.forward, 1.0
+            self.down = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            layer.forward = self.forward
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.original(x) + self.scale * self.down(x)
+
+    early = plug(tiny)
+    before = called(early)
+    layer = next(m for n, m in tiny.unet.named_modules() if n.endswith("attn2.to_k"))
+    lora = Kohya(layer)
+    for make in (lambda: called(early), lambda: plug(tiny)):
+        with pytest.raises(UserError, match="answers through a Kohya"):
+            make()
+
+    def frozen(*args: Any, **kwargs: Any) -> Any:
+        lora.scale = 0.0
+        try:
+            return tiny.unet(*args, **kwargs)
+        finally:
+            lora.scale = 1.0
+
+    torch.testing.assert_close(called(plug(tiny, prior=frozen)), before)
+    assert not torch.allclose(called(plug(tiny, prior="current")), before)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_a_lora_that_changes_the_frozen_weights_is_refused(start: Any, tiny: Backbone) -> None:
+    tiny.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=start))
+    with pytest.raises(UserError, match=f"starts by {start}"):
+        plug(tiny)
+
+
+def test_a_lora_that_says_something_already_is_refused(tiny: Backbone) -> None:
+    """As after `--resume_from_checkpoint`: `pretrained` would ask the model without it."""
+    trained = train_part(tiny.unet, "lora")
+    called(plug(tiny))
+    with torch.no_grad():
+        for p in trained.values():
+            p.add_(0.1)
+    with pytest.raises(UserError, match="already changes its answers"):
+        plug(tiny)
+    called(plug(tiny, prior="current"))
+
+
+def test_an_adapter_around_what_was_kept_is_refused(tiny: Backbone) -> None:
+    train_part(tiny.unet, "unet")
+    sude = plug(tiny)
+    tiny.unet.add_adapter(LORA)
+    with pytest.raises(UserError, match="make this after"):
+        called(sude)
+
+
+def test_the_mean_is_over_what_the_unet_gives_not_what_it_takes() -> None:
+    """An inpainting UNet takes nine channels and gives four."""
+    null, dog = (Condition(torch.full((1, 3, 2), v)) for v in (0.0, 1.0))
+
+    def unet(x: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> Any:
+        of = encoder_hidden_states.mean((1, 2))[:, None, None, None]
+        return SimpleNamespace(sample=of * x[:, :4])
+
+    schedule = Schedule(torch.linspace(0.99, 0.01, 100))
+    x, t, output = normal(2, 9, 3, 3, seed=0), torch.tensor([3, 60]), normal(2, 4, 3, 3, seed=1)
+    settings: dict[str, Any] = {"prior": "current", "weighting": "simple", "truncated": False}
+    loss = SudeRegularizer(unet, schedule, dog, null, **settings)(x, t, output)
+    by_hand = (output - x[:, :4]).square().mean((1, 2, 3)) - output.square().mean((1, 2, 3))
+    torch.testing.assert_close(loss, by_hand)
+
+
+def test_the_scheduler_is_asked_at_the_call(tiny: Backbone) -> None:
+    sude = plug(tiny)
+    before = called(sude)
+    tiny.pipeline.scheduler.register_to_config(prediction_type="v_prediction")
+    assert not torch.allclose(called(sude), before)
+    torch.testing.assert_close(called(sude), called(plug(tiny)))
+
+
+def test_a_batch_of_several_categories_is_judged_by_each_ones_own(tiny: Backbone) -> None:
+    sude = plug(tiny, truncated=False)
+    x, t, output = normal(2, 4, 8, 8, seed=0), torch.tensor([30, 700]), normal(2, 4, 8, 8, seed=1)
+    both = tiny.encode_prompts(["photo of a dog", "photo of a cat"]).hidden
+    loss = sude(x, t, output, both)
+    torch.testing.assert_close(loss[0], sude(x, t, output)[0], rtol=1e-3, atol=1e-6)
+    cat = SudeRegularizer(
+        tiny.unet, tiny.schedule, both[1:], tiny.encode_prompts([""]), truncated=False
+    )
+    torch.testing.assert_close(loss[1], cat(x, t, output)[1], rtol=1e-3, atol=1e-6)
