@@ -48,7 +48,6 @@ kinds). diffusers' modular pipelines do have a place for it: `sude_lab.io.guider
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -58,9 +57,8 @@ from torch import Tensor, nn
 
 from sude_lab.backbone import Backbone, Condition, concatenate
 from sude_lab.errors import UserError
-from sude_lab.frozen import without_adapters
+from sude_lab.frozen import adapter_layers, without_adapters
 from sude_lab.losses import guidance_projection
-from sude_lab.prompts import article, placeholder
 
 
 def sude_correction(
@@ -114,30 +112,13 @@ def sude_guided(
     return guided + guidance_scale * correction
 
 
-def to_class_prompt(prompt: str, *categories: str) -> str:
-    """Return the prompt with {S*}, {S*2}, ... as their categories, for the frozen model.
-
-    "photo of a running {S*}" and "photo of a running {S*} dog" both become "photo of a running
-    dog".
-    """
-    for number, category in enumerate(categories):
-        mark, word = re.escape(placeholder(number)), re.escape(category)
-        prompt = re.sub(
-            rf"(?:\b(an?)\s+)?{mark}(?:\s+{word}\b)?",
-            lambda m, c=category: f"{article(c)} {c}" if m[1] else c,  # type: ignore[misc]
-            prompt,
-            flags=re.IGNORECASE,
-        )
-    return prompt
-
-
 def has_adapters(unet: nn.Module) -> bool:
     """Whether the UNet carries a LoRA (peft) that can be switched off.
 
     Raises:
         UserError: it is fused into the weights.
     """
-    layers = [m for m in unet.modules() if hasattr(m, "adapter_layer_names")]
+    layers = adapter_layers(unet)
     if any(layer.merged for layer in layers):
         raise UserError(
             "The LoRA is fused into the weights and cannot be switched off: call unfuse_lora() on "

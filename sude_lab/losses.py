@@ -153,32 +153,6 @@ def hinge_loss(x_prev: Tensor, mean_class: Tensor, mean_uncond: Tensor, variance
     return -2 * threshold * torch.relu(1 - rho)
 
 
-def sude_move(
-    x_prev: Tensor,
-    mean_class: Tensor,
-    mean_uncond: Tensor,
-    variance: Tensor,
-    weight_sude: float,
-    *,
-    truncated: bool = True,
-) -> Tensor:
-    """How far SuDe moves a prediction along d = mean_class - mean_uncond, when moving has a price.
-
-    argmin_s ||s d||^2 + w_s hinge(x_prev + s d) = min(w_s / (2 sigma_t^2), max(0, 1 - rho)),
-    derived from arXiv 2403.06775, eq. 3 and 7-10: the price is what eq. 3 would charge for leaving
-    x_prev. In eps-space it is min(w_s w_t, max(0, 1 - rho)). Without truncation rho bounds nothing,
-    and s = w_s / (2 sigma_t^2).
-
-    Args: as `sude_loss`; weight_sude: w_s. Returns s, (B,), in lengths of d, without a gradient.
-
-    Raises:
-        ValueError: shapes disagree, or the variance is not positive (fixed_small at t = 0).
-    """
-    rho = guidance_projection(x_prev.detach(), mean_class, mean_uncond)
-    far = weight_sude / (2 * checked_variance(variance, x_prev)).to(rho.dtype)
-    return torch.minimum(far, torch.relu(1 - rho)) if truncated else far
-
-
 def class_regularizer(mean_class: Tensor, mean_class_pretrained: Tensor) -> Tensor:
     """DreamBooth's prior preservation: keep saying of the class what the pretrained model says.
 

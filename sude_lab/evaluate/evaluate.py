@@ -136,7 +136,7 @@ def evaluate(
         out: Folder of the common tables; None: that of the one run, RUN/evaluation.
         references: Pictures of the subject; a folder with such a folder for every subject; or
             DreamBench. None: the picture that the run was tuned on.
-        prompts: Names of `PROMPT_SETS` and files (see `prompts.read_prompts`).
+        prompts: Names of `PROMPT_SETS` and files (see `sude_lab.evaluate.prompts`).
         structure: default (the method's own template), P1, P2 or P3; for our own sets.
         num_images: Pictures a prompt and seed.
         num_seeds: Seeds of drawing, `seed`, `seed + 1`, ...

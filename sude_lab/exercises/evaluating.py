@@ -19,7 +19,7 @@ def check_judged_text(answer: Answer, *, seed: int = 0) -> None:
     """Check judged_text(prompt, category): what CLIP-T compares a picture with.
 
     The subject's {S*}, which no encoder ever met, is dropped where its category stands behind it,
-    and gives way to the category elsewhere; see `sude_lab.prompts.caption`. No equation.
+    and gives way to the category elsewhere; see `sude_lab.evaluate.prompts.caption`. No equation.
 
     Raises:
         Mistake: the answer is wrong.

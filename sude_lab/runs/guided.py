@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager
 
 import torch
@@ -9,8 +10,26 @@ from torch import Tensor
 
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
-from sude_lab.guidance import has_adapters, sude_guidance, to_class_prompt
+from sude_lab.guidance import has_adapters, sude_guidance
 from sude_lab.io.opening import open_backbone
+from sude_lab.prompts import article, placeholder
+
+
+def to_class_prompt(prompt: str, *categories: str) -> str:
+    """Return the prompt with {S*}, {S*2}, ... as their categories, for the frozen model.
+
+    "photo of a running {S*}" and "photo of a running {S*} dog" both become "photo of a running
+    dog".
+    """
+    for number, category in enumerate(categories):
+        mark, word = re.escape(placeholder(number)), re.escape(category)
+        prompt = re.sub(
+            rf"(?:\b(an?)\s+)?{mark}(?:\s+{word}\b)?",
+            lambda m, c=category: f"{article(c)} {c}" if m[1] else c,  # type: ignore[misc]
+            prompt,
+            flags=re.IGNORECASE,
+        )
+    return prompt
 
 
 def guidance_for(

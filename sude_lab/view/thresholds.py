@@ -24,15 +24,42 @@ from PIL import Image
 from torch import Tensor
 
 from sude_lab.backbone import Backbone
+from sude_lab.classifier import checked_variance
 from sude_lab.classify.probe import answers, decode
 from sude_lab.diffusion import to_x_0
 from sude_lab.errors import UserError
-from sude_lab.losses import sude_move, sude_weight
+from sude_lab.losses import guidance_projection, sude_weight
 from sude_lab.prompts import photo_of
 from sude_lab.sude import sude_terms
 from sude_lab.view import plots
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+def sude_move(
+    x_prev: Tensor,
+    mean_class: Tensor,
+    mean_uncond: Tensor,
+    variance: Tensor,
+    weight_sude: float,
+    *,
+    truncated: bool = True,
+) -> Tensor:
+    """How far SuDe moves a prediction along d = mean_class - mean_uncond, when moving has a price.
+
+    argmin_s ||s d||^2 + w_s hinge(x_prev + s d) = min(w_s / (2 sigma_t^2), max(0, 1 - rho)),
+    derived from arXiv 2403.06775, eq. 3 and 7-10: the price is what eq. 3 would charge for leaving
+    x_prev. In eps-space it is min(w_s w_t, max(0, 1 - rho)). Without truncation rho bounds nothing,
+    and s = w_s / (2 sigma_t^2).
+
+    Args: as `sude_loss`; weight_sude: w_s. Returns s, (B,), in lengths of d, without a gradient.
+
+    Raises:
+        ValueError: shapes disagree, or the variance is not positive (fixed_small at t = 0).
+    """
+    rho = guidance_projection(x_prev.detach(), mean_class, mean_uncond)
+    far = weight_sude / (2 * checked_variance(variance, x_prev)).to(rho.dtype)
+    return torch.minimum(far, torch.relu(1 - rho)) if truncated else far
 
 
 @dataclass(frozen=True)
@@ -108,7 +135,7 @@ class Reading:
     """lambda_tau, eq. 9."""
     rho: float
     move: float
-    """How far SuDe moves the answer, in lengths of d: `sude_lab.losses.sude_move`."""
+    """How far SuDe moves the answer, in lengths of d: `sude_move`."""
 
     def __str__(self) -> str:
         gate = f"OPEN: moves by {self.move:.2f} d" if self.open else "shut: moves nothing"
@@ -123,7 +150,7 @@ class ThresholdExplorer:
     """Sliders for t, category, noise and w_s over x_t, the push, and L_sude against tau_t.
 
     The push is where SuDe, arXiv 2403.06775, eq. 7-10, moves the tuned model's answer when moving
-    costs what eq. 3 would charge for it: e_sub + s d with s of `sude_lab.losses.sude_move`. Show it
+    costs what eq. 3 would charge for it: e_sub + s d with s of `sude_move`. Show it
     as the last line of a cell; `update` and `png` do the same without a page.
 
     Args:

@@ -37,12 +37,13 @@ from sude_lab.config import EMBEDDED, CompleteConfig, TuningConfig
 from sude_lab.diffusion import add_noise, training_target
 from sude_lab.draws import picture_latents
 from sude_lab.errors import UserError
+from sude_lab.evaluate.prompts import STRUCTURES, fill_words, with_attribute
 from sude_lab.generation import generate
 from sude_lab.io.files import atomic_write
 from sude_lab.io.opening import open_backbone
 from sude_lab.losses import subject_loss
 from sude_lab.methods import configure, get_method
-from sude_lab.prompts import STRUCTURES, fill, fill_words, photo_of, with_attribute
+from sude_lab.prompts import fill, photo_of
 from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.runs.prior_bank import Pairs
 from sude_lab.tuning import Step

@@ -27,10 +27,11 @@ from sude_lab.diffusion import Schedule, to_eps
 from sude_lab.errors import UserError
 from sude_lab.frozen import FrozenUNet
 from sude_lab.generation import generate
-from sude_lab.guidance import sude_correction, sude_guidance, sude_guided, to_class_prompt
+from sude_lab.guidance import sude_correction, sude_guidance, sude_guided
 from sude_lab.io.guider import SudeGuidance
 from sude_lab.losses import guidance_projection, hinge_loss
 from sude_lab.runs.folder import Run
+from sude_lab.runs.guided import to_class_prompt
 
 B, SHAPE = 6, (3, 4, 5)
 PROMPT, CLASS = "photo of a burning candle", "photo of a running dog"

@@ -23,12 +23,12 @@ from sude_lab.losses import (
     hinge_loss,
     subject_loss,
     sude_loss,
-    sude_move,
     sude_threshold,
     sude_weight,
     total_loss,
     truncate,
 )
+from sude_lab.view.thresholds import sude_move
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 VARIANCE = torch.tensor([0.3, 2.0, 1e-2, 0.7], dtype=torch.float64)

@@ -7,18 +7,18 @@ import pytest
 from tokenizers import AddedToken
 
 from sude_lab.errors import UserError
-from sude_lab.evaluate.prompts import Prompt, caption, prompt_for, read_prompts, structured
-from sude_lab.io.opening import open_backbone
-from sude_lab.methods import METHODS
-from sude_lab.prompts import (
-    PLACEHOLDER,
-    article,
-    fill,
+from sude_lab.evaluate.prompts import (
+    Prompt,
+    caption,
     fill_words,
-    photo_of,
-    placeholder,
+    prompt_for,
+    read_prompts,
+    structured,
     with_attribute,
 )
+from sude_lab.io.opening import open_backbone
+from sude_lab.methods import METHODS
+from sude_lab.prompts import PLACEHOLDER, article, fill, photo_of, placeholder
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,12 @@ from sude_lab.losses import (
     hinge_loss,
     subject_loss,
     sude_loss,
-    sude_move,
     sude_threshold,
     sude_weight,
     total_loss,
     truncate,
 )
+from sude_lab.view.thresholds import sude_move
 
 CLOSE: dict[str, Any] = {"rtol": 1e-7, "atol": 1e-7}
 seeds = st.integers(0, 2**31 - 1)

@@ -23,7 +23,7 @@ from sude_lab.io.reading import MOST_BYTES, read_yaml
 from sude_lab.prompts import PLACEHOLDER
 from sude_lab.sweep.grid import make_plan, read_grid
 from sude_lab.sweep.sweep import PLAN, survey
-from sude_lab.tuning import with_defaults
+from sude_lab.methods import configure
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
@@ -237,7 +237,7 @@ def test_facts_of_any_content(facts: Any, tmp_path_factory: pytest.TempPathFacto
     (folder / FACTS_FILE).write_text(json.dumps(facts, default=str), encoding="utf-8")
     try:
         known = read_facts(folder)
-        config = with_defaults(TuningConfig(Path("x.png"), "dog"), known)
+        config = configure(TuningConfig(Path("x.png"), "dog"), known)
         drawing = sampling_settings(known)
     except UserError as error:
         assert str(error).isprintable()
