@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -317,9 +318,9 @@ def run_tuning(
 
     started = time.time()
     done = state["step"] if state else 0
-    start: Callable[..., Iterator[Step]] = tuner or prepared_tuning
-    steps = start(config, backbone, pictures, state=state, accelerator=accelerator)
-    steps = _keeping(steps, out, accelerator)
+    begin: Callable[..., Iterator[Step]] = tuner or prepared_tuning
+    begin = partial(begin, config, backbone, pictures, state=state, accelerator=accelerator)
+    steps = _keeping(begin, out, accelerator)
     # Before the bar: what is wrong with the settings shows here, and is one sentence then.
     first = next(steps)
     if main:
@@ -454,13 +455,13 @@ def _read_config(path: Path) -> CompleteConfig:
                 "sude_lab that wrote it."
             )
         settings = read_settings(values)
+        get_method(settings["method"])
         if any("\0" in str(settings.get(name)) for name in fields_of("place")):
             raise ValueError(path)
         try:
             config = CompleteConfig(**settings)
         except UserError as error:
             raise UserError(f"{path} is damaged: {error}") from error
-        get_method(config.method)
         return config
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
@@ -521,11 +522,11 @@ def _begin(out: Path, config: TuningConfig, pictures: list[Image.Image]) -> None
 # --- what a failure leaves -----------------------------------------------------------------------
 
 
-def _keeping(steps: Iterator[Step], out: Path, accelerator: Any) -> Iterator[Step]:
-    """Pass the steps on; where tuning fails after one of them, keep the weights and name them."""
+def _keeping(begin: Callable[[], Iterator[Step]], out: Path, accelerator: Any) -> Iterator[Step]:
+    """Pass the steps of a run on; where it fails after one, keep the weights and name them."""
     last = None
     try:
-        for step in steps:
+        for step in begin():
             last = step
             yield step
     except UserError as error:

@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
-from sude_lab.config import EMBEDDED, CompleteConfig, TuningConfig
+from sude_lab.config import EMBEDDED, PRESETS, CompleteConfig, TuningConfig
 from sude_lab.diffusion import add_noise, training_target
 from sude_lab.draws import picture_latents
 from sude_lab.errors import UserError
@@ -361,19 +361,21 @@ def _run_job(config: StudyConfig, job: tuple[str, str, str, int]) -> list[dict[s
     key = dict(zip(KEYS, job, strict=True))
     grids: dict[str, list[Image.Image]] = {}
     try:
+        if preset != "default" and preset not in PRESETS:
+            raise UserError(f"There is no preset {preset!r}: choose {', '.join(PRESETS)}.")
         tuning = TuningConfig(
             image=Path(f"{name}.png"),
             category=who.scene.category,
             method=method,
             seed=seed,
             backbone=config.backbone,
-            **settings,
+            **PRESETS.get(preset, {}) | settings,
         )
         rows = tune_and_measure(
             _models["base"],
             _models["oracle"],
             who,
-            configure(tuning, _models["base"], preset=preset),
+            tuning,
             num_images=config.num_images,
             grids=grids,
             asks=config.asks,

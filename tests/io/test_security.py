@@ -268,7 +268,7 @@ def test_no_token_and_no_category_leaves_the_folder_of_the_run(
     token: str, category: str, fresh: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Taken or refused; the weights of a token that is taken lie where they should."""
-    from sude_lab.methods import get_method
+    from sude_lab.methods import configure, get_method
 
     backbone: Backbone = fresh()
     backbone.facts = {}  # of a model that does not say which words it knows
@@ -277,7 +277,7 @@ def test_no_token_and_no_category_leaves_the_folder_of_the_run(
             Path("x.png"), backbone.check_category(category), token=token,
             method="textual_inversion", weight_sude=0.0, prior="current",
         )  # fmt: skip
-        method = get_method("textual_inversion")(backbone, config)
+        method = get_method("textual_inversion")(backbone, configure(config, backbone))
     except UserError as error:
         assert str(error).isprintable()
         return

@@ -194,7 +194,7 @@ def test_a_small_bank_s_noise_is_learnt_by_heart(tiny: Backbone) -> None:
     before = study.noise_errors(untuned, config, who.picture)
     assert before["loss_seen"] == pytest.approx(before["loss_new"], rel=0.1)
     tuned = tiny.copy()
-    assert len(list(study.tune(config, tuned, who.picture))) == 80
+    assert len(list(study.prepared_tuning(config, tuned, who.picture))) == 80
     after = study.noise_errors(tuned, config, who.picture)
     assert after["loss_seen"] < 0.8 * after["loss_new"]
     assert after["loss_seen"] < 0.8 * before["loss_seen"]
