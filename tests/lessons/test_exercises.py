@@ -835,12 +835,12 @@ def test_a_broken_source_is_found_broken(sentence: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_readme_says_how_long_and_for_how_many_points(name: str) -> None:
+def test_the_guide_says_how_long_and_for_how_many_points(name: str) -> None:
     found = [(card, check) for card, _, check in tasks(read(name))]
     minutes = sum(int(CARD.match(source(card))[2]) for card, _ in found)
     points = sum(info(check)["points"] for _, check in found)
     row = f"| `{name}` | {len(found)} | {points} | {minutes} | "
-    assert row in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert row in (ROOT / "notebooks/guide/teaching.md").read_text(encoding="utf-8")
 
 
 # --- the students' copies ------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 EXERCISES = sorted((NOTEBOOKS[0].parent / "exercises").glob("*.ipynb"))
+PAGE = (NOTEBOOKS[0].parent / "guide" / "lessons.md").read_text(encoding="utf-8")
 README = (NOTEBOOKS[0].parent.parent / "README.md").read_text(encoding="utf-8")
 MAX_LINES, MAX_BYTES = 20, 600_000
 CHECKED = "# NBVAL_CHECK_OUTPUT"
@@ -154,12 +155,13 @@ def test_a_broken_notebook_is_found_broken(sentence: str) -> None:
     assert any(sentence in problem for problem in problems(notebook)), problems(notebook)
 
 
-def test_the_readme_counts_what_is_there() -> None:
+def test_the_guide_counts_what_is_there() -> None:
     root = NOTEBOOKS[0].parent.parent
-    rows = re.findall(r"^\| \[(\w+)\]\(notebooks/\w+\.ipynb\) \|.*$", README, re.M)
-    assert rows == [path.stem for path in NOTEBOOKS]
+    names = [path.stem for path in NOTEBOOKS]
+    assert re.findall(r"^\| \[(\w+)\]\(\.\./\w+\.ipynb\) \|.*$", PAGE, re.M) == names
+    assert re.findall(r"^\| \[(\w+)\]\(notebooks/\w+\.ipynb\) \|.*$", README, re.M) == names
     for path in NOTEBOOKS:
-        line = re.search(rf"^\| \[{path.stem}\].*$", README, re.M)
+        line = re.search(rf"^\| \[{path.stem}\].*$", PAGE, re.M)
         assert line
         *_, cells, compared, tasks = (part.strip() for part in line[0].strip("| ").split("|"))
         found = json.loads(path.read_text(encoding="utf-8"))["cells"]

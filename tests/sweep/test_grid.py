@@ -265,7 +265,8 @@ def test_the_full_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(plan.jobs) == 30 * 4 * (4 * 2 + 1) * 3 * 2 and plan.num_equal == 720
     assert {job.pictures for job in plan.jobs} == {30 * 4}
     assert {Path(job.asked["references"]) for job in plan.jobs} == {tmp_path / "dreambooth/dataset"}
-    # The README shows what the dry run says.
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    # The guide shows what the dry run says.
+    page = (ROOT / "notebooks" / "guide" / "grids-and-clusters.md").read_text(encoding="utf-8")
+    page = " ".join(page.split())
     for line in (x for x in describe(plan).splitlines() if x and not x.startswith("|:")):
-        assert " ".join(line.split()) in readme, line
+        assert " ".join(line.split()) in page, line
