@@ -19,7 +19,9 @@ nothing is read from those. `environment.json` comes last: where it is, the run 
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import os
 import platform
 import re
@@ -32,10 +34,9 @@ from functools import partial
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -63,6 +64,9 @@ from sude_lab.prompts import PLACEHOLDER, checked, fill, placeholder
 from sude_lab.runs.export import CARD, Precision, model_card, write_kohya
 from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.tuning import Step
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CONFIG, PICTURE, METRICS = "config.json", "picture.png", "metrics.csv"
 SAMPLES, WEIGHTS, ENVIRONMENT, CHECKPOINT = (
@@ -103,6 +107,8 @@ class Run:
         Raises:
             UserError: the file is damaged.
         """
+        import pandas as pd
+
         try:
             return pd.read_csv(self.folder / METRICS)
         except (OSError, ValueError) as error:
@@ -364,7 +370,7 @@ def run_tuning(
     if main:
         _keep_weights(out / WEIGHTS, step)
         with atomic_write(out / METRICS) as path:
-            pd.DataFrame(rows).to_csv(path, index=False)
+            _write_rows(path, rows)
         seconds = time.time() - started
         if num_samples:
             _draw_grid(out / SAMPLES, config, backbone, samples, num_samples, progress)
@@ -559,6 +565,14 @@ def _told(error: UserError, out: Path, last: Step | None) -> UserError:
     if not kept:
         return error
     return UserError(f"{str(error).rstrip('.')}; kept: {' and '.join(kept)}.")
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, float]]) -> None:
+    """Write rows of numbers as CSV, as pandas does: what is no number is left empty."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: "" if math.isnan(v) else v for k, v in row.items()} for row in rows)
 
 
 def _keep_weights(folder: Path, step: Step) -> None:
