@@ -1,5 +1,7 @@
 """The repository installs from one list of dependencies and holds what the README promises."""
 
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -47,12 +49,45 @@ def test_every_dependency_has_a_lower_bound_and_a_cap() -> None:
 
 
 def test_extras() -> None:
-    extras = {"test", "dev", "browser", "teach", "cluster", "site"}
+    extras = {"lab", "sweep", "test", "dev", "browser", "teach", "cluster", "site"}
     assert set(PROJECT["optional-dependencies"]) == extras
+    assert {Requirement(line).name for line in PROJECT["dependencies"]} == {
+        "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy",
+        "pillow", "tqdm", "filelock", "jinja2",
+    }  # fmt: skip
 
 
 def test_command_line_entry() -> None:
-    assert PROJECT["scripts"] == {"sude-lab": "sude_lab.cli:main"}
+    assert PROJECT["scripts"] == {"sude-lab": "sude_lab.__main__:main"}
+
+
+@pytest.mark.parametrize("name", ["tyro", "sude_lab.errors"])
+def test_without_the_extras_the_command_says_what_to_install(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sude_lab.__main__ import main
+
+    monkeypatch.delitem(sys.modules, "sude_lab.cli", raising=False)
+    monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+    if name == "tyro":
+        assert main() == 2
+        assert '".[lab]"' in capsys.readouterr().err
+    else:  # a fault of ours is no missing package
+        with pytest.raises(ModuleNotFoundError):
+            main()
+
+
+def test_importing_the_package_is_a_blink() -> None:
+    program = (
+        "import time; t = time.perf_counter(); import sude_lab; print(time.perf_counter() - t)"
+    )
+    taken = min(
+        float(
+            subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+        )
+        for _ in range(3)  # of a busy machine, the quietest moment
+    )
+    assert taken < 0.3
 
 
 @pytest.mark.parametrize("folder", ["notebooks", "sude_lab", "data", "tests"])
