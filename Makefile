@@ -1,8 +1,11 @@
 # One command each; `make site` needs `pip install -e ".[site]"`.
-.PHONY: site test style
+.PHONY: site address test style
 
-site:  ## the lessons as HTML: open site/_build/html/index.html
+site:  ## lessons, guide and reference as HTML: open site/_build/html/index.html
 	jupyter-book build notebooks --path-output site --warningiserror --keep-going
+
+address:  ## write the repository's address, pyproject.toml, [project.urls], into the lessons
+	python -m studies.address
 
 test:
 	pytest -q
@@ -11,3 +14,4 @@ style:
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports

@@ -1,62 +1,97 @@
-"""The site holds every lesson, as it is stored, and its badges lead to the right notebook."""
+"""The site holds lessons, exercises, guide and reference, and needs no network."""
 
 import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
+from studies import address
+
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 LESSONS = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
-HOME = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+EXERCISES = sorted(f"exercises/{path.stem}" for path in (NOTEBOOKS / "exercises").glob("*.ipynb"))
+PLACE = "https://github.com/someone/a-fork"
 
 
 def read(name: str) -> dict:
     return yaml.safe_load((NOTEBOOKS / name).read_text(encoding="utf-8"))
 
 
-def test_every_lesson_is_a_page() -> None:
+def test_every_lesson_exercise_and_guide_is_a_page() -> None:
     toc = read("_toc.yml")
-    assert [toc["root"], *(c["file"] for c in toc["chapters"])] == LESSONS
+    parts = {part["caption"]: [c["file"] for c in part["chapters"]] for part in toc["parts"]}
+    assert toc["root"] == "index"
+    assert list(parts) == ["Lessons", "Exercises", "Guide", "Reference"]
+    assert parts["Lessons"] == LESSONS
+    assert parts["Exercises"] == EXERCISES
+    assert sorted(parts["Guide"]) == sorted(f"guide/{p.stem}" for p in NOTEBOOKS.glob("guide/*.md"))
 
 
-def test_pages_are_built_from_what_is_stored_and_link_home() -> None:
-    config = read("_config.yml")
-    assert config["execute"]["execute_notebooks"] == "off"
-    assert config["repository"]["url"] == HOME
-    assert config["repository"]["path_to_book"] == "notebooks"
-    assert config["launch_buttons"]["colab_url"] == "https://colab.research.google.com"
+def test_the_reference_has_every_room() -> None:
+    pages = [path.read_text(encoding="utf-8") for path in NOTEBOOKS.glob("reference/*.md")]
+    entries = {name for page in pages for name in re.findall(r"^   (.+)$", page, re.M)}
+    names = {name.removesuffix(".*") for line in entries for name in line.split()}
+    rooms = {path.stem for path in (ROOT / "sude_lab").iterdir() if path.suffix in ("", ".py")}
+    beside = {"__init__", "__main__", "__pycache__", "cli", "demo", "exercises", "data", "report"}
+    assert {room for room in rooms if not room.startswith(".")} - beside <= names
+
+
+def test_pages_are_built_from_what_is_stored() -> None:
+    assert read("_config.yml")["execute"]["execute_notebooks"] == "off"
 
 
 @pytest.mark.parametrize("name", LESSONS)
-def test_a_badge_opens_its_own_notebook_and_the_cell_below_fetches_the_rest(name: str) -> None:
-    cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
-    title, setup = ("".join(cell["source"]) for cell in cells[:2])
-    place = HOME.removeprefix("https://github.com/")
-    link = f"https://colab.research.google.com/github/{place}/blob/main/notebooks/{name}.ipynb"
-    assert re.findall(r"\[!\[[^\]]+\]\([^)]+\)\]\(([^)]+)\)", title) == [link]
-    assert f"git clone -q --depth 1 {HOME}" in setup and '"google.colab" in sys.modules' in setup
+def test_a_lesson_has_the_address_that_the_maintainers_set_and_no_other(name: str) -> None:
+    notebook = (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")
+    assert address.addressed(notebook, name, address.address()) == notebook, "make address"
+    linked = address.addressed(notebook, name, PLACE)
+    title, setup = ("".join(cell["source"]) for cell in json.loads(linked)["cells"][:2])
+    link = (
+        f"https://colab.research.google.com/github/someone/a-fork/blob/main/notebooks/{name}.ipynb"
+    )
+    assert re.findall(r"^\[[^\]]+\]\((https://colab[^)]+)\)$", title, re.M) == [link]
+    assert f'REPOSITORY = "{PLACE}"' in setup and '"google.colab" in sys.modules' in setup
+    bare = address.addressed(linked, name, "")
+    assert "colab.research" not in bare and PLACE not in bare
+    assert address.addressed(bare, name, PLACE) == linked
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("jupyter_book") is None,
+    not (
+        importlib.util.find_spec("jupyter_book")
+        and importlib.util.find_spec("sphinx-mathjax-offline")
+    ),
     reason='Jupyter Book is not installed: pip install -e ".[site]".',
 )
-def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
-    shutil.copytree(NOTEBOOKS, tmp_path / "notebooks")
-    command = [sys.executable, "-m", "jupyter_book", "build", "notebooks", "--path-output", "site"]
-    told = subprocess.run(
-        [*command, "--warningiserror", "--keep-going"], cwd=tmp_path, capture_output=True, text=True
+def test_the_site_is_built_without_a_warning_and_needs_no_network(tmp_path: Path) -> None:
+    program = "from jupyter_book.cli.main import main; main()"
+    command = [sys.executable, "-c", program, "build", NOTEBOOKS, "--path-output", tmp_path]
+    done = subprocess.run(
+        [*command, "--warningiserror", "--keep-going"], cwd=ROOT, capture_output=True, text=True
     )
-    assert told.returncode == 0, told.stdout[-3000:] + told.stderr[-3000:]
-    html = tmp_path / "site" / "_build" / "html"
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    html = tmp_path / "_build" / "html"
+    pages = {path.relative_to(html).as_posix(): path for path in html.rglob("*.html")}
+    text = {name: path.read_text(encoding="utf-8") for name, path in pages.items()}
+    for name in ("index", *LESSONS, *EXERCISES):
+        page = text[f"{name}.html"]
+        assert "Traceback" not in page
+        # What a browser fetches by itself lies on the site.
+        fetched = re.findall(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"([^\"]+)\"", page)
+        fetched += re.findall(r"<link\b[^>]*\bhref=\"([^\"]+)\"", page)
+        assert not [f for f in fetched if re.match(r"(https?:)?//", f)], name
     for name in LESSONS:
-        page = (html / f"{name}.html").read_text(encoding="utf-8")
-        assert "<img" in page and "Traceback" not in page
+        page = text[f"{name}.html"]
+        assert "<img" in page and ('class="math' in page) == ("_static/mathjax/" in page), name
+    assert sum('class="math' in text[f"{name}.html"] for name in LESSONS) >= 8
+    assert (html / "_static" / "mathjax" / "tex-chtml.js").is_file()
+    for name in EXERCISES:
+        assert "BEGIN" not in re.sub(r"<[^>]+>", "", text[f"{name}.html"])
+    assert "difference.png" in text["index.html"]
+    assert 'id="sude_lab.losses.sude_loss"' in text["reference/mathematics.html"]
