@@ -564,6 +564,11 @@ def _answer(error: BaseException, command: Any) -> tuple[int, str]:
         return 130, f"stopped; {_kept(command)}."
     if isinstance(error, UserError):
         return 2, str(error)
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("sude_lab"):
+        return 2, (
+            f'this command needs the package {error.name}: pip install "sude-lab[lab,sweep]", or '
+            'pip install -e ".[lab,sweep]" in a clone.'
+        )
     if isinstance(error, OSError) and error.errno is not None:
         name = error.filename if isinstance(error.filename, str) else "A file"
         return 2, f"{name} cannot be read or written ({error.strerror})."

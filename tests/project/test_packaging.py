@@ -77,6 +77,15 @@ def test_without_the_extras_the_command_says_what_to_install(
             main()
 
 
+def test_without_an_extra_a_command_says_what_to_install(tmp_path: Path) -> None:
+    hidden = "import sys; sys.modules['pyarrow'] = None; from sude_lab.cli import main; "
+    grid, out = str(ROOT / "data" / "grids" / "smoke.yaml"), str(tmp_path / "sweep")
+    program = f"{hidden}sys.exit(main(['sweep', {grid!r}, '--out', {out!r}]))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2 and '".[lab,sweep]"' in done.stderr, done.stderr
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_importing_the_package_is_a_blink() -> None:
     program = (
         "import time; t = time.perf_counter(); import sude_lab; print(time.perf_counter() - t)"
