@@ -23,6 +23,7 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (README, ROOT / "notebooks" / "index.md", *GUIDE)
 }
+LESSONS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("notebooks/**/*.ipynb"))
 OTHERS = r"tensorboard --logdir|^(?:#SBATCH|srun|helm|kubectl|conda) .*$"
 """Other programs' commands, whose flags are not ours."""
 RUNNABLE = re.compile(r"^<!-- runnable -->\n```python\n(.+?)^```$", re.S | re.M)
@@ -79,18 +80,17 @@ def test_the_map_names_real_functions_and_tests() -> None:
             assert f"def test_eq_{number}_" in tests
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *LESSONS])
 def test_every_dotted_name_and_path_is_there(page: str) -> None:
-    for name in re.findall(r"`(sude_lab(?:\.\w+)+)", PAGES[page]):
+    text = PAGES.get(page) or (ROOT / page).read_text(encoding="utf-8")
+    for name in re.findall(r"`(sude_lab(?:\.\w+)+)", text):
         if name == "sude_lab.json":
             continue
         try:
             pkgutil.resolve_name(name)
         except (ImportError, AttributeError) as error:
             raise AssertionError(name) from error
-    for name in re.findall(
-        r"`((?:tests|data|notebooks|studies|sude_lab|\.ci)/[\w./]+)`", PAGES[page]
-    ):
+    for name in re.findall(r"`((?:tests|data|notebooks|studies|sude_lab|\.ci)/[\w./]+)`", text):
         assert (ROOT / name).exists(), name
 
 
