@@ -175,8 +175,6 @@ class Sweep:
     """For Ray: local, auto, or ray://HOST:PORT; none: one run after another in this process."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
-    lockstep: int = 1
-    """Runs of one subject that are tuned together where they differ in their use of SuDe alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,7 +373,6 @@ def _sweep(args: Sweep) -> int:
         runs=args.runs,
         cluster=args.cluster,
         checkpoint_every=args.checkpoint_every,
-        lockstep=args.lockstep,
     )
     print(f"The table is {args.out / RESULTS}.")
     if failed:

@@ -30,9 +30,8 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +56,6 @@ from sude_lab.io.files import (
 from sude_lab.io.reading import read_json
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, run_tuning
 from sude_lab.sweep.grid import Job, Plan, is_known, kind_of, make_plan, read_grid
-from sude_lab.sweep.lockstep import MAY_DIFFER, PRIOR, check_together, feed
 from sude_lab.tuning import Step, TuningConfig
 
 PLAN, RESULTS, TIMING, STATE = "plan.json", "results.parquet", "timing.json", ".sweep"
@@ -180,72 +178,6 @@ def _tune_and_judge(
         pq.write_table(rows.replace_schema_metadata(), path)
 
 
-def lockstep_groups(jobs: Sequence[Job], most: int) -> list[list[Job]]:
-    """Return those of the runs that can be tuned together, `most` at once, in their order."""
-    usual = {name: getattr(TuningConfig, name) for name in (*MAY_DIFFER, *PRIOR)}
-    alike: dict[Any, dict[Any, list[Job]]] = {}
-    order = {job.key: number for number, job in enumerate(jobs)}
-    for job in jobs:
-        priors = alike.setdefault(replace(job.config, **usual), {})
-        asked = tuple(getattr(job.config, name) for name in PRIOR)
-        priors.setdefault(asked if job.config.with_sude else None, []).append(job)
-    groups = []
-    for priors in alike.values():
-        plain = priors.pop(None, [])  # without SuDe the prior says nothing: they go with the first
-        for found in priors.values():
-            group, plain = sorted(plain + found, key=lambda job: order[job.key]), []
-            groups += [group[k : k + most] for k in range(0, len(group), most)]
-    return [group for group in groups if len(group) > 1 and _fits(group)]
-
-
-def _fits(group: list[Job]) -> bool:
-    try:
-        check_together([job.config for job in group])
-    except UserError:
-        return False
-    return True
-
-
-def tune_in_lockstep(
-    jobs: Sequence[Job],
-    runs: Path,
-    *,
-    checkpoint_every: int = 100,
-    on_step: Callable[[Step], None] | None = None,
-) -> None:
-    """Tune runs together, each into its folder, as far as that goes; `perform` does what is left.
-
-    Runs that were begun before, and those that another process is at, are left out. One that fails
-    is left as it is: alone it fails again, and is recorded.
-    """
-    with ExitStack() as locks:
-        mine = [
-            job
-            for job in jobs
-            if not (runs / job.key).exists()
-            and locks.enter_context(locked(_beside(runs, job.key, "lock"), wait=False))
-            and not (runs / job.key).exists()  # nor since
-        ]
-        if len(mine) < 2:
-            return
-        backbone = fresh_backbone(mine[0].config)
-        consumers = [
-            partial(
-                run_tuning,
-                job.config,
-                runs / job.key,
-                checkpoint_every=checkpoint_every,
-                num_samples=0,
-                report_to="none",
-                backbone=backbone,
-                on_step=on_step if job is mine[0] else None,
-                progress=False,
-            )
-            for job in mine
-        ]
-        feed(consumers, backbone)
-
-
 def _clear_halves(folder: Path, num_images: int) -> None:
     """Remove what a killed process left half done and a resume would trip over.
 
@@ -336,7 +268,6 @@ def sweep(
     runs: Path | str | None = None,
     cluster: str | None = None,
     checkpoint_every: int = 100,
-    lockstep: int = 1,
     progress: bool = True,
 ) -> dict[str, str]:
     """Do what is missing of a grid and write its table; return the failed runs' reasons by key.
@@ -352,8 +283,6 @@ def sweep(
         cluster: None: one after another in this process; else for Ray: "local" (all of this
             machine), "auto" (the cluster that this machine is part of) or ray://HOST:PORT.
         checkpoint_every: Steps between checkpoints.
-        lockstep: How many runs that differ in their use of SuDe alone are tuned together, where
-            their method allows it (`sude_lab.sweep.lockstep`): the same numbers but for rounding.
         progress: Whether to show the bar.
 
     Raises:
@@ -361,8 +290,6 @@ def sweep(
     """
     if checkpoint_every < 1:
         raise UserError("--checkpoint-every must be at least 1.")
-    if lockstep < 1 or (lockstep > 1 and cluster is not None):
-        raise UserError("--lockstep must be at least 1, and is not for --cluster.")
     plan = make_plan(read_grid(grid), out, runs)
     for folder in (plan.out, plan.runs):
         if folder.is_file():
@@ -394,16 +321,7 @@ def sweep(
         return {"wait": wait, "retry": again, "checkpoint_every": checkpoint_every}
 
     def here(jobs: Sequence[Job], wait: bool) -> Iterator[tuple[Job, Outcome]]:
-        groups = [] if wait or lockstep == 1 else lockstep_groups(jobs, lockstep)
-        together = {group[0].key: group for group in groups}
         for job in jobs:
-            if job.key in together:
-                tune_in_lockstep(
-                    together[job.key],
-                    plan.runs,
-                    checkpoint_every=checkpoint_every,
-                    on_step=on_step,
-                )
             yield job, perform(job, plan.runs, **options(job, wait), on_step=on_step)
 
     how: AbstractContextManager[Engine] = nullcontext(here)

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from sude_lab.evaluate.metrics import compare
 from sude_lab.io import files
 from sude_lab.io.files import PARTIAL, lock_holder, locked
 from sude_lab.runs.folder import CHECKPOINT, ENVIRONMENT, Run
-from sude_lab.sweep import lockstep
 from sude_lab.sweep import sweep as room
 from sude_lab.sweep.grid import make_plan, read_grid
 from sude_lab.sweep.sweep import RESULTS, survey, sweep, watch
@@ -566,98 +564,6 @@ def test_the_parquet_can_be_read_while_it_is_replaced(unbroken: Swept, tmp_path:
         reads += 1
     writer.join()
     assert reads > 0
-
-
-# --- several runs at once ------------------------------------------------------------------------
-
-
-def test_runs_tuned_in_lockstep_are_the_same_but_for_rounding(
-    tmp_path: Path, unbroken: Swept, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Its word starts elsewhere than at its category, where rho = 1 to the last digit.
-    settings = {"max_train_steps": 4, "device": "cpu", "initializer": "sitting"}
-    keys = {"methods": ["textual_inversion", "dreambooth"], "w_s": [0, 4], "pictures": 1}
-    alone = unbroken(settings=settings, **keys)
-    feed, fed = room.feed, []
-
-    def told(consumers: Any, backbone: Any) -> Any:
-        errors = feed(consumers, backbone)
-        fed.append(errors)
-        return errors
-
-    monkeypatch.setattr(room, "feed", told)
-    grid, out = write_grid(tmp_path / "grid", settings=settings, **keys), tmp_path / "out"
-    assert sweep(grid, out, lockstep=5, progress=False) == {}
-    assert fed == [[None, None]]  # DreamBooth's whole UNet is tuned alone
-    ours, theirs = table(out), table(alone)
-    numbers = ["value", "open_gates", "rho"]
-    pd.testing.assert_frame_equal(ours.drop(columns=numbers), theirs.drop(columns=numbers))
-    pd.testing.assert_frame_equal(ours[numbers], theirs[numbers], rtol=0, atol=2e-2)
-    for folder in (alone / "runs").iterdir():
-        if folder.name != room.STATE:
-            mine, run = Run.open(out / "runs" / folder.name), Run.open(folder)
-            assert mine.config == replace(run.config, image=mine.config.image)
-            pd.testing.assert_frame_equal(mine.metrics(), run.metrics(), rtol=1e-3, atol=1e-5)
-            # Pictures' folders are named by the weights' last bits, too.
-            left = [sorted(p.name for p in f.glob("*")) for f in (mine.folder, folder)]
-            assert left[0] == left[1]
-            left = [
-                sorted(p.name for p in (f / "weights").glob("*")) for f in (mine.folder, folder)
-            ]
-            assert left[0] == left[1]
-
-
-def test_what_fails_in_lockstep_is_tried_alone_and_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    total = lockstep.total_loss
-
-    def spoilt(subject: Any, gated: Any, none: Any, w_s: float, w_r: float) -> Any:
-        return total(subject, gated, none, w_s, w_r) * (torch.nan if w_s == 4 else 1)
-
-    for module in (lockstep, tuning):
-        monkeypatch.setattr(module, "total_loss", spoilt)
-    grid = write_grid(tmp_path / "grid", methods=["textual_inversion"], w_s=[0, 4, 1], pictures=1)
-    failed = sweep(grid, tmp_path / "out", lockstep=3, progress=False)
-    assert [reason[:32] for reason in failed.values()] == ["The loss became nan at step 1 (t"]
-    assert table(tmp_path / "out").groupby("w_s")["error"].first().ne("").tolist() == [
-        *(False, False, True)
-    ]
-
-
-def test_lockstep_groups_differ_in_their_use_of_sude_alone(tmp_path: Path) -> None:
-    grid = write_grid(
-        tmp_path,
-        subjects=["held-out 0 1"],
-        methods=["textual_inversion", "dreambooth"],
-        w_s=[0, 1, 2],
-        prior=["pretrained", "current"],
-        settings={"train": ["lora", "unet"]},
-    )
-    jobs = make_plan(read_grid(grid), tmp_path / "out").jobs
-    groups = room.lockstep_groups(jobs, 5)
-    told = [
-        [(j.config.method, j.config.train, j.config.prior, j.config.weight_sude) for j in group]
-        for group in groups
-        if group[0].label["subject"] == jobs[0].label["subject"]
-    ]
-    sweeps = [("textual_inversion", train) for train in ("lora", "unet")] + [("dreambooth", "lora")]
-    assert sorted(told) == sorted(
-        [(*one, "pretrained" if not w else prior, w) for w in weights]
-        for one in sweeps
-        for prior, weights in (("pretrained", [0.0, 1.0, 2.0]), ("current", [1.0, 2.0]))
-    )
-    assert max(map(len, room.lockstep_groups(jobs, 2))) == 2
-    # From a bank: the run without SuDe, whose samples are the same, goes with the others.
-    banks = {"prior_bank": 8, "prior_bank_dtype": ["float32", "live"], "train": "lora"}
-    grid = write_grid(tmp_path, w_s=[0, 1, 2], methods=["textual_inversion"], settings=banks)
-    jobs = make_plan(read_grid(grid), tmp_path / "out").jobs
-    told = [[j.config.weight_sude for j in group] for group in room.lockstep_groups(jobs, 5)]
-    assert told == [[0.0, 1.0, 2.0], [1.0, 2.0]]
-    with pytest.raises(UserError, match="--lockstep"):
-        sweep(grid, tmp_path / "out", lockstep=0)
-    with pytest.raises(UserError, match="not for --cluster"):
-        sweep(grid, tmp_path / "out", lockstep=2, cluster="local")
 
 
 def test_damaged_rows_are_told_and_a_damaged_failure_is_none(
