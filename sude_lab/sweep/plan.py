@@ -91,12 +91,11 @@ def describe(plan: Plan) -> str:
             f" With num_gpus {gpus:g} that is {gpus * hours:,.0f} GPU hours, "
             f"{gpus * hours / 8 / 24:,.1f} days on 8 GPUs."
         )
-        if price := plan.grid.assume.get("price_per_gpu_hour"):
-            told[-1] += f" At {price} a GPU hour: {price * gpus * hours:,.0f}."
-    if "source" in plan.grid.assume and any(
-        r and "assumed" in r.known_from for r in rates.values()
-    ):
-        told.append(f"What is assumed: {plan.grid.assume['source']}")
+        if price := plan.grid.assume.price_per_gpu_hour:
+            told[-1] += f" At {price:g} a GPU hour: {price * gpus * hours:,.0f}."
+    source = plan.grid.assume.source
+    if source and any(r and "assumed" in r.known_from for r in rates.values()):
+        told.append(f"What is assumed: {source}")
     return "\n\n".join(told)
 
 
@@ -141,14 +140,14 @@ def _measured(runs: Path) -> dict[str, Rate]:
 def _assumed(grid: Grid, config: TuningConfig) -> Rate | None:
     values = []
     for name in MEASURES:
-        value = grid.assume.get(name)
+        value = getattr(grid.assume, name)
         value = value.get(config.method) if isinstance(value, dict) else value
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
         values.append(float(value))
     asks = not config.prior_bank or config.prior_bank_dtype == "live"
     if config.with_sude and asks:
-        values[0] *= float(grid.assume.get("sude_factor", 1.5))
+        values[0] *= grid.assume.sude_factor
     return _rate(values, "assumed")
 
 

@@ -142,20 +142,26 @@ def test_a_changed_default_leaves_older_runs_their_names(
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"subject": ["held-out 0"]}, "unknown key 'subject': did you mean 'subjects'?"),
-        ({"truncate": True}, "did you mean 'truncation'?"),
-        ({"foo": True}, "unknown key 'foo': use subjects, methods"),
-        ({"evaluate": {"metric": "oracle"}}, "did you mean 'metrics'?"),
-        ({"settings": {"max_steps": 3}}, "did you mean 'max_train_steps'?"),
-        ({"also": [{"ws": 0}]}, "did you mean 'w_s'?"),
+        (
+            {"subject": ["held-out 0"]},
+            "'subject' not in 'GridFile'. Did you mean: 'subjects'?",
+        ),
+        ({"truncate": True}, "Did you mean: 'truncation'?"),
+        ({"foo": True}, "Key 'foo' not in 'GridFile'"),
+        ({"evaluate": {"metric": "oracle"}}, "Did you mean: 'metrics'?"),
+        ({"settings": {"max_steps": 3}}, "Did you mean: 'max_train_steps'?"),
+        ({"also": [{"ws": 0}]}, "Did you mean: 'w_s'?"),
         ({"settings": {"weight_sude": 1}}, "the grid's key w_s says"),
-        ({"settings": {"max_train_steps": "many"}}, "it takes a whole number"),
+        (
+            {"settings": {"max_train_steps": "many"}},
+            "settings.max_train_steps[0]: Value 'many'",
+        ),
         ({"prior": "curent"}, "it takes current, pretrained"),
-        ({"w_s": "2x"}, "weight_sude cannot be '2x'"),
+        ({"w_s": "2x"}, "w_s cannot be '2x'"),
         ({"w_s": []}, "w_s: the list is empty"),
         ({"truncation": "yes please"}, "write on, off"),
         ({"pictures": 0}, "pictures cannot be 0"),
-        ({"num_gpus": "all"}, "num_gpus cannot be 'all'"),
+        ({"num_gpus": "all"}, "num_gpus: Value 'all' of type 'str'"),
         ({"methods": ["dreamboth"]}, "There is no method 'dreamboth'"),
         ({"subjects": ["held-in 0"]}, "is no drawn subject"),
         ({"subjects": ["held-out"]}, "is no drawn subject"),
@@ -171,6 +177,26 @@ def test_a_mistake_is_one_sentence(keys: dict[str, Any], expected: str, planned:
     with pytest.raises(UserError) as error:
         planned(**keys)
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_value_is_read_as_its_field_holds_it(tmp_path: Path) -> None:
+    file = tmp_path / "grid.yaml"
+    file.write_text(
+        "{subjects: held-out 0, truncation: [off, 1e-1], w_s: [1e-1, x2], seeds: 3, settings: "
+        "{learning_rate: 1e-4, horizontal_flip: on, more_subjects: [a=<a>=a.png, b=<b>=b.png]}}"
+    )
+    grid = read_grid(file)
+    assert grid.seeds == (3,) and [v.get("truncate_at") for v in grid.variants[:2]] == [None, 0.1]
+    assert [grid.variants[k].get("weight_sude") for k in (0, 2)] == [0.1, None]
+    (settings,) = grid.settings
+    assert settings["learning_rate"] == 1e-4 and settings["horizontal_flip"] is True
+    assert settings["more_subjects"] == ("a=<a>=a.png", "b=<b>=b.png")
+
+
+def test_a_grid_reads_nothing_of_the_environment(planned: Planned) -> None:
+    for keys in ({"backbone": "${oc.env:HOME}"}, {"settings": {"prompt": ["{S*} ${oc.env:HOME}"]}}):
+        with pytest.raises(UserError, match="write the value out"):
+            planned(**keys)
 
 
 def test_files_that_are_no_grids(tmp_path: Path) -> None:
