@@ -169,6 +169,8 @@ class Sweep:
     """Folder of the runs, which several sweeps may share; none: OUT/runs."""
     dry_run: bool = False
     """Write nothing; say how many runs, pictures, hours and gigabytes are left."""
+    measure: bool = False
+    """With --dry-run: tune a few steps of each kind of run whose times are unknown."""
     status: bool = False
     """Say how far the sweep in OUT is, while it runs or not; needs no grid."""
     cluster: str | None = None
@@ -363,7 +365,8 @@ def _sweep(args: Sweep) -> int:
         from sude_lab.sweep.grid import make_plan, read_grid
         from sude_lab.sweep.plan import describe
 
-        print(describe(make_plan(read_grid(args.grid), args.out, args.runs)))
+        plan = make_plan(read_grid(args.grid), args.out, args.runs)
+        print(describe(plan, measure=args.measure))
         return 0
     from sude_lab.sweep.sweep import RESULTS, sweep
 

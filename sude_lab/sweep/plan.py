@@ -45,12 +45,12 @@ def _rate(values: Sequence[float], known_from: str) -> Rate:
     return Rate(step, picture, run, one, known_from)
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: Plan, *, measure: bool = False) -> str:
     """Say what is left of a grid, and where the times come from.
 
     Times are medians over the finished runs of the same kind (`grid.kind_of`) in the folder of the
-    runs; else what the grid's `assume` says; else three steps are measured on this machine, where
-    the model is a folder (a hub id is not fetched for this).
+    runs; else what the grid's `assume` says; else, with `measure`, three steps on this machine,
+    where the model is a folder (a hub id is not fetched for this); else they are unknown.
     """
     todo = [job for job in plan.jobs if not job.scores(plan.runs).is_file()]
     equal = f" ({plan.num_equal:,} more are equal to one of these)" if plan.num_equal else ""
@@ -67,7 +67,11 @@ def describe(plan: Plan) -> str:
     lines = []
     prior: set[Any] = set()
     for kind, jobs in kinds.items():
-        if rates[kind] is None and Path(resolve_source(jobs[0].config.backbone)).is_dir():
+        if (
+            measure
+            and rates[kind] is None
+            and Path(resolve_source(jobs[0].config.backbone)).is_dir()
+        ):
             rates[kind] = _calibrated(jobs[0])
         # Class images for prior preservation are drawn once, by whoever comes first, then kept.
         needed = set(map(_class_images, jobs)) - prior
@@ -81,9 +85,11 @@ def describe(plan: Plan) -> str:
     unknown = sum(len(jobs) for kind, jobs in kinds.items() if rates[kind] is None)
     if unknown:
         told.append(
-            f"Nobody has measured {unknown:,} of the runs, which are left out below: write times "
-            "under `assume`, or finish one of each kind."
+            f"The times of {unknown:,} of the runs are unknown, and left out below: give --measure, "
+            "finish one run of each kind, or write times under `assume`."
         )
+    if unknown == len(todo):
+        return "\n\n".join(told)
     hours, gpus = table["hours"].sum(), plan.grid.num_gpus
     told.append(f"About {hours:,.1f} hours one after another, {table['GB'].sum():,.2f} GB.")
     if gpus:

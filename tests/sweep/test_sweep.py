@@ -30,6 +30,7 @@ from sude_lab.evaluate.metrics import compare
 from sude_lab.io import files
 from sude_lab.io.files import PARTIAL, lock_holder, locked
 from sude_lab.runs.folder import CHECKPOINT, ENVIRONMENT, Run
+from sude_lab.sweep import plan as forecast
 from sude_lab.sweep import sweep as room
 from sude_lab.sweep.grid import make_plan, read_grid
 from sude_lab.sweep.sweep import RESULTS, survey, sweep, watch
@@ -42,6 +43,7 @@ STEPS = 40
 DRIVER = """
 import sys
 from pathlib import Path
+from sude_lab.sweep import plan as forecast
 from sude_lab.sweep import sweep as room
 from sude_lab.cli import main
 tune = room.run_tuning
@@ -483,11 +485,16 @@ def test_without_widgets_the_page_is_a_text(
     assert "2 runs: 2 finished" in watch(unbroken())
 
 
-def test_dry_run_measures_a_few_steps_and_writes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_dry_run_measures_where_it_is_told_to_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, grid = tmp_path / "out", write_grid(tmp_path)
-    assert main(["sweep", str(grid), "--out", str(out), "--dry-run"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(forecast, "fresh_backbone", lambda _: pytest.fail("a model was opened"))
+        assert main(["sweep", str(grid), "--out", str(out), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "To do: 2 runs, 16 pictures." in said and "2 of the runs are unknown" in said
+    assert main(["sweep", str(grid), "--out", str(out), "--dry-run", "--measure"]) == 0
     said = capsys.readouterr().out
     assert "2 runs, 0 of them finished. To do: 2 runs, 16 pictures." in said
     assert said.count("3 steps now") == 2 and not out.exists()
@@ -497,6 +504,17 @@ def test_dry_run_measures_a_few_steps_and_writes_nothing(
     said = capsys.readouterr().out
     assert "4 runs, 2 of them finished. To do: 2 runs, 16 pictures." in said
     assert said.count("1 runs") >= 2 and "3 steps now" not in said
+
+
+def test_a_dry_run_imports_nothing_that_takes_seconds(tmp_path: Path) -> None:
+    code = "import sys; from sude_lab.cli import main; main(sys.argv[1:]); print(set(sys.modules))"
+    command = ["sweep", str(write_grid(tmp_path)), "--out", str(tmp_path / "out"), "--dry-run"]
+    said = subprocess.run(
+        [sys.executable, "-c", code, *command], check=True, capture_output=True, text=True
+    ).stdout
+    assert "'torch'" in said
+    for name in ("diffusers", "transformers", "accelerate", "peft", "matplotlib", "ray"):
+        assert f"'{name}'" not in said
 
 
 @pytest.mark.parametrize(
