@@ -42,10 +42,12 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from real_configs import REAL, build, shrink
 
-from sude_lab.backbone import Backbone, pick_device
+from sude_lab.backbone import Backbone
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.io.files import atomic_write
-from sude_lab.tuning import TuningConfig, tune
+from sude_lab.io.opening import pick_device
+from sude_lab.runs.prepare import prepared_tuning as tune
 
 METHODS: dict[str, dict[str, Any]] = {
     "dreambooth unet": {"train": "unet"},

@@ -30,9 +30,12 @@ from pathlib import Path
 import torch
 import tyro
 
-from sude_lab.backbone import EMBEDDED, open_backbone
+from sude_lab.config import EMBEDDED, TuningConfig
+from sude_lab.io.opening import open_backbone
+from sude_lab.methods import configure
+from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.runs.prior_bank import PAIRS_AT_ONCE, PriorBank, open_bank
-from sude_lab.tuning import Step, TuningConfig, resolve, tune
+from sude_lab.tuning import Step
 from sude_lab.world import subjects as study
 
 VARIANTS: dict[str, dict[str, object]] = {
@@ -75,7 +78,7 @@ def settings_of(args: Benchmark, name: str) -> TuningConfig:
 def start(args: Benchmark, name: str) -> Iterator[Step]:
     """Return the endless run of one variant."""
     backbone = open_backbone(args.backbone)
-    config = resolve(settings_of(args, name), backbone)
+    config = configure(settings_of(args, name), backbone)
     return tune(config, backbone, study.subject("demo", 0, "dog").picture)
 
 
@@ -83,7 +86,7 @@ def seconds_of_bank(args: Benchmark, name: str) -> tuple[float, float, PriorBank
     """Return the seconds that building a variant's bank and reading it take, and the bank."""
     backbone = open_backbone(args.backbone)
     # Another seed than the runs': theirs is built already.
-    config = replace(resolve(settings_of(args, name), backbone), seed=1)
+    config = replace(configure(settings_of(args, name), backbone), seed=1)
     side = backbone.resolution
     picture = study.subject("demo", 0, "dog").picture.resize((side, side))
     latents = backbone.encode_pictures([picture])

@@ -34,13 +34,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
+from sude_lab.backbone import Backbone
 from sude_lab.classifier import class_log_posterior, squared_distance
+from sude_lab.config import EMBEDDED
 from sude_lab.diffusion import posterior_mean, posterior_variance, reverse_mean
 from sude_lab.errors import UserError
 from sude_lab.implicit import ImplicitClassifier, ask_in_rounds, posterior, spread_times
 from sude_lab.io.files import atomic_write
-from sude_lab.probe import ask, encode_all, latents_of, noise_generator
+from sude_lab.io.opening import open_backbone
+from sude_lab.probe import encode_all, latents_of, noise_generator, predictions
 from sude_lab.prompts import photo_of
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import HEADS, Oracle, load_oracle
@@ -138,7 +140,9 @@ def name_categories(
     sizes = (len(pictures), len(grid), len(prompts))
     rows = torch.cartesian_prod(*(torch.arange(size) for size in sizes))
     size = len(grid) * len(prompts)  # a picture a batch
-    asked = ask(backbone, x_0, times, noise, encode_all(backbone, prompts), rows, batch_size=size)
+    asked = predictions(
+        backbone, x_0, times, noise, encode_all(backbone, prompts), rows, batch_size=size
+    )
     found = []
     losses = torch.zeros(sizes, dtype=torch.float64)
     for n, (x_t, eps, t, guess) in enumerate(asked):

@@ -33,13 +33,16 @@ import tyro
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
+from sude_lab.backbone import Backbone
+from sude_lab.config import EMBEDDED, TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.evaluate.metrics import per_run, summarize
 from sude_lab.guidance import sude_guidance
 from sude_lab.io.files import atomic_write
+from sude_lab.io.opening import open_backbone
+from sude_lab.methods import configure
 from sude_lab.prompts import photo_of
-from sude_lab.tuning import TuningConfig, resolve, tune
+from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.world import subjects as study
 from sude_lab.world.oracle import Oracle, load_oracle
 
@@ -118,7 +121,7 @@ def run_job(
         backbone=config.backbone,
         **study.STORED | study.parse_settings(config.settings),
     )
-    tuning = resolve(tuning, base)
+    tuning = configure(tuning, base)
     assert tuning.weight_sude is not None
     tuning = replace(tuning, weight_sude=job.weight * tuning.weight_sude)
     rows = []

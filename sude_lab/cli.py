@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from sude_lab.config import TuningConfig, with_preset
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError, machine_failure, one_line
 
 
@@ -232,8 +232,9 @@ def _tune(args: Tune) -> None:
     if args.validation_every < 0:
         raise UserError("--validation-every must be at least 0; 0 draws no grids.")
     run = run_tuning(
-        with_preset(config, args.preset),
+        config,
         args.out,
+        preset=args.preset,
         resume=args.resume,
         checkpoint_every=args.checkpoint_every,
         num_samples=args.num_samples,
@@ -253,10 +254,10 @@ def _tune(args: Tune) -> None:
 
 def _generate(args: Generate) -> None:
     from sude_lab.generation import generate
-    from sude_lab.guidance import guidance_for
     from sude_lab.io.files import atomic_folder
     from sude_lab.prompts import PLACEHOLDER, checked
     from sude_lab.runs.folder import Run
+    from sude_lab.runs.guided import guidance_for
 
     run = Run.open(args.run)
     if not args.prompt.strip():
@@ -303,8 +304,8 @@ def _evaluate(args: Evaluate) -> None:
 
 
 def _classify(args: Classify) -> None:
-    from sude_lab.backbone import open_backbone
     from sude_lab.implicit import ImplicitClassifier, checked_prompts
+    from sude_lab.io.opening import open_backbone
     from sude_lab.io.pictures import load_picture, open_picture
 
     # What is wrong with these is said before a large model is opened.
@@ -402,7 +403,7 @@ def _export(args: Export) -> None:
 
 
 def _lab(args: Lab) -> None:
-    from sude_lab.backbone import data_folder
+    from sude_lab.io.opening import data_folder
 
     notebooks = data_folder().parent / "notebooks"
     if not notebooks.is_dir():

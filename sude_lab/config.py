@@ -1,22 +1,54 @@
-"""What a tuning run is: its settings, checked, and the presets that fill them.
+"""The settings of a run, their presets, and what a value may be; torch is not needed here.
 
-Nothing heavy is imported here, so that `sude-lab --help` need not wait for torch; what a run does
-with its settings is in `sude_lab.tuning`.
+One flat dataclass, because its fields are the flags of `sude-lab tune`, the names in config.json
+and in grid files, and (most of them) the flags of diffusers' training scripts. What belongs
+together is said by the fields themselves (`fields_of`). A `TuningConfig` may leave fields at None;
+`sude_lab.methods.configure` turns it into a `CompleteConfig`, once.
 """
+
+# ruff: noqa: RUF009 (`_setting` makes a field, as `dataclasses.field` does)
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+import numbers
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sude_lab.errors import UserError
-from sude_lab.io.reading import check_types
 from sude_lab.prompts import PLACEHOLDER, checked
 
 EMBEDDED = "embedded"
 """The name of the model in `data/`."""
+RENAMED = {"regularizer": "prior_preservation"}
+"""Fields that had another name in files of earlier days."""
+Prior = Literal["current", "pretrained"]
+Weighting = Literal["exact", "simple", "reference"]
+Train = Literal["unet", "attention", "lora"]
+
+
+def _setting(
+    default: Any,
+    *,
+    usual: Any = None,
+    between: tuple[float, float] | None = None,
+    about: Literal["sude", "prior", "place", ""] = "",
+) -> Any:
+    """Return a field of `TuningConfig`.
+
+    Args:
+        default: None where the method's default, or the model's own, is meant.
+        usual: What None means where neither the method nor the model says.
+        between: The least and the most that a number may be.
+        about: sude: changes the use of SuDe, and no weight, draw or question; prior: who is asked
+            eq. 5 and how that is kept; place: where something lies or runs, not what it is.
+    """
+    return field(default=default, metadata={"usual": usual, "between": between, "about": about})
 
 
 @dataclass(frozen=True)
@@ -32,117 +64,92 @@ class Subject:
 class TuningConfig:
     """What a run is; fields left at None take the method's, or the backbone's own, defaults."""
 
-    image: Path
+    image: Path = field(metadata={"about": "place"})
     """The one picture of the subject."""
     category: str
     """What the subject is, in words the model knows: dog, candle, stuffed animal."""
-    backbone: str = EMBEDDED
+    backbone: str = _setting(EMBEDDED, about="place")
     """embedded, a pipeline folder, or a hub id."""
     method: str = "dreambooth"
     """The baseline that SuDe regularises: dreambooth, custom_diffusion, vico, textual_inversion."""
-    weight_sude: float | None = None
+    weight_sude: float | None = _setting(None, between=(0.0, 1e6), about="sude")
     """w_s of eq. 10; 0 is the plain baseline."""
-    prior: Literal["current", "pretrained"] | None = None
+    prior: Prior | None = _setting(None, usual="pretrained", about="prior")
     """Which model's opinion of the category counts: as it is now, or as it was before tuning."""
-    prior_bank: int = 0
+    prior_bank: int = _setting(0, between=(0, 10_000_000))
     """Draw from so many pairs (t, noise), for which SuDe asks the model before tuning once, for all
     runs of a seed on this picture (without SuDe: the same pairs, nothing asked); 0 draws and asks
     anew in every step."""
-    prior_bank_dtype: Literal["float16", "float32", "live"] = "float16"
+    prior_bank_dtype: Literal["float16", "float32", "live"] = _setting("float16", about="prior")
     """How the bank is kept; live keeps nothing and asks every step, at the same pairs."""
-    weighting: Literal["exact", "simple", "reference"] | None = None
+    weighting: Weighting | None = _setting(None, usual="reference", about="sude")
     """How eq. 7 is weighted over t; see `sude_lab.losses.sude_weight`."""
-    truncate: bool = True
+    truncate: bool = _setting(True, about="sude")
     """Whether eq. 9 stops a sample that is as sure of its category as the category itself."""
-    truncate_at: float = 1.0
+    truncate_at: float = _setting(1.0, between=(0.0, 1e6), about="sude")
     """The rho at which it stops: 1 is the paper's threshold, less stops earlier, more later."""
-    monitor_sude: bool = False
+    monitor_sude: bool = _setting(False, about="sude")
     """Compute L_sude, tau and rho also where w_s is 0 (costs two predictions a step)."""
-    max_train_steps: int | None = None
-    learning_rate: float | None = None
+    max_train_steps: int | None = _setting(None, between=(1, 10_000_000))
+    learning_rate: float | None = _setting(None, between=(0.0, 10.0))
     """Learning rate of the weights."""
-    token_learning_rate: float | None = None
+    token_learning_rate: float | None = _setting(None, between=(0.0, 10.0))
     """Learning rate of the embedding of {S*}; 0 leaves it where it starts."""
-    lr_warmup_steps: int = 0
-    train_batch_size: int | None = None
-    train: Literal["unet", "attention", "lora"] | None = None
+    lr_warmup_steps: int = _setting(0, between=(0, 10_000_000))
+    train_batch_size: int | None = _setting(None, between=(1, 4096))
+    train: Train | None = _setting(None, usual="attention")
     """DreamBooth: what of the UNet is trained."""
-    lora_rank: int = 8
-    train_text_encoder: bool | None = None
+    lora_rank: int = _setting(8, between=(1, 4096))
+    train_text_encoder: bool | None = _setting(None, usual=False)
     """DreamBooth: train the text encoder too."""
     token: str = "<sks>"
     """The new word for the subject; write {S*} in prompts."""
-    more_subjects: tuple[str, ...] = ()
+    more_subjects: tuple[str, ...] = _setting((), about="place")
     """More subjects of the same run, as "candle=<my-candle>=candle.png"; in prompts {S*2}, ..."""
     initializer: str | None = None
     """Words whose embedding the new word starts from."""
-    num_vectors: int | None = None
+    num_vectors: int | None = _setting(None, usual=1, between=(1, 64))
     """Vectors that the new word stands for; more hold more of the look."""
     prompt: str | None = None
     """The tuning prompt, with {S*} and, if wished, {category}; None: the method's own."""
-    prior_loss_weight: float | None = None
+    prior_loss_weight: float | None = _setting(None, usual=0.0, between=(0.0, 1e6))
     """w_r of eq. 10, on pictures of the category that the model draws before tuning."""
-    regularizer: Literal["images", "teacher"] = "images"
+    prior_preservation: Literal["images", "teacher"] = "images"
     """images: predict the noise of the class images (DreamBooth's code); teacher: predict what the
     model before tuning predicts of them (eq. 14 as it is written)."""
-    num_class_images: int | None = None
-    class_images: Path | None = None
+    num_class_images: int | None = _setting(None, usual=16, between=(1, 100_000))
+    class_images: Path | None = _setting(None, about="place")
     """Folder of pictures of the category to use in place of drawn ones."""
     horizontal_flip: bool = False
     """Mirror the picture half of the time (a look that is not symmetric would be lost)."""
-    resolution: int | None = None
+    resolution: int | None = _setting(None, between=(8, 4096))
     """Side of the picture in pixels; None: the model's own."""
-    max_grad_norm: float = 1.0
-    adam_weight_decay: float = 1e-2
+    max_grad_norm: float = _setting(1.0, between=(0.0, math.inf))
+    adam_weight_decay: float = _setting(1e-2, between=(0.0, 10.0))
     optimizer: Literal["adamw", "adamw_fused", "adamw8bit"] = "adamw_fused"
     """adamw_fused: torch's AdamW in one pass over the weights; adamw: as torch chooses, slower on a
     CPU and other in rounding; adamw8bit needs the package bitsandbytes and a CUDA card."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = _setting(1, between=(1, 100_000))
     """Batches a step: the same step as one batch so many times as large, in less memory."""
     gradient_checkpointing: bool = False
-    seed: int = 0
-    device: str = "auto"
+    seed: int = _setting(0, between=(0, 2**31 - 1))
+    device: str = _setting("auto", about="place")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     def __post_init__(self) -> None:
         check_types(self)
-        checks = {
-            "max_train_steps": (1, 10_000_000),
-            "train_batch_size": (1, 4096),
-            "weight_sude": (0.0, 1e6),
-            "truncate_at": (0.0, 1e6),
-            "prior_loss_weight": (0.0, 1e6),
-            "learning_rate": (0.0, 10.0),
-            "token_learning_rate": (0.0, 10.0),
-            "num_class_images": (1, 100_000),
-            "gradient_accumulation_steps": (1, 100_000),
-            "lora_rank": (1, 4096),
-            "num_vectors": (1, 64),
-            "prior_bank": (0, 10_000_000),
-            "lr_warmup_steps": (0, 10_000_000),
-            "max_grad_norm": (0.0, math.inf),
-            "adam_weight_decay": (0.0, 10.0),
-            "resolution": (8, 4096),
-            "seed": (0, 2**31 - 1),
-        }
-        for name, (low, high) in checks.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} is {value}: it must lie between {low} and {high}.")
+        for f in fields(TuningConfig):
+            value, between = getattr(self, f.name), f.metadata.get("between")
+            if between and value is not None and not between[0] <= value <= between[1]:
+                raise UserError(
+                    f"--{flag(f.name)} is {value}: it must lie between {between[0]} and "
+                    f"{between[1]}."
+                )
         if self.prompt is not None and PLACEHOLDER not in checked(self.prompt):
             raise UserError(f"The tuning prompt {self.prompt!r} must contain {PLACEHOLDER}.")
         tokens = [subject.token for subject in self.subjects]
         if len(set(tokens)) < len(tokens):
             raise UserError(f"Every subject needs a token of its own: {', '.join(tokens)}.")
-
-    @property
-    def asks_pretrained(self) -> bool:
-        """Whether the run asks the model as it was before tuning (fields at None: it may)."""
-        kept = self.prior_bank and self.prior_bank_dtype != "live"
-        sude = self.with_sude and self.prior != "current" and not kept
-        teacher = self.prior_loss_weight != 0 and self.regularizer == "teacher"
-        return bool(sude or teacher)
 
     @property
     def with_sude(self) -> bool:
@@ -156,7 +163,7 @@ class TuningConfig:
         Raises:
             UserError: one of `more_subjects` is not of the form category=token=picture.
         """
-        found = [Subject(self.image, self.category, self.token)]
+        subjects = [Subject(self.image, self.category, self.token)]
         for text in self.more_subjects:
             category, _, rest = text.partition("=")
             token, _, image = rest.partition("=")
@@ -165,8 +172,54 @@ class TuningConfig:
                     f"--more-subjects {text!r} must read category=token=picture, "
                     'for example "candle=<my-candle>=candle.png".'
                 )
-            found.append(Subject(Path(image), category, token))
-        return tuple(found)
+            subjects.append(Subject(Path(image), category, token))
+        return tuple(subjects)
+
+
+@dataclass(frozen=True)
+class CompleteConfig(TuningConfig):
+    """A configuration with nothing left to fill in; `sude_lab.methods.configure` makes it.
+
+    Four fields may be None for good: `prompt` and `initializer` are the method's own then,
+    `resolution` is the model's own, `class_images` are drawn.
+    """
+
+    weight_sude: float = field(kw_only=True)
+    prior: Prior = field(kw_only=True)
+    weighting: Weighting = field(kw_only=True)
+    max_train_steps: int = field(kw_only=True)
+    learning_rate: float = field(kw_only=True)
+    token_learning_rate: float = field(kw_only=True)
+    train_batch_size: int = field(kw_only=True)
+    train: Train = field(kw_only=True)
+    train_text_encoder: bool = field(kw_only=True)
+    num_vectors: int = field(kw_only=True)
+    prior_loss_weight: float = field(kw_only=True)
+    num_class_images: int = field(kw_only=True)
+
+
+def fields_of(about: str) -> tuple[str, ...]:
+    """Return the names of the fields of `TuningConfig` that are about sude, prior or place."""
+    return tuple(f.name for f in fields(TuningConfig) if f.metadata.get("about") == about)
+
+
+def read_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as a file holds them (JSON) with the types that `TuningConfig` takes.
+
+    Raises:
+        UserError: a setting is unknown.
+    """
+    hints = _hints(TuningConfig)
+    settings: dict[str, Any] = {}
+    for name, value in values.items():
+        name = RENAMED.get(name, name)
+        if name not in hints:
+            raise UserError(f"There is no setting {name!r}.")
+        kinds = kinds_of(hints[name])
+        if Path in kinds and isinstance(value, str):
+            value = Path(value)
+        settings[name] = tuple(value) if isinstance(value, list) else value
+    return settings
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -187,15 +240,59 @@ PRESETS: dict[str, dict[str, Any]] = {
 """`paper`: what the text says; `reference`: what the authors' released code does."""
 
 
-def with_preset(config: TuningConfig, preset: str) -> TuningConfig:
-    """Fill fields that are None from a preset: "paper", "reference", or "default" for none.
+# --- what a value may be -------------------------------------------------------------------------
+
+
+def flag(name: str) -> str:
+    """Return a field's name as the command line has it, without the dashes in front."""
+    return name.replace("_", "-")
+
+
+def check_types(settings: Any) -> None:
+    """Check that every field of a dataclass holds what its type says; a whole number is a number.
 
     Raises:
-        UserError: there is no such preset.
+        UserError: one does not; the sentence names its flag.
     """
-    if preset == "default":
-        return config
-    if preset not in PRESETS:
-        raise UserError(f"There is no preset {preset!r}: choose default, paper or reference.")
-    missing = {k: v for k, v in PRESETS[preset].items() if getattr(config, k) is None}
-    return replace(config, **missing)
+    kind: Any = type(settings)
+    hints = _hints(kind)
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        kinds = kinds_of(hints[f.name])
+        if not any(_fits(value, kind) for kind in kinds):
+            raise UserError(f"--{flag(f.name)} is {value!r}: it takes {taken(kinds)}.")
+
+
+_NAMES: dict[Any, str] = {
+    **{float: "a number", int: "a whole number", bool: "on or off"},
+    **{str: "a text", Path: "the name of a file"},
+}
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def kinds_of(hint: Any) -> tuple[Any, ...]:
+    """Return what a type may be: (int, None's type) for int | None."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def taken(kinds: tuple[Any, ...]) -> str:
+    """Say what a setting of these kinds takes: its choices, or the first kind in words."""
+    choices = [c for kind in kinds for c in get_args(kind) if get_origin(kind) is Literal]
+    return ", ".join(map(str, choices)) or _NAMES.get(kinds[0], "another kind of value")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is tuple:  # tuple[str, ...]
+        return isinstance(value, tuple) and all(isinstance(v, get_args(kind)[0]) for v in value)
+    if kind in (float, int):
+        number = numbers.Real if kind is float else numbers.Integral
+        return isinstance(value, number) and not isinstance(value, bool)
+    if kind is Path:
+        return isinstance(value, os.PathLike)
+    return isinstance(value, NoneType if kind is None else kind)

@@ -15,14 +15,15 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sude_lab import __version__
-from sude_lab.backbone import open_backbone
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.evaluate.metrics import MEASURES, bootstrap_interval
 from sude_lab.generation import MOST
 from sude_lab.io.files import atomic_write, require_own
+from sude_lab.io.opening import open_backbone
 from sude_lab.io.reading import read_json
+from sude_lab.methods import configure
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, _read_config, run_tuning
-from sude_lab.tuning import TuningConfig, resolve
 from sude_lab.view import plots
 from sude_lab.world import subjects as study
 from sude_lab.world.oracle import load_oracle
@@ -81,7 +82,7 @@ def run_demo(
     folders = {name: out / "runs" / name.replace(", ", "-").replace(" ", "-") for name in configs}
     for name, folder in folders.items():  # before anything there is changed
         before = folder / CONFIG
-        if before.is_file() and _read_config(before) != resolve(configs[name], base):
+        if before.is_file() and _read_config(before) != configure(configs[name], base):
             raise UserError(f"{out} holds a demo of other settings: choose another --out.")
     require_own(out, RESULTS, "subject,variant,", (REPORT, STRIP))
     if picture.exists() and not _shows(picture, who.picture):
@@ -120,7 +121,7 @@ def run_demo(
             )
         grids[variant.name] = {}
         tqdm.write(f"drawing and judging: {variant.name}") if progress else None
-        config = resolve(config, base)
+        config = configure(config, base)
         measured = study.measure(
             backbone,
             oracle,

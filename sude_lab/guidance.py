@@ -50,27 +50,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor, nn
 
-from sude_lab.backbone import (
-    Backbone,
-    Condition,
-    concatenate,
-    open_backbone,
-    without_adapters,
-)
+from sude_lab.backbone import Backbone, Condition, concatenate
 from sude_lab.errors import UserError
+from sude_lab.frozen import without_adapters
 from sude_lab.losses import guidance_projection
 from sude_lab.prompts import article, placeholder
-
-if TYPE_CHECKING:
-    from sude_lab.tuning import TuningConfig
 
 
 def sude_correction(
@@ -253,25 +245,6 @@ def sude_guidance(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def guidance_for(
-    config: TuningConfig, backbone: Backbone, prompt: str, strength: float
-) -> AbstractContextManager[list[Tensor]]:
-    """Return `sude_guidance` for a tuned backbone and a prompt with {S*}.
-
-    A backbone whose UNet carries a LoRA is its own frozen base; else the base is opened again
-    beside it, which takes its memory a second time.
-    """
-    words = to_class_prompt(prompt, *(subject.category for subject in config.subjects))
-    if has_adapters(backbone.unet) and not config.train_text_encoder:
-        return sude_guidance(backbone.pipeline, None, words, strength)
-    if not strength > 0:  # nothing to do, or refused: no base is needed for that
-        return sude_guidance(backbone.pipeline, backbone.unet, words, strength)
-    base = open_backbone(config.backbone, device=str(backbone.device), dtype=config.dtype)
-    with torch.no_grad():
-        classes, null = base.encode_prompts([words]), base.null_condition()
-    return sude_guidance(backbone.pipeline, base.unet, classes, strength, null=null)
 
 
 class SudeGuidance(ClassifierFreeGuidance):

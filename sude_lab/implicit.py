@@ -39,7 +39,7 @@ from sude_lab.classifier import squared_distance
 from sude_lab.diffusion import Schedule
 from sude_lab.errors import UserError
 from sude_lab.losses import sude_weight
-from sude_lab.probe import ask, encode_all, latents_of, noise_generator
+from sude_lab.probe import encode_all, latents_of, noise_generator, predictions
 from sude_lab.prompts import PLACEHOLDER, checked
 
 WEIGHTINGS = ("elbo", "simple")
@@ -412,7 +412,7 @@ class ImplicitClassifier:
         def losses_of(rows: Tensor) -> Tensor:
             found = []
             told: dict[str, Any] = {"batch_size": self.batch_size}
-            for _, eps, _, guess in ask(
+            for _, eps, _, guess in predictions(
                 self.backbone, x_0, times, noise, self.condition, rows, **told
             ):
                 found.append(squared_distance(guess, eps).cpu())

@@ -63,7 +63,9 @@ def answers(
     sizes = (len(x_0), len(times), len(prompts))
     rows = torch.stack(torch.unravel_index(torch.arange(math.prod(sizes)), sizes), dim=1)
     pairs = times.expand(len(x_0), -1), noise
-    asked = ask(backbone, x_0, *pairs, condition, rows, batch_size=batch_size, progress=progress)
+    asked = predictions(
+        backbone, x_0, *pairs, condition, rows, batch_size=batch_size, progress=progress
+    )
     for part, answer in zip(torch.arange(len(rows)).split(batch_size), asked, strict=True):
         yield part, *answer
 
@@ -89,7 +91,7 @@ def noise_generator(seed: int, n: int) -> torch.Generator:
 
 
 @torch.no_grad()
-def ask(
+def predictions(
     backbone: Backbone,
     x_0: Tensor,
     times: Tensor,

@@ -1,30 +1,57 @@
-"""SuDe as a plug: eq. 7-9 of one batch of predictions, for `tune()` and for anyone's loop.
+"""SuDe itself: the two questions of eq. 5, what follows from the answers (eq. 7-9), and a plug.
 
-sude = SudeRegularizer(unet, scheduler, embed("photo of a dog"), embed(""))   # before training
-...
-loss = loss + 0.4 * sude(noisy_latents, timesteps, model_pred).mean()         # in the loop
+    uncond, category = ask(predict, x_t, t, null, dog)              # eq. 5, in one call
+    terms = sude_terms(output, category, uncond, x_t, t, schedule)  # eq. 7-9
+
+`ask` is the only asker of this library: tuning, the prior bank, guidance, the explorers and the
+plug call it. The plug is for anyone's loop:
+
+    sude = SudeRegularizer(unet, scheduler, embed("photo of a dog"), embed(""))   # before training
+    ...
+    loss = loss + 0.4 * sude(noisy_latents, timesteps, model_pred).mean()         # in the loop
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sude_lab.backbone import Condition, FrozenUNet, concatenate
-from sude_lab.diffusion import Schedule, to_eps
+from sude_lab.backbone import Condition, concatenate
+from sude_lab.diffusion import Schedule
+from sude_lab.frozen import FrozenUNet, require_silent
 from sude_lab.losses import (
     gate,
     guidance_projection,
+    output_weight,
     sude_loss,
     sude_threshold,
-    sude_weight,
     truncate,
 )
+
+Predict = Callable[[Tensor, Tensor, Condition], Tensor]
+"""What a model outputs for x_t, t and a condition, rows beside rows."""
+
+
+@torch.no_grad()
+def ask(
+    predict: Predict, x_t: Tensor, t: Tensor, uncond: Condition, category: Condition
+) -> tuple[Tensor, Tensor]:
+    """Ask a model eq. 5's two questions in one batched call: no condition, and the category.
+
+    p(c_cate | x_{t-1}) ~ p(x_{t-1} | x_t, c_cate) / p(x_{t-1} | x_t), arXiv 2403.06775, eq. 5:
+    numerator and denominator are the same network's, asked twice.
+
+    Args: x_t: (B, ...); t: (B,); uncond, category: one row each, or B. Returns the model outputs
+    for no condition and for the category, (B, ...) each, without gradients.
+    """
+    both = concatenate([uncond.expand(len(x_t)), category.expand(len(x_t))])
+    null_output, class_output = predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    return null_output, class_output
 
 
 @dataclass(frozen=True)
@@ -42,6 +69,18 @@ class SudeTerms:
     rho: Tensor
     """How far the subject follows its category's direction; eq. 9 stops it at 1."""
 
+    @classmethod
+    def none(cls, like: Tensor) -> SudeTerms:
+        """Return the terms of a batch of which nobody was asked: NaN, no loss, shut gates."""
+        nothing = torch.full_like(like, math.nan)
+        shut = torch.zeros_like(nothing, dtype=torch.bool)
+        return cls(nothing, nothing, torch.zeros_like(nothing), shut, nothing)
+
+    def map(self, function: Callable[..., Tensor], *others: SudeTerms) -> SudeTerms:
+        """Apply a function to every term, together with the same term of others."""
+        names = [f.name for f in fields(self)]
+        return SudeTerms(*(function(*(getattr(x, n) for x in (self, *others))) for n in names))
+
 
 def sude_terms(
     output_subject: Tensor,
@@ -57,53 +96,60 @@ def sude_terms(
 ) -> SudeTerms:
     """Return eq. 7-9 of arXiv 2403.06775 for three model outputs at the same (x_t, t).
 
-    Computed in eps-space: at fixed x_t the mean is an affine map of eps, so the loss is the same
-    and no digits are lost in differences of means (see `sude_lab.losses`). Every term is divided by
-    the number of the latent's dimensions, as the usual MSE is.
+    Computed in the network's own output space (eps, x_0 or v): at fixed x_t the mean is an affine
+    map of the output, so the loss is the same, no digits are lost in differences of means (see
+    `sude_lab.losses`), and v has a value at zero terminal SNR, where eps has none. Every term is
+    divided by the number of the output's dimensions, as the usual MSE is.
 
     Args: outputs (B, ...) as the schedule's prediction type has them; only `output_subject`
     receives a gradient. t: LongTensor (B,). truncate_at: the rho that shuts the gate, 1 in the
     paper: since L_sude - tau_t = -2 tau_t (1 - rho), the gate shuts at (2 truncate_at - 1) tau_t.
 
     Raises:
-        ValueError: shapes disagree, or the weighting is unknown.
+        ValueError: shapes disagree, or the weighting is unknown or has no value at t.
     """
-    eps_subject, eps_class, eps_uncond = (
-        to_eps(output, x_t, t, schedule) for output in (output_subject, output_class, output_uncond)
-    )
-    dims = math.prod(x_t.shape[1:])
+    if len(x_t) != len(output_subject):
+        raise ValueError(f"x_t has {len(x_t)} rows, the model's output {len(output_subject)}.")
+    dims = math.prod(output_subject.shape[1:])
     # A weight of 0 (t = 0 with `exact`) becomes an infinite variance: no loss, shut gate.
-    variance = 0.5 / sude_weight(t, schedule, weighting).to(x_t.dtype)
-    loss = sude_loss(eps_subject, eps_class, eps_uncond, variance) / dims
-    tau = sude_threshold(eps_class, eps_uncond, variance) / dims
+    variance = 0.5 / output_weight(t, schedule, weighting).to(output_subject.dtype)
+    loss = sude_loss(output_subject, output_class, output_uncond, variance) / dims
+    tau = sude_threshold(output_class, output_uncond, variance) / dims
     limit = (2 * truncate_at - 1) * tau
     return SudeTerms(
         loss,
         tau,
         truncate(loss, limit) if truncated else loss,
         gate(loss, limit),
-        guidance_projection(eps_subject, eps_class, eps_uncond),
+        guidance_projection(output_subject, output_class, output_uncond),
     )
 
 
 class SudeRegularizer:
     """The SuDe loss for a training loop of one's own; no part of sude_lab's tuning is needed.
 
-    Make it before training begins, call it with what the loop has anyway. The classifier's two
-    predictions are made in one batched call without gradients.
+    Make it when everything that is trained is in place (parts frozen and opened, attention
+    processors set, adapters added, `accelerator.prepare` called) and before any checkpoint is
+    loaded; call it with what the loop has anyway. The classifier's two predictions are made in one
+    batched call without gradients (`ask`).
 
     Args:
         unet: the model that is being tuned; plain, with peft adapters, or wrapped by Accelerate.
-        scheduler: the diffusers scheduler of the loop, or a `Schedule`.
+        scheduler: the diffusers scheduler of the loop, asked anew at every call, or a `Schedule`.
         class_embeds: the text encoder's output for "photo of a dog", (1, L, D), or a `Condition`
             (SDXL).
         uncond_embeds: the same for "".
         prior: `pretrained` asks the model as it is when this object is made (a copy of the weights
             that require gradients is kept; none for LoRA, whose adapters are switched off for the
-            question); `current` asks it as it is by then.
+            question); `current` asks it as it is by then; a callable is asked in its place, called
+            as the UNet is (for adapters that cannot be switched off here).
         weighting: exact, simple or reference, see `sude_lab.losses.sude_weight`.
         truncated: whether eq. 9 stops a sample that is as sure of its category as the category.
         truncate_at: the rho at which it stops; the paper's threshold is 1.
+
+    Raises:
+        UserError: the UNet cannot be kept as it is (see `FrozenUNet`); at a call: it has been
+            changed since in a way that the kept one does not know.
     """
 
     def __init__(
@@ -113,36 +159,50 @@ class SudeRegularizer:
         class_embeds: Tensor | Condition,
         uncond_embeds: Tensor | Condition,
         *,
-        prior: Literal["pretrained", "current"] = "pretrained",
+        prior: Literal["pretrained", "current"] | Callable[..., Any] = "pretrained",
         weighting: Literal["exact", "simple", "reference"] = "reference",
         truncated: bool = True,
         truncate_at: float = 1.0,
     ) -> None:
-        if prior not in ("pretrained", "current"):
-            raise ValueError(f"prior must be 'pretrained' or 'current', got {prior!r}.")
-        self.schedule = (
-            scheduler if isinstance(scheduler, Schedule) else Schedule.from_scheduler(scheduler)
-        )
-        self.conditions = tuple(
-            (c if isinstance(c, Condition) else Condition(c)).map(Tensor.detach)
-            for c in (uncond_embeds, class_embeds)
-        )
+        if prior not in ("pretrained", "current") and not callable(prior):
+            raise ValueError(f"prior must be 'pretrained', 'current' or a callable, got {prior!r}.")
+        self.scheduler = scheduler
+        self.uncond, self.category = _condition(uncond_embeds), _condition(class_embeds)
         self.weighting, self.truncated, self.truncate_at = weighting, truncated, truncate_at
         bare = getattr(unet, "module", unet)  # wrapped for several processes
         bare = getattr(bare, "_orig_mod", bare)  # compiled
-        self._predict: Callable[..., Any] = FrozenUNet(bare) if prior == "pretrained" else unet
+        self.model: Callable[..., Any] = prior if callable(prior) else unet
+        if prior == "pretrained":
+            require_silent(bare)
+            self.model = FrozenUNet(bare)
 
-    def terms(self, x_t: Tensor, t: Tensor, model_output: Tensor) -> SudeTerms:
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule as the loop's scheduler has it now."""
+        scheduler = self.scheduler
+        return scheduler if isinstance(scheduler, Schedule) else Schedule.from_scheduler(scheduler)
+
+    def _predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        output = self.model(x_t, t, **condition.arguments)
+        output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        return output.float()
+
+    def terms(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        model_output: Tensor,
+        class_embeds: Tensor | Condition | None = None,
+    ) -> SudeTerms:
         """Return L_sude, tau_t, the gate and rho of a batch, for logging."""
-        size = len(x_t)
-        both = concatenate([c.expand(size) for c in self.conditions])
-        with torch.no_grad():
-            output = self._predict(torch.cat([x_t, x_t]), torch.cat([t, t]), **both.arguments)
-            uncond, category = output.sample.float().chunk(2)
+        if isinstance(self.model, FrozenUNet):
+            self.model.check()
+        category = self.category if class_embeds is None else _condition(class_embeds)
+        uncond_output, class_output = ask(self._predict, x_t, t, self.uncond, category)
         return sude_terms(
             model_output.float(),
-            category,
-            uncond,
+            class_output,
+            uncond_output,
             x_t.float(),
             t,
             self.schedule,
@@ -151,10 +211,21 @@ class SudeRegularizer:
             truncate_at=self.truncate_at,
         )
 
-    def __call__(self, x_t: Tensor, t: Tensor, model_output: Tensor) -> Tensor:
+    def __call__(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        model_output: Tensor,
+        class_embeds: Tensor | Condition | None = None,
+    ) -> Tensor:
         """Return the truncated SuDe loss of each sample, (B,); weight it by w_s and average it.
 
-        Args: x_t: the noisy latents, (B, C, h, w). t: LongTensor (B,). model_output: the UNet's
-        output for the subject's prompt, with its gradient.
+        Args: x_t: what the UNet was given, (B, C, h, w). t: LongTensor (B,). model_output: the
+        UNet's output for the subject's prompt, with its gradient. class_embeds: the categories'
+        own, a row a sample, where the batch has several; None: those given at the beginning.
         """
-        return self.terms(x_t, t, model_output).gated
+        return self.terms(x_t, t, model_output, class_embeds).gated
+
+
+def _condition(embeds: Tensor | Condition) -> Condition:
+    return (embeds if isinstance(embeds, Condition) else Condition(embeds)).map(Tensor.detach)

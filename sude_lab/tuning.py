@@ -1,101 +1,41 @@
 """Tune a text-to-image model on one picture, with SuDe (arXiv 2403.06775, eq. 10).
 
-`tune` is a generator of steps: whoever iterates decides what to log, show and keep.
+A `Tuning` is iterated over, a `Step` at a time: whoever iterates decides what to log and to keep.
 
     backbone = open_backbone("embedded")
-    config = resolve(TuningConfig(image=Path("dog.png"), category="dog"), backbone)
-    for step in tune(config, backbone, picture):
+    config = TuningConfig(image=Path("dog.png"), category="dog")
+    for step in Tuning(config, backbone, picture):
         print(step.number, step.loss_sude.mean())
+
+What differs between runs is handed in: `draws` (`sude_lab.draws`: where x_0, noise and t come
+from), `classifier` (who answers eq. 5), `method` (what is trained).
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from sude_lab.backbone import Backbone, Condition, concatenate, hub_id
-from sude_lab.config import PRESETS as PRESETS
-from sude_lab.config import Subject as Subject
-from sude_lab.config import TuningConfig
-from sude_lab.config import with_preset as with_preset
+from sude_lab.backbone import Backbone, Condition
+from sude_lab.config import CompleteConfig, TuningConfig
 from sude_lab.diffusion import add_noise, training_target
+from sude_lab.draws import Batch, Draws, FreshDraws, one_of_each, picture_latents, step_generator
 from sude_lab.errors import UserError, machine_failure
 from sude_lab.losses import class_regularizer, subject_loss, total_loss
-from sude_lab.methods import Method, get_method
+from sude_lab.methods import Method, configure, get_method
 from sude_lab.prompts import photo_of
-from sude_lab.runs.class_images import class_latents
-from sude_lab.runs.prior_bank import PriorBank, open_bank
-from sude_lab.sude import SudeTerms, sude_terms
+from sude_lab.sude import SudeTerms, ask, sude_terms
 
-GENERAL_DEFAULTS: dict[str, Any] = {
-    "prior": "pretrained",
-    "weighting": "reference",
-    "train": "attention",
-    "train_text_encoder": False,
-    "prior_loss_weight": 0.0,
-    "num_class_images": 16,
-    "num_vectors": 1,
-}
-
-
-def with_defaults(config: TuningConfig, facts: Mapping[str, Any]) -> TuningConfig:
-    """Fill the fields that are None and have a default: the model's own facts', then the method's.
-
-    No model is opened; what only the open model knows (`resolution`) stays None.
-
-    Args:
-        config: The settings of a run.
-        facts: `Backbone.facts`, or what `backbone.read_facts` returns.
-
-    Raises:
-        UserError: there is no such method, or a prior bank is of no use to the prior.
-    """
-    known: dict[str, Any] = dict(GENERAL_DEFAULTS)
-    known |= get_method(config.method).defaults
-    known |= facts.get("tuning", {}).get(config.method, {})
-    missing = {
-        f.name: known[f.name]
-        for f in fields(config)
-        if getattr(config, f.name) is None and f.name in known
-    }
-    config = replace(config, **missing)
-    moves = config.prior == "current" and not get_method(config.method).keeps_prior
-    if config.prior_bank and config.with_sude and moves:
-        raise UserError(
-            "--prior-bank keeps what the model says before tuning, and --prior current asks it as "
-            "it is by then: use --prior pretrained, or leave --prior-bank out."
-        )
-    return config
-
-
-def resolve(config: TuningConfig, backbone: Backbone) -> TuningConfig:
-    """Fill every field that is None: from the backbone's own defaults, then from the method's.
-
-    `initializer` and `prompt` may stay None: the method then builds them. A hub id gets the commit
-    that was opened: the run stays that model's when the hub has a newer one.
-
-    Raises:
-        UserError: the category is one the model cannot know, or a prior bank is of no use.
-    """
-    config = with_defaults(config, backbone.facts)
-    more = tuple(
-        f"{backbone.check_category(s.category)}={s.token}={s.image}" for s in config.subjects[1:]
-    )
-    category = backbone.check_category(config.category)
-    resolution = config.resolution or backbone.resolution
-    told = hub_id(config.backbone)
-    source = f"{told[0]}@{backbone.commit}" if told and backbone.commit else config.backbone
-    return replace(
-        config, backbone=source, category=category, more_subjects=more, resolution=resolution
-    )
+Classifier = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
+"""Answers eq. 5 for x_t of a batch: the model outputs for no condition and for the category."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +58,7 @@ class Step:
     learning_rate: float
     method: Method
     state_dict: Callable[[], dict[str, Any]]
-    """Everything `tune` needs to continue after this step."""
+    """Everything `Tuning` needs to continue after this step; refuses once the step is past."""
 
     def row(self) -> dict[str, float]:
         """Return the step as one row of numbers: means over the batch."""
@@ -136,227 +76,292 @@ class Step:
         }
 
 
-def one_of_each(
-    config: TuningConfig, picture: Image.Image | Sequence[Image.Image]
-) -> list[Image.Image]:
-    """Return the pictures of a run's subjects as a list.
-
-    Raises:
-        UserError: there are more or fewer of them than subjects.
-    """
-    pictures = [picture] if isinstance(picture, Image.Image) else list(picture)
-    if len(pictures) != len(config.subjects):
-        raise UserError(
-            f"There are {len(config.subjects)} subjects and {len(pictures)} pictures: give one "
-            "of each."
-        )
-    return pictures
-
-
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """Return the generator of one step: what step k draws depends on (seed, k) alone."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-
-
-def tune(
-    config: TuningConfig,
-    backbone: Backbone,
-    picture: Image.Image | Sequence[Image.Image],
-    *,
-    state: dict[str, Any] | None = None,
-    accelerator: Any = None,
-) -> Iterator[Step]:
-    """Tune `backbone` in place on one picture (one of each subject) and yield every step.
-
-    The loss is the batch mean of L_sub + w_s lambda_tau L_sude + w_r L_reg (arXiv 2403.06775,
-    eq. 10) and the method's own loss, every term a mean over the latent's dimensions, L_sub the
-    loss the model was trained with; eq. 7-9 are those of `sude_lab.sude.sude_terms`.
-
-    `state` continues a run from `Step.state_dict()`. With an `accelerate.Accelerator` of several
-    processes each takes its part of one larger batch, and all take the same step. Use the backbone
-    for one run only.
-
-    Raises:
-        UserError: the settings do not fit the model, the loss became NaN, memory ran out, or the
-            device failed.
-    """
-    config = resolve(config, backbone)
-    pictures = one_of_each(config, picture)
-    try:
-        yield from _tune(config, backbone, pictures, state, _Processes(accelerator))
-    except (RuntimeError, MemoryError) as error:
-        told = machine_failure(error)
-        if told is None:
-            raise
-        advice = (
-            "use --train lora, --gradient-checkpointing, --optimizer adamw8bit, --dtype bfloat16, "
-            "or a smaller --train-batch-size with --gradient-accumulation-steps, or a smaller "
-            "--resolution"
-        )
-        if "memory" not in told:
-            advice = "see whether it is still there, and continue with --resume"
-        raise UserError(f"{told}: {advice}.") from error
-
-
 @dataclass(frozen=True)
-class _Losses:
+class Losses:
     """What one batch gave, (B,) each."""
 
     t: Tensor
     subject: Tensor
     sude: SudeTerms
-    regularizer: Tensor
+    preservation: Tensor
     own: Tensor
     total: Tensor
 
+    def told(self) -> tuple[Tensor, ...]:
+        """Return what a step tells of them."""
+        terms = (self.sude.loss, self.sude.threshold, self.sude.gate, self.sude.rho)
+        parts = (self.t, self.subject, *terms, self.preservation, self.own)
+        return tuple(part.detach() for part in parts)
 
-def _tune(
-    config: TuningConfig,
-    backbone: Backbone,
-    pictures: list[Image.Image],
-    state: dict[str, Any] | None,
-    processes: _Processes,
-) -> Iterator[Step]:
-    assert config.max_train_steps is not None and config.train_batch_size is not None
-    schedule, device, size = backbone.schedule, backbone.device, config.train_batch_size
-    latents = [picture_latents(config, backbone, picture) for picture in pictures]
-    with torch.no_grad():
-        fixed = _conditions(backbone, config)
-    with processes.in_turn():  # the first one builds, the others find it built
-        banks = _banks(config, backbone, pictures, latents)
-    regularized = None
-    if config.prior_loss_weight:
-        with processes.in_turn():  # the first one draws, the others find them drawn
-            regularized = [class_latents(config, backbone, s.category) for s in config.subjects]
 
-    method = get_method(config.method)(backbone, config)
-    method.start([mean for mean, _ in latents])
-    optimizer = _optimizer(config, method.groups())
-    scaler = torch.amp.GradScaler(device.type, enabled=backbone.dtype == torch.float16)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    parameters = list(method.parameters.values())
-    first = 0
-    if state is not None:
+class Tuning:
+    """One run: tunes `backbone` in place on one picture (one of each subject), step by step.
+
+    The loss is the batch mean of L_sub + w_s lambda_tau L_sude + w_r L_reg (arXiv 2403.06775,
+    eq. 10) and the method's own loss, every term a mean over the latent's dimensions, L_sub the
+    loss the model was trained with; eq. 7-9 are those of `sude_lab.sude.sude_terms`. Where the loop
+    over it was left, it goes on with the next step.
+
+    Args:
+        config: The settings; what is None is filled in by `configure`.
+        backbone: The model, used for this run only.
+        pictures: The subject's picture, or one of each subject.
+        draws: Where the samples come from; None: drawn anew in every step.
+        classifier: Who answers eq. 5; None: the run's own model, by `config.prior` as it was before
+            tuning or as it is.
+        method: What is trained; None: `config.method`.
+        state: What `Step.state_dict()` gave, to continue after that step.
+        accelerator: An `accelerate.Accelerator`: each of its processes takes its part of one larger
+            batch, and all take the same step.
+
+    Raises:
+        UserError: the settings do not fit the model, it has been used already, the run needs class
+            images or a prior bank, the loss became NaN, memory ran out, or the device failed.
+    """
+
+    def __init__(
+        self,
+        config: TuningConfig,
+        backbone: Backbone,
+        pictures: Image.Image | Sequence[Image.Image],
+        *,
+        draws: Draws | None = None,
+        classifier: Classifier | None = None,
+        method: type[Method] | None = None,
+        state: dict[str, Any] | None = None,
+        accelerator: Any = None,
+    ) -> None:
+        backbone.use()
+        self.config = config = configure(config, backbone, method=method)
+        self.backbone, self.classifier = backbone, classifier
+        self.processes = Processes(accelerator)
+        self.number = 0
+        """The last step that was taken."""
+        self._state = "running"
+        if draws is None and (config.prior_bank or config.prior_loss_weight):
+            raise UserError(
+                "This run needs class images or a prior bank, which are made before: start it with "
+                "sude_lab.runs.prepare, or set prior_loss_weight and prior_bank to 0."
+            )
+        with _machine_failures():
+            latents = [picture_latents(config, backbone, p) for p in one_of_each(config, pictures)]
+            self.draws = draws or FreshDraws(latents, backbone.schedule.num_timesteps)
+            with torch.no_grad():
+                self._before = category_conditions(backbone, config)
+            self.method = (method or get_method(config.method))(backbone, config)
+            if self._asks_frozen:
+                self.method.keep_frozen()
+            self.method.start([mean for mean, _ in latents])
+            self.optimizer = make_optimizer(config, self.method.groups())
+            self.scaler = torch.amp.GradScaler(
+                backbone.device.type, enabled=backbone.dtype == torch.float16
+            )
+            self._rates = [group["lr"] for group in self.optimizer.param_groups]
+            if state is not None:
+                self._load(state)
+            self._prompts = self.method.subject_prompts()
+            for prompt, subject in zip(self._prompts, config.subjects, strict=True):
+                backbone.beyond_reach(prompt, subject.token)
+            with torch.no_grad():
+                self._subjects = backbone.encode_prompts(self._prompts)
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        if self._state == "failed":
+            raise UserError(
+                f"This run failed after step {self.number}: continue from a step's state_dict() on "
+                "a backbone that is opened again."
+            )
+        if self.number >= self.config.max_train_steps:
+            if self._state == "running":
+                self.method.finish()
+                self._state = "finished"
+            raise StopIteration
+        self._state = "failed"  # until the step is whole
+        with _machine_failures():
+            step = self._step(self.number + 1)
+        self._state = "running"
+        return step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that is needed to continue after the last step."""
+        return {
+            "step": self.number,
+            "trained": self.method.state_dict(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def _state_after(self, number: int) -> dict[str, Any]:
+        if number != self.number:
+            raise UserError(
+                f"Step {number} is past, and the weights are those of step {self.number}: call "
+                "state_dict() before the next step is taken."
+            )
+        return self.state_dict()
+
+    def _load(self, state: dict[str, Any]) -> None:
         try:
-            method.load_state_dict(state["trained"])
-            optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-            scaler.load_state_dict(copy.deepcopy(state.get("scaler", {})))
+            self.method.load_state_dict(state["trained"])
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+            self.scaler.load_state_dict(copy.deepcopy(state.get("scaler", {})))
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(
                 "The checkpoint does not fit this run's weights and optimiser: start a new run."
             ) from error
-        first = state["step"]
-    prompts = method.subject_prompts()
-    for prompt, subject in zip(prompts, config.subjects, strict=True):
-        backbone.beyond_reach(prompt, subject.token)
-    with torch.no_grad():
-        fixed_subjects = backbone.encode_prompts(prompts)
+        self.number = state["step"]
 
-    def one_batch(batch: _Batch) -> _Losses:
-        null, classes = fixed
-        if method.changes_text and (config.prior == "current" or batch.z_0 is not None):
-            null, classes = _conditions(backbone, config)
-        subjects = (
-            backbone.encode_prompts(prompts) if method.changes_subject_text else fixed_subjects
+    @property
+    def _asks_frozen(self) -> bool:
+        """Whether the run asks the model as it was before tuning."""
+        config = self.config
+        sude = config.with_sude and self.classifier is None and config.prior == "pretrained"
+        return sude or bool(config.prior_loss_weight and config.prior_preservation == "teacher")
+
+    def _step(self, number: int) -> Step:
+        config, size = self.config, self.config.train_batch_size
+        warm = min(1.0, number / max(1, config.lr_warmup_steps))
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * warm
+        rows = size * config.gradient_accumulation_steps * self.processes.number
+        whole = self.draws.draw(rows, step_generator(config.seed, number))
+        own = whole.rows(self.processes.part(len(whole.t)))
+        self.optimizer.zero_grad(set_to_none=True)
+        batches = []
+        for k in range(config.gradient_accumulation_steps):
+            batch = own.rows(slice(k * size, (k + 1) * size)).to(self.backbone.device)
+            losses = self._losses(batch)
+            gather = self.processes.gather
+            check_finite(number, gather(losses.t), gather(losses.total))
+            loss = losses.total.mean() / config.gradient_accumulation_steps
+            self.scaler.scale(loss).backward()
+            batches.append(losses.told())
+        told = tuple(map(torch.cat, zip(*batches, strict=True)))
+        self._move(number, told[0])
+        t, subject, sude, tau, gate, rho, preservation, own_loss = (
+            self.processes.gather(part).cpu() for part in told
         )
+        self.number = number
+        return Step(
+            number,
+            t,
+            subject,
+            sude,
+            tau,
+            gate,
+            rho,
+            preservation.mean().item(),
+            own_loss.mean().item(),
+            max(group["lr"] for group in self.optimizer.param_groups),
+            self.method,
+            partial(self._state_after, number),
+        )
+
+    def _losses(self, batch: Batch) -> Losses:
+        """Return the terms of eq. 10 for a batch."""
+        config, method, schedule = self.config, self.method, self.backbone.schedule
+        now = self._before
+        if method.changes_text and (config.prior == "current" or batch.z_0 is not None):
+            now = category_conditions(self.backbone, config)
+        subjects = self._subjects
+        if method.changes_subject_text:
+            subjects = self.backbone.encode_prompts(self._prompts)
         x_t = add_noise(batch.x_0, batch.eps, batch.t, schedule)
         output = method.predict(x_t, batch.t, subjects[batch.which], batch.which)
         own = method.own_loss()
-        dims = x_t[0].numel()
         target = training_target(batch.x_0, batch.eps, batch.t, schedule)
-        of_subject = subject_loss(output, target) / dims
-        sude = _sude(config, backbone, method, output, x_t, batch, (null, classes), fixed)
-        regularizer = torch.zeros_like(of_subject)
-        if batch.z_0 is not None and batch.noise is not None:
-            z_t = add_noise(batch.z_0, batch.noise, batch.t, schedule)
-            guess = method.predict_current(z_t, batch.t, classes[batch.which])
-            if config.regularizer == "teacher":
-                teacher = method.predict_pretrained(z_t, batch.t, fixed[1][batch.which])
-                regularizer = class_regularizer(guess, teacher) / dims
-            else:
-                noise_target = training_target(batch.z_0, batch.noise, batch.t, schedule)
-                regularizer = subject_loss(guess, noise_target) / dims
-        assert config.weight_sude is not None and config.prior_loss_weight is not None
-        total = total_loss(
-            of_subject,
-            sude.gated,
-            regularizer,
-            config.weight_sude,
-            config.prior_loss_weight,
-        )
+        subject = subject_loss(output, target) / x_t[0].numel()
+        sude = SudeTerms.none(subject.detach())
+        if config.with_sude:
+            uncond, category = self._answers(x_t, batch, now)
+            sude = sude_terms(
+                output,
+                category,
+                uncond,
+                x_t,
+                batch.t,
+                schedule,
+                weighting=config.weighting,
+                truncated=config.truncate,
+                truncate_at=config.truncate_at,
+            )
+        preservation = self._preservation(batch, now[1]) if config.prior_loss_weight else None
+        if preservation is None:
+            preservation = torch.zeros_like(subject)
+        weights = config.weight_sude, config.prior_loss_weight
+        total = total_loss(subject, sude.gated, preservation, *weights)
         if own is None:
-            own = torch.zeros_like(of_subject)
-        return _Losses(batch.t, of_subject, sude, regularizer, own, total + own)
+            own = torch.zeros_like(subject)
+        return Losses(batch.t, subject, sude, preservation, own, total + own)
 
-    accumulate = config.gradient_accumulation_steps
-    for number in range(first + 1, config.max_train_steps + 1):
-        generator = step_generator(config.seed, number)
-        warm = min(1.0, number / max(1, config.lr_warmup_steps))
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * warm
-        # Everything random is drawn on the CPU, for all processes alike: the same numbers on every
-        # device, and one process with the whole batch takes the same step as many with their parts.
-        rows = size * accumulate * processes.number
-        if banks:
-            whole = _draw_pairs(banks, rows, generator)
+    def _answers(
+        self, x_t: Tensor, batch: Batch, now: tuple[Condition, Condition]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the classifier's answers to eq. 5: for no condition, and for the category."""
+        if self.classifier is not None:
+            return self.classifier(x_t, batch)
+        if self.config.prior == "current":
+            predict, (null, categories) = self.method.predict_current, now
         else:
-            whole = _draw(latents, rows, schedule.num_timesteps, generator)
-        if regularized is not None:
-            whole = _draw_class_images(whole, regularized, generator)
-        mine = whole.rows(processes.part(len(whole.t)))
-        optimizer.zero_grad(set_to_none=True)
-        seen = []
-        for k in range(accumulate):
-            batch = mine.rows(slice(k * size, (k + 1) * size)).to(device)
-            losses = one_batch(batch)
-            _check_finite(number, processes.gather(losses.t), processes.gather(losses.total))
-            scaler.scale(losses.total.mean() / accumulate).backward()
-            seen.append(losses)
+            predict, (null, categories) = self.method.predict_pretrained, self._before
+        return ask(predict, x_t, batch.t, null, categories[batch.which])
+
+    def _preservation(self, batch: Batch, categories: Condition) -> Tensor:
+        """Return L_reg of eq. 10: the class images' own loss, or eq. 14 as it is written."""
+        if batch.z_0 is None or batch.noise is None:
+            raise UserError("The draws have no class images, and prior_loss_weight is above 0.")
+        schedule, dims = self.backbone.schedule, batch.z_0[0].numel()
+        z_t = add_noise(batch.z_0, batch.noise, batch.t, schedule)
+        guess = self.method.predict_current(z_t, batch.t, categories[batch.which])
+        if self.config.prior_preservation == "images":
+            target = training_target(batch.z_0, batch.noise, batch.t, schedule)
+            return subject_loss(guess, target) / dims
+        fixed = self._before[1][batch.which]
+        return class_regularizer(guess, self.method.predict_pretrained(z_t, batch.t, fixed)) / dims
+
+    def _move(self, number: int, t: Tensor) -> None:
+        """Take the optimiser's step along the gradients, averaged over processes and clipped."""
+        parameters = list(self.method.parameters.values())
         gradients = [p.grad for p in parameters if p.grad is not None]
-        processes.average(gradients)
-        scaler.unscale_(optimizer)
+        self.processes.average(gradients)
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm(gradients)
         # torch's clip_grad_norm_ multiplies by 1 where nothing is clipped: a pass over all weights.
-        if config.max_grad_norm and bool(norm + 1e-6 > config.max_grad_norm):
-            torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
-        if not scaler.is_enabled():  # the scaler leaves out a step whose gradient overflowed
-            drawn = torch.cat([losses.t for losses in seen])
-            _check_finite(number, processes.gather(drawn), norm.expand(1), "gradient")
-        scaler.step(optimizer)
-        scaler.update()
-
-        def snapshot(number: int = number) -> dict[str, Any]:
-            return {
-                "step": number,
-                "trained": method.state_dict(),
-                "optimizer": copy.deepcopy(optimizer.state_dict()),
-                "scaler": scaler.state_dict(),
-            }
-
-        def told(pick: Callable[[_Losses], Tensor], seen: list[_Losses] = seen) -> Tensor:
-            return processes.gather(torch.cat([pick(x).detach() for x in seen])).cpu()
-
-        yield Step(
-            number,
-            told(lambda x: x.t),
-            told(lambda x: x.subject),
-            told(lambda x: x.sude.loss),
-            told(lambda x: x.sude.threshold),
-            told(lambda x: x.sude.gate),
-            told(lambda x: x.sude.rho),
-            told(lambda x: x.regularizer).mean().item(),
-            told(lambda x: x.own).mean().item(),
-            max(group["lr"] for group in optimizer.param_groups),
-            method,
-            snapshot,
-        )
-    method.finish()
+        most = self.config.max_grad_norm
+        if most and bool(norm + 1e-6 > most):
+            torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        if not self.scaler.is_enabled():  # the scaler leaves out a step whose gradient overflowed
+            check_finite(number, self.processes.gather(t), norm.expand(1), "gradient")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
 
-def _check_finite(number: int, t: Tensor, values: Tensor, what: str = "loss") -> None:
-    """Stop before the weights are spoilt; with a value for each t, name those that went wrong."""
+def tune(
+    config: TuningConfig,
+    backbone: Backbone,
+    pictures: Image.Image | Sequence[Image.Image],
+    **handed_in: Any,
+) -> Iterator[Step]:
+    """Tune `backbone` in place and return the iterator over its steps: `Tuning` as a function."""
+    return iter(Tuning(config, backbone, pictures, **handed_in))
+
+
+def category_conditions(backbone: Backbone, config: CompleteConfig) -> tuple[Condition, Condition]:
+    """Return the null condition, one row, and the category's of every subject."""
+    categories = [photo_of(s.category) for s in config.subjects]
+    return backbone.null_condition(), backbone.encode_prompts(categories)
+
+
+def check_finite(number: int, t: Tensor, values: Tensor, what: str = "loss") -> None:
+    """Stop before the weights are spoilt; with a value for each t, name those that went wrong.
+
+    Raises:
+        UserError: a value is not finite.
+    """
     values = values.detach()
     wrong = ~torch.isfinite(values)
     if bool(wrong.any()):
@@ -368,60 +373,12 @@ def _check_finite(number: int, t: Tensor, values: Tensor, what: str = "loss") ->
         )
 
 
-def _banks(
-    config: TuningConfig,
-    backbone: Backbone,
-    pictures: list[Image.Image],
-    latents: list[tuple[Tensor, Tensor]],
-) -> list[PriorBank]:
-    """Return the prior bank of every subject; none where a step draws its samples anew."""
-    if not config.prior_bank:
-        return []
-    return [
-        open_bank(config, backbone, subject.category, picture, latent)
-        for subject, picture, latent in zip(config.subjects, pictures, latents, strict=True)
-    ]
+def make_optimizer(config: CompleteConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return the optimiser of a run for a method's parameter groups.
 
-
-def _sude(
-    config: TuningConfig,
-    backbone: Backbone,
-    method: Method,
-    output: Tensor,
-    x_t: Tensor,
-    batch: _Batch,
-    now: tuple[Condition, Condition],
-    fixed: tuple[Condition, Condition],
-) -> SudeTerms:
-    """Return eq. 7-9 of a batch; where SuDe is neither used nor watched, NaN and shut gates."""
-    if not config.with_sude:
-        nothing = torch.full_like(x_t[:, 0, 0, 0], math.nan)
-        shut = torch.zeros_like(nothing, dtype=torch.bool)
-        return SudeTerms(nothing, nothing, torch.zeros_like(nothing), shut, nothing)
-    assert config.weighting is not None
-    if batch.prior is not None:  # known from the bank
-        uncond, category = batch.prior.unbind(1)
-    else:
-        null, classes = now if config.prior == "current" else fixed
-        predict = method.predict_current if config.prior == "current" else method.predict_pretrained
-        condition = concatenate([null.expand(len(x_t)), classes[batch.which]])
-        with torch.no_grad():
-            both = predict(torch.cat([x_t, x_t]), torch.cat([batch.t, batch.t]), condition)
-        uncond, category = both.chunk(2)
-    return sude_terms(
-        output,
-        category,
-        uncond,
-        x_t,
-        batch.t,
-        backbone.schedule,
-        weighting=config.weighting,
-        truncated=config.truncate,
-        truncate_at=config.truncate_at,
-    )
-
-
-def _optimizer(config: TuningConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    Raises:
+        UserError: no group has a learning rate, or the optimiser's package is not installed.
+    """
     if not any(group["lr"] for group in groups):
         raise UserError(
             "Nothing would be trained: give --learning-rate or --token-learning-rate a value above "
@@ -439,7 +396,7 @@ def _optimizer(config: TuningConfig, groups: list[dict[str, Any]]) -> torch.opti
     return AdamW8bit(groups, weight_decay=config.adam_weight_decay)
 
 
-class _Processes:
+class Processes:
     """The processes that share a run: one, or those of an Accelerator."""
 
     def __init__(self, accelerator: Any = None) -> None:
@@ -467,95 +424,20 @@ class _Processes:
         return self.accelerator.main_process_first() if self.number > 1 else nullcontext()
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """What a step draws: latents, noise, t, whose picture it is, and the same for class images.
-
-    `prior`: what a bank knows of these samples, (B, 2, C, h, w), no condition first.
-    """
-
-    x_0: Tensor
-    eps: Tensor
-    t: Tensor
-    which: Tensor
-    z_0: Tensor | None = None
-    noise: Tensor | None = None
-    prior: Tensor | None = None
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> _Batch:
-        found: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: function(v) for k, v in found.items() if v is not None})
-
-    def rows(self, index: slice) -> _Batch:
-        return self._map(lambda x: x[index])
-
-    def to(self, device: torch.device) -> _Batch:
-        return self._map(lambda x: x.to(device))
-
-
-def picture_latents(
-    config: TuningConfig, backbone: Backbone, picture: Image.Image
-) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation of a picture's latents, (K, C, h, w) each, on the CPU.
-
-    K is 2 with its mirror image, else 1.
-
-    Raises:
-        UserError: the resolution is none that the encoder can halve so often.
-    """
-    side = config.resolution or backbone.resolution
-    factor = backbone.pipeline.vae_scale_factor
-    if side % factor:
-        raise UserError(f"--resolution {side} must be a multiple of {factor}.")
-    if picture.size != (side, side):
-        picture = picture.resize((side, side), Image.Resampling.LANCZOS)
-    pictures = [picture, ImageOps.mirror(picture)] if config.horizontal_flip else [picture]
-    mean, std = backbone.encode_pictures(pictures)
-    return mean.cpu(), std.cpu()
-
-
-def _draw(
-    latents: list[tuple[Tensor, Tensor]], size: int, num_timesteps: int, generator: torch.Generator
-) -> _Batch:
-    """Draw latents of the subjects' pictures (B, C, h, w), noise of that shape, and t (B,)."""
-    means = torch.stack([mean for mean, _ in latents])
-    deviations = torch.stack([std for _, std in latents])
-    which = torch.zeros(size, dtype=torch.long)
-    if len(latents) > 1:
-        which = torch.randint(len(latents), (size,), generator=generator)
-    pick = torch.randint(means.shape[1], (size,), generator=generator)
-    shape = (size, *means.shape[2:])
-    x_0 = means[which, pick] + deviations[which, pick] * torch.randn(shape, generator=generator)
-    eps = torch.randn(shape, generator=generator)
-    t = torch.randint(num_timesteps, (size,), generator=generator)
-    return _Batch(x_0, eps, t, which)
-
-
-def _draw_pairs(banks: list[PriorBank], size: int, generator: torch.Generator) -> _Batch:
-    """Draw pairs of the subjects' banks, each as likely as any other, with what is kept of them."""
-    which = torch.zeros(size, dtype=torch.long)
-    if len(banks) > 1:
-        which = torch.randint(len(banks), (size,), generator=generator)
-    index = torch.randint(len(banks[0]), (size,), generator=generator)
-    drawn = [(banks[who], k) for who, k in zip(which.tolist(), index.split(1), strict=True)]
-    x_0, eps, t = map(torch.cat, zip(*(bank.pairs.batch(k) for bank, k in drawn), strict=True))
-    known = [found for bank, k in drawn if (found := bank.outputs(k)) is not None]
-    return _Batch(x_0, eps, t, which, prior=torch.cat(known) if known else None)
-
-
-def _draw_class_images(
-    batch: _Batch, class_latents: list[Tensor], generator: torch.Generator
-) -> _Batch:
-    """Add a class image of every sample's category, with noise of its own."""
-    number = min(len(z) for z in class_latents)
-    pick = torch.randint(number, batch.t.shape, generator=generator)
-    noise = torch.randn(batch.x_0.shape, generator=generator)
-    rows = zip(batch.which.tolist(), pick.tolist(), strict=True)
-    z_0 = torch.stack([class_latents[who][k] for who, k in rows])
-    return replace(batch, z_0=z_0, noise=noise)
-
-
-def _conditions(backbone: Backbone, config: TuningConfig) -> tuple[Condition, Condition]:
-    """Return the null condition, one row, and the category's of every subject."""
-    categories = [photo_of(s.category) for s in config.subjects]
-    return backbone.null_condition(), backbone.encode_prompts(categories)
+@contextmanager
+def _machine_failures() -> Iterator[None]:
+    """Say in one sentence what to do where the machine is at fault: memory, or the device."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        failure = machine_failure(error)
+        if failure is None:
+            raise
+        advice = (
+            "use --train lora, --gradient-checkpointing, --optimizer adamw8bit, --dtype bfloat16, "
+            "or a smaller --train-batch-size with --gradient-accumulation-steps, or a smaller "
+            "--resolution"
+        )
+        if "memory" not in failure:
+            advice = "see whether it is still there, and continue with --resume"
+        raise UserError(f"{failure}: {advice}.") from error

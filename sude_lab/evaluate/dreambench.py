@@ -19,10 +19,11 @@ from pathlib import Path
 
 import yaml
 
-from sude_lab.backbone import data_folder
 from sude_lab.errors import UserError
+from sude_lab.evaluate.prompts import Prompt, caption
+from sude_lab.io.opening import data_folder
 from sude_lab.io.reading import read_text
-from sude_lab.prompts import PLACEHOLDER, Prompt, caption
+from sude_lab.prompts import PLACEHOLDER
 
 FILE = "prompts_and_classes.txt"
 ONE_SHOT = "00.jpg"

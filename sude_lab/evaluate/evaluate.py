@@ -26,7 +26,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import EMBEDDED, Backbone, read_facts, resolve_source
+from sude_lab.backbone import Backbone
+from sude_lab.config import EMBEDDED, CompleteConfig, TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.evaluate import metrics as m
 from sude_lab.evaluate.dreambench import (
@@ -37,14 +38,14 @@ from sude_lab.evaluate.dreambench import (
     pictures_in,
 )
 from sude_lab.evaluate.encoders import ENCODERS, Encoder, open_encoder
+from sude_lab.evaluate.prompts import Prompt, prompt_for, read_prompts, structured
 from sude_lab.generation import MOST, generate, sampling_settings
 from sude_lab.io.files import atomic_write, require_own
+from sude_lab.io.opening import read_facts, resolve_source
 from sude_lab.io.pictures import open_picture
 from sude_lab.io.reading import is_file
 from sude_lab.methods import get_method
-from sude_lab.prompts import Prompt, ask, read_prompts, structured
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run
-from sude_lab.tuning import TuningConfig
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import HEADS, Oracle, judge, load_oracle, read_scene
 
@@ -356,7 +357,7 @@ def _asked(
 
 
 def prompts_of(
-    config: TuningConfig,
+    config: CompleteConfig,
     prompts: Sequence[str],
     *,
     structure: str = "default",
@@ -448,7 +449,9 @@ def _prompt_set(
         )
     if name in ("backgrounds", "combinations"):
         places = tuple(world.BACKGROUNDS.values()) if scene else backgrounds()
-    return [ask(template, category, a, b, structure=form) for a in attributes for b in places]
+    return [
+        prompt_for(template, category, a, b, structure=form) for a in attributes for b in places
+    ]
 
 
 # --- drawing -------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from sude_lab.evaluate.metrics import bootstrap_interval, cosines, image_similarity
+from sude_lab.evaluate.prompts import caption
 from sude_lab.exercises.baselines import WORDS
 from sude_lab.exercises.judging import Answer, ask, choose, interval_of, judge, judge_words
-from sude_lab.prompts import article, caption
+from sude_lab.prompts import article
 
 STUDIES = 400
 

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import numbers
-import os
-from dataclasses import fields
-from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from sude_lab.errors import UserError, one_line
 
@@ -94,57 +89,3 @@ def read_yaml(text: str, what: str) -> Any:
         raise UserError(
             f"{what} is not readable YAML ({line}{one_line(reason, 200)}): correct it."
         ) from error
-
-
-# --- values --------------------------------------------------------------------------------------
-
-
-def check_types(settings: Any) -> None:
-    """Check that every field of a dataclass holds what its type says; a whole number is a number.
-
-    Raises:
-        UserError: one does not; the sentence names its flag.
-    """
-    kind: Any = type(settings)
-    hints = _hints(kind)
-    for f in fields(settings):
-        value = getattr(settings, f.name)
-        kinds = kinds_of(hints[f.name])
-        if not any(_fits(value, kind) for kind in kinds):
-            flag = f.name.replace("_", "-")
-            raise UserError(f"--{flag} is {value!r}: it takes {taken(kinds)}.")
-
-
-_NAMES: dict[Any, str] = {
-    **{float: "a number", int: "a whole number", bool: "on or off"},
-    **{str: "a text", Path: "the name of a file"},
-}
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def kinds_of(hint: Any) -> tuple[Any, ...]:
-    """Return what a type may be: (int, None's type) for int | None."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def taken(kinds: tuple[Any, ...]) -> str:
-    """Say what a setting of these kinds takes: its choices, or the first kind in words."""
-    choices = [c for kind in kinds for c in get_args(kind) if get_origin(kind) is Literal]
-    return ", ".join(map(str, choices)) or _NAMES.get(kinds[0], "another kind of value")
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is Literal:
-        return isinstance(value, str) and value in get_args(kind)
-    if get_origin(kind) is tuple:  # tuple[str, ...]
-        return isinstance(value, tuple) and all(isinstance(v, get_args(kind)[0]) for v in value)
-    if kind in (float, int):
-        number = numbers.Real if kind is float else numbers.Integral
-        return isinstance(value, number) and not isinstance(value, bool)
-    if kind is Path:
-        return isinstance(value, os.PathLike)
-    return isinstance(value, NoneType if kind is None else kind)

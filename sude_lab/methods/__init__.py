@@ -1,10 +1,16 @@
-"""The baselines that SuDe regularises: what each one trains, how it prompts, how it is saved.
+"""The baselines that SuDe regularises: what each one trains, how it prompts; and `configure`.
 
 A method knows nothing of SuDe, and SuDe knows nothing of the method.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from sude_lab.backbone import Backbone
+from sude_lab.config import PRESETS, CompleteConfig, TuningConfig, read_settings
 from sude_lab.errors import UserError
 from sude_lab.methods.base import Method
 from sude_lab.methods.custom_diffusion import CustomDiffusion
@@ -26,6 +32,7 @@ __all__ = [
     "Method",
     "TextualInversion",
     "ViCo",
+    "configure",
     "get_method",
 ]
 
@@ -39,3 +46,61 @@ def get_method(name: str) -> type[Method]:
     if name not in METHODS:
         raise UserError(f"There is no method {name!r}: choose one of {', '.join(METHODS)}.")
     return METHODS[name]
+
+
+def configure(
+    settings: TuningConfig | Mapping[str, Any],
+    model: Backbone | Mapping[str, Any],
+    *,
+    preset: str = "default",
+    method: type[Method] | None = None,
+) -> CompleteConfig:
+    """Return settings with every field filled in: the one place where that is done.
+
+    What is None comes from the preset, else from what the model's folder says of itself, else from
+    the method. With an open model its categories are checked, and a hub id gets the commit that was
+    opened: the run stays that model's when the hub has a newer one.
+
+    Args:
+        settings: The settings, or fields of `TuningConfig` by their names.
+        model: The model, opened; or `Backbone.facts`, or what `sude_lab.io.opening.read_facts`
+            returns, where none is open.
+        preset: paper, reference, or default for none.
+        method: A method that is not in `METHODS`.
+
+    Raises:
+        UserError: a setting, preset or method does not exist, the model cannot know the category,
+            or a prior bank is of no use to the prior.
+    """
+    if isinstance(settings, Mapping):
+        settings = TuningConfig(**read_settings(settings))
+    if preset != "default" and preset not in PRESETS:
+        raise UserError(f"There is no preset {preset!r}: choose default, {' or '.join(PRESETS)}.")
+    method = method or get_method(settings.method)
+    facts = model.facts if isinstance(model, Backbone) else model
+    usual: dict[str, Any] = {f.name: f.metadata.get("usual") for f in fields(TuningConfig)}
+    usual |= method.defaults
+    usual |= facts.get("tuning", {}).get(settings.method, {})
+    usual |= PRESETS.get(preset, {})
+    values = {f.name: getattr(settings, f.name) for f in fields(TuningConfig)}
+    values = {name: usual[name] if value is None else value for name, value in values.items()}
+    config = CompleteConfig(**values)
+    moves = config.prior == "current" and not method.keeps_prior
+    if config.prior_bank and config.with_sude and moves:
+        raise UserError(
+            "--prior-bank keeps what the model says before tuning, and --prior current asks it as "
+            "it is by then: use --prior pretrained, or leave --prior-bank out."
+        )
+    return _on_model(config, model) if isinstance(model, Backbone) else config
+
+
+def _on_model(config: CompleteConfig, backbone: Backbone) -> CompleteConfig:
+    """Check the categories, and name the model by the commit that was opened."""
+    more = tuple(
+        f"{backbone.check_category(s.category)}={s.token}={s.image}" for s in config.subjects[1:]
+    )
+    source, (name, *_) = config.backbone, config.backbone.split("@")
+    if backbone.commit and name == backbone.source.split("@")[0]:
+        source = f"{name}@{backbone.commit}"
+    category = backbone.check_category(config.category)
+    return replace(config, backbone=source, category=category, more_subjects=more)

@@ -1,31 +1,22 @@
-"""The protocol of a method, and what all methods share: the subjects' words and the weights' files.
+"""The protocol of a method, and what all methods share: the subjects' words.
 
-A method answers five questions and nothing of SuDe: what is trained (`prepare`), how one prompts
-(`template`, `initializers`), what it predicts (`predict`), what its own loss is (`own_loss`), and
-how it is kept (`save`, `load`).
+A method answers four questions and nothing of SuDe: what is trained (`prepare`), how one prompts
+(`template`, `initializers`), what it predicts (`predict`), and what its own loss is (`own_loss`).
+`sude_lab.io.weights` writes and reads what it trained.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sude_lab.backbone import Backbone, Condition, FrozenUNet
+from sude_lab.backbone import Backbone, Condition
+from sude_lab.config import CompleteConfig
 from sude_lab.errors import UserError
-from sude_lab.io.files import save_tensors
+from sude_lab.frozen import FrozenUNet
 from sude_lab.prompts import PLACEHOLDER, fill, placeholder
-
-if TYPE_CHECKING:
-    from sude_lab.tuning import TuningConfig
-
-EMBEDDINGS = "learned_embeds*.safetensors"
-XL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-"""How embeddings for SDXL's two encoders are named by those who share them."""
 
 
 class Method:
@@ -45,7 +36,8 @@ class Method:
     """Whether tuning changes nothing in what the model says of prompts without the subject, so that
     the priors `current` and `pretrained` are the same."""
 
-    def __init__(self, backbone: Backbone, config: TuningConfig) -> None:
+    def __init__(self, backbone: Backbone, config: CompleteConfig) -> None:
+        backbone.use()
         self.backbone = backbone
         self.config = config
         self.subjects = config.subjects
@@ -53,17 +45,17 @@ class Method:
         ids = [
             [
                 backbone.add_token(word, self.initializer(k))
-                for word in token_words(s.token, config.num_vectors or 1)
+                for word in token_words(s.token, config.num_vectors)
             ]
             for k, s in enumerate(self.subjects)
         ]
+        backbone.use(f"has been tuned ({config.method}, {config.category})")
         self.tokens = {
-            name: _Tokens(encoder, [[word[k] for word in of] for of in ids])
+            name: Tokens(encoder, [[word[k] for word in of] for of in ids])
             for k, (name, encoder) in enumerate(backbone.text_encoders.items())
         }
         self.prepare()
-        # A copy of what is trained, so only where the run will ask for it.
-        self.frozen = FrozenUNet(backbone.unet) if config.asks_pretrained else None
+        self.frozen: FrozenUNet | None = None
         if config.gradient_checkpointing:
             backbone.unet.enable_gradient_checkpointing()
             backbone.unet.train()
@@ -85,14 +77,18 @@ class Method:
         """Return the method's own weighted loss of the last `predict`, (B,), where it has one."""
         return None
 
+    def keep_frozen(self) -> None:
+        """Keep the UNet as it is: call it before the first step where `predict_pretrained` is."""
+        self.frozen = FrozenUNet(self.backbone.unet)
+
     def predict_pretrained(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the model output of the UNet as it was before tuning, without gradients.
 
         Raises:
-            ValueError: the run's settings never ask for it, so nothing was kept.
+            ValueError: nothing was kept.
         """
         if self.frozen is None:
-            raise ValueError('The model before tuning was not kept: set prior="pretrained".')
+            raise ValueError("The model before tuning was not kept: call keep_frozen() before.")
         with torch.no_grad():
             return self.backbone.predict(x_t, t, condition, self.frozen)
 
@@ -165,59 +161,6 @@ class Method:
         for tokens in self.tokens.values():
             tokens.write()
 
-    def save(self, folder: Path) -> None:
-        """Write the trained weights as safetensors that diffusers' users know.
-
-        `learned_embeds.safetensors` (a file a subject) loads with `load_textual_inversion`;
-        `unet.safetensors` and `text_encoder.safetensors` hold the tensors that changed, under the
-        names that they have in a pipeline folder.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, subject in enumerate(self.subjects):
-            vectors = {
-                name: tokens.of(number).detach().cpu().contiguous()
-                for name, tokens in self.tokens.items()
-            }
-            if self.backbone.is_xl:
-                tensors = {XL_KEYS[name]: rows for name, rows in vectors.items()}
-            else:  # one vector without a dimension of its own, as most files have it
-                rows = vectors["text_encoder"]
-                tensors = {subject.token: rows[0] if len(rows) == 1 else rows}
-            ending = f"-{number + 1}" if number else ""
-            path = folder / EMBEDDINGS.replace("*", ending)
-            save_tensors(tensors, path, metadata={"token": subject.token})
-        for part in ("unet", *self.tokens):
-            tensors = {
-                shared_name(part, name.removeprefix(f"{part}.")): p.detach().cpu().contiguous()
-                for name, p in self.parameters.items()
-                if name.startswith(f"{part}.")
-            }
-            if tensors:
-                save_tensors(tensors, folder / f"{part}.safetensors")
-
-    @classmethod
-    def load(cls, backbone: Backbone, folder: Path) -> None:
-        """Put the weights that `save` wrote into a freshly opened backbone.
-
-        Raises:
-            UserError: the weights do not belong to this model, or are damaged.
-        """
-        # In the subjects' order (-2 before -10), which is the order of the ids.
-        paths = sorted(folder.glob(EMBEDDINGS), key=lambda path: (len(path.name), path.name))
-        tokens = [_add_saved_token(backbone, path) for path in paths]
-        for part, module in (("unet", backbone.unet), *backbone.text_encoders.items()):
-            path = folder / f"{part}.safetensors"
-            if path.is_file():
-                _load_part(module, part, path)
-        # Last, because a trained text encoder's table has rows for the tokens, too.
-        for ids, vectors in tokens:
-            for encoder, rows, vector in zip(
-                backbone.text_encoders.values(), ids, vectors, strict=True
-            ):
-                table = encoder.get_input_embeddings().weight
-                with torch.no_grad():
-                    table[rows] = vector.to(table)
-
 
 def token_words(token: str, number: int) -> list[str]:
     """Return the words that stand for a token of several vectors: <sks>, <sks>_1, <sks>_2, ...
@@ -227,7 +170,7 @@ def token_words(token: str, number: int) -> list[str]:
     return [token, *(f"{token}_{k}" for k in range(1, number))]
 
 
-class _Tokens:
+class Tokens:
     """The embeddings of the subjects' words in one text encoder, trained beside its own table.
 
     Args: groups: the ids of every subject's words.
@@ -255,70 +198,3 @@ class _Tokens:
         """Write the vectors into the encoder's table and let go of it."""
         self.table.weight[self.ids] = self.vectors.to(self.table.weight)
         self._hook.remove()
-
-
-_ELSEWHERE = "open the run with the backbone it was tuned on."
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a safetensors file, and what it says of itself."""
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-        return load_file(path), about
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} could not be read as safetensors ({error}): the file is damaged, so take the "
-            "run's weights from a copy, or tune again."
-        ) from error
-
-
-def _add_saved_token(backbone: Backbone, path: Path) -> tuple[list[list[int]], list[Tensor]]:
-    """Add a saved token; return its ids and vectors (V, D), for each text encoder."""
-    tensors, about = _read(path)
-    names = set(XL_KEYS.values()) if backbone.is_xl else set(tensors)
-    token = about.get("token") or next(iter(tensors), None)
-    if set(tensors) != names or len(tensors) != len(backbone.text_encoders) or token is None:
-        kind = "SDXL's two text encoders" if backbone.is_xl else "one text encoder"
-        raise UserError(f"{path.name} holds no embedding for {kind}: {_ELSEWHERE}")
-    vectors = [
-        torch.atleast_2d(tensors[XL_KEYS[name] if backbone.is_xl else next(iter(tensors))])
-        for name in backbone.text_encoders
-    ]
-    for vector, encoder in zip(vectors, backbone.text_encoders.values(), strict=True):
-        width = encoder.get_input_embeddings().weight.shape[1]
-        if vector.ndim != 2 or len(vector) != len(vectors[0]) or vector.shape[1] != width:
-            raise UserError(
-                f"The run's token has the shape {tuple(vector.shape)}, this model's text encoder "
-                f"the width {width}: {_ELSEWHERE}"
-            )
-    ids = [backbone.add_token(word, "photo") for word in token_words(token, len(vectors[0]))]
-    return [list(of) for of in zip(*ids, strict=True)], vectors
-
-
-_TEXT = "text_model."
-
-
-def shared_name(part: str, name: str) -> str:
-    """Return a tensor's name in a pipeline folder, whatever transformers calls it in memory.
-
-    transformers 5 leaves "text_model." out of a CLIPTextModel; files and earlier ones have it.
-    """
-    if part == "unet" or name.startswith((_TEXT, "text_projection.")):
-        return name
-    return _TEXT + name
-
-
-def _load_part(module: nn.Module, part: str, path: Path) -> None:
-    own = {name.removeprefix(_TEXT): name for name in module.state_dict()}
-    tensors, _ = _read(path)
-    tensors = {own.get(n.removeprefix(_TEXT), n): tensor for n, tensor in tensors.items()}
-    try:
-        result = module.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise UserError(f"The run's {part} weights do not fit this model: {_ELSEWHERE}") from error
-    if result.unexpected_keys:
-        raise UserError(
-            f"The run's {part} weights do not fit this model (unknown tensor "
-            f"{result.unexpected_keys[0]}): {_ELSEWHERE}"
-        )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
 
-from sude_lab.backbone import Backbone
-from sude_lab.errors import UserError
-from sude_lab.methods.base import Method, _read
+from sude_lab.methods.base import Method
 
 
 class CustomDiffusion(Method):
@@ -57,24 +54,6 @@ class CustomDiffusion(Method):
             self.parameters[f"unet.{name}"] = p
         if self.config.token_learning_rate:
             self.train_tokens()
-
-    @classmethod
-    def load(cls, backbone: Backbone, folder: Path) -> None:
-        """Put saved weights into a freshly opened backbone.
-
-        Raises:
-            UserError: the weights are not there, are damaged, or do not belong to this model.
-        """
-        path = folder / "unet.safetensors"
-        if not path.is_file():
-            raise UserError(f"The run's weights {path} are not there: tune it anew.")
-        # A smaller model's weights would fit some layers of a larger one: all or nothing.
-        if _read(path)[0].keys() != keys_and_values(backbone.unet).keys():
-            raise UserError(
-                "The run's keys and values are not those of this model's cross-attentions: open "
-                "the run with the backbone it was tuned on."
-            )
-        super().load(backbone, folder)
 
 
 def keys_and_values(unet: nn.Module) -> dict[str, nn.Parameter]:

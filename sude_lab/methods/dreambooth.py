@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError
 from sude_lab.methods.base import Method
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -75,28 +72,3 @@ class DreamBooth(Method):
         if self.config.train == "attention":
             return ".attn1." in name or ".attn2." in name
         return True
-
-    def save(self, folder: Path) -> None:
-        """Write the weights; LoRA as `pytorch_lora_weights.safetensors` for `load_lora_weights`."""
-        super().save(folder)
-        if self.config.train != "lora":
-            return
-        from peft import get_peft_model_state_dict
-
-        (folder / "unet.safetensors").unlink()
-        self.backbone.pipeline.save_lora_weights(
-            folder, unet_lora_layers=get_peft_model_state_dict(self.backbone.unet)
-        )
-
-    @classmethod
-    def load(cls, backbone: Backbone, folder: Path) -> None:
-        """Put saved weights, or the LoRA adapters, into a freshly opened backbone."""
-        super().load(backbone, folder)
-        if (folder / LORA_FILE).is_file():
-            try:
-                backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
-            except (RuntimeError, ValueError) as error:
-                raise UserError(
-                    "The run's LoRA weights do not fit this model: open the run with the backbone "
-                    "it was tuned on."
-                ) from error

@@ -10,13 +10,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,10 +23,8 @@ from torch.nn import functional as F
 
 from sude_lab.backbone import Backbone, Condition
 from sude_lab.errors import UserError
-from sude_lab.io.files import save_tensors
-from sude_lab.methods.base import _ELSEWHERE, Method, _read, token_words
+from sude_lab.methods.base import Method
 
-FILE = "vico.safetensors"
 REFERENCES = "references"
 ATTENTION_WEIGHT = 5e-4
 """Weight of `attention_loss`, the paper's."""
@@ -429,7 +425,7 @@ class ViCo(Method):
         Raises:
             UserError: the model is an SDXL, or has no transformer blocks in its up path.
         """
-        _check_one_text_encoder(self.backbone)
+        check_one_text_encoder(self.backbone)
         shape = (len(self.subjects), self.backbone.unet.config.in_channels, 1, 1)
         ids = self.tokens["text_encoder"].groups
         self.images = ImageAttention(self.backbone, ids, torch.zeros(shape))
@@ -467,56 +463,13 @@ class ViCo(Method):
         with self.images.off():
             return self.backbone.predict(x_t, t, condition)
 
-    def save(self, folder: Path) -> None:
-        """Write the words as `learned_embeds*.safetensors`, blocks and references as one file."""
-        super().save(folder)
-        tensors: dict[str, Tensor] = {
-            name: p.detach().cpu().contiguous() for name, p in self.images.weights().items()
-        }
-        tensors[REFERENCES] = self.images.references.cpu().contiguous()
-        words = json.dumps([subject.token for subject in self.subjects])
-        save_tensors(tensors, folder / FILE, metadata={"tokens": words})
 
-    @classmethod
-    def load(cls, backbone: Backbone, folder: Path) -> None:
-        """Add words, blocks and references to a freshly opened backbone.
+def check_one_text_encoder(backbone: Backbone) -> None:
+    """Check that the model has one text encoder.
 
-        Raises:
-            UserError: the weights are not there, are damaged, or do not belong to this model.
-        """
-        _check_one_text_encoder(backbone)
-        path = folder / FILE
-        if not path.is_file():
-            raise UserError(f"The run's weights {path} are not there: tune it anew.")
-        tensors, about = _read(path)
-        super().load(backbone, folder)
-        words = json.loads(about.get("tokens", "[]"))
-        vocabulary = backbone.tokenizer.get_vocab()
-        references = tensors.pop(REFERENCES, torch.zeros(0))
-        shape = (len(words), backbone.unet.config.in_channels)
-        if not words or references.ndim != 4 or references.shape[:2] != shape:
-            raise UserError(f"{path.name} holds no references for this model: {_ELSEWHERE}")
-        ids = []
-        for word in words:
-            if word not in vocabulary:
-                raise UserError(f"The run has no embedding of its token {word!r}: tune it anew.")
-            number = 1
-            while f"{word}_{number}" in vocabulary:
-                number += 1
-            ids.append([vocabulary[one] for one in token_words(word, number)])
-        images = ImageAttention(backbone, ids, references)
-        weights = images.weights()
-        fits = tensors.keys() == weights.keys() and all(
-            tensors[name].shape == p.shape for name, p in weights.items()
-        )
-        if not fits:
-            raise UserError(f"The run's image attention does not fit this model: {_ELSEWHERE}")
-        with torch.no_grad():
-            for name, p in weights.items():
-                p.copy_(tensors[name])
-
-
-def _check_one_text_encoder(backbone: Backbone) -> None:
+    Raises:
+        UserError: it is an SDXL.
+    """
     if backbone.is_xl:
         raise UserError(
             "ViCo is made for models with one text encoder and not for SDXL: choose Stable "

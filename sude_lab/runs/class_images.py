@@ -6,22 +6,20 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from sude_lab.backbone import Backbone
+from sude_lab.config import CompleteConfig
+from sude_lab.draws import side_of
 from sude_lab.errors import UserError
 from sude_lab.generation import generate, sampling_settings
 from sude_lab.io.files import atomic_folder
 from sude_lab.io.pictures import load_picture
 from sude_lab.prompts import photo_of
-
-if TYPE_CHECKING:
-    from sude_lab.tuning import TuningConfig
-
 
 LANCZOS = Image.Resampling.LANCZOS
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -90,7 +88,7 @@ def drawn_class_images(
 
 
 @torch.no_grad()
-def class_latents(config: TuningConfig, backbone: Backbone, category: str) -> Tensor:
+def class_latents(config: CompleteConfig, backbone: Backbone, category: str) -> Tensor:
     """Return the latents of the category's pictures, (N, C, h, w), on the CPU.
 
     They come from the folder `config.class_images` (with several categories: from its subfolder of
@@ -99,8 +97,7 @@ def class_latents(config: TuningConfig, backbone: Backbone, category: str) -> Te
     Raises:
         UserError: the user's folder holds no picture, or does not tell the categories apart.
     """
-    assert config.num_class_images is not None and config.resolution is not None
-    side = config.resolution
+    side = side_of(config, backbone)
     if config.class_images is not None:
         several = len({subject.category for subject in config.subjects}) > 1
         images = _users_images(config.class_images, category, side, several)

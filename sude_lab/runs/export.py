@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sude_lab import __version__
-from sude_lab.backbone import EMBEDDED, FACTS_FILE, Backbone, hub_id
+from sude_lab.backbone import Backbone
+from sude_lab.config import EMBEDDED, TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.generation import sampling_settings
 from sude_lab.io.files import atomic_folder, atomic_write, save_tensors
+from sude_lab.io.opening import FACTS_FILE, hub_id
+from sude_lab.io.weights import EMBEDDINGS, LORA_FILE, shared_name
 from sude_lab.methods import get_method
-from sude_lab.methods.base import EMBEDDINGS, shared_name
-from sude_lab.methods.dreambooth import LORA_FILE
 from sude_lab.prompts import fill, placeholder
-from sude_lab.tuning import TuningConfig
 
 if TYPE_CHECKING:
     from sude_lab.runs.folder import Run
@@ -43,7 +43,7 @@ _TOLD = (
         "truncate_at",
         "prior_bank",
         "prior_loss_weight",
-        "regularizer",
+        "prior_preservation",
         "num_class_images",
         "max_train_steps",
     ),

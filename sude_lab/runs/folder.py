@@ -40,16 +40,27 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import Backbone, open_backbone, pick_device
+from sude_lab.backbone import Backbone
+from sude_lab.config import (
+    RENAMED,
+    CompleteConfig,
+    TuningConfig,
+    fields_of,
+    read_settings,
+)
+from sude_lab.draws import side_of
 from sude_lab.errors import UserError, machine_failure
 from sude_lab.generation import generate
 from sude_lab.io.files import PARTIAL, atomic_folder, atomic_write, remove_partials
+from sude_lab.io.opening import hub_id, open_backbone, pick_device, resolve_source
 from sude_lab.io.pictures import load_picture, open_picture
 from sude_lab.io.reading import read_json
-from sude_lab.methods import get_method
+from sude_lab.io.weights import load_weights, save_weights
+from sude_lab.methods import configure, get_method
 from sude_lab.prompts import PLACEHOLDER, checked, fill, placeholder
 from sude_lab.runs.export import CARD, Precision, model_card, write_kohya
-from sude_lab.tuning import Step, TuningConfig, resolve, tune
+from sude_lab.runs.prepare import prepared_tuning
+from sude_lab.tuning import Step
 
 CONFIG, PICTURE, METRICS = "config.json", "picture.png", "metrics.csv"
 SAMPLES, WEIGHTS, ENVIRONMENT, CHECKPOINT = (
@@ -66,7 +77,7 @@ class Run:
     """A finished run, as its folder tells it."""
 
     folder: Path
-    config: TuningConfig
+    config: CompleteConfig
 
     @classmethod
     def open(cls, folder: Path | str) -> Run:
@@ -126,12 +137,12 @@ class Run:
         Raises:
             UserError: the weights are missing, damaged, or not those of this model and method.
         """
-        weights, method = self.weights, get_method(self.config.method)
+        weights = self.weights
         backbone = backbone or open_backbone(
             self.config.backbone, device=device, dtype=self.config.dtype
         )
         try:
-            method.load(backbone, weights)
+            load_weights(self.config.method, backbone, weights)
         except UserError:
             raise
         except Exception as error:  # foreign files fail in the loaders with errors of any class
@@ -208,6 +219,7 @@ def run_tuning(
     config: TuningConfig,
     out: Path | str,
     *,
+    preset: str = "default",
     resume: bool = False,
     checkpoint_every: int = 100,
     sample_prompts: list[str] | None = None,
@@ -232,6 +244,7 @@ def run_tuning(
     Args:
         config: The settings of the run.
         out: The run's folder.
+        preset: What fills the settings that are None first: paper, reference, or default for none.
         resume: Whether to continue an unfinished run.
         checkpoint_every: Steps between checkpoints.
         sample_prompts: The rows of samples.png; None: the tuning prompts.
@@ -240,11 +253,11 @@ def run_tuning(
             draws none. Drawing changes no bit of the result.
         report_to: tensorboard, another tracker of accelerate's, "all" that are installed, or none.
         kohya: The precision in which to write a LoRA for the web UIs as well; None writes none.
-        backbone: The model, opened; None: `config.backbone` is opened.
+        backbone: The model that `config.backbone` names, opened; None: it is opened.
         on_step: Called after every step, in every process.
         progress: Whether to show bars.
         label: What the bar says.
-        tuner: What to call in the place of `tune`, as `sude_lab.sweep.lockstep.feed` gives it.
+        tuner: What to call in the place of `prepared_tuning` (`sude_lab.sweep.lockstep.feed`).
 
     Raises:
         UserError: bad input (nothing is written then), another run in the folder, or a failure
@@ -268,8 +281,10 @@ def run_tuning(
         raise UserError(
             "--validation-every draws --num-samples pictures a prompt: give at least 1."
         )
+    if backbone is not None:
+        _check_backbone(config, backbone)
     backbone = backbone or _open_backbone(config, accelerator)
-    config = resolve(config, backbone)
+    config = configure(config, backbone, preset=preset)
     if config.class_images is not None and not config.prior_loss_weight:
         raise UserError(
             "--class-images is of no use where --prior-loss-weight is 0: add "
@@ -279,8 +294,8 @@ def run_tuning(
     validated = [_filled(p, config) for p in validation_prompts or []] or samples
     if kohya:
         _check_lora(config)
-    assert config.resolution is not None and config.max_train_steps is not None
-    loaded = [load_picture(s.image, resolution=config.resolution) for s in config.subjects]
+    side = side_of(config, backbone)
+    loaded = [load_picture(s.image, resolution=side) for s in config.subjects]
     for note in [note for picture in loaded for note in picture.notes if main]:
         tqdm.write(note)
     pictures = [picture.image for picture in loaded]
@@ -301,7 +316,8 @@ def run_tuning(
 
     started = time.time()
     done = state["step"] if state else 0
-    steps = (tuner or tune)(config, backbone, pictures, state=state, accelerator=accelerator)
+    start: Callable[..., Iterator[Step]] = tuner or prepared_tuning
+    steps = start(config, backbone, pictures, state=state, accelerator=accelerator)
     steps = _keeping(steps, out, accelerator)
     # Before the bar: what is wrong with the settings shows here, and is one sentence then.
     first = next(steps)
@@ -385,6 +401,22 @@ def _open_backbone(config: TuningConfig, accelerator: Any) -> Backbone:
     return open_backbone(config.backbone, device=device, dtype=dtype)
 
 
+def _check_backbone(config: TuningConfig, backbone: Backbone) -> None:
+    """A run's config.json names its model: it must be the one that is tuned."""
+    named, revision = hub_id(config.backbone) or (config.backbone, None)
+    opened, at = hub_id(backbone.source) or (backbone.source, None)
+    same = named == opened or _folder(named) == _folder(opened)
+    if not same or (revision and revision not in (at, backbone.commit)):
+        raise UserError(
+            f"The settings name the backbone {config.backbone}, and {backbone.source} was handed "
+            "in: set backbone in them to the one that is tuned."
+        )
+
+
+def _folder(source: str) -> Path:
+    return Path(resolve_source(source)).resolve()
+
+
 def _check_lora(config: TuningConfig) -> None:
     if config.method != "dreambooth" or config.train != "lora" or config.train_text_encoder:
         raise UserError(
@@ -411,25 +443,20 @@ def _check_folder(out: Path, resume: bool) -> None:
 # --- what a run began with -----------------------------------------------------------------------
 
 
-def _read_config(path: Path) -> TuningConfig:
+def _read_config(path: Path) -> CompleteConfig:
     try:
         values = read_json(path)
-        known = {f.name for f in fields(TuningConfig)}
-        unknown = sorted(values.keys() - known)
+        unknown = sorted(values.keys() - {f.name for f in fields(TuningConfig)} - RENAMED.keys())
         if unknown:
             raise UserError(
                 f"{path} has the unknown setting {unknown[0]!r}: open it with the version of "
                 "sude_lab that wrote it."
             )
-        for name in ("image", "class_images"):
-            if values.get(name) is not None:
-                values[name] = Path(values[name])
-        values["more_subjects"] = tuple(values.get("more_subjects", ()))
-        for name in ("image", "class_images", "more_subjects"):
-            if "\0" in str(values.get(name)):
-                raise ValueError(name)
+        settings = read_settings(values)
+        if any("\0" in str(settings.get(name)) for name in fields_of("place")):
+            raise ValueError(path)
         try:
-            config = TuningConfig(**values)
+            config = CompleteConfig(**settings)
         except UserError as error:
             raise UserError(f"{path} is damaged: {error}") from error
         get_method(config.method)
@@ -536,7 +563,7 @@ def _keep_weights(folder: Path, step: Step) -> None:
     # A folder left by a run that was stopped at this very point is of no use: write it anew.
     shutil.rmtree(folder, ignore_errors=True)
     with atomic_folder(folder) as unfinished:
-        step.method.save(unfinished)
+        save_weights(step.method, unfinished)
 
 
 # --- what is drawn and told ----------------------------------------------------------------------

@@ -29,10 +29,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -40,14 +40,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import Backbone, Condition, concatenate
+from sude_lab.backbone import Backbone, Condition
+from sude_lab.config import CompleteConfig
 from sude_lab.diffusion import add_noise
+from sude_lab.draws import Batch, Latents, draw_subjects, side_of
 from sude_lab.io.files import atomic_write, locked, save_tensors
 from sude_lab.prompts import photo_of
 from sude_lab.runs.class_images import cache_folder, fingerprint
-
-if TYPE_CHECKING:
-    from sude_lab.tuning import TuningConfig
+from sude_lab.sude import ask
 
 FORMAT = 1
 """Changes with the way in which pairs are drawn or kept, so that no older bank is taken."""
@@ -102,13 +102,12 @@ class PriorBank:
     def __len__(self) -> int:
         return self.pairs.number
 
-    def outputs(self, index: Tensor) -> Tensor | None:
+    def outputs(self, index: Tensor) -> Tensor:
         """Return the model outputs for no condition and for the category, (B, 2, C, h, w), float32.
 
-        None where nothing is kept: ask the model then.
+        Raises:
+            KeyError: nothing is kept (`kept` is empty): ask the model then.
         """
-        if not self.kept:
-            return None
         uncond = self.kept["uncond"][index].float()
         if "category" in self.kept:
             return torch.stack([uncond, self.kept["category"][index]], dim=1)
@@ -121,11 +120,11 @@ class PriorBank:
 
 
 def open_bank(
-    config: TuningConfig,
+    config: CompleteConfig,
     backbone: Backbone,
     category: str,
     picture: Image.Image,
-    latents: tuple[Tensor, Tensor],
+    latents: Latents,
 ) -> PriorBank:
     """Read the bank of a picture and its category from the cache; build it where it is not there.
 
@@ -171,21 +170,57 @@ def open_bank(
     return PriorBank(pairs, tensors, path)
 
 
-@torch.no_grad()
-def ask(backbone: Backbone, pairs: Pairs, index: Tensor, null: Condition, of: Condition) -> Tensor:
-    """Return what the model says of pairs: for no condition and for `of`, (B, 2, C, h, w).
+@dataclass(frozen=True)
+class BankDraws:
+    """Draw pairs of the subjects' banks, each as likely as any other."""
 
-    Both in one call, as a step of tuning asks them. Args: index: (B,); null, of: one row each.
+    banks: Sequence[PriorBank]
+
+    def draw(self, size: int, generator: torch.Generator) -> Batch:
+        """Return `size` samples."""
+        which = draw_subjects(len(self.banks), size, generator)
+        index = torch.randint(len(self.banks[0]), (size,), generator=generator)
+        drawn = zip(which.tolist(), index.split(1), strict=True)
+        pairs = [self.banks[who].pairs.batch(k) for who, k in drawn]
+        x_0, eps, t = map(torch.cat, zip(*pairs, strict=True))
+        return Batch(x_0, eps, t, which, index)
+
+
+@dataclass(frozen=True)
+class BankClassifier:
+    """Answer eq. 5 for samples of `BankDraws` by what the banks keep; nothing is asked."""
+
+    banks: Sequence[PriorBank]
+
+    def __call__(self, x_t: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the model outputs for no condition and for the category, (B, C, h, w) each.
+
+        Raises:
+            ValueError: the samples are from no bank.
+        """
+        if batch.index is None:
+            raise ValueError("These samples are from no bank: draw them with BankDraws.")
+        drawn = zip(batch.which.tolist(), batch.index.cpu().split(1), strict=True)
+        outputs = torch.cat([self.banks[who].outputs(k) for who, k in drawn]).to(x_t.device)
+        uncond, category = outputs.unbind(1)
+        return uncond, category
+
+
+def ask_pairs(
+    backbone: Backbone, pairs: Pairs, index: Tensor, null: Condition, category: Condition
+) -> tuple[Tensor, Tensor]:
+    """Return what the model says of pairs: for no condition and for the category, (B, C, h, w).
+
+    As a step of tuning asks. Args: index: (B,); null, category: one row each.
     """
     x_0, eps, t = (x.to(backbone.device) for x in pairs.batch(index))
     x_t = add_noise(x_0, eps, t, backbone.schedule)
-    both = concatenate([null.expand(len(t)), of.expand(len(t))])
-    output = backbone.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-    return torch.stack(output.chunk(2), dim=1).cpu()
+    uncond_output, class_output = ask(backbone.predict, x_t, t, null, category)
+    return uncond_output.cpu(), class_output.cpu()
 
 
 def _build(
-    config: TuningConfig, backbone: Backbone, category: str, pairs: Pairs
+    config: CompleteConfig, backbone: Backbone, category: str, pairs: Pairs
 ) -> dict[str, Tensor]:
     half = config.prior_bank_dtype == "float16"
     with torch.no_grad():
@@ -195,7 +230,7 @@ def _build(
         total=pairs.number, desc="asking the model before tuning", unit="pair", delay=_WAIT
     ) as bar:
         for index in torch.arange(pairs.number).split(PAIRS_AT_ONCE if half else 1):
-            no_condition, said = ask(backbone, pairs, index, null, of).unbind(1)
+            no_condition, said = ask_pairs(backbone, pairs, index, null, of)
             uncond.append(no_condition.half() if half else no_condition)
             second.append((said - no_condition).half() if half else said)
             bar.update(len(index))
@@ -205,7 +240,7 @@ def _build(
 
 
 def _about(
-    config: TuningConfig, backbone: Backbone, category: str, picture: Image.Image
+    config: CompleteConfig, backbone: Backbone, category: str, picture: Image.Image
 ) -> dict[str, Any]:
     """Return all that a bank follows from; where its files lie has no part in it."""
     pipeline, pixels = backbone.pipeline, picture.convert("RGB")
@@ -225,7 +260,7 @@ def _about(
             for tokenizer in backbone.tokenizers
         ],
         "picture": hashlib.sha256(f"{pixels.size}".encode() + pixels.tobytes()).hexdigest(),
-        "resolution": config.resolution,
+        "resolution": side_of(config, backbone),
         "horizontal_flip": config.horizontal_flip,
         "seed": config.seed,
         "number": config.prior_bank,

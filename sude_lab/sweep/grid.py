@@ -25,13 +25,20 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
-from sude_lab.backbone import EMBEDDED, hub_id, read_facts, resolve_source
+from sude_lab.config import (
+    EMBEDDED,
+    RENAMED,
+    CompleteConfig,
+    TuningConfig,
+    fields_of,
+)
 from sude_lab.errors import UserError
 from sude_lab.evaluate.dreambench import load_dreambench
 from sude_lab.evaluate.evaluate import FOLDER, prompts_of, settings_and_variants, subject_name
+from sude_lab.io.opening import hub_id, read_facts, resolve_source
 from sude_lab.io.pictures import load_picture
 from sude_lab.io.reading import is_file, read_text, read_yaml
-from sude_lab.tuning import TuningConfig, with_defaults
+from sude_lab.methods import configure
 from sude_lab.world import subjects as study
 from sude_lab.world.drawing import Scene
 
@@ -367,7 +374,7 @@ class Job:
     """One run of a grid, and what is asked of it."""
 
     key: str
-    config: TuningConfig
+    config: CompleteConfig
     label: dict[str, Any]
     """What the table says of it beside the scores."""
     scene: Scene | None
@@ -444,7 +451,7 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
         prompts = [_digest(Path(p)) if is_file(p) else p for p in asked["prompts"]]
         label = {"run": key, "subject": who.name, "category": config.category, "method": method}
         label |= {"backbone": backbone, "tuning_seed": seed, "w_s": config.weight_sude}
-        label |= {"w_s_factor": (config.weight_sude or 0.0) / usual if usual else None}
+        label |= {"w_s_factor": config.weight_sude / usual if usual else None}
         label |= {k: getattr(config, k) for k in ("truncate", "truncate_at", "prior", "weighting")}
         jobs[key] = Job(
             key,
@@ -462,33 +469,32 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
     return Plan(grid, out, where, tuple(jobs.values()), total - len(jobs))
 
 
-def _config(given: dict[str, Any], factor: float) -> tuple[TuningConfig, float]:
+def _config(given: dict[str, Any], factor: float) -> tuple[CompleteConfig, float]:
     """Return the configuration with its defaults filled in, and the method's own w_s."""
-    config = TuningConfig(**given)
-    facts = read_facts(config.backbone)
-    alone = TuningConfig(config.image, config.category, config.backbone, config.method)
-    usual = with_defaults(alone, facts)
-    assert usual.weight_sude is not None
-    if config.weight_sude is None:
-        config = replace(config, weight_sude=usual.weight_sude * factor)
-    config = with_defaults(config, facts)
+    facts = read_facts(given["backbone"])
+    names = ("image", "category", "backbone", "method")
+    usual = configure({name: given[name] for name in names}, facts)
+    if given.get("weight_sude") is None:
+        given = given | {"weight_sude": usual.weight_sude * factor}
+    config = configure(given, facts)
     silent: tuple[str, ...] = ()
     if not config.with_sude:
         # The bank's pairs stay: without SuDe a run draws the samples that its like with SuDe draws.
-        silent += ("prior", "weighting", "truncate", "truncate_at", "prior_bank_dtype")
+        silent += (*fields_of("sude"), *fields_of("prior"))
     elif not config.truncate:
         silent += ("truncate_at",)
     if not config.prior_loss_weight:
         silent += ("class_images",)
     if not config.prior_bank:
         silent += ("prior_bank_dtype",)
-    config = replace(config, **{name: getattr(usual, name) for name in silent})
+    unsaid = {name: getattr(usual, name) for name in silent if name != "weight_sude"}
+    config = replace(config, **unsaid)
     return config, usual.weight_sude
 
 
-def kind_of(config: TuningConfig) -> str:
+def kind_of(config: CompleteConfig) -> str:
     """Name what a step's time hangs on: model, method, what is trained, SuDe, batch, resolution."""
-    size = (config.train_batch_size or 1) * config.gradient_accumulation_steps
+    size = config.train_batch_size * config.gradient_accumulation_steps
     sude = "SuDe" if config.with_sude else "plain"
     if sude == "SuDe" and config.prior_bank and config.prior_bank_dtype != "live":
         sude = "SuDe from a prior bank"
@@ -508,15 +514,16 @@ def _digest(content: Path | bytes) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _key(config: TuningConfig, picture: str) -> str:
+def _key(config: CompleteConfig, picture: str) -> str:
     """Name a run by what it is: not by where its files lie, nor by the device it runs on."""
-    where = ("image", "device", "backbone", "class_images", "more_subjects")
+    where = fields_of("place")
     # A field at its default says nothing: fields that are added later leave the names as they are.
     # Where a default changed, its first value says nothing still: a name means the same forever.
-    silent = {f.name: f.default for f in fields(config)} | {"optimizer": "adamw"}
+    silent = {f.name: f.default for f in fields(TuningConfig)} | {"optimizer": "adamw"}
+    first = {new: old for old, new in RENAMED.items()}
     about = {
-        f.name: getattr(config, f.name)
-        for f in fields(config)
+        first.get(f.name, f.name): getattr(config, f.name)
+        for f in fields(TuningConfig)
         if f.name not in where and getattr(config, f.name) != silent[f.name]
     }
     others = [(s.category, s.token, _digest(s.image)) for s in config.subjects[1:]]

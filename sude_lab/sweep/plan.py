@@ -16,11 +16,13 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import resolve_source
+from sude_lab.config import TuningConfig
 from sude_lab.generation import generate
+from sude_lab.io.opening import resolve_source
+from sude_lab.io.weights import save_weights
+from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.sweep.grid import Grid, Job, Plan, kind_of
 from sude_lab.sweep.sweep import TIMING, fresh_backbone, megabytes, timing
-from sude_lab.tuning import TuningConfig, tune
 
 MEASURES = (
     *("seconds_per_step", "seconds_per_picture", "megabytes_per_run", "megabytes_per_picture"),
@@ -165,12 +167,12 @@ def _calibrated(job: Job) -> Rate:
     image = Image.new("RGB", (backbone.resolution,) * 2, "grey")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        steps = tune(config, backbone, [image] * len(config.subjects))
+        steps = prepared_tuning(config, backbone, [image] * len(config.subjects))
         next(steps)  # opens what is slow
         started = time.perf_counter()
         *_, step = itertools.islice(steps, 3)
         tuned = time.perf_counter()
-        step.method.save(folder)
+        save_weights(step.method, folder)
         saved = time.perf_counter()
         images = generate(backbone, f"photo of a {config.category}", num_images=number)
         drawn = time.perf_counter()

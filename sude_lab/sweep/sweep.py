@@ -40,7 +40,8 @@ import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import Backbone, open_backbone, resolve_source
+from sude_lab.backbone import Backbone
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError, one_line
 from sude_lab.evaluate.encoders import Encoder
 from sude_lab.evaluate.evaluate import FOLDER, PICTURES, evaluate
@@ -53,10 +54,11 @@ from sude_lab.io.files import (
     remove_partials,
     require_own,
 )
+from sude_lab.io.opening import open_backbone, resolve_source
 from sude_lab.io.reading import read_json
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, run_tuning
 from sude_lab.sweep.grid import Job, Plan, is_known, kind_of, make_plan, read_grid
-from sude_lab.tuning import Step, TuningConfig
+from sude_lab.tuning import Step
 
 PLAN, RESULTS, TIMING, STATE = "plan.json", "results.parquet", "timing.json", ".sweep"
 _FULL = "No space is left on the disk: free some, and give the command again."

@@ -32,16 +32,20 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
+from sude_lab.backbone import Backbone
+from sude_lab.config import EMBEDDED, CompleteConfig, TuningConfig
 from sude_lab.diffusion import add_noise, training_target
+from sude_lab.draws import picture_latents
 from sude_lab.errors import UserError
 from sude_lab.generation import generate
 from sude_lab.io.files import atomic_write
+from sude_lab.io.opening import open_backbone
 from sude_lab.losses import subject_loss
-from sude_lab.methods import get_method
+from sude_lab.methods import configure, get_method
 from sude_lab.prompts import STRUCTURES, fill, fill_words, photo_of, with_attribute
+from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.runs.prior_bank import Pairs
-from sude_lab.tuning import Step, TuningConfig, picture_latents, resolve, tune, with_preset
+from sude_lab.tuning import Step
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import Oracle, judge, load_oracle
 
@@ -185,9 +189,9 @@ def tune_and_measure(
     With `errors` they have those of `noise_errors` too.
     """
     backbone = base.copy()
-    config = resolve(config, backbone)
+    config = configure(config, backbone)
     started, gates, rhos = time.time(), [], []
-    for step in tune(config, backbone, who.picture):
+    for step in prepared_tuning(config, backbone, who.picture):
         gates.append(step.gate.float().mean().item())
         rhos.append(step.rho.mean().item())
         if on_step:
@@ -215,7 +219,7 @@ def tune_and_measure(
 
 @torch.no_grad()
 def noise_errors(
-    backbone: Backbone, config: TuningConfig, picture: Image.Image, *, number: int = 256
+    backbone: Backbone, config: CompleteConfig, picture: Image.Image, *, number: int = 256
 ) -> dict[str, float]:
     """Return the tuned model's loss of eq. 2 on the pairs of its prior bank, and on new ones.
 
@@ -368,7 +372,7 @@ def _run_job(config: StudyConfig, job: tuple[str, str, str, int]) -> list[dict[s
             _models["base"],
             _models["oracle"],
             who,
-            with_preset(tuning, preset),
+            configure(tuning, _models["base"], preset=preset),
             num_images=config.num_images,
             grids=grids,
             asks=config.asks,

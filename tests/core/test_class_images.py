@@ -12,11 +12,12 @@ import torch
 from PIL import Image, ImageOps
 
 from sude_lab.backbone import Backbone
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.generation import generate
+from sude_lab.methods import configure
 from sude_lab.runs import class_images as module
 from sude_lab.runs.class_images import cache_folder, class_latents, drawn_class_images, fingerprint
-from sude_lab.tuning import TuningConfig, resolve
 
 Fresh = Callable[[], Backbone]
 
@@ -181,7 +182,7 @@ def test_the_cache_is_where_the_environment_says_or_below_home(
 
 
 def test_latents_are_those_of_the_drawn_pictures(tiny: Backbone, calls: list[str]) -> None:
-    settings = resolve(config(seed=3), tiny)
+    settings = configure(config(seed=3), tiny)
     latents = class_latents(settings, tiny, "dog")
     assert calls == ["photo of a dog"] and latents.shape == (2, 4, 8, 8)
     images = drawn_class_images(tiny, "dog", number=2, seed=10_003)
@@ -191,7 +192,7 @@ def test_latents_are_those_of_the_drawn_pictures(tiny: Backbone, calls: list[str
 
 
 def test_latents_have_the_size_of_the_run(tiny: Backbone) -> None:
-    latents = class_latents(resolve(config(resolution=48), tiny), tiny, "dog")
+    latents = class_latents(configure(config(resolution=48), tiny), tiny, "dog")
     assert latents.shape == (2, 4, 12, 12)
 
 
@@ -219,7 +220,7 @@ def test_the_users_pictures_take_the_place_of_drawn_ones(
     save(tmp_path / "dogs", "red", "green", "blue")
     (tmp_path / "dogs" / ".hidden").write_text("not a picture")
     (tmp_path / "dogs" / "older").mkdir()
-    settings = resolve(config(class_images=tmp_path / "dogs"), tiny)
+    settings = configure(config(class_images=tmp_path / "dogs"), tiny)
     latents = class_latents(settings, tiny, "dog")  # all three, whatever num_class_images says
     torch.testing.assert_close(latents, expected(tiny, "blue", "green", "red"))
     assert not calls and not cache.exists()
@@ -229,11 +230,11 @@ def test_several_categories_have_a_subfolder_each(tiny: Backbone, tmp_path: Path
     save(tmp_path / "real" / "dog", "red")
     save(tmp_path / "real" / "stuffed animal", "green", "blue")
     more = ("stuffed animal=<bear>=bear.png",)
-    settings = resolve(config(class_images=tmp_path / "real", more_subjects=more), tiny)
+    settings = configure(config(class_images=tmp_path / "real", more_subjects=more), tiny)
     for category, colours in (("dog", ["red"]), ("stuffed animal", ["blue", "green"])):
         latents = class_latents(settings, tiny, category)
         torch.testing.assert_close(latents, expected(tiny, *colours))
-    alone = resolve(config(class_images=tmp_path / "real"), tiny)
+    alone = configure(config(class_images=tmp_path / "real"), tiny)
     torch.testing.assert_close(class_latents(alone, tiny, "dog"), expected(tiny, "red"))
 
 
@@ -242,12 +243,12 @@ def test_pictures_that_do_not_tell_the_categories_apart_are_refused(
 ) -> None:
     """Dogs must not stand for candles because they lie in the one folder there is."""
     save(tmp_path / "real", "red")
-    both = resolve(
+    both = configure(
         config(class_images=tmp_path / "real", more_subjects=("candle=<wax>=wax.png",)), tiny
     )
     with pytest.raises(UserError, match="candle"):
         class_latents(both, tiny, "candle")
-    same = resolve(
+    same = configure(
         config(class_images=tmp_path / "real", more_subjects=("dog=<dog-2>=dog.png",)), tiny
     )
     assert len(class_latents(same, tiny, "dog")) == 1
@@ -258,7 +259,7 @@ def test_a_folder_without_pictures_is_refused(tiny: Backbone, tmp_path: Path, ma
     folder = tmp_path / "empty"
     if made:
         folder.mkdir()
-    settings = resolve(config(class_images=folder), tiny)
+    settings = configure(config(class_images=folder), tiny)
     with pytest.raises(UserError, match=r"There are no class images in .*empty") as error:
         class_latents(settings, tiny, "dog")
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
@@ -267,7 +268,7 @@ def test_a_folder_without_pictures_is_refused(tiny: Backbone, tmp_path: Path, ma
 def test_a_file_that_is_no_picture_is_named(tiny: Backbone, tmp_path: Path) -> None:
     save(tmp_path / "dogs", "red")
     (tmp_path / "dogs" / "notes.txt").write_text("dogs I met")
-    settings = resolve(config(class_images=tmp_path / "dogs"), tiny)
+    settings = configure(config(class_images=tmp_path / "dogs"), tiny)
     with pytest.raises(UserError, match=r"notes\.txt"):
         class_latents(settings, tiny, "dog")
 

@@ -2,10 +2,18 @@
 
 import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType
+from typing import get_type_hints as hints
 
 import pytest
 
-from sude_lab import config, tuning
+import sude_lab
+from sude_lab import tuning
+from sude_lab.config import CompleteConfig, TuningConfig, kinds_of, read_settings
+from sude_lab.errors import UserError
+from sude_lab.methods import METHODS
 
 HEAVY = (
     *("accelerate", "diffusers", "matplotlib", "numpy", "pandas", "peft", "PIL", "pyarrow", "ray"),
@@ -37,6 +45,33 @@ def test_nothing_heavy_is_imported_before_it_is_used(code: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_tuning_gives_the_same_names() -> None:
-    for name in ("PRESETS", "Subject", "TuningConfig", "with_preset"):
-        assert getattr(tuning, name) is getattr(config, name)
+def test_every_public_name_is_there_and_only_those_are_listed() -> None:
+    for name in sude_lab.__all__:
+        assert getattr(sude_lab, name) is not None
+    assert set(sude_lab.__all__) <= set(dir(sude_lab))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        sude_lab.nothing  # noqa: B018
+    assert sude_lab.Tuning is tuning.Tuning
+
+
+def test_what_a_complete_configuration_fills_is_what_may_be_none_before() -> None:
+    """One list of names: that of the dataclass."""
+    names = [f.name for f in fields(TuningConfig)]
+    assert [f.name for f in fields(CompleteConfig)] == names
+    filled = {name for name in names if hints(TuningConfig)[name] != hints(CompleteConfig)[name]}
+    for name in names:
+        may_be_none = NoneType in kinds_of(hints(TuningConfig)[name])
+        stays = ("initializer", "prompt", "class_images", "resolution")
+        assert (name in filled) == (may_be_none and name not in stays)
+    said = {f.name for f in fields(TuningConfig) if f.metadata.get("usual") is not None}
+    for method in METHODS.values():
+        assert said | method.defaults.keys() == filled
+
+
+def test_settings_of_a_file_are_read_with_their_types_and_old_names() -> None:
+    values = {"image": "dog.png", "category": "dog", "more_subjects": ["cat=<c>=c.png"]}
+    settings = TuningConfig(**read_settings(values | {"regularizer": "teacher"}))
+    assert settings.image == Path("dog.png") and settings.more_subjects == ("cat=<c>=c.png",)
+    assert settings.prior_preservation == "teacher"
+    with pytest.raises(UserError, match="no setting 'learning_speed'"):
+        read_settings({"learning_speed": 1})

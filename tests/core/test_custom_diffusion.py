@@ -13,12 +13,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sude_lab.backbone import Backbone, open_backbone
+from sude_lab.backbone import Backbone
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.generation import generate
-from sude_lab.methods import get_method
+from sude_lab.io.opening import open_backbone
+from sude_lab.io.weights import load_weights, save_weights
+from sude_lab.methods import configure
 from sude_lab.methods.custom_diffusion import CustomDiffusion
-from sude_lab.tuning import Step, TuningConfig, resolve, tune
+from sude_lab.runs.prepare import prepared_tuning as tune
+from sude_lab.tuning import Step
 from sude_lab.world import drawing as world
 
 Fresh = Callable[[], Backbone]
@@ -134,7 +138,7 @@ def test_words_start_from_rare_ones_or_from_what_the_user_or_the_models_facts_na
 
     def starts(backbone: Backbone, words: list[str], **settings: Any) -> bool:
         method = CustomDiffusion(
-            backbone, resolve(config(more_subjects=more, **settings), backbone)
+            backbone, configure(config(more_subjects=more, **settings), backbone)
         )
         table = backbone.text_encoder.get_input_embeddings().weight.detach()
         ids = [backbone.tokenizer(w, add_special_tokens=False).input_ids for w in words]
@@ -234,7 +238,7 @@ def test_the_defaults_tune_with_prior_preservation(
     )
     facts = {key: value for key, value in fresh().facts.items() if key != "tuning"}
     backbone = replace(fresh(), facts=facts)
-    full = resolve(replace(settings, max_train_steps=None, num_class_images=None), backbone)
+    full = configure(replace(settings, max_train_steps=None, num_class_images=None), backbone)
     told = {name: getattr(full, name) for name in CustomDiffusion.defaults}
     assert told == CustomDiffusion.defaults
     assert (told["weight_sude"], told["prior_loss_weight"], told["num_class_images"]) == (2, 1, 200)
@@ -288,13 +292,13 @@ def test_what_is_saved_draws_the_same_in_a_fresh_backbone_and_in_plain_diffusers
 ) -> None:
     tuned, weights = fresh(), tmp_path / "weights"
     settings = config(more_subjects=("candle=<wax>=candle.png",))
-    run(settings, tuned, [picture, picture.rotate(90)]).method.save(weights)
+    save_weights(run(settings, tuned, [picture, picture.rotate(90)]).method, weights)
     assert sorted(p.name for p in weights.iterdir()) == ["learned_embeds-2.safetensors", *FILES]
     assert load_file(weights / "unet.safetensors").keys() == cross_attentions(tuned)
     prompt = "photo of a <sks> dog on the <wax> candle"
 
     loaded = fresh()
-    CustomDiffusion.load(loaded, weights)
+    load_weights("custom_diffusion", loaded, weights)
     for ours, theirs in zip(
         generate(tuned, prompt, num_images=2), generate(loaded, prompt, num_images=2), strict=True
     ):
@@ -325,7 +329,7 @@ def test_load_attn_procs_loads_nothing_so_that_no_file_is_written_for_it(
     fresh: Fresh, picture: Image.Image, tiny_folder: Path, tmp_path: Path
 ) -> None:
     """diffusers issue 9320: a complete set of processors is read, and then not used."""
-    run(config(), fresh(), picture).method.save(tmp_path)
+    save_weights(run(config(), fresh(), picture).method, tmp_path)
     pipe = plain(tiny_folder)
     before = drawing(pipe, "photo of a dog")
     # An empty tensor is how such a file says that an attention keeps its own weights.
@@ -344,22 +348,22 @@ def test_load_attn_procs_loads_nothing_so_that_no_file_is_written_for_it(
 def test_weights_of_another_architecture_are_refused_in_one_sentence(
     fresh: Fresh, picture: Image.Image, wider_folder: Path, tmp_path: Path
 ) -> None:
-    run(config(), fresh(), picture).method.save(tmp_path)
+    save_weights(run(config(), fresh(), picture).method, tmp_path)
     other = open_backbone(wider_folder, device="cpu")
     with pytest.raises(UserError, match="backbone it was tuned on") as error:
-        get_method("custom_diffusion").load(other, tmp_path)
+        load_weights("custom_diffusion", other, tmp_path)
     assert str(error.value).count(". ") == 0 and "\n" not in str(error.value)
     # A token that fits does not open the door for a UNet that does not.
     (tmp_path / "learned_embeds.safetensors").unlink()
     with pytest.raises(UserError, match="backbone it was tuned on"):
-        get_method("custom_diffusion").load(other, tmp_path)
+        load_weights("custom_diffusion", other, tmp_path)
 
 
 def test_weights_that_cover_a_part_of_the_cross_attentions_are_refused_whole(
     fresh: Fresh, picture: Image.Image, tmp_path: Path
 ) -> None:
     """Such as those of a smaller UNet: nothing of them may stay in the model."""
-    run(config(), fresh(), picture).method.save(tmp_path)
+    save_weights(run(config(), fresh(), picture).method, tmp_path)
     weights = load_file(tmp_path / "unet.safetensors")
     weights.pop(next(iter(weights)))
     weights = {name: p.clone() for name, p in weights.items()}  # the file is written over
@@ -367,13 +371,13 @@ def test_weights_that_cover_a_part_of_the_cross_attentions_are_refused_whole(
     backbone = fresh()
     before = tensors(backbone)
     with pytest.raises(UserError, match="backbone it was tuned on"):
-        CustomDiffusion.load(backbone, tmp_path)
+        load_weights("custom_diffusion", backbone, tmp_path)
     after = tensors(backbone)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
     (tmp_path / "unet.safetensors").write_bytes(b"not weights")
     with pytest.raises(UserError, match="damaged"):
-        CustomDiffusion.load(backbone, tmp_path)
+        load_weights("custom_diffusion", backbone, tmp_path)
     (tmp_path / "unet.safetensors").unlink()
     with pytest.raises(UserError, match="are not there"):
-        CustomDiffusion.load(backbone, tmp_path)
+        load_weights("custom_diffusion", backbone, tmp_path)

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from studies import compare_guidance
 from studies.compare_guidance import CompareConfig, at_equal_fidelity, compare
-from sude_lab.backbone import Backbone, Condition, FrozenUNet
+from sude_lab.backbone import Backbone, Condition
 from sude_lab.cli import main
 from sude_lab.diffusion import Schedule, to_eps
 from sude_lab.errors import UserError
+from sude_lab.frozen import FrozenUNet
 from sude_lab.generation import generate
 from sude_lab.guidance import (
     SudeGuidance,

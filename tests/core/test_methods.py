@@ -14,10 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from sude_lab.backbone import Backbone, open_backbone
+from sude_lab.backbone import Backbone
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
-from sude_lab.methods import METHODS, get_method
-from sude_lab.tuning import Step, TuningConfig, resolve, tune
+from sude_lab.io.opening import open_backbone
+from sude_lab.io.weights import load_weights, save_weights
+from sude_lab.methods import METHODS, configure, get_method
+from sude_lab.runs.prepare import prepared_tuning as tune
+from sude_lab.tuning import Step
 
 Fresh = Callable[[], Backbone]
 
@@ -141,10 +145,10 @@ def test_prompts_name_the_token_and_the_category(fresh: Fresh) -> None:
         ("textual_inversion", "photo of a <sks>"),
     ):
         backbone = fresh()
-        settings = resolve(replace(config(method=name), category="stuffed animal"), backbone)
+        settings = configure(replace(config(method=name), category="stuffed animal"), backbone)
         assert METHODS[name](backbone, settings).subject_prompts() == [expected]
     backbone = fresh()
-    settings = resolve(config(prompt="{S*} the {category}", token="<rex>"), backbone)
+    settings = configure(config(prompt="{S*} the {category}", token="<rex>"), backbone)
     assert METHODS["dreambooth"](backbone, settings).subject_prompts() == ["<rex> the dog"]
 
 
@@ -161,7 +165,7 @@ def test_every_subject_has_a_prompt_with_its_own_token_and_category(fresh: Fresh
     ):
         backbone = fresh()
         chosen = config(method=name, more_subjects=more[: len(expected) - 1], prompt=prompt)
-        assert METHODS[name](backbone, resolve(chosen, backbone)).subject_prompts() == expected
+        assert METHODS[name](backbone, configure(chosen, backbone)).subject_prompts() == expected
 
 
 def test_dreambooths_tokens_start_from_a_rare_word_each_and_inversions_from_the_category(
@@ -176,7 +180,9 @@ def test_dreambooths_tokens_start_from_a_rare_word_each_and_inversions_from_the_
     ):
         backbone = fresh()
         table = backbone.text_encoder.get_input_embeddings().weight.detach().clone()
-        method = METHODS[name](backbone, resolve(config(method=name, more_subjects=more), backbone))
+        method = METHODS[name](
+            backbone, configure(config(method=name, more_subjects=more), backbone)
+        )
         rows = [
             table[backbone.tokenizer(word, add_special_tokens=False).input_ids].mean(dim=0)
             for word in expected
@@ -189,8 +195,9 @@ def test_several_subjects_with_the_same_word_for_good_are_refused(fresh: Fresh) 
     more = ("cat=<cat-1>=cat.png",)
     chosen = config(more_subjects=more, initializer="cat")
     with pytest.raises(UserError, match="--token-learning-rate"):
-        METHODS["dreambooth"](fresh(), chosen)
-    METHODS["dreambooth"](fresh(), replace(chosen, token_learning_rate=1e-3))
+        METHODS["dreambooth"](fresh(), configure(chosen, fresh()))
+    trained = configure(replace(chosen, token_learning_rate=1e-3), fresh())
+    METHODS["dreambooth"](fresh(), trained)
 
 
 def test_an_unknown_method_is_refused_with_those_there_are() -> None:
@@ -207,17 +214,20 @@ def test_an_unknown_method_is_refused_with_those_there_are() -> None:
     [
         ({"weight_sude": 1.0, "prior": "pretrained"}, True),
         ({"weight_sude": 0.0, "monitor_sude": True, "prior": "pretrained"}, True),
-        ({"weight_sude": 0.0, "prior_loss_weight": 1.0, "regularizer": "teacher"}, True),
+        ({"weight_sude": 0.0, "prior_loss_weight": 1.0, "prior_preservation": "teacher"}, True),
         ({"weight_sude": 1.0, "prior": "current"}, False),
         ({"weight_sude": 0.0, "prior": "pretrained"}, False),
         ({"weight_sude": 0.0, "prior_loss_weight": 1.0}, False),
     ],
 )
 def test_the_old_weights_are_kept_only_where_the_run_asks_for_them(
-    settings: dict[str, Any], kept: bool, fresh: Fresh, probe: dict[str, Any]
+    settings: dict[str, Any],
+    kept: bool,
+    fresh: Fresh,
+    probe: dict[str, Any],
+    picture: Image.Image,
 ) -> None:
-    backbone = fresh()
-    method = METHODS["dreambooth"](backbone, resolve(config(**settings), backbone))
+    method = tune(config(**settings), fresh(), picture).method
     assert (method.frozen is not None) == kept
     if kept:
         seen = method.predict_pretrained(probe["x"], probe["t"], probe["c"])
@@ -293,7 +303,7 @@ def test_dreambooth_trains_every_text_encoder_and_their_words(
                 assert len(new[key]) == len(value) + 2
             elif not any(part in key for part in unread):
                 assert not torch.equal(new[key], value), (name, key)
-    step.method.save(tmp_path)
+    save_weights(step.method, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "learned_embeds-2.safetensors",
         "learned_embeds.safetensors",
@@ -305,7 +315,7 @@ def test_dreambooth_trains_every_text_encoder_and_their_words(
         names = load_file(tmp_path / f"{name}.safetensors").keys()
         assert all(n.startswith(("text_model.", "text_projection.")) for n in names)
     loaded = _tiny_xl.copy()
-    get_method("dreambooth").load(loaded, tmp_path)
+    load_weights("dreambooth", loaded, tmp_path)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     prompts = ["photo of a <sks> dog", "photo of a <cat-1> cat"]
     with torch.no_grad():
@@ -326,12 +336,12 @@ def test_a_text_encoder_is_read_under_the_names_of_every_transformers(
 ) -> None:
     """4 has "text_model." before the names, 5 has not; the weights are the same."""
     tuned, bare = fresh(), fresh()
-    run(config(train_text_encoder=True), tuned, picture).method.save(tmp_path)
+    save_weights(run(config(train_text_encoder=True), tuned, picture).method, tmp_path)
     path = tmp_path / "text_encoder.safetensors"
     with_prefix = {name: p.clone() for name, p in load_file(path).items()}  # it is written over
     assert all(name.startswith("text_model.") for name in with_prefix)
     save_file({n.removeprefix("text_model."): p for n, p in with_prefix.items()}, path)
-    get_method("dreambooth").load(bare, tmp_path)
+    load_weights("dreambooth", bare, tmp_path)
     expected = tuned.text_encoder.state_dict()
     assert all(torch.equal(p, expected[n]) for n, p in bare.text_encoder.state_dict().items())
     untuned = fresh().text_encoder.get_input_embeddings().weight
@@ -339,7 +349,7 @@ def test_a_text_encoder_is_read_under_the_names_of_every_transformers(
     with_prefix["text_model.odd"] = torch.zeros(1)
     save_file(with_prefix, path)
     with pytest.raises(UserError, match=r"unknown tensor text_model\.odd"):
-        get_method("dreambooth").load(fresh(), tmp_path)
+        load_weights("dreambooth", fresh(), tmp_path)
 
 
 def test_a_token_of_two_encoders_does_not_fit_one_and_the_other_way_round(
@@ -348,9 +358,11 @@ def test_a_token_of_two_encoders_does_not_fit_one_and_the_other_way_round(
     settings = config(method="textual_inversion", max_train_steps=1)
     for backbone, other in ((_tiny_xl.copy(), fresh()), (fresh(), _tiny_xl.copy())):
         folder = tmp_path / str(backbone.is_xl)
-        run(replace(settings, token_learning_rate=1e-2), backbone, picture).method.save(folder)
+        save_weights(
+            run(replace(settings, token_learning_rate=1e-2), backbone, picture).method, folder
+        )
         with pytest.raises(UserError, match="backbone it was tuned on"):
-            get_method("textual_inversion").load(other, folder)
+            load_weights("textual_inversion", other, folder)
 
 
 # --- SuDe and the words of the prompt ------------------------------------------------------------
@@ -402,7 +414,7 @@ def test_a_lora_and_a_token_load_in_a_plain_pipeline(
     backbone = fresh()
     settings = config(train="lora", lora_rank=3, learning_rate=1e-2, token_learning_rate=1e-2)
     step = run(settings, backbone, picture)
-    step.method.save(tmp_path)
+    save_weights(step.method, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "learned_embeds.safetensors",
         "pytorch_lora_weights.safetensors",
@@ -427,7 +439,7 @@ def test_a_learned_token_loads_with_load_textual_inversion(
     fresh: Fresh, picture: Image.Image, tiny_folder: Path, tmp_path: Path
 ) -> None:
     backbone = fresh()
-    run(config(method="textual_inversion"), backbone, picture).method.save(tmp_path)
+    save_weights(run(config(method="textual_inversion"), backbone, picture).method, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["learned_embeds.safetensors"]
     pipeline = plain(tiny_folder)
     pipeline.load_textual_inversion(tmp_path, weight_name="learned_embeds.safetensors")
@@ -443,8 +455,8 @@ def test_saved_weights_load_into_a_fresh_backbone(
 ) -> None:
     tuned, loaded = fresh(), fresh()
     settings = config(**{"token_learning_rate": 1e-2} | CASES[case][0])
-    run(settings, tuned, picture).method.save(tmp_path)
-    get_method(settings.method).load(loaded, tmp_path)
+    save_weights(run(settings, tuned, picture).method, tmp_path)
+    load_weights(settings.method, loaded, tmp_path)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         outputs = [
@@ -466,8 +478,8 @@ def test_many_subjects_load_into_a_fresh_backbone_each_with_its_own_token(
         max_train_steps=1,
         more_subjects=tuple(f"dog=<dog-{k}>=dog.png" for k in range(2, 13)),
     )
-    run(settings, tuned, [picture] * 12).method.save(tmp_path)
-    get_method(settings.method).load(loaded, tmp_path)
+    save_weights(run(settings, tuned, [picture] * 12).method, tmp_path)
+    load_weights(settings.method, loaded, tmp_path)
     prompts = [f"photo of a {s.token} dog" for s in settings.subjects]
     assert len(prompts) == 12
     with torch.no_grad():
@@ -484,10 +496,10 @@ def test_weights_saved_in_the_middle_of_a_run_have_the_tokens_of_that_moment(
     settings = config(train_text_encoder=True, token_learning_rate=1e-2, max_train_steps=3)
     for step in tune(settings, backbone, picture):
         if step.number == 2:
-            step.method.save(tmp_path)
+            save_weights(step.method, tmp_path)
             with torch.no_grad():
                 expected = backbone.encode_prompts(["photo of a <sks> dog"]).hidden
-    get_method(settings.method).load(loaded, tmp_path)
+    load_weights(settings.method, loaded, tmp_path)
     with torch.no_grad():
         assert torch.equal(loaded.encode_prompts(["photo of a <sks> dog"]).hidden, expected)
 
@@ -496,11 +508,11 @@ def test_weights_saved_in_the_middle_of_a_run_have_the_tokens_of_that_moment(
 def test_damaged_weights_are_refused_in_one_sentence(
     name: str, fresh: Fresh, picture: Image.Image, tmp_path: Path
 ) -> None:
-    run(config(), fresh(), picture).method.save(tmp_path)
+    save_weights(run(config(), fresh(), picture).method, tmp_path)
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="damaged") as error:
-        get_method("dreambooth").load(fresh(), tmp_path)
+        load_weights("dreambooth", fresh(), tmp_path)
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
@@ -509,9 +521,9 @@ def test_weights_of_another_architecture_are_refused_in_one_sentence(
     case: str, fresh: Fresh, picture: Image.Image, wider_folder: Path, tmp_path: Path
 ) -> None:
     settings = config(**CASES[case][0])
-    run(settings, fresh(), picture).method.save(tmp_path)
+    save_weights(run(settings, fresh(), picture).method, tmp_path)
     with pytest.raises(UserError, match="backbone it was tuned on"):
-        get_method(settings.method).load(open_backbone(wider_folder, device="cpu"), tmp_path)
+        load_weights(settings.method, open_backbone(wider_folder, device="cpu"), tmp_path)
 
 
 @pytest.mark.parametrize("case", ["attention", "lora"])
@@ -520,13 +532,13 @@ def test_weights_of_another_unet_are_refused_in_one_sentence(
 ) -> None:
     """The token fits (it is put in place by hand), the UNet's weights do not."""
     settings = config(**CASES[case][0])
-    run(settings, fresh(), picture).method.save(tmp_path)
+    save_weights(run(settings, fresh(), picture).method, tmp_path)
     other = open_backbone(wider_folder, device="cpu")
     from safetensors.torch import save_file
 
     save_file({"<sks>": torch.zeros(64)}, tmp_path / "learned_embeds.safetensors")
     with pytest.raises(UserError, match="backbone it was tuned on") as error:
-        get_method(settings.method).load(other, tmp_path)
+        load_weights(settings.method, other, tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -563,9 +575,9 @@ def test_a_word_of_several_vectors_is_trained_saved_and_read_by_plain_diffusers(
     table = backbone.text_encoder.get_input_embeddings().weight
     assert len(table[ids].unique(dim=0)) == 3, "the vectors are trained alike"
 
-    steps[-1].method.save(tmp_path)
+    save_weights(steps[-1].method, tmp_path)
     again, plain = fresh(), fresh()
-    get_method(name).load(again, tmp_path)
+    load_weights(name, again, tmp_path)
     for ending in ("", "-2"):
         file = f"learned_embeds{ending}.safetensors"
         plain.pipeline.load_textual_inversion(tmp_path, weight_name=file)

@@ -16,14 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sude_lab.backbone import Backbone
+from sude_lab.config import TuningConfig
 from sude_lab.diffusion import add_noise
 from sude_lab.errors import UserError
-from sude_lab.methods import METHODS
+from sude_lab.methods import METHODS, configure
 from sude_lab.runs import prior_bank
 from sude_lab.runs.folder import run_tuning
+from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.runs.prior_bank import Pairs, PriorBank, open_bank
 from sude_lab.sweep.grid import make_plan, read_grid
-from sude_lab.tuning import Step, TuningConfig, resolve, tune
+from sude_lab.tuning import Step
 
 Fresh = Callable[[], Backbone]
 TENSORS = ("t", "loss_subject", "loss_sude", "tau", "gate", "rho")
@@ -83,7 +85,7 @@ def assert_same(one: list[Step], other: list[Step]) -> None:
 
 
 def bank_of(settings: TuningConfig, backbone: Backbone, picture: Image.Image) -> PriorBank:
-    settings = resolve(settings, backbone)
+    settings = configure(settings, backbone)
     pictures = [picture, ImageOps.mirror(picture)] if settings.horizontal_flip else [picture]
     latents = backbone.encode_pictures(pictures)
     return open_bank(settings, backbone, settings.category, picture, latents)
@@ -96,7 +98,7 @@ CASES: list[dict[str, Any]] = [
     *({"method": method} for method in METHODS),
     {"train": "lora"},
     {"train": "unet", "train_text_encoder": True, "horizontal_flip": True},
-    {"prior_loss_weight": 1.0, "num_class_images": 2, "regularizer": "teacher"},
+    {"prior_loss_weight": 1.0, "num_class_images": 2, "prior_preservation": "teacher"},
     {"gradient_accumulation_steps": 3},
 ]
 
@@ -243,7 +245,7 @@ def test_a_model_in_channels_last_is_kept_as_any_other(fresh: Fresh, picture: Im
         backbone.unet.to(memory_format=torch.channels_last)
         bank = bank_of(config(prior_bank_dtype=dtype, seed=7), backbone, picture)
         index = torch.arange(len(bank))
-        live = prior_bank.ask(
+        live = prior_bank.ask_pairs(
             backbone,
             bank.pairs,
             index,
@@ -251,7 +253,7 @@ def test_a_model_in_channels_last_is_kept_as_any_other(fresh: Fresh, picture: Im
             backbone.encode_prompts(["photo of a dog"]),
         )
         found = bank.outputs(index)
-        torch.testing.assert_close(found, live, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(found, torch.stack(live, dim=1), rtol=1e-2, atol=1e-2)
 
 
 def test_with_a_bank_no_copy_of_the_model_is_kept(fresh: Fresh, picture: Image.Image) -> None:
@@ -259,7 +261,7 @@ def test_with_a_bank_no_copy_of_the_model_is_kept(fresh: Fresh, picture: Image.I
         steps = run(config(prior_bank_dtype=dtype, max_train_steps=1), fresh(), picture)
         assert (steps[0].method.frozen is not None) == kept
     # eq. 14 as it is written asks the model before tuning of other pictures.
-    settings = config(prior_loss_weight=1.0, num_class_images=1, regularizer="teacher")
+    settings = config(prior_loss_weight=1.0, num_class_images=1, prior_preservation="teacher")
     steps = run(replace(settings, max_train_steps=1), fresh(), picture)
     assert steps[0].method.frozen is not None
 
@@ -461,7 +463,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
 def test_a_run_is_resumed_with_its_own_bank_only(
     fresh: Fresh, subject_picture: Path, tmp_path: Path
 ) -> None:
-    settings = config(image=subject_picture)
+    settings = config(image=subject_picture, backbone=fresh().source)
     asked: dict[str, Any] = {"num_samples": 0, "report_to": "none", "progress": False}
 
     class Stop(Exception):
@@ -544,11 +546,12 @@ def test_where_the_prior_moves_a_bank_is_refused_before_anything_is_written(
     method: str, fresh: Fresh, subject_picture: Path, tmp_path: Path, cache: Path
 ) -> None:
     settings = config(image=subject_picture, method=method, prior="current")
+    settings = replace(settings, backbone=fresh().source)
     with pytest.raises(UserError, match="use --prior pretrained, or leave --prior-bank out"):
         run_tuning(settings, tmp_path / "run", backbone=fresh(), report_to="none")
     assert not (tmp_path / "run").exists() and not cache.exists()
     plain = replace(settings, weight_sude=0.0, max_train_steps=1)  # has no prior at all
-    assert resolve(plain, fresh()).prior == "current"
+    assert configure(plain, fresh()).prior == "current"
 
 
 def test_a_number_of_pairs_below_nothing_is_refused() -> None:

@@ -6,21 +6,17 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken
 
-from sude_lab.backbone import open_backbone
 from sude_lab.errors import UserError
+from sude_lab.evaluate.prompts import Prompt, caption, prompt_for, read_prompts, structured
+from sude_lab.io.opening import open_backbone
 from sude_lab.methods import METHODS
 from sude_lab.prompts import (
     PLACEHOLDER,
-    Prompt,
     article,
-    ask,
-    caption,
     fill,
     fill_words,
     photo_of,
     placeholder,
-    read_prompts,
-    structured,
     with_attribute,
 )
 
@@ -121,14 +117,14 @@ def test_a_captions_article_suits_its_category() -> None:
 
 def test_every_method_asks_for_the_same_in_its_own_words() -> None:
     prompts = {
-        name: ask(method.template, "dog", "running", "on the beach")
+        name: prompt_for(method.template, "dog", "running", "on the beach")
         for name, method in METHODS.items()
     }
     assert prompts["dreambooth"].text == "photo of a running {S*} dog on the beach"
     assert prompts["custom_diffusion"].text == "photo of a running {S*} dog on the beach"
     assert prompts["vico"].text == "photo of a running {S*} on the beach"
     assert prompts["textual_inversion"].text == "photo of a running {S*} on the beach"
-    p3 = ask("ignored {S*}", "dog", "running", "on the beach", structure="P3")
+    p3 = prompt_for("ignored {S*}", "dog", "running", "on the beach", structure="P3")
     assert p3.text == "photo of a {S*} and it is a running dog on the beach"
     # One caption, so that the scores of templates can be compared.
     captions = {p.caption for p in (*prompts.values(), p3)}
@@ -147,7 +143,7 @@ def test_every_method_asks_for_the_same_in_its_own_words() -> None:
 def test_what_a_prompt_edits_is_its_kind(
     attribute: str, background: str, kind: str, expected: str
 ) -> None:
-    prompt = ask("photo of a {S*} {category}", "dog", attribute, background)
+    prompt = prompt_for("photo of a {S*} {category}", "dog", attribute, background)
     assert (prompt.text, prompt.kind) == (expected, kind)
 
 

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import load_file
 
 from sude_lab.cli import main
+from sude_lab.config import TuningConfig
 from sude_lab.generation import generate
 from sude_lab.runs.folder import METRICS, WEIGHTS, run_tuning
-from sude_lab.tuning import TuningConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS_APART, PIXELS_APART = 1e-4, 4

@@ -31,14 +31,18 @@ from real_configs import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sude_lab.backbone import Backbone, Condition, concatenate, open_backbone
+from sude_lab.backbone import Backbone, Condition, concatenate
+from sude_lab.config import TuningConfig
 from sude_lab.diffusion import add_noise
 from sude_lab.errors import UserError
 from sude_lab.generation import generate
+from sude_lab.io.opening import open_backbone
 from sude_lab.io.pictures import to_tensor
-from sude_lab.methods import METHODS, Method, get_method
+from sude_lab.io.weights import load_weights, save_weights
+from sude_lab.methods import METHODS, Method
+from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.sude import SudeRegularizer, sude_terms
-from sude_lab.tuning import Step, TuningConfig, tune
+from sude_lab.tuning import Step
 
 PROMPT = "photo of a running dog"
 SUBJECT = "photo of a running <sks> dog"
@@ -456,9 +460,9 @@ def test_every_method_is_tuned_saved_loaded_and_sampled(
     assert torch.allclose(current[1].tau, pretrained[1].tau, rtol=1e-4) != moves
 
     tuned = runs["pretrained"]
-    tuned.method.save(tmp_path / "weights")
+    save_weights(tuned.method, tmp_path / "weights")
     loaded = model.fresh()
-    get_method(CASES[case]["method"]).load(loaded, tmp_path / "weights")
+    load_weights(CASES[case]["method"], loaded, tmp_path / "weights")
     x_t, t = noise(2, 4, 16, 16), torch.tensor([100, 900])
     start = SUBJECT.replace("<sks>", tuned.method.initializer(0))  # what the token began as
     outputs = []
@@ -482,7 +486,7 @@ def test_a_lora_draws_the_same_pictures_in_plain_diffusers(
     model: Model, picture: Image.Image, class_images: Path, tmp_path: Path
 ) -> None:
     tuned = run(model, "dreambooth, lora", "pretrained", picture, class_images)
-    tuned.method.save(tmp_path)
+    save_weights(tuned.method, tmp_path)
     pipeline = model.open_plain()
     pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     if model.is_xl:

@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
 
-from sude_lab import tuning
-from sude_lab.backbone import Backbone, Condition, FrozenUNet, without_adapters
+from sude_lab.backbone import Backbone, Condition
+from sude_lab.config import TuningConfig
 from sude_lab.diffusion import (
     PREDICTION_TYPES,
     VARIANCE_TYPES,
@@ -23,9 +23,11 @@ from sude_lab.diffusion import (
     posterior_variance,
     reverse_mean,
 )
+from sude_lab.draws import FreshDraws
+from sude_lab.frozen import FrozenUNet, without_adapters
 from sude_lab.losses import guidance_projection, sude_loss, sude_threshold
+from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.sude import SudeRegularizer, sude_terms
-from sude_lab.tuning import TuningConfig, tune
 from sude_lab.world import drawing as world
 
 Fresh = Callable[[], Backbone]
@@ -92,8 +94,8 @@ def test_a_loop_of_ones_own_has_the_gradients_of_tune(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     draws: list[Any] = []
-    draw = tuning._draw
-    monkeypatch.setattr(tuning, "_draw", lambda *a: draws.append(draw(*a)) or draws[-1])
+    draw = FreshDraws.draw
+    monkeypatch.setattr(FreshDraws, "draw", lambda *a: draws.append(draw(*a)) or draws[-1])
     weight_sude = 0.7
     settings = TuningConfig(
         image=Path("dog.png"),

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +16,17 @@ from torch import Tensor
 
 from sude_lab import sude as regularizer
 from sude_lab import tuning
-from sude_lab.backbone import Backbone, Condition, open_backbone
+from sude_lab.backbone import Backbone, Condition
+from sude_lab.config import PRESETS, TuningConfig
 from sude_lab.diffusion import add_noise, posterior_variance, reverse_mean
+from sude_lab.draws import Batch, FreshDraws, WithClassImages, side_of, step_generator
 from sude_lab.errors import UserError
+from sude_lab.io.opening import open_backbone
 from sude_lab.losses import sude_loss, sude_threshold, sude_weight
-from sude_lab.methods import METHODS, DreamBooth
-from sude_lab.tuning import PRESETS, Step, TuningConfig, resolve, step_generator, tune, with_preset
+from sude_lab.methods import METHODS, DreamBooth, configure
+from sude_lab.runs.class_images import class_latents
+from sude_lab.runs.prepare import prepared_tuning as tune
+from sude_lab.tuning import Step
 
 Fresh = Callable[[], Backbone]
 TENSORS = ("t", "loss_subject", "loss_sude", "tau", "gate", "rho")
@@ -104,7 +109,7 @@ def by_hand(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """t, L_sub, L_sude and tau of step 1, in float64 and in the space of the means."""
     backbone = fresh()
-    settings = resolve(settings, backbone)
+    settings = configure(settings, backbone)
     assert settings.train_batch_size is not None
     generator = step_generator(settings.seed, 1)
     size = settings.train_batch_size
@@ -193,17 +198,16 @@ def gradients(settings: TuningConfig, backbone: Backbone, picture: Pictures) -> 
 def test_the_gradient_of_a_batch_is_the_mean_of_its_samples(
     fresh: Fresh, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = tuning._draw
+    draw = FreshDraws.draw
     settings = config(train_batch_size=2, truncate=True)
     whole = gradients(settings, fresh(), picture)
     parts = []
     for k in range(2):
 
-        def one(*args: Any, k: int = k) -> Any:
-            latents, _, timesteps, generator = args
-            return draw(latents, 2, timesteps, generator).rows(slice(k, k + 1))
+        def one(self: FreshDraws, size: int, generator: torch.Generator, k: int = k) -> Batch:
+            return draw(self, 2, generator).rows(slice(k, k + 1))
 
-        monkeypatch.setattr(tuning, "_draw", one)
+        monkeypatch.setattr(FreshDraws, "draw", one)
         parts.append(gradients(replace(settings, train_batch_size=1), fresh(), picture))
     for both, first, second in zip(whole, *parts, strict=True):
         torch.testing.assert_close(both, (first + second) / 2, rtol=1e-3, atol=1e-6)
@@ -266,7 +270,7 @@ def test_the_priors_differ_only_where_the_model_changes(
 def drawn(backbone: Backbone, picture: Image.Image, step: int, seed: int = 5) -> Any:
     """What that step draws for a batch of two."""
     latents = backbone.encode_pictures([picture.resize((32, 32), Image.Resampling.LANCZOS)])
-    return tuning._draw([latents], 2, 1000, step_generator(seed, step))
+    return FreshDraws([latents], 1000).draw(2, step_generator(seed, step))
 
 
 def test_a_trained_text_encoder_moves_the_category_of_the_current_prior_alone(
@@ -297,15 +301,16 @@ def test_horizontal_flip_uses_the_mirrored_picture_half_of_the_time(
     right, _ = fresh().encode_pictures([ImageOps.mirror(small)])
     assert not torch.allclose(left, right)
     seen: dict[bool, list[Tensor]] = {True: [], False: []}
-    draw = tuning._draw
+    draw = FreshDraws.draw
     for flip in (True, False):
 
-        def watch(latents: list[tuple[Tensor, Tensor]], *rest: Any, flip: bool = flip) -> Any:
-            batch = draw([(mean, torch.zeros_like(std)) for mean, std in latents], *rest)
+        def watch(self: FreshDraws, *rest: Any, flip: bool = flip) -> Batch:
+            still = [(mean, torch.zeros_like(std)) for mean, std in self.latents]
+            batch = draw(replace(self, latents=still), *rest)
             seen[flip].append(batch.x_0)
             return batch
 
-        monkeypatch.setattr(tuning, "_draw", watch)
+        monkeypatch.setattr(FreshDraws, "draw", watch)
         settings = config(horizontal_flip=flip, train_batch_size=24, weight_sude=0.0)
         run(replace(settings, max_train_steps=1, train="attention"), fresh(), picture)
     mirrored = [(x - right[0]).norm() < (x - left[0]).norm() for x in seen[True][0]]
@@ -379,21 +384,20 @@ def test_the_teachers_regulariser_is_eq_14(fresh: Fresh, picture: Image.Image) -
         train="attention",
         prior_loss_weight=1.0,
         num_class_images=3,
-        regularizer="teacher",
+        prior_preservation="teacher",
         max_train_steps=3,
     )
     teacher, pupil = fresh(), fresh()
-    resolved = resolve(settings, teacher)
-    class_latents = tuning.class_latents(resolved, teacher, "dog")
-    assert class_latents.shape == (3, 4, 8, 8)
+    resolved = configure(settings, teacher)
+    of_dogs = class_latents(resolved, teacher, "dog")
+    assert of_dogs.shape == (3, 4, 8, 8)
     with torch.no_grad():
         category = teacher.encode_prompts(["photo of a dog"]).expand(2)
     latents = teacher.encode_pictures([picture.resize((32, 32), Image.Resampling.LANCZOS)])
     losses = []
     for step in tune(settings, fresh(), picture):
         generator = step_generator(5, step.number)
-        batch = tuning._draw([latents], 2, 1000, generator)
-        batch = tuning._draw_class_images(batch, [class_latents], generator)
+        batch = WithClassImages(FreshDraws([latents], 1000), [of_dogs]).draw(2, generator)
         assert batch.z_0 is not None and batch.noise is not None
         z_t = add_noise(batch.z_0, batch.noise, batch.t, teacher.schedule)
         with torch.no_grad():
@@ -411,7 +415,9 @@ def test_a_teacher_that_agrees_pulls_nowhere_and_one_that_does_not_pulls(
     fresh: Fresh, picture: Image.Image
 ) -> None:
     plain = config(train="attention", max_train_steps=3)
-    taught = replace(plain, prior_loss_weight=10.0, num_class_images=2, regularizer="teacher")
+    taught = replace(
+        plain, prior_loss_weight=10.0, num_class_images=2, prior_preservation="teacher"
+    )
     states: list[list[dict[str, Tensor]]] = [
         [step.state_dict()["trained"] for step in tune(settings, fresh(), picture)]
         for settings in (plain, taught)
@@ -546,9 +552,11 @@ def test_class_images_are_those_of_each_samples_own_category() -> None:
     generator = step_generator(0, 1)
     which = torch.tensor([0, 1, 1, 0, 1])
     zeros = torch.zeros(5, 4, 2, 2)
-    batch = tuning._Batch(zeros, zeros, torch.zeros(5, dtype=torch.long), which)
+    drawn = SimpleNamespace(
+        draw=lambda size, generator: Batch(zeros, zeros, torch.zeros(size, dtype=torch.long), which)
+    )
     dogs = torch.arange(3.0).reshape(3, 1, 1, 1).expand(3, 4, 2, 2)
-    seen = tuning._draw_class_images(batch, [dogs, dogs + 100], generator)
+    seen = WithClassImages(drawn, [dogs, dogs + 100]).draw(5, generator)
     assert seen.z_0 is not None and seen.noise is not None
     assert torch.equal(seen.z_0[:, 0, 0, 0] >= 100, which == 1)
     assert torch.equal(seen.which, which) and seen.noise.std() > 0.5
@@ -557,7 +565,7 @@ def test_class_images_are_those_of_each_samples_own_category() -> None:
 def test_a_run_of_one_draws_as_before_there_were_several(tiny: Backbone) -> None:
     """What step k draws must not change: stored results and checkpoints rest on it."""
     mean, std = torch.full((1, 4, 2, 2), 3.0), torch.full((1, 4, 2, 2), 0.5)
-    batch = tuning._draw([(mean, std)], 2, 1000, step_generator(7, 3))
+    batch = FreshDraws([(mean, std)], 1000).draw(2, step_generator(7, 3))
     generator = step_generator(7, 3)
     torch.randint(1, (2,), generator=generator)
     x_0 = mean + std * torch.randn((2, 4, 2, 2), generator=generator)
@@ -581,14 +589,14 @@ def test_a_further_subject_that_is_not_told_whole_is_refused(text: str) -> None:
 
 def test_further_subjects_are_read_checked_and_need_their_own_token(tiny: Backbone) -> None:
     given = config(more_subjects=(" stuffed  animal =<bear>=a=b.png", "cat=<cat-1>=cat.png"))
-    seen = resolve(given, tiny).subjects
+    seen = configure(given, tiny).subjects
     assert [(s.category, s.token, str(s.image)) for s in seen] == [
         ("dog", "<sks>", "dog.png"),
         ("stuffed animal", "<bear>", "a=b.png"),
         ("cat", "<cat-1>", "cat.png"),
     ]
     with pytest.raises(UserError, match="never met the word 'okapi'"):
-        resolve(config(more_subjects=("okapi=<o>=o.png",)), tiny)
+        configure(config(more_subjects=("okapi=<o>=o.png",)), tiny)
     with pytest.raises(UserError, match="token of its own"):
         config(more_subjects=("candle=<sks>=candle.png",))
 
@@ -824,24 +832,24 @@ def test_settings_resolve_from_the_given_then_the_folder_then_the_method_then_al
 ) -> None:
     tiny.facts = copy.deepcopy(tiny.facts)
     tiny.facts["tuning"]["dreambooth"] = {"learning_rate": 2e-4, "weighting": "simple"}
-    seen = resolve(TuningConfig(image=Path("x.png"), category=" dog ", weight_sude=0.25), tiny)
+    seen = configure(TuningConfig(image=Path("x.png"), category=" dog ", weight_sude=0.25), tiny)
     assert seen.weight_sude == 0.25  # given
     assert seen.learning_rate == 2e-4  # the folder's, where the method says 5e-6
     assert seen.weighting == "simple"  # the folder's, where all say otherwise
     assert seen.max_train_steps == METHODS["dreambooth"].defaults["max_train_steps"]
-    assert seen.prior == tuning.GENERAL_DEFAULTS["prior"]
-    assert seen.resolution == 32  # the model's own
+    assert seen.prior == "pretrained"  # all's
     assert seen.category == "dog"
     missing = [f.name for f in fields(seen) if getattr(seen, f.name) is None]
-    assert missing == ["initializer", "prompt", "class_images"]
-    assert resolve(seen, tiny) == seen
+    assert missing == ["initializer", "prompt", "class_images", "resolution"]
+    assert side_of(seen, tiny) == 32  # the model's own
+    assert configure(seen, tiny) == seen
 
 
 def test_every_setting_given_survives_resolving(tiny: Backbone) -> None:
     given = config(
         weight_sude=0.0, learning_rate=0.0, token_learning_rate=0.0, prior_loss_weight=0.0
     )
-    seen = resolve(given, tiny)
+    seen = configure(given, tiny)
     assert (seen.weight_sude, seen.learning_rate, seen.token_learning_rate) == (0.0, 0.0, 0.0)
 
 
@@ -850,22 +858,22 @@ def test_tune_resolves_what_is_left_open(fresh: Fresh, picture: Image.Image) -> 
     backbone = fresh()
     assert same(
         trained(run(partly, fresh(), picture)),
-        trained(run(resolve(partly, backbone), backbone, picture)),
+        trained(run(configure(partly, backbone), backbone, picture)),
     )
 
 
 def test_presets_fill_what_is_not_given(tiny: Backbone) -> None:
-    paper = resolve(with_preset(config(), "paper"), tiny)
+    paper = configure(config(), tiny, preset="paper")
     assert (paper.prior, paper.weighting) == ("pretrained", "exact")
-    given = with_preset(config(weighting="simple", max_train_steps=7), "reference")
-    reference = resolve(given, tiny)
+    given = config(weighting="simple", max_train_steps=7)
+    reference = configure(given, tiny, preset="reference")
     assert reference.weighting == "simple" and reference.max_train_steps == 7
     for name, value in PRESETS["reference"].items():
         if name not in ("weighting", "max_train_steps"):
             assert getattr(reference, name) == value, name
-    assert with_preset(config(), "default") == config()
+    assert configure(config(), tiny, preset="default") == configure(config(), tiny)
     with pytest.raises(UserError, match="default, paper or reference"):
-        with_preset(config(), "best")
+        configure(config(), tiny, preset="best")
 
 
 # --- the same again ------------------------------------------------------------------------------
@@ -917,7 +925,7 @@ def test_tuning_leaves_the_global_generator_alone(
             "token_learning_rate": 1e-2,
             "gradient_accumulation_steps": 2,
             "prior_loss_weight": 0.5,
-            "regularizer": "teacher",
+            "prior_preservation": "teacher",
             "num_class_images": 2,
         },
     ],

@@ -15,10 +15,13 @@ from real_configs import REAL, build, build_parts, shrink
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sude_lab.backbone import Backbone, Condition, concatenate, open_backbone
+from sude_lab.backbone import Backbone, Condition, concatenate
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.generation import generate
-from sude_lab.methods import get_method
+from sude_lab.io.opening import open_backbone
+from sude_lab.io.weights import load_weights, save_weights
+from sude_lab.methods import configure
 from sude_lab.methods.vico import (
     ImageAttention,
     ViCo,
@@ -28,8 +31,9 @@ from sude_lab.methods.vico import (
     otsu_threshold,
     subject_mask,
 )
+from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.sude import sude_terms
-from sude_lab.tuning import Step, TuningConfig, resolve, tune
+from sude_lab.tuning import Step
 
 Fresh = Callable[[], Backbone]
 PROMPT = "photo of a <sks>"
@@ -64,7 +68,7 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 def method(backbone: Backbone, *, stirred: bool = True, **settings: Any) -> ViCo:
     """The method with a reference a subject; stirred: as if blocks and words had learned."""
-    vico = ViCo(backbone, resolve(config(**settings), backbone))
+    vico = ViCo(backbone, configure(config(**settings), backbone))
     vico.start([normal(50 + k, 1, 4, 8, 8) for k in range(len(vico.subjects))])
     if stirred:
         stir(vico.images)
@@ -426,7 +430,7 @@ def test_exactly_the_blocks_and_the_word_move(
 
 def test_each_group_has_its_own_rate(tiny: Backbone) -> None:
     settings = TuningConfig(image=Path("dog.png"), category="dog", method="vico")
-    vico = ViCo(tiny, resolve(settings, tiny))
+    vico = ViCo(tiny, configure(settings, tiny))
     assert [group["lr"] for group in vico.groups()] == [1e-5, 5e-3]
     assert [len(group["params"]) for group in vico.groups()] == [len(vico.images.weights()), 1]
     assert (vico.config.weight_sude, vico.config.max_train_steps) == (1.5, 400)
@@ -661,13 +665,13 @@ def test_a_copy_has_image_attention_of_its_own(tiny: Backbone, picture: Image.Im
 def test_what_is_saved_draws_the_same(fresh: Fresh, picture: Image.Image, tmp_path: Path) -> None:
     tuned, loaded, x = fresh(), fresh(), normal(0, 2, 4, 8, 8)
     step = run(config(**TWO), tuned, picture, ImageOps.invert(picture))
-    step.method.save(tmp_path)
+    save_weights(step.method, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "learned_embeds-2.safetensors",
         "learned_embeds.safetensors",
         "vico.safetensors",
     ]
-    get_method("vico").load(loaded, tmp_path)
+    load_weights("vico", loaded, tmp_path)
     prompts = [PROMPT, "photo of a <my-cat>"]
     assert torch.equal(draw(loaded, prompts, x), draw(tuned, prompts, x))
     assert differ(draw(loaded, prompts, x), draw(fresh(), ["photo of a dog", "photo of a cat"], x))
@@ -681,7 +685,7 @@ def test_a_plain_pipeline_reads_the_word(
     fresh: Fresh, picture: Image.Image, tmp_path: Path
 ) -> None:
     backbone, plain = fresh(), fresh()
-    run(config(), backbone, picture).method.save(tmp_path)
+    save_weights(run(config(), backbone, picture).method, tmp_path)
     plain.pipeline.load_textual_inversion(tmp_path, weight_name="learned_embeds.safetensors")
     with torch.no_grad():
         seen = plain.encode_prompts([PROMPT]).hidden
@@ -691,10 +695,9 @@ def test_a_plain_pipeline_reads_the_word(
 def test_foreign_weights_are_refused_in_one_sentence(
     fresh: Fresh, picture: Image.Image, wider_folder: Path, tmp_path: Path
 ) -> None:
-    vico = get_method("vico")
-    run(config(), fresh(), picture).method.save(tmp_path)
+    save_weights(run(config(), fresh(), picture).method, tmp_path)
     with pytest.raises(UserError, match="backbone it was tuned on"):
-        vico.load(open_backbone(wider_folder, device="cpu"), tmp_path)
+        load_weights("vico", open_backbone(wider_folder, device="cpu"), tmp_path)
     file, about = tmp_path / "vico.safetensors", {"tokens": '["<sks>"]'}
     tensors = {name: p.clone() for name, p in load_file(file).items()}  # it is written over
     damaged: list[tuple[dict[str, Tensor], dict[str, str], str]] = [
@@ -708,23 +711,23 @@ def test_foreign_weights_are_refused_in_one_sentence(
     for changed, told, message in damaged:
         save_file({k: v.contiguous() for k, v in changed.items()}, file, told)
         with pytest.raises(UserError, match=message) as error:
-            vico.load(fresh(), tmp_path)
+            load_weights("vico", fresh(), tmp_path)
         assert "\n" not in str(error.value)
     (tmp_path / "vico.safetensors").write_bytes(b"not a file of weights")
     with pytest.raises(UserError, match="damaged"):
-        vico.load(fresh(), tmp_path)
+        load_weights("vico", fresh(), tmp_path)
     (tmp_path / "vico.safetensors").unlink()
     with pytest.raises(UserError, match=r"are not there: tune it anew\."):
-        vico.load(fresh(), tmp_path)
+        load_weights("vico", fresh(), tmp_path)
 
 
 def test_sdxl_is_refused_in_one_sentence(tmp_path: Path, picture: Image.Image) -> None:
     pipeline = build(shrink(REAL["sdxl"])[0], tmp_path)
     backbone = Backbone(pipeline, "sdxl", torch.device("cpu"))
     with pytest.raises(UserError, match=r"not for SDXL: choose.*another --method\."):
-        ViCo(backbone, resolve(config(), backbone))
+        ViCo(backbone, configure(config(), backbone))
     with pytest.raises(UserError, match="not for SDXL"):
-        ViCo.load(backbone, tmp_path)
+        load_weights("vico", Backbone(pipeline, "sdxl", torch.device("cpu")), tmp_path)
 
 
 def test_a_word_that_has_learned_nothing_is_told_from_its_first_word(

@@ -16,6 +16,7 @@ from refusals import content
 from tiny_encoders import SIDE, build_encoder
 
 from sude_lab.cli import main
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.evaluate import evaluate as room
 from sude_lab.evaluate.encoders import ENCODERS
@@ -23,7 +24,6 @@ from sude_lab.evaluate.evaluate import evaluate, subject_name
 from sude_lab.evaluate.metrics import PAIR, compare
 from sude_lab.generation import generate
 from sude_lab.runs.folder import Run, run_tuning
-from sude_lab.tuning import TuningConfig
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import HEADS, judge, load_oracle, read_scene
 

@@ -13,15 +13,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from refusals import content, generated, say
 
-from sude_lab.backbone import FACTS_FILE, read_facts
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.evaluate.dreambench import load_dreambench
+from sude_lab.evaluate.prompts import read_prompts
 from sude_lab.generation import sampling_settings
+from sude_lab.io.opening import FACTS_FILE, read_facts
 from sude_lab.io.reading import MOST_BYTES, read_yaml
-from sude_lab.prompts import PLACEHOLDER, read_prompts
+from sude_lab.prompts import PLACEHOLDER
 from sude_lab.sweep.grid import make_plan, read_grid
 from sude_lab.sweep.sweep import PLAN, survey
-from sude_lab.tuning import TuningConfig, with_defaults
+from sude_lab.tuning import with_defaults
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)

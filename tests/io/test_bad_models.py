@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from refusals import content, generated, say
 from safetensors.torch import load_file, save_file
 
-from sude_lab.backbone import FACTS_FILE, Backbone, open_backbone
+from sude_lab.backbone import Backbone
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
+from sude_lab.io.opening import FACTS_FILE, open_backbone
 from sude_lab.runs.folder import CHECKPOINT, Run, _read_checkpoint, run_tuning
-from sude_lab.tuning import TuningConfig
 
 Change = Callable[[Path], None]
 UNET = "unet/diffusion_pytorch_model.safetensors"

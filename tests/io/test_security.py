@@ -19,16 +19,18 @@ from PIL import Image
 from refusals import content, generated, say
 
 from sude_lab import demo
-from sude_lab.backbone import Backbone, hub_id, open_backbone
+from sude_lab.backbone import Backbone
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.evaluate import evaluate
 from sude_lab.evaluate.encoders import ENCODERS
 from sude_lab.evaluate.metrics import MEASURES
-from sude_lab.prompts import Prompt
+from sude_lab.evaluate.prompts import Prompt
+from sude_lab.io.opening import hub_id, open_backbone
+from sude_lab.io.weights import load_weights, save_weights
 from sude_lab.runs.folder import Run, run_tuning
 from sude_lab.sweep import sweep
 from sude_lab.sweep.grid import backbone_identity, is_known
-from sude_lab.tuning import TuningConfig
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
@@ -116,7 +118,7 @@ def test_every_model_is_opened_from_safetensors() -> None:
             models = ("Tokenizer", "Scheduler", "Config", "Processor")
             if last == "from_pretrained" and not owner.endswith(models):
                 safe = keywords.get("use_safetensors") is True
-                assert safe or (path.name == "backbone.py" and "apart" in path.read_text()), path
+                assert safe or (path.name == "opening.py" and "apart" in path.read_text()), path
 
 
 def test_encoders_are_pinned_to_a_commit() -> None:
@@ -283,10 +285,10 @@ def test_no_token_and_no_category_leaves_the_folder_of_the_run(
     room = tmp_path_factory.getbasetemp() / "tokens"
     shutil.rmtree(room, ignore_errors=True)
     method.prepare()
-    method.save(room / "weights")
+    save_weights(method, room / "weights")
     assert list(content(room)) == ["weights", "weights/learned_embeds.safetensors"]
     again: Backbone = fresh()
-    get_method("textual_inversion").load(again, room / "weights")
+    load_weights("textual_inversion", again, room / "weights")
     assert token in again.tokenizer.get_vocab()
 
 

@@ -16,9 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from sude_lab.backbone import Backbone
-from sude_lab.methods import METHODS, Method
+from sude_lab.config import TuningConfig
+from sude_lab.draws import step_generator
+from sude_lab.io.weights import load_weights, save_weights
+from sude_lab.methods import METHODS, Method, configure
+from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.sude import SudeRegularizer
-from sude_lab.tuning import Step, TuningConfig, resolve, step_generator, tune
+from sude_lab.tuning import Step
 from sude_lab.world import drawing as world
 
 Fresh = Callable[[], Backbone]
@@ -65,7 +69,7 @@ def test_the_fifth_method_is_short_and_says_nothing_of_sude() -> None:
 
 
 def test_the_fifth_method_takes_its_own_defaults(fifth: type[Method], tiny: Backbone) -> None:
-    config = resolve(settings(max_train_steps=None), tiny)
+    config = configure(settings(max_train_steps=None), tiny)
     assert config.max_train_steps == fifth.defaults["max_train_steps"]
     assert config.weight_sude == fifth.defaults["weight_sude"] > 0
 
@@ -102,8 +106,8 @@ def test_what_the_fifth_method_saves_comes_back(
     fifth: type[Method], fresh: Fresh, picture: Image.Image, tmp_path: Path
 ) -> None:
     tuned, loaded = fresh(), fresh()
-    last_step(settings(learning_rate=0.1), tuned, picture).method.save(tmp_path)
-    fifth.load(loaded, tmp_path)
+    save_weights(last_step(settings(learning_rate=0.1), tuned, picture).method, tmp_path)
+    load_weights(fifth.name, loaded, tmp_path)
     x_t, t = (
         torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
         torch.tensor([30, 700]),

@@ -22,11 +22,12 @@ from PIL import Image
 from refusals import Said, content, generated, say
 
 from sude_lab import cli
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError, one_line
+from sude_lab.evaluate.prompts import caption, prompt_for
 from sude_lab.io.pictures import PictureError, load_picture
-from sude_lab.prompts import PLACEHOLDER, ask, caption, checked, fill
+from sude_lab.prompts import PLACEHOLDER, checked, fill
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, run_tuning
-from sude_lab.tuning import TuningConfig
 
 FEW = ("--max-train-steps", 1, "--num-samples", 0, "--device", "cpu", "--report-to", "none")
 
@@ -331,7 +332,7 @@ def test_a_prompt_is_filled_in_and_never_run(text: str, token: str, words: str) 
     between = f" ?{re.escape(token)} ?"
     pattern = between.join(map(re.escape, prompt.split(PLACEHOLDER)))
     assert re.fullmatch(pattern, fill(prompt, token), re.DOTALL)
-    asked = ask("photo of a {S*} {category}", "dog", words.strip(), text)
+    asked = prompt_for("photo of a {S*} {category}", "dog", words.strip(), text)
     assert PLACEHOLDER in asked.text and "dog" in asked.caption
     if words.strip():
         assert PLACEHOLDER not in caption(prompt, words)
@@ -396,7 +397,15 @@ COMMANDS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
         (
             *NUMBERS,
             *("category", "token", "prompt", "initializer", "more-subjects", "dtype", "device"),
-            *("method", "prior", "weighting", "train", "regularizer", "optimizer", "class-images"),
+            *(
+                "method",
+                "prior",
+                "weighting",
+                "train",
+                "prior-preservation",
+                "optimizer",
+                "class-images",
+            ),
             *("backbone", "preset", "report-to", "sample-prompts", "kohya-dtype", "out"),
         ),
     ),

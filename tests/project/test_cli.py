@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from sude_lab import cli
 from sude_lab.cli import main
+from sude_lab.config import PRESETS
 from sude_lab.runs.folder import Run
-from sude_lab.tuning import PRESETS
 
 Tune = Callable[..., int]
 

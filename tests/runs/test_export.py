@@ -18,10 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sude_lab.backbone import FACTS_FILE, Backbone, open_backbone
+from sude_lab.backbone import Backbone
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.generation import generate
-from sude_lab.methods.dreambooth import LORA_FILE
+from sude_lab.io.opening import FACTS_FILE, open_backbone
+from sude_lab.io.weights import LORA_FILE
 from sude_lab.runs.export import (
     CARD,
     Precision,
@@ -32,7 +34,6 @@ from sude_lab.runs.export import (
     write_kohya,
 )
 from sude_lab.runs.folder import SAMPLES, Run, run_tuning
-from sude_lab.tuning import TuningConfig
 
 Tuned = Callable[..., Run]
 

@@ -16,10 +16,11 @@ import torch
 import yaml
 
 from sude_lab.cli import main
+from sude_lab.config import TuningConfig
 from sude_lab.errors import machine_failure
 from sude_lab.methods.base import Method
 from sude_lab.runs.folder import CHECKPOINT, CONFIG, ENVIRONMENT, Run
-from sude_lab.tuning import TuningConfig, tune
+from sude_lab.runs.prepare import prepared_tuning as tune
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = int(os.environ.get("SUDE_LAB_STEPS", "300"))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sude_lab import tuning
 from sude_lab.backbone import Backbone
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.io.pictures import load_picture
 from sude_lab.runs import folder as runs
@@ -32,7 +33,7 @@ from sude_lab.runs.folder import (
     default_prompts,
     run_tuning,
 )
-from sude_lab.tuning import Step, TuningConfig
+from sude_lab.tuning import Step
 
 FINISHED = {CARD, CONFIG, ENVIRONMENT, METRICS, PICTURE, SAMPLES, WEIGHTS}
 

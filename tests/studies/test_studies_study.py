@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from sude_lab.backbone import Backbone
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
-from sude_lab.tuning import TuningConfig
 from sude_lab.world import drawing as world
 from sude_lab.world import subjects as study
 from sude_lab.world.oracle import judge, load_oracle
@@ -188,7 +188,7 @@ def test_a_small_bank_s_noise_is_learnt_by_heart(tiny: Backbone) -> None:
         prior_bank=2,
         prior_bank_dtype="live",
     )
-    config = study.resolve(config, tiny)
+    config = study.configure(config, tiny)
     untuned = tiny.copy()
     untuned.add_token(config.token, "candle")
     before = study.noise_errors(untuned, config, who.picture)

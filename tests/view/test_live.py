@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.runs.folder import run_tuning
-from sude_lab.tuning import Step, TuningConfig
+from sude_lab.tuning import Step
 from sude_lab.view import live as live_module
 from sude_lab.view.live import LiveView
 

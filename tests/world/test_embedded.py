@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 from studies import gallery
 from studies.embedded.card import held_out_table
-from sude_lab.backbone import Backbone, open_backbone
+from sude_lab.backbone import Backbone
+from sude_lab.config import TuningConfig
 from sude_lab.generation import generate
-from sude_lab.methods import METHODS
-from sude_lab.tuning import TuningConfig, resolve
+from sude_lab.io.opening import open_backbone
+from sude_lab.methods import METHODS, configure
 from sude_lab.world import drawing as world
 from sude_lab.world import subjects as study
 from sude_lab.world.oracle import ALL_ATTRIBUTES, HEADS, Oracle, labels, load_oracle
@@ -133,7 +134,7 @@ def test_the_facts_suit_every_method(base: Backbone) -> None:
     told = base.facts["tuning"]
     assert set(told) == set(METHODS)
     for method, settings in told.items():
-        resolved = resolve(TuningConfig(image=Path("x"), category="dog", method=method), base)
+        resolved = configure(TuningConfig(image=Path("x"), category="dog", method=method), base)
         for name, value in settings.items():
             assert getattr(resolved, name) == value, (method, name)
 

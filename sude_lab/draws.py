@@ -1,0 +1,150 @@
+"""Where the samples of a step come from: x_0, its noise eps, and t; and class images beside them.
+
+Everything random is drawn on the CPU, for all processes alike: the same numbers on every device,
+and one process with the whole batch takes the same step as many with their parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from sude_lab.backbone import Backbone
+from sude_lab.config import CompleteConfig
+from sude_lab.errors import UserError
+
+Latents = tuple[Tensor, Tensor]
+"""Mean and deviation of a picture's latents, (K, C, h, w) each; K is 2 with its mirror image."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of a step, B of them."""
+
+    x_0: Tensor
+    """Latents of the subjects' pictures, (B, C, h, w)."""
+    eps: Tensor
+    """Their noise, (B, C, h, w)."""
+    t: Tensor
+    """Timesteps, (B,)."""
+    which: Tensor
+    """Whose picture it is: the number of the subject, (B,)."""
+    index: Tensor | None = None
+    """The numbers of the pairs in a bank, (B,), where the draws come from one."""
+    z_0: Tensor | None = None
+    """Latents of class images, (B, C, h, w), for prior preservation."""
+    noise: Tensor | None = None
+    """Theirs."""
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: function(v) for k, v in parts.items() if v is not None})
+
+    def rows(self, index: slice) -> Batch:
+        """Return some of the samples."""
+        return self._map(lambda x: x[index])
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        return self._map(lambda x: x.to(device))
+
+
+class Draws(Protocol):
+    """Anything that draws a batch; what it draws must follow from the generator alone."""
+
+    def draw(self, size: int, generator: torch.Generator) -> Batch:
+        """Return `size` samples, on the CPU."""
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """Return the generator of one step: what step k draws depends on (seed, k) alone."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+def draw_subjects(number: int, size: int, generator: torch.Generator) -> Tensor:
+    """Return whose picture each sample is of, (size,); of one subject nothing is drawn."""
+    if number > 1:
+        return torch.randint(number, (size,), generator=generator)
+    return torch.zeros(size, dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class FreshDraws:
+    """Latents of the subjects' pictures, noise and t, all drawn anew in every step."""
+
+    latents: Sequence[Latents]
+    num_timesteps: int
+
+    def draw(self, size: int, generator: torch.Generator) -> Batch:
+        """Return `size` samples."""
+        means = torch.stack([mean for mean, _ in self.latents])
+        deviations = torch.stack([std for _, std in self.latents])
+        which = draw_subjects(len(self.latents), size, generator)
+        pick = torch.randint(means.shape[1], (size,), generator=generator)
+        shape = (size, *means.shape[2:])
+        x_0 = means[which, pick] + deviations[which, pick] * torch.randn(shape, generator=generator)
+        eps = torch.randn(shape, generator=generator)
+        t = torch.randint(self.num_timesteps, (size,), generator=generator)
+        return Batch(x_0, eps, t, which)
+
+
+@dataclass(frozen=True)
+class WithClassImages:
+    """Other draws, with a class image of every sample's category and noise of its own beside."""
+
+    draws: Draws
+    class_latents: Sequence[Tensor]
+    """Of every subject's category, (N, C, h, w)."""
+
+    def draw(self, size: int, generator: torch.Generator) -> Batch:
+        """Return `size` samples."""
+        batch = self.draws.draw(size, generator)
+        number = min(len(z) for z in self.class_latents)
+        pick = torch.randint(number, batch.t.shape, generator=generator)
+        noise = torch.randn(batch.x_0.shape, generator=generator)
+        rows = zip(batch.which.tolist(), pick.tolist(), strict=True)
+        z_0 = torch.stack([self.class_latents[who][k] for who, k in rows])
+        return replace(batch, z_0=z_0, noise=noise)
+
+
+def one_of_each(
+    config: CompleteConfig, pictures: Image.Image | Sequence[Image.Image]
+) -> list[Image.Image]:
+    """Return the pictures of a run's subjects as a list.
+
+    Raises:
+        UserError: there are more or fewer of them than subjects.
+    """
+    pictures = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    if len(pictures) != len(config.subjects):
+        raise UserError(
+            f"There are {len(config.subjects)} subjects and {len(pictures)} pictures: give one "
+            "of each."
+        )
+    return pictures
+
+
+def side_of(config: CompleteConfig, backbone: Backbone) -> int:
+    """Return the side of a run's pictures in pixels: its own, or the model's."""
+    return config.resolution or backbone.resolution
+
+
+def picture_latents(config: CompleteConfig, backbone: Backbone, picture: Image.Image) -> Latents:
+    """Return mean and deviation of a picture's latents, on the CPU.
+
+    Raises:
+        UserError: the resolution is none that the encoder can halve so often.
+    """
+    side, factor = side_of(config, backbone), backbone.pipeline.vae_scale_factor
+    if side % factor:
+        raise UserError(f"--resolution {side} must be a multiple of {factor}.")
+    if picture.size != (side, side):
+        picture = picture.resize((side, side), Image.Resampling.LANCZOS)
+    pictures = [picture, ImageOps.mirror(picture)] if config.horizontal_flip else [picture]
+    mean, std = backbone.encode_pictures(pictures)
+    return mean.cpu(), std.cpu()

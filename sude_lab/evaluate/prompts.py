@@ -1,0 +1,141 @@
+"""What a tuned model is asked for: prompts for attributes and backgrounds, and files of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sude_lab.errors import UserError
+from sude_lab.io.reading import read_text, read_yaml
+from sude_lab.prompts import (
+    PLACEHOLDER,
+    STRUCTURES,
+    article,
+    checked,
+    fill_words,
+    photo_of,
+    placeholder,
+    with_attribute,
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Something to ask a tuned model for, and how its pictures are judged."""
+
+    text: str
+    """What the model is asked, with {S*}."""
+    caption: str
+    """The same without the subject's word, for encoders that never met it: "photo of a dog"."""
+    attribute: str = ""
+    background: str = ""
+    group: str = ""
+    """A name for prompts that belong together; empty: what is asked for gives one."""
+
+    @property
+    def kind(self) -> str:
+        """What the prompt edits: attribute, background, both, or nothing that is known (plain)."""
+        parts = [n for n in ("attribute", "background") if getattr(self, n)]
+        return self.group or " x ".join(parts) or "plain"
+
+
+def structured(structure: str, category: str, attribute: str = "") -> str:
+    """Return a prompt of P1, P2 or P3 for a category; without an attribute it is simply left out.
+
+    P3 of ("dog", "running") is "photo of a {S*} and it is a running dog".
+
+    Raises:
+        UserError: there is no such structure.
+    """
+    if structure not in STRUCTURES:
+        raise UserError(
+            f"There is no prompt structure {structure!r}: choose default, {', '.join(STRUCTURES)}."
+        )
+    template = STRUCTURES[structure]
+    if not attribute:
+        template = template.replace("{attribute} ", "")
+    return fill_words(template, attribute=attribute, category=category)
+
+
+def caption(prompt: str, *categories: str) -> str:
+    """Return a prompt in words that everyone knows: "photo of a running dog".
+
+    A subject's {S*} is dropped where its category stands behind it, and gives way to the category
+    where it does not ("a {S*} on the beach" of a dog: "a dog on the beach").
+    """
+    for number, category in enumerate(categories):
+        name = re.escape(placeholder(number))
+        # Where the category is what follows, it stands once; its article may be another.
+        # Split and joined: re.sub would read backslashes in the text that it puts in.
+        prompt = category.join(re.split(rf"{name}(?: {re.escape(category)}\b)?", prompt))
+        prompt = re.sub(
+            rf"\b([Aa])n? (?={re.escape(category)}\b)", rf"\g<1>{article(category)[1:]} ", prompt
+        )
+    return " ".join(prompt.split())
+
+
+def prompt_for(
+    template: str, category: str, attribute: str = "", background: str = "", *, structure: str = ""
+) -> Prompt:
+    """Return the prompt for an attribute and a background, each of them optional.
+
+    The attribute stands before {S*} in the template ("photo of a running {S*} dog"), or where
+    `structure` (P1, P2, P3) puts it; the background comes last. The caption is the same for every
+    template, "photo of a running dog on the beach", so that scores of templates can be compared.
+    """
+    if structure:
+        text = structured(structure, category, attribute)
+    else:
+        text = with_attribute(template.replace("{category}", category), attribute)
+    plain = photo_of(f"{attribute} {category}".strip())
+    return Prompt(
+        f"{text} {background}".strip(), f"{plain} {background}".strip(), attribute, background
+    )
+
+
+_KEYS = ("prompt", "caption", "attribute", "background", "group")
+
+
+def read_prompts(path: Path, *categories: str) -> list[Prompt]:
+    """Return the prompts of a file for a subject of a category; `{category}` is filled in.
+
+    A text file has a prompt a line ("#" begins a comment line). A .yaml, .yml or .json file has a
+    list of prompts, or of mappings with `prompt` and, if wished, `caption` (what a picture is
+    compared with), `attribute`, `background` and `group`. Equal prompts are asked once.
+
+    Raises:
+        UserError: the file cannot be read, is empty, or a prompt lacks {S*}.
+    """
+    words = read_text(path, f"The prompts in {path}", "a text file with a prompt a line")
+    entries: Any
+    if path.suffix in (".yaml", ".yml", ".json"):
+        entries = read_yaml(words, str(path))
+    else:
+        entries = [x.strip() for x in words.splitlines()]
+        entries = [x for x in entries if x and not x.startswith("#")]
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path} holds no list of prompts: write one prompt a line.")
+    return list(dict.fromkeys(_read_prompt(entry, path, categories) for entry in entries))
+
+
+def _read_prompt(entry: Any, path: Path, categories: Iterable[str]) -> Prompt:
+    # YAML reads an unquoted {S*} as a mapping: what is no text and no mapping of ours ends here.
+    values = entry if isinstance(entry, dict) else {"prompt": entry}
+    wrong = [k for k, v in values.items() if k not in _KEYS or not isinstance(v, str)]
+    if wrong or "prompt" not in values:
+        raise UserError(
+            f"{path}: the entry {str(entry)[:200]} must be a quoted prompt, or a mapping of texts "
+            f"under {', '.join(_KEYS)}."
+        )
+    categories = tuple(categories)
+    text = " ".join(checked(values["prompt"]).replace("{category}", categories[0]).split())
+    if PLACEHOLDER not in text:
+        raise UserError(
+            f"{path}: the prompt {text!r} has no {PLACEHOLDER}, which stands for the subject: "
+            f'write for example "photo of a {PLACEHOLDER} on the beach".'
+        )
+    rest = {k: values.get(k, "") for k in ("attribute", "background", "group")}
+    return Prompt(text, values.get("caption") or caption(text, *categories), **rest)

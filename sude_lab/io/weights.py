@@ -1,0 +1,222 @@
+"""The trained weights as files that diffusers' users know; nothing but safetensors is opened.
+
+learned_embeds.safetensors           a word of several vectors; -2, -3, ...: further subjects';
+                                     loads with `load_textual_inversion`
+unet.safetensors, text_encoder...    the tensors that changed, by their names in a pipeline folder
+pytorch_lora_weights.safetensors     a LoRA; loads with `load_lora_weights`
+vico.safetensors                     ViCo's blocks and references
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sude_lab.backbone import Backbone
+from sude_lab.errors import UserError
+from sude_lab.io.files import save_tensors
+from sude_lab.methods import Method, ViCo
+from sude_lab.methods.base import token_words
+from sude_lab.methods.custom_diffusion import keys_and_values
+from sude_lab.methods.vico import REFERENCES, ImageAttention, check_one_text_encoder
+
+EMBEDDINGS = "learned_embeds*.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+VICO_FILE = "vico.safetensors"
+XL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+"""How embeddings for SDXL's two encoders are named by those who share them."""
+_ELSEWHERE = "open the run with the backbone it was tuned on."
+_TEXT = "text_model."
+
+
+def save_weights(method: Method, folder: Path) -> None:
+    """Write what a method trained into a folder, as this module's text says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone = method.backbone
+    for number, subject in enumerate(method.subjects):
+        vectors = {
+            name: tokens.of(number).detach().cpu().contiguous()
+            for name, tokens in method.tokens.items()
+        }
+        if backbone.is_xl:
+            tensors = {XL_KEYS[name]: rows for name, rows in vectors.items()}
+        else:  # one vector without a dimension of its own, as most files have it
+            rows = vectors["text_encoder"]
+            tensors = {subject.token: rows[0] if len(rows) == 1 else rows}
+        ending = f"-{number + 1}" if number else ""
+        path = folder / EMBEDDINGS.replace("*", ending)
+        save_tensors(tensors, path, metadata={"token": subject.token})
+    for part in ("unet", *method.tokens):
+        tensors = {
+            name.removeprefix(f"{part}."): p.detach().cpu().contiguous()
+            for name, p in method.parameters.items()
+            if name.startswith(f"{part}.")
+        }
+        if tensors and any(".lora_" in name for name in tensors):
+            from peft import get_peft_model_state_dict
+
+            layers = get_peft_model_state_dict(backbone.unet)
+            backbone.pipeline.save_lora_weights(folder, unet_lora_layers=layers)
+        elif tensors:
+            tensors = {shared_name(part, name): value for name, value in tensors.items()}
+            save_tensors(tensors, folder / f"{part}.safetensors")
+    if isinstance(method, ViCo):
+        tensors = {n: p.detach().cpu().contiguous() for n, p in method.images.weights().items()}
+        tensors[REFERENCES] = method.images.references.cpu().contiguous()
+        words = json.dumps([subject.token for subject in method.subjects])
+        save_tensors(tensors, folder / VICO_FILE, metadata={"tokens": words})
+
+
+def load_weights(method: str, backbone: Backbone, folder: Path) -> None:
+    """Put the weights that `save_weights` wrote into a freshly opened backbone.
+
+    Args:
+        method: The name of the method that trained them.
+        backbone: The model.
+        folder: Where they are.
+
+    Raises:
+        UserError: the backbone has been used already, or the weights are not there, are damaged, or
+            do not belong to this model.
+    """
+    backbone.use()
+    if method == "custom_diffusion":
+        path = folder / "unet.safetensors"
+        # A smaller model's weights would fit some layers of a larger one: all or nothing.
+        if read_tensors(path)[0].keys() != keys_and_values(backbone.unet).keys():
+            raise UserError(
+                f"The run's keys and values are not those of this model's cross-attentions: "
+                f"{_ELSEWHERE}"
+            )
+    if method == "vico":
+        check_one_text_encoder(backbone)
+        read_tensors(folder / VICO_FILE)  # before anything is changed
+    # In the subjects' order (-2 before -10), which is the order of the ids.
+    paths = sorted(folder.glob(EMBEDDINGS), key=lambda path: (len(path.name), path.name))
+    saved = [_read_token(backbone, path) for path in paths]
+    backbone.use(f"holds the weights of a run ({folder})")
+    tokens = []
+    for token, vectors in saved:
+        ids = [backbone.add_token(word, "photo") for word in token_words(token, len(vectors[0]))]
+        tokens.append((zip(*ids, strict=True), vectors))
+    for part, module in (("unet", backbone.unet), *backbone.text_encoders.items()):
+        path = folder / f"{part}.safetensors"
+        if path.is_file():
+            _load_part(module, part, path)
+    # Last, because a trained text encoder's table has rows for the tokens, too.
+    for ids, vectors in tokens:
+        for encoder, rows, vector in zip(
+            backbone.text_encoders.values(), ids, vectors, strict=True
+        ):
+            table = encoder.get_input_embeddings().weight
+            with torch.no_grad():
+                table[list(rows)] = vector.to(table)
+    if (folder / LORA_FILE).is_file():
+        try:
+            backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"The run's LoRA weights do not fit this model: {_ELSEWHERE}"
+            ) from error
+    if method == "vico":
+        _load_images(backbone, folder / VICO_FILE)
+
+
+def _load_images(backbone: Backbone, path: Path) -> None:
+    """Add ViCo's image attention with the blocks and references of a file."""
+    tensors, about = read_tensors(path)
+    words = json.loads(about.get("tokens", "[]"))
+    vocabulary = backbone.tokenizer.get_vocab()
+    references = tensors.pop(REFERENCES, torch.zeros(0))
+    shape = (len(words), backbone.unet.config.in_channels)
+    if not words or references.ndim != 4 or references.shape[:2] != shape:
+        raise UserError(f"{path.name} holds no references for this model: {_ELSEWHERE}")
+    ids = []
+    for word in words:
+        if word not in vocabulary:
+            raise UserError(f"The run has no embedding of its token {word!r}: tune it anew.")
+        number = 1
+        while f"{word}_{number}" in vocabulary:
+            number += 1
+        ids.append([vocabulary[one] for one in token_words(word, number)])
+    images = ImageAttention(backbone, ids, references)
+    weights = images.weights()
+    fits = tensors.keys() == weights.keys() and all(
+        tensors[name].shape == p.shape for name, p in weights.items()
+    )
+    if not fits:
+        raise UserError(f"The run's image attention does not fit this model: {_ELSEWHERE}")
+    with torch.no_grad():
+        for name, p in weights.items():
+            p.copy_(tensors[name])
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, and what it says of itself.
+
+    Raises:
+        UserError: it is not there, or is damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"The run's weights {path} are not there: tune it anew.")
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+        return load_file(path), about
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} could not be read as safetensors ({error}): the file is damaged, so take the "
+            "run's weights from a copy, or tune again."
+        ) from error
+
+
+def _read_token(backbone: Backbone, path: Path) -> tuple[str, list[Tensor]]:
+    """Return a saved token and its vectors (V, D), for each text encoder."""
+    tensors, about = read_tensors(path)
+    names = set(XL_KEYS.values()) if backbone.is_xl else set(tensors)
+    token = about.get("token") or next(iter(tensors), None)
+    if set(tensors) != names or len(tensors) != len(backbone.text_encoders) or token is None:
+        kind = "SDXL's two text encoders" if backbone.is_xl else "one text encoder"
+        raise UserError(f"{path.name} holds no embedding for {kind}: {_ELSEWHERE}")
+    vectors = [
+        torch.atleast_2d(tensors[XL_KEYS[name] if backbone.is_xl else next(iter(tensors))])
+        for name in backbone.text_encoders
+    ]
+    for vector, encoder in zip(vectors, backbone.text_encoders.values(), strict=True):
+        width = encoder.get_input_embeddings().weight.shape[1]
+        if vector.ndim != 2 or len(vector) != len(vectors[0]) or vector.shape[1] != width:
+            raise UserError(
+                f"The run's token has the shape {tuple(vector.shape)}, this model's text encoder "
+                f"the width {width}: {_ELSEWHERE}"
+            )
+    return token, vectors
+
+
+def shared_name(part: str, name: str) -> str:
+    """Return a tensor's name in a pipeline folder, whatever transformers calls it in memory.
+
+    transformers 5 leaves "text_model." out of a CLIPTextModel; files and earlier ones have it.
+    """
+    if part == "unet" or name.startswith((_TEXT, "text_projection.")):
+        return name
+    return _TEXT + name
+
+
+def _load_part(module: nn.Module, part: str, path: Path) -> None:
+    own = {name.removeprefix(_TEXT): name for name in module.state_dict()}
+    tensors, _ = read_tensors(path)
+    tensors = {own.get(n.removeprefix(_TEXT), n): tensor for n, tensor in tensors.items()}
+    try:
+        result = module.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"The run's {part} weights do not fit this model: {_ELSEWHERE}") from error
+    if result.unexpected_keys:
+        raise UserError(
+            f"The run's {part} weights do not fit this model (unknown tensor "
+            f"{result.unexpected_keys[0]}): {_ELSEWHERE}"
+        )

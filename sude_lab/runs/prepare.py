@@ -1,0 +1,80 @@
+"""What is made before a run starts, and handed to its `Tuning`: class images, and a prior bank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from sude_lab.backbone import Backbone
+from sude_lab.config import TuningConfig
+from sude_lab.draws import Draws, FreshDraws, WithClassImages, one_of_each, picture_latents
+from sude_lab.methods import configure
+from sude_lab.runs.class_images import class_latents
+from sude_lab.runs.prior_bank import BankClassifier, BankDraws, open_bank
+from sude_lab.tuning import Classifier, Processes, Tuning
+
+Pictures = Image.Image | Sequence[Image.Image]
+
+
+def prepare(
+    config: TuningConfig, backbone: Backbone, pictures: Pictures, *, accelerator: Any = None
+) -> tuple[Draws, Classifier | None]:
+    """Build, or find in the cache, what a run draws from and who answers its eq. 5.
+
+    With `prior_bank` the samples are pairs of the subjects' banks, and the banks answer; with
+    `prior_loss_weight` above 0 class images of every category come beside them, drawn by the model
+    where the run names no folder. None for the classifier: the run asks its own model.
+
+    Args:
+        config: The settings of the run.
+        backbone: The model before tuning.
+        pictures: The subject's picture, or one of each subject.
+        accelerator: The processes that share the run: the first one builds, the others find it.
+
+    Raises:
+        UserError: the backbone has been used already, the settings do not fit it, or the cache
+            cannot be written.
+    """
+    backbone.use()
+    config, processes = configure(config, backbone), Processes(accelerator)
+    images = one_of_each(config, pictures)
+    latents = [picture_latents(config, backbone, image) for image in images]
+    draws: Draws = FreshDraws(latents, backbone.schedule.num_timesteps)
+    classifier: Classifier | None = None
+    if config.prior_bank:
+        with processes.in_turn():
+            banks = [
+                open_bank(config, backbone, subject.category, image, latent)
+                for subject, image, latent in zip(config.subjects, images, latents, strict=True)
+            ]
+        draws = BankDraws(banks)
+        if banks[0].kept:
+            classifier = BankClassifier(banks)
+    if config.prior_loss_weight:
+        with processes.in_turn():
+            class_images = [class_latents(config, backbone, s.category) for s in config.subjects]
+        draws = WithClassImages(draws, class_images)
+    return draws, classifier
+
+
+def prepared_tuning(
+    config: TuningConfig,
+    backbone: Backbone,
+    pictures: Pictures,
+    *,
+    state: dict[str, Any] | None = None,
+    accelerator: Any = None,
+) -> Tuning:
+    """Return a run with all that `prepare` makes for it; arguments and errors are `Tuning`'s."""
+    draws, classifier = prepare(config, backbone, pictures, accelerator=accelerator)
+    return Tuning(
+        config,
+        backbone,
+        pictures,
+        draws=draws,
+        classifier=classifier,
+        state=state,
+        accelerator=accelerator,
+    )
