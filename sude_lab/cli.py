@@ -173,6 +173,8 @@ class Sweep:
     """With --dry-run: tune a few steps of each kind of run whose times are unknown."""
     status: bool = False
     """Say how far the sweep in OUT is, while it runs or not; needs no grid."""
+    workers: int = 1
+    """Processes of one thread each on this machine; they end with this one."""
     cluster: str | None = None
     """For Ray: local, auto, or ray://HOST:PORT; none: one run after another in this process."""
     checkpoint_every: int = 100
@@ -375,6 +377,7 @@ def _sweep(args: Sweep) -> int:
         args.grid,
         args.out,
         runs=args.runs,
+        workers=args.workers,
         cluster=args.cluster,
         checkpoint_every=args.checkpoint_every,
     )

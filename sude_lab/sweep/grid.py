@@ -10,10 +10,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
-import json
 import math
 import os
 import re
@@ -35,7 +33,8 @@ from sude_lab.config import (
 from sude_lab.errors import UserError
 from sude_lab.evaluate.dreambench import load_dreambench
 from sude_lab.evaluate.evaluate import FOLDER, prompts_of, settings_and_variants, subject_name
-from sude_lab.io.opening import hub_id, read_facts, resolve_source
+from sude_lab.io.identity import backbone_identity, digest, hash_of
+from sude_lab.io.opening import read_facts
 from sude_lab.io.pictures import load_picture
 from sude_lab.io.reading import is_file, read_text, read_yaml
 from sude_lab.methods import configure
@@ -143,14 +142,12 @@ class GridFile(Uses):
 
 
 @dataclass
-class _Photo(_Checked):
+class _Listed(_Checked):
+    """A mapping of `subjects`: a picture, or subjects of DreamBench."""
+
     picture: str = ""
     category: str = ""
     references: str | None = None
-
-
-@dataclass
-class _Bench(_Checked):
     dreambench: str = ""
     names: list[str] = _entry([])
 
@@ -228,18 +225,11 @@ class GridSubject:
 class Grid:
     """A grid file, read: the runs are the product of all its lists."""
 
+    file: GridFile
     subjects: tuple[GridSubject, ...]
-    methods: tuple[str, ...]
     variants: tuple[dict[str, Any], ...]
     """The uses of SuDe: fields of `TuningConfig`, and `factor` for a w_s of the kind x2."""
     settings: tuple[dict[str, Any], ...]
-    seeds: tuple[int, ...]
-    backbones: tuple[str, ...]
-    asked: dict[str, Any]
-    """Arguments of `evaluate`."""
-    num_gpus: float
-    """What a run takes of a cluster's GPUs."""
-    assume: Assumed
 
 
 def read_grid(path: Path | str) -> Grid:
@@ -258,28 +248,19 @@ def read_grid(path: Path | str) -> Grid:
         raise UserError(f"{path}: {error}") from error
 
 
-def _grid(given: GridFile) -> Grid:
-    if not given.subjects:
+def _grid(file: GridFile) -> Grid:
+    if not file.subjects:
         raise UserError("the grid names no `subjects`: write for example - held-out 0 1 2.")
-    subjects = tuple(itertools.chain(*map(_subjects, given.subjects)))
+    subjects = tuple(itertools.chain(*map(_subjects, file.subjects)))
     names = [s.name for s in subjects]
     if twice := [n for n in names if names.count(n) > 1]:
         raise UserError(f"two subjects are named {twice[0]}: name one, or rename its picture.")
-    prompts = (str(Path(p).absolute()) if is_file(p) else p for p in given.prompts)
-    asked = {k: v for k, v in asdict(given.evaluate).items() if v not in (None, [])}
-    asked |= {"prompts": tuple(prompts), "num_images": given.pictures}
-    gpus = float(torch.cuda.is_available()) if given.num_gpus is None else given.num_gpus
-    return Grid(
-        subjects,
-        tuple(given.methods),
-        tuple(itertools.chain(*map(_variants, [given, *given.also]))),
-        tuple(itertools.chain(*map(_settings, given.settings))),
-        tuple(given.seeds),
-        tuple(given.backbone),
-        asked,
-        gpus,
-        given.assume,
-    )
+    file.prompts = [str(Path(p).absolute()) if is_file(p) else p for p in file.prompts]
+    if file.num_gpus is None:
+        file.num_gpus = float(torch.cuda.is_available())
+    variants = itertools.chain(*map(_variants, [file, *file.also]))
+    settings = itertools.chain(*map(_settings, file.settings))
+    return Grid(file, subjects, tuple(variants), tuple(settings))
 
 
 def _product(axes: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
@@ -293,31 +274,30 @@ def _product(axes: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
 def _subjects(entry: Any) -> Iterator[GridSubject]:
     """Read one entry of `subjects`; it may stand for several."""
     if isinstance(entry, str):
-        group, *numbers = entry.split() or [""]
-        known = group in ("development", "held-out", "demo")
-        if not known or not numbers or not all(re.fullmatch("[0-9]{1,9}", n) for n in numbers):
+        drawn = re.fullmatch(r"\s*(development|held-out|demo)((?:\s+[0-9]{1,9})+)\s*", entry)
+        if not drawn:
             raise UserError(
                 f"subjects: {entry!r} is no drawn subject: write held-out (or development, demo) "
                 "and numbers, or a mapping with picture and category, or with dreambench."
             )
-        for who in (study.subject(group, int(n)) for n in numbers):
+        for who in (study.subject(drawn[1], int(n)) for n in drawn[2].split()):
             png = io.BytesIO()
             who.picture.save(png, format="png")
             yield GridSubject(who.name, who.scene.category, None, png.getvalue(), who.scene)
-    elif isinstance(entry, dict) and "dreambench" in entry:
-        wanted = _filled(_Bench, entry, "subjects")
-        bench = load_dreambench(Path(wanted.dreambench).absolute())
-        for one in (bench.subject(n) for n in wanted.names or bench.subjects):
+        return
+    listed = _filled(_Listed, entry, "subjects")
+    if listed.dreambench:
+        bench = load_dreambench(Path(listed.dreambench).absolute())
+        for one in (bench.subject(n) for n in listed.names or bench.subjects):
             yield GridSubject(one.name, one.category, one.picture, references=bench.folder)
+    elif not listed.picture or not listed.category:
+        raise UserError(f"subjects: {entry!r} needs a picture and a category.")
     else:
-        photo = _filled(_Photo, entry, "subjects")
-        if not photo.picture or not photo.category:
-            raise UserError(f"subjects: {entry!r} needs a picture and a category.")
-        image = Path(photo.picture).absolute()
+        image = Path(listed.picture).absolute()
         load_picture(image, resolution=64)  # says what is wrong with it
-        references = Path(photo.references).absolute() if photo.references else None
-        name = subject_name(TuningConfig(image, photo.category))
-        category = " ".join(photo.category.split())
+        references = Path(listed.references).absolute() if listed.references else None
+        name = subject_name(TuningConfig(image, listed.category))
+        category = " ".join(listed.category.split())
         yield GridSubject(name, category, image, references=references)
 
 
@@ -370,15 +350,37 @@ def _absolute(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Label:
+    """What the table of results says of a run beside its scores: its first columns."""
+
+    run: str
+    subject: str
+    category: str
+    method: str
+    backbone: str
+    settings: str
+    variant: str
+    tuning_seed: int
+    w_s: float
+    w_s_factor: float  # of the method's own
+    truncate: bool
+    truncate_at: float
+    prior: str
+    weighting: str
+    steps: int
+
+
+@dataclass(frozen=True)
 class Job:
-    """One run of a grid, and what is asked of it."""
+    """One run of a grid, and how it is judged."""
 
     key: str
     config: CompleteConfig
     label: dict[str, Any]
-    """What the table says of it beside the scores."""
+    """The fields of `Label`."""
     scene: Scene | None
     asked: dict[str, Any]
+    """Arguments of `evaluate`."""
     rows: str
     """Name of the file of its scores: a hash of all that is asked."""
     pictures: int
@@ -416,12 +418,15 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
     Raises:
         UserError: the settings, or the prompts for a subject, mean nothing.
     """
-    out = Path(os.path.abspath(out))
+    out, file = Path(os.path.abspath(out)), grid.file
+    judged = {k: v for k, v in asdict(file.evaluate).items() if v not in (None, [])}
+    judged |= {"prompts": file.prompts, "num_images": file.pictures}
+    contents = [digest(Path(p)) if is_file(p) else p for p in file.prompts]
+    digests = {s.name: digest(s.image or s.png) for s in grid.subjects}
     jobs: dict[str, Job] = {}
     counts: dict[Any, int] = {}
-    digests = {s.name: _digest(s.image or s.png) for s in grid.subjects}
     total = 0
-    axes = (grid.backbones, grid.seeds, grid.subjects, grid.methods, grid.settings, grid.variants)
+    axes = (file.backbone, file.seeds, grid.subjects, file.methods, grid.settings, grid.variants)
     for backbone, seed, who, method, settings, variant in _product(axes):
         total += 1
         config, usual = _config(
@@ -433,40 +438,34 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
         key = _key(config, digests[who.name])
         if key in jobs:
             continue
-        references = str(who.references) if who.references else grid.asked.get("references")
-        asked = grid.asked | ({"references": references} if references else {})
         # Runs of one seed are drawn from the same noise, those of another from fresh.
-        asked |= {"seed": grid.asked.get("seed", 0) + seed}
+        asks = judged | {"seed": judged.get("seed", 0) + seed}
+        if who.references:
+            asks["references"] = str(who.references)
+        references = Path(asks["references"]) if "references" in asks else None
         kind = (who.name, method, backbone, config.prompt, config.more_subjects)
         if kind not in counts:
-            counts[kind] = len(
-                prompts_of(
-                    config,
-                    asked["prompts"],
-                    structure=asked.get("structure", "default"),
-                    references=Path(references) if references else None,
-                    scene=who.scene,
-                )
-            )
-        prompts = [_digest(Path(p)) if is_file(p) else p for p in asked["prompts"]]
-        label = {"run": key, "subject": who.name, "category": config.category, "method": method}
-        label |= {"backbone": backbone, "tuning_seed": seed, "w_s": config.weight_sude}
-        label |= {"w_s_factor": config.weight_sude / usual if usual else None}
-        label |= {k: getattr(config, k) for k in ("truncate", "truncate_at", "prior", "weighting")}
-        jobs[key] = Job(
-            key,
-            config,
-            label | {"steps": config.max_train_steps},
-            who.scene,
-            asked,
-            f"rows-{_hash([asked | {'prompts': prompts}, repr(who.scene)])[:10]}.parquet",
-            counts[kind] * asked["num_images"] * asked.get("num_seeds", 1),
-        )
+            structure = asks.get("structure", "default")
+            about = {"structure": structure, "references": references, "scene": who.scene}
+            counts[kind] = len(prompts_of(config, file.prompts, **about))
+        rows = hash_of([asks | {"prompts": contents}, repr(who.scene)])[:10]
+        pictures = counts[kind] * file.pictures * asks.get("num_seeds", 1)
+        label = _label(key, who.name, config, usual)
+        jobs[key] = Job(key, config, label, who.scene, asks, f"rows-{rows}.parquet", pictures)
     names = settings_and_variants([job.config for job in jobs.values()])
     for job, (general, sude) in zip(jobs.values(), names, strict=True):
         job.label.update(settings=general, variant=sude)
     where = Path(os.path.abspath(runs)) if runs is not None else out / "runs"
     return Plan(grid, out, where, tuple(jobs.values()), total - len(jobs))
+
+
+def _label(key: str, subject: str, config: CompleteConfig, usual: float) -> dict[str, Any]:
+    shared = {f.name for f in fields(Label)} & {f.name for f in fields(config)}
+    return {name: getattr(config, name) for name in shared} | {
+        **{"run": key, "subject": subject, "tuning_seed": config.seed},
+        **{"w_s": config.weight_sude, "steps": config.max_train_steps},
+        "w_s_factor": config.weight_sude / usual if usual else None,
+    }
 
 
 def _config(given: dict[str, Any], factor: float) -> tuple[CompleteConfig, float]:
@@ -503,17 +502,6 @@ def kind_of(config: CompleteConfig) -> str:
     return f"{Path(config.backbone).name}, {config.method}{train}, {sude}, batch {size}{side}"
 
 
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _digest(content: Path | bytes) -> str:
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).hexdigest()
-    with content.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _key(config: CompleteConfig, picture: str) -> str:
     """Name a run by what it is: not by where its files lie, nor by the device it runs on."""
     where = fields_of("place")
@@ -526,9 +514,9 @@ def _key(config: CompleteConfig, picture: str) -> str:
         for f in fields(TuningConfig)
         if f.name not in where and getattr(config, f.name) != silent[f.name]
     }
-    others = [(s.category, s.token, _digest(s.image)) for s in config.subjects[1:]]
-    own = [_digest(p) for p in _class_files(config)]
-    return _hash([about, picture, others, own, backbone_identity(config.backbone)])[:16]
+    others = [(s.category, s.token, digest(s.image)) for s in config.subjects[1:]]
+    own = [digest(p) for p in _class_files(config)]
+    return hash_of([about, picture, others, own, backbone_identity(config.backbone)])[:16]
 
 
 def _class_files(config: TuningConfig) -> list[Path]:
@@ -537,46 +525,3 @@ def _class_files(config: TuningConfig) -> list[Path]:
         return []
     folders = {config.class_images, *(config.class_images / s.category for s in config.subjects)}
     return sorted(p for folder in folders for p in folder.glob("*") if p.is_file())
-
-
-def backbone_identity(source: str) -> str:
-    """Return a hash of a pipeline folder's files, or a hub id with the commit that it stands for.
-
-    Where neither the hub nor its cache knows the id, the id itself.
-    """
-    return _identity(resolve_source(source))
-
-
-@cache
-def _identity(source: str) -> str:
-    folder = Path(source)
-    if folder.is_dir():
-        kinds = (".json", ".txt", ".safetensors", ".model")
-        walked = os.walk(folder, followlinks=True)
-        files = sorted(Path(root, name) for root, _, names in walked for name in names)
-        files = [path for path in files if path.suffix in kinds]
-        return _hash([(p.relative_to(folder).as_posix(), _digest(p)) for p in files])
-    told = hub_id(source)
-    if told is None or _is_commit(told[1]):
-        return source
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    name, revision = told
-    try:
-        return f"{name}@{HfApi().model_info(name, revision=revision, timeout=10).sha}"
-    except Exception:  # no connection, no such model: errors of any class
-        try:
-            cached = try_to_load_from_cache(name, "model_index.json", revision=revision)
-        except ValueError:  # no id of a repository at all
-            cached = None
-    return f"{name}@{Path(cached).parent.name}" if isinstance(cached, str) else source
-
-
-def is_known(source: str) -> bool:
-    """Whether it is known what a backbone stands for: a folder, or a commit of a hub id."""
-    told = hub_id(source)
-    return backbone_identity(source) != source or (told is not None and _is_commit(told[1]))
-
-
-def _is_commit(revision: str | None) -> bool:
-    return bool(re.fullmatch("[0-9a-f]{40}", revision or ""))

@@ -30,10 +30,12 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -54,10 +56,12 @@ from sude_lab.io.files import (
     remove_partials,
     require_own,
 )
+from sude_lab.io.identity import is_known
 from sude_lab.io.opening import open_backbone, resolve_source
 from sude_lab.io.reading import read_json
+from sude_lab.io.workers import worker_pool
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, run_tuning
-from sude_lab.sweep.grid import Job, Plan, is_known, kind_of, make_plan, read_grid
+from sude_lab.sweep.grid import Job, Label, Plan, kind_of, make_plan, read_grid
 from sude_lab.tuning import Step
 
 PLAN, RESULTS, TIMING, STATE = "plan.json", "results.parquet", "timing.json", ".sweep"
@@ -97,8 +101,8 @@ def perform(
         UserError: the run cannot be locked.
     """
     try:
-        with locked(_beside(runs, job.key, "lock"), wait=wait) as mine:
-            if not mine:
+        with locked(_beside(runs, job.key, "lock"), wait=wait) as held:
+            if not held:
                 return Outcome("busy")
             if job.scores(runs).is_file():
                 return Outcome("finished")
@@ -150,14 +154,14 @@ def _tune_and_judge(
             progress=False,
         )
     tuned = time.perf_counter()
-    found = evaluate(
+    evaluation = evaluate(
         [folder],
         **job.asked,
         scene=job.scene,
         device=config.device,
         progress=False,
         load=lambda run: run.load(backbone=fresh_backbone(config)),
-        opened_encoders=_encoders.setdefault((job.asked.get("encoders"), config.device), {}),
+        opened_encoders=_encoders.setdefault((*job.asked.get("encoders", ()), config.device), {}),
     )
     now = time.perf_counter()
     steps = len(stamps) - 2  # without the first one, which opens what is slow
@@ -169,12 +173,12 @@ def _tune_and_judge(
         "megabytes_per_picture": megabytes(folder.rglob("seed-*/*.png")) / job.pictures,
         "seconds": now - stamps[0],
     }
-    if steps <= 0 and (folder / TIMING).is_file():  # tuned for another sweep
+    if steps <= 0:  # tuned for another sweep
         about["seconds_per_step"] = timing(folder).get("seconds_per_step")
     with atomic_write(folder / TIMING) as path:
         path.write_text(json.dumps(about, indent=1), encoding="utf-8")
     means = Run.open(folder).metrics()[["open_gates", "rho"]].mean()
-    scores = found.scores.assign(**means).reindex(columns=_SCORES.names)
+    scores = evaluation.scores.assign(**means).reindex(columns=_SCORES.names)
     rows = pa.Table.from_pandas(scores, schema=_SCORES, preserve_index=False)
     with atomic_write(job.scores(runs)) as path:  # last: it says that the run is finished
         pq.write_table(rows.replace_schema_metadata(), path)
@@ -215,8 +219,8 @@ def fresh_backbone(config: TuningConfig) -> Backbone:
 def timing(folder: Path) -> dict[str, Any]:
     """Return what a run took, as its folder tells; nothing where its file is damaged or missing."""
     try:
-        found = read_json(folder / TIMING)
-        return {k: v for k, v in found.items() if isinstance(v, str | int | float)}
+        about = read_json(folder / TIMING)
+        return {k: v for k, v in about.items() if isinstance(v, str | int | float)}
     except (OSError, ValueError, AttributeError):
         return {}
 
@@ -232,8 +236,8 @@ def _beside(runs: Path, key: str, what: str) -> Path:
 
 def _failure(runs: Path, key: str) -> dict[str, Any] | None:
     try:
-        told = read_json(_beside(runs, key, "failed.json"))
-        return {"reason": str(told["reason"]), "when": float(told["when"])}
+        about = read_json(_beside(runs, key, "failed.json"))
+        return {"reason": str(about["reason"]), "when": float(about["when"])}
     except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: it is tried again
         return None
 
@@ -268,6 +272,7 @@ def sweep(
     out: Path | str,
     *,
     runs: Path | str | None = None,
+    workers: int = 1,
     cluster: str | None = None,
     checkpoint_every: int = 100,
     progress: bool = True,
@@ -282,22 +287,26 @@ def sweep(
         grid: The grid file.
         out: Folder of the sweep.
         runs: Folder of the runs; None: OUT/runs.
-        cluster: None: one after another in this process; else for Ray: "local" (all of this
-            machine), "auto" (the cluster that this machine is part of) or ray://HOST:PORT.
+        workers: Processes of one thread each, which end with this one; 1: this process alone.
+        cluster: None: on this machine; else for Ray: "local" (all of this machine), "auto" (the
+            cluster that this machine is part of) or ray://HOST:PORT.
         checkpoint_every: Steps between checkpoints.
         progress: Whether to show the bar.
 
     Raises:
         UserError: bad input (nothing is written then), a full disk, or no such cluster.
     """
-    if checkpoint_every < 1:
-        raise UserError("--checkpoint-every must be at least 1.")
+    if checkpoint_every < 1 or workers < 1:
+        name = "workers" if workers < 1 else "checkpoint-every"
+        raise UserError(f"--{name} must be at least 1.")
+    if workers > 1 and cluster is not None:
+        raise UserError("--workers are processes of this machine, and --cluster has its own.")
     plan = make_plan(read_grid(grid), out, runs)
     for folder in (plan.out, plan.runs):
         if folder.is_file():
             raise UserError(f"{folder} is a file: name a folder.")
     require_own(plan.out, PLAN, '{\n "runs": ', (RESULTS, "results.csv"))
-    unknown = [s for s in plan.grid.backbones if not is_known(s)]
+    unknown = [s for s in plan.grid.file.backbone if not is_known(s)]
     if unknown:
         raise UserError(
             f"The backbone {unknown[0]} is neither on the hub nor in its cache: run with a "
@@ -306,10 +315,8 @@ def sweep(
     retry = {j.key: f["when"] for j in plan.jobs if (f := _failure(plan.runs, j.key))}
     todo = [job for job in plan.jobs if not job.scores(plan.runs).is_file()]
     failed: dict[str, str] = {}
-    done = len(plan.jobs) - len(todo)
-    total = len(plan.jobs)
+    done, total = len(plan.jobs) - len(todo), len(plan.jobs)
     bar = tqdm(total=total, initial=done, desc="sweep", unit="run", disable=not progress)
-
     shown = time.monotonic()
 
     def on_step(step: Step) -> None:
@@ -329,10 +336,11 @@ def sweep(
     how: AbstractContextManager[Engine] = nullcontext(here)
     if cluster is not None:
         how = _on_ray(plan, cluster, options)
+    elif workers > 1:
+        how = _on_workers(plan, workers, options)
     with bar, how as engine:
         _write_plan(plan)
-        table = _Table(plan)
-        table.write()
+        took, written = _write_table(plan), time.monotonic()
         for wait in (False, True):  # what others are at comes last
             busy = []
             for job, outcome in engine(todo, wait):
@@ -344,26 +352,47 @@ def sweep(
                 if outcome.status == "failed":
                     failed[job.key] = outcome.reason
                 bar.update()
-                table.write(sparingly=True)
+                if time.monotonic() - written > 20 * took:  # a twentieth of the time at most
+                    took, written = _write_table(plan), time.monotonic()
             todo = busy
-        table.write()
-        table.write_csv()
+        _write_table(plan)
+        _write_csv(plan)
     return failed
 
 
+Options = Callable[[Job, bool], dict[str, Any]]
+
+
 @contextmanager
-def _on_ray(
-    plan: Plan, cluster: str, options: Callable[[Job, bool], dict[str, Any]]
-) -> Iterator[Engine]:
+def _on_workers(plan: Plan, number: int, options: Options) -> Iterator[Engine]:
+    """Give the jobs to processes of this machine."""
+    with worker_pool(number) as pool:
+
+        def engine(jobs: Sequence[Job], wait: bool) -> Iterator[tuple[Job, Outcome]]:
+            running = {pool.submit(perform, j, plan.runs, **options(j, wait)): j for j in jobs}
+            try:
+                for future in as_completed(running):
+                    yield running[future], future.result()
+            except BrokenProcessPool as error:
+                raise UserError(
+                    "A worker process was ended from outside, for its memory perhaps: give the "
+                    "command again, with fewer --workers."
+                ) from error
+
+        yield engine
+
+
+@contextmanager
+def _on_ray(plan: Plan, cluster: str, options: Options) -> Iterator[Engine]:
     """Give the jobs to Ray, which queues, places and restarts them; a restarted run resumes."""
     try:
         import ray
     except ImportError as error:
         raise UserError("--cluster needs Ray: pip install 'sude-lab[cluster]'.") from error
-    gpus = plan.grid.num_gpus
-    mine = not ray.is_initialized()
+    gpus = plan.grid.file.num_gpus or 0.0
+    ours = not ray.is_initialized()
     try:
-        if mine:
+        if ours:
             ray.init(address=cluster, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray's, the network's, the system's
         ray.shutdown()
@@ -395,7 +424,7 @@ def _on_ray(
             )
         yield engine
     finally:
-        if mine:
+        if ours:
             ray.shutdown()
 
 
@@ -424,77 +453,65 @@ def _write_plan(plan: Plan) -> None:
 
 # --- the table -----------------------------------------------------------------------------------
 
-_text, _whole, _real = pa.string(), pa.int64(), pa.float64()
-_LABELS = pa.schema(
-    [
-        *((n, _text) for n in ("run", "subject", "category", "method", "backbone", "settings")),
-        *(("variant", _text), ("tuning_seed", _whole), ("w_s", _real), ("w_s_factor", _real)),
-        *(("truncate", pa.bool_()), ("truncate_at", _real), ("prior", _text)),
-        *(("weighting", _text), ("steps", _whole)),
-    ]
-)
+_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+_LABELS = pa.schema([(name, _TYPES[hint]) for name, hint in get_type_hints(Label).items()])
 _SCORES = pa.schema(
     [
-        *(("open_gates", _real), ("rho", _real), ("number", _whole)),
-        *((n, _text) for n in ("kind", "prompt", "caption", "attribute", "background")),
-        *(("seed", _whole), ("picture", _whole), ("metric", _text), ("encoder", _text)),
-        ("value", _real),
+        *(("open_gates", _TYPES[float]), ("rho", _TYPES[float]), ("number", _TYPES[int])),
+        *((n, _TYPES[str]) for n in ("kind", "prompt", "caption", "attribute", "background")),
+        *(("seed", _TYPES[int]), ("picture", _TYPES[int]), ("metric", _TYPES[str])),
+        *(("encoder", _TYPES[str]), ("value", _TYPES[float])),
     ]
 )
-_TABLE = pa.schema([*_LABELS, *_SCORES, ("error", _text)])
+_TABLE = pa.schema([*_LABELS, *_SCORES, ("error", _TYPES[str])])
 
 
-class _Table:
-    """The file of all results; it is made anew of the runs' own, whoever finished them."""
+def _write_table(plan: Plan) -> float:
+    """Make the table anew of the runs' own scores, whoever finished them; return the seconds."""
+    started = time.monotonic()
+    # Read and written under one lock: of two processes none puts back what it saw before.
+    with (
+        _writing(plan),
+        atomic_write(plan.out / RESULTS) as path,
+        pq.ParquetWriter(path, _TABLE) as writer,
+    ):
+        parts = filter(None, (_part(plan, job) for job in plan.jobs))
+        while some := list(itertools.islice(parts, 64)):
+            writer.write_table(pa.concat_tables(some))
+    return time.monotonic() - started
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.written, self.took = 0.0, 0.0
 
-    def write(self, *, sparingly: bool = False) -> None:
-        """Write it; `sparingly`: only where this takes less than a twentieth of the time."""
-        started = time.monotonic()
-        if sparingly and started - self.written < 20 * self.took:
-            return
-        # Read and written under one lock: of two processes none puts back what it saw before.
-        with (
-            _writing(self.plan),
-            atomic_write(self.plan.out / RESULTS) as path,
-            pq.ParquetWriter(path, _TABLE) as writer,
-        ):
-            parts = filter(None, map(self._part, self.plan.jobs))
-            while some := list(itertools.islice(parts, 64)):
-                writer.write_table(pa.concat_tables(some))
-        self.written = time.monotonic()
-        self.took = self.written - started
+def _part(plan: Plan, job: Job) -> pa.Table | None:
+    scores = job.scores(plan.runs)
+    if scores.is_file():
+        try:
+            rows = pq.read_table(scores).cast(_SCORES)
+        except (OSError, pa.ArrowException) as damage:
+            raise UserError(
+                f"{scores} is damaged ({one_line(str(damage), 160)}): delete it, and give the "
+                "command again."
+            ) from damage
+        label = [pa.array([job.label[f.name]] * len(rows), f.type) for f in _LABELS]
+        error = pa.array([""] * len(rows), _TYPES[str])
+        return pa.Table.from_arrays([*label, *rows.columns, error], schema=_TABLE)
+    failure = _failure(plan.runs, job.key)
+    if failure is None:
+        return None
+    return pa.Table.from_pylist([job.label | {"error": failure["reason"]}], schema=_TABLE)
 
-    def _part(self, job: Job) -> pa.Table | None:
-        scores = job.scores(self.plan.runs)
-        if scores.is_file():
-            try:
-                rows = pq.read_table(scores).cast(_SCORES)
-            except (OSError, pa.ArrowException) as damage:
-                raise UserError(
-                    f"{scores} is damaged ({one_line(str(damage), 160)}): delete it, and give the "
-                    "command again."
-                ) from damage
-            label = [pa.array([job.label[f.name]] * len(rows), f.type) for f in _LABELS]
-            error = pa.array([""] * len(rows), _text)
-            return pa.Table.from_arrays([*label, *rows.columns, error], schema=_TABLE)
-        failure = _failure(self.plan.runs, job.key)
-        if failure is None:
-            return None
-        return pa.Table.from_pylist([job.label | {"error": failure["reason"]}], schema=_TABLE)
 
-    def write_csv(self, most: int = 1_000_000) -> None:
-        """Write results.csv, unless it would have more than `most` rows."""
-        with _writing(self.plan):
-            if pq.read_metadata(self.plan.out / RESULTS).num_rows <= most:
-                with atomic_write(self.plan.out / "results.csv") as path:
-                    pq.read_table(self.plan.out / RESULTS).to_pandas().to_csv(path, index=False)
+def _write_csv(plan: Plan, most: int = 1_000_000) -> None:
+    """Write results.csv, unless it would have more than `most` rows."""
+    with _writing(plan):
+        if pq.read_metadata(plan.out / RESULTS).num_rows <= most:
+            with atomic_write(plan.out / "results.csv") as path:
+                pq.read_table(plan.out / RESULTS).to_pandas().to_csv(path, index=False)
 
 
 # --- what is going on ----------------------------------------------------------------------------
+
+
+Status = Literal["finished", "running", "failed", "waiting"]
 
 
 @dataclass(frozen=True)
@@ -503,8 +520,8 @@ class State:
 
     name: str
     folder: Path
-    status: Literal["finished", "running", "failed", "waiting"]
-    told: str
+    status: Status
+    reason: str
     """Why it failed, or who is at it."""
 
 
@@ -516,26 +533,25 @@ def survey(out: Path | str) -> list[State]:
     """
     try:
         plan = read_json(Path(out) / PLAN)
-        runs, found = Path(plan["runs"]), []
+        runs = Path(plan["runs"])
         jobs = [(job["key"], job["rows"], _name_of(job["label"])) for job in plan["jobs"]]
         names = [part for key, rows, _ in jobs for part in (key, rows)]
         if not all(re.fullmatch(r"\w[\w.-]*", part) for part in names):
             raise ValueError("a name that leaves the folder of the runs")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"There is no sweep in {out}: name the --out of one.") from error
-    for key, rows, name in jobs:
-        state = State(name, runs / key, "waiting", "")
-        if (runs / key / FOLDER / rows).is_file():
-            state = replace(state, status="finished")
-        elif holder := lock_holder(_beside(runs, key, "lock")):
-            host, process, since = (*holder.split(), "?", "0", "0")[:3]
-            minutes = max(0.0, time.time() - float(since)) / 60
-            told = f"process {process} on {host}, for {minutes:.0f} min"
-            state = replace(state, status="running", told=told)
-        elif failure := _failure(runs, key):
-            state = replace(state, status="failed", told=failure["reason"])
-        found.append(state)
-    return found
+    return [State(name, runs / key, *_status(runs, key, rows)) for key, rows, name in jobs]
+
+
+def _status(runs: Path, key: str, rows: str) -> tuple[Status, str]:
+    if (runs / key / FOLDER / rows).is_file():
+        return "finished", ""
+    if holder := lock_holder(_beside(runs, key, "lock")):
+        host, process, since = (*holder.split(), "?", "0", "0")[:3]
+        minutes = max(0.0, time.time() - float(since)) / 60
+        return "running", f"process {process} on {host}, for {minutes:.0f} min"
+    failure = _failure(runs, key)
+    return ("failed", failure["reason"]) if failure else ("waiting", "")
 
 
 def _name_of(label: dict[str, Any]) -> str:
@@ -567,7 +583,7 @@ def status(out: Path | str) -> str:
         UserError: there is no sweep in the folder.
     """
     states = survey(out)
-    lines = [f"{s.status}: {s.name} ({s.told})" for s in states if s.told]
+    lines = [f"{s.status}: {s.name} ({s.reason})" for s in states if s.reason]
     return "\n".join([summary(states), *lines])
 
 
@@ -593,11 +609,11 @@ def watch(out: Path | str, *, every: float = 5.0) -> Any:
         about.value = _page(states[runs.value]) if runs.value in states else ""
 
     def renew() -> None:
-        found = survey(out)
-        states.update({s.folder.name: s for s in found})
-        counts.value = f"<b>{html.escape(summary(found))}</b>"
+        listed = survey(out)
+        states.update({s.folder.name: s for s in listed})
+        counts.value = f"<b>{html.escape(summary(listed))}</b>"
         marks = {"finished": "✓", "running": "▶", "failed": "✗", "waiting": "·"}
-        options = [(f"{marks[s.status]} {s.name}", s.folder.name) for s in found]
+        options = [(f"{marks[s.status]} {s.name}", s.folder.name) for s in listed]
         if options != list(runs.options):
             chosen, runs.options = runs.value, options
             runs.value = chosen or options[0][1]
@@ -618,7 +634,7 @@ def watch(out: Path | str, *, every: float = 5.0) -> Any:
 
 def _page(state: State, most: int = 8) -> str:
     """Return a run as HTML: what it is, and its first pictures of up to `most` prompts."""
-    parts = [f"<p>{html.escape(state.name)}: {state.status}. {html.escape(state.told)}</p>"]
+    parts = [f"<p>{html.escape(state.name)}: {state.status}. {html.escape(state.reason)}</p>"]
     for folder in sorted(state.folder.glob(f"{FOLDER}/{PICTURES}/*"))[:most]:
         words = folder.name.rsplit("-", 1)[0].replace("-", " ")
         pictures = sorted(folder.glob("seed-*/*.png"))[:4]

@@ -84,6 +84,13 @@ def test_equal_runs_are_one(planned: Planned) -> None:
     assert planned(prior=["current", "pretrained"], **watched).num_equal == 0
 
 
+def test_settings_that_belong_together_stand_in_one_mapping_of_a_list(planned: Planned) -> None:
+    pairs = [{"train": "lora", "learning_rate": [1e-3, 1e-4]}, {"train": "unet"}]
+    configs = [job.config for job in planned(settings=pairs).jobs]
+    found = [(c.train, c.learning_rate) for c in configs]
+    assert found[:2] == [("lora", 1e-3), ("lora", 1e-4)] and found[2][0] == "unet"
+
+
 def test_truncation_is_on_off_or_a_threshold(planned: Planned) -> None:
     configs = [j.config for j in planned(truncation=[True, False, 0.5]).jobs]
     found = [(c.truncate, c.truncate_at) for c in configs]
@@ -129,10 +136,10 @@ def test_a_changed_default_leaves_older_runs_their_names(
 
     def said(**settings: Any) -> dict[str, Any]:
         seen: list[Any] = []
-        own = grid._hash
-        monkeypatch.setattr(grid, "_hash", lambda content: seen.append(content) or own(content))
+        own = grid.hash_of
+        monkeypatch.setattr(grid, "hash_of", lambda content: seen.append(content) or own(content))
         planned(settings={"max_train_steps": 9} | settings, prompts=["plain"])
-        monkeypatch.setattr(grid, "_hash", own)
+        monkeypatch.setattr(grid, "hash_of", own)
         (about,) = [content[0] for content in seen if isinstance(content[0], dict) and content[2:]]
         return about
 
@@ -186,7 +193,10 @@ def test_a_value_is_read_as_its_field_holds_it(tmp_path: Path) -> None:
         "{learning_rate: 1e-4, horizontal_flip: on, more_subjects: [a=<a>=a.png, b=<b>=b.png]}}"
     )
     grid = read_grid(file)
-    assert grid.seeds == (3,) and [v.get("truncate_at") for v in grid.variants[:2]] == [None, 0.1]
+    assert grid.file.seeds == [3] and [v.get("truncate_at") for v in grid.variants[:2]] == [
+        None,
+        0.1,
+    ]
     assert [grid.variants[k].get("weight_sude") for k in (0, 2)] == [0.1, None]
     (settings,) = grid.settings
     assert settings["learning_rate"] == 1e-4 and settings["horizontal_flip"] is True

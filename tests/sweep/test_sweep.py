@@ -287,6 +287,48 @@ def test_two_drivers_share_the_work(
     assert_equal(out, unbroken(**LONG))
 
 
+def ended(process: int) -> bool:
+    """Whether a process has ended; whoever inherited it may not have asked yet."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")")[-1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_workers_share_the_work_and_end_with_their_parent(unbroken: Swept, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    grid = write_grid(tmp_path, **LONG)
+    driver = start(log, "sweep", grid, "--out", out, "--workers", 2, "--checkpoint-every", 2)
+    locks = out / "runs" / room.STATE
+
+    def at_work() -> set[int]:
+        holders = [lock_holder(lock) for lock in locks.glob("*.lock")]
+        return {int(holder.split()[1]) for holder in holders if holder}
+
+    until(lambda: len(at_work()) == 2 and in_the_middle(out)())
+    processes = at_work()
+    assert driver.pid not in processes
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL
+    until(lambda: all(map(ended, processes)), 20)
+    assert sweep(grid, out, progress=False) == {}
+    assert_equal(out, unbroken(**LONG))
+
+
+def test_a_worker_that_is_killed_is_told_of(tmp_path: Path) -> None:
+    out, grid = tmp_path / "out", write_grid(tmp_path, **LONG)
+
+    def kill() -> None:
+        lock = until(lambda: next((out / "runs" / room.STATE).glob("*.lock"), None))
+        os.kill(int(until(lambda: lock_holder(lock)).split()[1]), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(UserError, match="fewer --workers"):
+        sweep(grid, out, workers=2, progress=False)
+    killer.join()
+
+
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     path = tmp_path / "new" / "run.lock"
     code = "import sys, time; from sude_lab.io.files import locked\n"
@@ -524,6 +566,8 @@ def test_a_dry_run_imports_nothing_that_takes_seconds(tmp_path: Path) -> None:
         (["GRID", "--out", "GRID"], "is a file"),
         (["GRID", "--out", "new", "--runs", "GRID"], "is a file"),
         (["GRID", "--out", "new", "--checkpoint-every", "0"], "at least 1"),
+        (["GRID", "--out", "new", "--workers", "0"], "--workers must be at least 1"),
+        (["GRID", "--out", "new", "--workers", "2", "--cluster", "local"], "has its own"),
         (["--status", "--out", "new"], "There is no sweep in"),
         (["nothing.yaml", "--out", "new"], "cannot be read"),
     ],
@@ -565,13 +609,13 @@ def test_a_hub_id_that_nobody_knows_is_refused(tmp_path: Path) -> None:
 def test_the_parquet_can_be_read_while_it_is_replaced(unbroken: Swept, tmp_path: Path) -> None:
     out = Path(shutil.copytree(unbroken(), tmp_path / "out"))
     plan = make_plan(read_grid(write_grid(tmp_path)), out)
-    writing = room._Table(plan)
+    writing = plan
     rows = pq.read_metadata(out / RESULTS).num_rows
     ended = threading.Event()
 
     def write() -> None:
         for _ in range(20):
-            writing.write()
+            room._write_table(writing)
         ended.set()
 
     writer = threading.Thread(target=write)
