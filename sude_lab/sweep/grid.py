@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import re
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import cache
@@ -23,13 +24,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
-from sude_lab.config import (
-    EMBEDDED,
-    RENAMED,
-    CompleteConfig,
-    TuningConfig,
-    fields_of,
-)
+from sude_lab.config import EMBEDDED, RENAMED, CompleteConfig, TuningConfig, fields_of
 from sude_lab.errors import UserError
 from sude_lab.evaluate.dreambench import load_dreambench
 from sude_lab.evaluate.evaluate import FOLDER, prompts_of, settings_and_variants, subject_name
@@ -280,8 +275,8 @@ def _subjects(entry: Any) -> Iterator[GridSubject]:
                 f"subjects: {entry!r} is no drawn subject: write held-out (or development, demo) "
                 "and numbers, or a mapping with picture and category, or with dreambench."
             )
-        for who in (study.subject(drawn[1], int(n)) for n in drawn[2].split()):
-            png = io.BytesIO()
+        for number in drawn[2].split():
+            who, png = study.subject(drawn[1], int(number)), io.BytesIO()
             who.picture.save(png, format="png")
             yield GridSubject(who.name, who.scene.category, None, png.getvalue(), who.scene)
         return
@@ -309,8 +304,7 @@ def _variants(uses: Uses) -> Iterator[dict[str, Any]]:
         [{"prior": x} for x in uses.prior],
         [{"weighting": x} for x in uses.weighting],
     ]
-    for parts in _product(axes):
-        yield {k: v for part in parts for k, v in part.items()}
+    return (dict(ChainMap(*parts)) for parts in _product(axes))
 
 
 def _weight(value: Any) -> dict[str, Any]:
@@ -338,12 +332,11 @@ def _settings(given: Any) -> Iterator[dict[str, Any]]:
         if name in _SAID:
             raise UserError(f"settings: {name} is what the grid's key {_SAID[name]} says.")
     axes = _filled(_settings_kind(), given, "settings")
-    pairs = [[(name, _absolute(x)) for x in getattr(axes, name)] for name in given]
+    pairs = [
+        [(name, x.absolute() if isinstance(x, Path) else x) for x in getattr(axes, name)]
+        for name in given
+    ]
     return (dict(parts) for parts in _product(pairs))
-
-
-def _absolute(value: Any) -> Any:
-    return value.absolute() if isinstance(value, Path) else value
 
 
 # --- the runs of a grid --------------------------------------------------------------------------
@@ -476,23 +469,17 @@ def _config(given: dict[str, Any], factor: float) -> tuple[CompleteConfig, float
     if given.get("weight_sude") is None:
         given = given | {"weight_sude": usual.weight_sude * factor}
     config = configure(given, facts)
-    silent: tuple[str, ...] = ()
-    if not config.with_sude:
-        # The bank's pairs stay: without SuDe a run draws the samples that its like with SuDe draws.
-        silent += (*fields_of("sude"), *fields_of("prior"))
-    elif not config.truncate:
-        silent += ("truncate_at",)
-    if not config.prior_loss_weight:
-        silent += ("class_images",)
-    if not config.prior_bank:
-        silent += ("prior_bank_dtype",)
-    unsaid = {name: getattr(usual, name) for name in silent if name != "weight_sude"}
-    config = replace(config, **unsaid)
-    return config, usual.weight_sude
+    # The bank's pairs stay: without SuDe a run draws the samples that its like with SuDe draws.
+    silent = {*fields_of("sude"), *fields_of("prior")} if not config.with_sude else set()
+    silent |= set() if config.truncate else {"truncate_at"}
+    silent |= set() if config.prior_loss_weight else {"class_images"}
+    silent |= set() if config.prior_bank else {"prior_bank_dtype"}
+    unsaid = {name: getattr(usual, name) for name in silent - {"weight_sude"}}
+    return replace(config, **unsaid), usual.weight_sude
 
 
 def kind_of(config: CompleteConfig) -> str:
-    """Name what a step's time hangs on: model, method, what is trained, SuDe, batch, resolution."""
+    """Name what a step's time depends on: model, method, what is trained, SuDe, batch, side."""
     size = config.train_batch_size * config.gradient_accumulation_steps
     sude = "SuDe" if config.with_sude else "plain"
     if sude == "SuDe" and config.prior_bank and config.prior_bank_dtype != "live":

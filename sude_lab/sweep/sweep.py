@@ -29,13 +29,14 @@ import re
 import shutil
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -187,7 +188,7 @@ def _tune_and_judge(
 def _clear_halves(folder: Path, num_images: int) -> None:
     """Remove what a killed process left half done and a resume would trip over.
 
-    Pictures of one prompt are drawn in one batch, and the last bits hang on a batch's size: a
+    Pictures of one prompt are drawn in one batch, and the last bits depend on a batch's size: a
     prompt that lacks pictures is drawn anew as a whole.
     """
     remove_partials(folder)
@@ -296,9 +297,9 @@ def sweep(
     Raises:
         UserError: bad input (nothing is written then), a full disk, or no such cluster.
     """
-    if checkpoint_every < 1 or workers < 1:
-        name = "workers" if workers < 1 else "checkpoint-every"
-        raise UserError(f"--{name} must be at least 1.")
+    for flag, number in {"checkpoint-every": checkpoint_every, "workers": workers}.items():
+        if number < 1:
+            raise UserError(f"--{flag} must be at least 1.")
     if workers > 1 and cluster is not None:
         raise UserError("--workers are processes of this machine, and --cluster has its own.")
     plan = make_plan(read_grid(grid), out, runs)
@@ -306,8 +307,7 @@ def sweep(
         if folder.is_file():
             raise UserError(f"{folder} is a file: name a folder.")
     require_own(plan.out, PLAN, '{\n "runs": ', (RESULTS, "results.csv"))
-    unknown = [s for s in plan.grid.file.backbone if not is_known(s)]
-    if unknown:
+    if unknown := [source for source in plan.grid.file.backbone if not is_known(source)]:
         raise UserError(
             f"The backbone {unknown[0]} is neither on the hub nor in its cache: run with a "
             "connection, or name a pipeline folder."
@@ -315,9 +315,9 @@ def sweep(
     retry = {j.key: f["when"] for j in plan.jobs if (f := _failure(plan.runs, j.key))}
     todo = [job for job in plan.jobs if not job.scores(plan.runs).is_file()]
     failed: dict[str, str] = {}
-    done, total = len(plan.jobs) - len(todo), len(plan.jobs)
-    bar = tqdm(total=total, initial=done, desc="sweep", unit="run", disable=not progress)
-    shown = time.monotonic()
+    total, shown = len(plan.jobs), time.monotonic()
+    about = {"total": total, "initial": total - len(todo), "disable": not progress}
+    bar = tqdm(desc="sweep", unit="run", **about)
 
     def on_step(step: Step) -> None:
         nonlocal shown
@@ -482,22 +482,20 @@ def _write_table(plan: Plan) -> float:
 
 
 def _part(plan: Plan, job: Job) -> pa.Table | None:
-    scores = job.scores(plan.runs)
-    if scores.is_file():
-        try:
-            rows = pq.read_table(scores).cast(_SCORES)
-        except (OSError, pa.ArrowException) as damage:
-            raise UserError(
-                f"{scores} is damaged ({one_line(str(damage), 160)}): delete it, and give the "
-                "command again."
-            ) from damage
-        label = [pa.array([job.label[f.name]] * len(rows), f.type) for f in _LABELS]
-        error = pa.array([""] * len(rows), _TYPES[str])
-        return pa.Table.from_arrays([*label, *rows.columns, error], schema=_TABLE)
-    failure = _failure(plan.runs, job.key)
-    if failure is None:
-        return None
-    return pa.Table.from_pylist([job.label | {"error": failure["reason"]}], schema=_TABLE)
+    scores, failure = job.scores(plan.runs), _failure(plan.runs, job.key)
+    if not scores.is_file():
+        row = job.label | {"error": failure["reason"]} if failure else None
+        return pa.Table.from_pylist([row], schema=_TABLE) if row else None
+    try:
+        columns = pq.read_table(scores).cast(_SCORES).columns
+    except (OSError, pa.ArrowException) as damage:
+        reason = one_line(str(damage), 160)
+        raise UserError(
+            f"{scores} is damaged ({reason}): delete it, and give the command again."
+        ) from damage
+    about = [pa.array([job.label[f.name]] * len(columns[0]), f.type) for f in _LABELS]
+    error = pa.array([""] * len(columns[0]))
+    return pa.Table.from_arrays([*about, *columns, error], schema=_TABLE)
 
 
 def _write_csv(plan: Plan, most: int = 1_000_000) -> None:
@@ -509,7 +507,6 @@ def _write_csv(plan: Plan, most: int = 1_000_000) -> None:
 
 
 # --- what is going on ----------------------------------------------------------------------------
-
 
 Status = Literal["finished", "running", "failed", "waiting"]
 
@@ -534,13 +531,20 @@ def survey(out: Path | str) -> list[State]:
     try:
         plan = read_json(Path(out) / PLAN)
         runs = Path(plan["runs"])
-        jobs = [(job["key"], job["rows"], _name_of(job["label"])) for job in plan["jobs"]]
-        names = [part for key, rows, _ in jobs for part in (key, rows)]
-        if not all(re.fullmatch(r"\w[\w.-]*", part) for part in names):
+        jobs = [(job["key"], job["rows"], job["label"]) for job in plan["jobs"]]
+        if not all(re.fullmatch(r"\w[\w.-]*", name) for job in jobs for name in job[:2]):
             raise ValueError("a name that leaves the folder of the runs")
+        names = [
+            f"{label['subject']}, {label['settings']}, {label['variant']}, "
+            f"seed {label['tuning_seed']}"
+            for *_, label in jobs
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"There is no sweep in {out}: name the --out of one.") from error
-    return [State(name, runs / key, *_status(runs, key, rows)) for key, rows, name in jobs]
+    return [
+        State(name, runs / key, *_status(runs, key, rows))
+        for name, (key, rows, _) in zip(names, jobs, strict=True)
+    ]
 
 
 def _status(runs: Path, key: str, rows: str) -> tuple[Status, str]:
@@ -554,26 +558,16 @@ def _status(runs: Path, key: str, rows: str) -> tuple[Status, str]:
     return ("failed", failure["reason"]) if failure else ("waiting", "")
 
 
-def _name_of(label: dict[str, Any]) -> str:
-    parts = [label["subject"], label["settings"], label["variant"], f"seed {label['tuning_seed']}"]
-    return ", ".join(parts)
-
-
 def summary(states: Sequence[State]) -> str:
     """Return the counts, and the time left: what finished runs took, by how many run at once."""
-    number = {s: sum(x.status == s for x in states) for s in ("finished", "running", "failed")}
-    waiting = len(states) - sum(number.values())
-    text = f"{len(states)} runs: {number['finished']} finished, {number['running']} running, "
-    text += f"{number['failed']} failed, {waiting} waiting"
-    took = [
-        seconds
-        for x in states
-        if x.status == "finished" and (seconds := timing(x.folder).get("seconds"))
-    ]
+    number = Counter(state.status for state in states)
+    text = ", ".join(f"{number[status]} {status}" for status in get_args(Status))
+    seconds = [timing(x.folder).get("seconds", 0) for x in states if x.status == "finished"]
+    took = list(filter(None, seconds))
     if took and number["running"]:
-        left = (waiting + number["running"] / 2) * sum(took) / len(took) / number["running"]
+        left = (number["waiting"] / number["running"] + 0.5) * sum(took) / len(took)
         text += f"; about {left / 60:,.0f} minutes left"
-    return text + "."
+    return f"{len(states)} runs: {text}."
 
 
 def status(out: Path | str) -> str:
@@ -603,26 +597,25 @@ def watch(out: Path | str, *, every: float = 5.0) -> Any:
 
     counts, about = widgets.HTML(), widgets.HTML()
     runs = widgets.Select(rows=16, layout={"width": "48%"})
-    states: dict[str, State] = {}
+    marks = {"finished": "✓", "running": "▶", "failed": "✗", "waiting": "·"}
 
     def show(*_: Any) -> None:
-        about.value = _page(states[runs.value]) if runs.value in states else ""
+        chosen = next((s for s in survey(out) if s.folder.name == runs.value), None)
+        about.value = _page(chosen) if chosen else ""
 
-    def renew() -> None:
-        listed = survey(out)
-        states.update({s.folder.name: s for s in listed})
-        counts.value = f"<b>{html.escape(summary(listed))}</b>"
-        marks = {"finished": "✓", "running": "▶", "failed": "✗", "waiting": "·"}
-        options = [(f"{marks[s.status]} {s.name}", s.folder.name) for s in listed]
+    def renew() -> bool:
+        states, chosen = survey(out), runs.value
+        counts.value = f"<b>{html.escape(summary(states))}</b>"
+        options = [(f"{marks[s.status]} {s.name}", s.folder.name) for s in states]
         if options != list(runs.options):
-            chosen, runs.options = runs.value, options
+            runs.options = options
             runs.value = chosen or options[0][1]
         show()
+        return any(s.status in ("running", "waiting") for s in states)
 
     async def keep_renewing() -> None:
-        while any(s.status in ("running", "waiting") for s in states.values()):
+        while renew():
             await asyncio.sleep(every)
-            renew()
 
     runs.observe(show, names="value")
     renew()
