@@ -35,6 +35,7 @@ from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -73,9 +74,9 @@ _FULL = "No space is left on the disk: free some, and give the command again."
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt at a run ended; `busy`: another process is at it, `full`: the disk is."""
+    """How an attempt at a run ended; `busy`: another process is at it."""
 
-    status: Literal["finished", "failed", "busy", "full"]
+    status: Literal["finished", "failed", "busy"]
     reason: str = ""
 
 
@@ -84,50 +85,43 @@ def perform(
     runs: Path,
     *,
     wait: bool = True,
-    retry: float = 0.0,
     checkpoint_every: int = 100,
     on_step: Callable[[Step], None] | None = None,
 ) -> Outcome:
     """Tune, draw and judge one run from where it stands, under its lock; record a failure.
 
+    A failure that is recorded stands until its file is removed, as `sweep` does when it begins.
+
     Args:
         job: The run.
         runs: The folder of all runs.
         wait: Whether to wait where another process is at it.
-        retry: The time of the failure that is to be tried again; a newer one stands.
         checkpoint_every: Steps between checkpoints.
         on_step: Called after every step of tuning.
 
     Raises:
-        UserError: the run cannot be locked.
+        UserError: the run cannot be locked, or the disk is full.
     """
-    try:
-        with locked(_beside(runs, job.key, "lock"), wait=wait) as held:
-            if not held:
-                return Outcome("busy")
-            if job.scores(runs).is_file():
-                return Outcome("finished")
-            failure = _failure(runs, job.key)
-            if failure and failure["when"] != retry:
-                return Outcome("failed", failure["reason"])
-            for left in (runs / STATE).glob(f"{PARTIAL}*-{job.key}.failed.json"):
-                left.unlink()
-            try:
-                _tune_and_judge(job, runs, checkpoint_every, on_step)
-            except Exception as error:  # of any class: the other runs go on
-                if _is_full(error):
-                    raise
-                return _record(runs, job.key, error)
-            finally:
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-            _beside(runs, job.key, "failed.json").unlink(missing_ok=True)
+    with locked(_beside(runs, job.key, "lock"), wait=wait) as held:
+        if not held:
+            return Outcome("busy")
+        if job.scores(runs).is_file():
             return Outcome("finished")
-    except Exception as error:
-        if _is_full(error):
-            return Outcome("full", _FULL)
-        raise
+        if reason := _failure(runs, job.key):
+            return Outcome("failed", reason)
+        for left in (runs / STATE).glob(f"{PARTIAL}*-{job.key}.failed.json"):
+            left.unlink()
+        try:
+            _tune_and_judge(job, runs, checkpoint_every, on_step)
+        except Exception as error:  # of any class: the other runs go on
+            if _is_full(error):
+                raise DiskFullError(_FULL) from error
+            return _record(runs, job.key, error)
+        finally:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return Outcome("finished")
 
 
 def _tune_and_judge(
@@ -235,19 +229,18 @@ def _beside(runs: Path, key: str, what: str) -> Path:
     return runs / STATE / f"{key}.{what}"
 
 
-def _failure(runs: Path, key: str) -> dict[str, Any] | None:
+def _failure(runs: Path, key: str) -> str:
     try:
-        about = read_json(_beside(runs, key, "failed.json"))
-        return {"reason": str(about["reason"]), "when": float(about["when"])}
+        return str(read_json(_beside(runs, key, "failed.json"))["reason"])
     except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: it is tried again
-        return None
+        return ""
 
 
 def _record(runs: Path, key: str, error: BaseException) -> Outcome:
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     reason = " ".join(reason.replace(f"{runs}{os.sep}", "").split())[:1000]
     trace = "".join(traceback.format_exception(error))
-    about = {"reason": reason, "when": time.time(), "traceback": trace}
+    about = {"reason": reason, "traceback": trace}
     with atomic_write(_beside(runs, key, "failed.json")) as path:
         path.write_text(json.dumps(about, indent=1), encoding="utf-8")
     return Outcome("failed", reason)
@@ -312,7 +305,6 @@ def sweep(
             f"The backbone {unknown[0]} is neither on the hub nor in its cache: run with a "
             "connection, or name a pipeline folder."
         )
-    retry = {j.key: f["when"] for j in plan.jobs if (f := _failure(plan.runs, j.key))}
     todo = [job for job in plan.jobs if not job.scores(plan.runs).is_file()]
     failed: dict[str, str] = {}
     total, shown = len(plan.jobs), time.monotonic()
@@ -325,27 +317,25 @@ def sweep(
             shown = time.monotonic()
             bar.set_postfix_str(f"{len(failed)} failed, step {step.number}")
 
-    def options(job: Job, wait: bool) -> dict[str, Any]:
-        again = retry.get(job.key, 0.0)
-        return {"wait": wait, "retry": again, "checkpoint_every": checkpoint_every}
+    attempt = partial(perform, runs=plan.runs, checkpoint_every=checkpoint_every)
 
     def here(jobs: Sequence[Job], wait: bool) -> Iterator[tuple[Job, Outcome]]:
         for job in jobs:
-            yield job, perform(job, plan.runs, **options(job, wait), on_step=on_step)
+            yield job, attempt(job, wait=wait, on_step=on_step)
 
     how: AbstractContextManager[Engine] = nullcontext(here)
     if cluster is not None:
-        how = _on_ray(plan, cluster, options)
+        how = _on_ray(plan, cluster, attempt)
     elif workers > 1:
-        how = _on_workers(plan, workers, options)
+        how = _on_workers(workers, attempt)
     with bar, how as engine:
         _write_plan(plan)
+        for job in todo:  # what failed before is tried again
+            _beside(plan.runs, job.key, "failed.json").unlink(missing_ok=True)
         took, written = _write_table(plan), time.monotonic()
         for wait in (False, True):  # what others are at comes last
             busy = []
             for job, outcome in engine(todo, wait):
-                if outcome.status == "full":
-                    raise DiskFullError(outcome.reason)
                 if outcome.status == "busy":
                     busy.append(job)
                     continue
@@ -360,16 +350,13 @@ def sweep(
     return failed
 
 
-Options = Callable[[Job, bool], dict[str, Any]]
-
-
 @contextmanager
-def _on_workers(plan: Plan, number: int, options: Options) -> Iterator[Engine]:
+def _on_workers(number: int, attempt: Callable[..., Outcome]) -> Iterator[Engine]:
     """Give the jobs to processes of this machine."""
     with worker_pool(number) as pool:
 
         def engine(jobs: Sequence[Job], wait: bool) -> Iterator[tuple[Job, Outcome]]:
-            running = {pool.submit(perform, j, plan.runs, **options(j, wait)): j for j in jobs}
+            running = {pool.submit(attempt, job, wait=wait): job for job in jobs}
             try:
                 for future in as_completed(running):
                     yield running[future], future.result()
@@ -383,7 +370,7 @@ def _on_workers(plan: Plan, number: int, options: Options) -> Iterator[Engine]:
 
 
 @contextmanager
-def _on_ray(plan: Plan, cluster: str, options: Options) -> Iterator[Engine]:
+def _on_ray(plan: Plan, cluster: str, attempt: partial[Outcome]) -> Iterator[Engine]:
     """Give the jobs to Ray, which queues, places and restarts them; a restarted run resumes."""
     try:
         import ray
@@ -403,7 +390,7 @@ def _on_ray(plan: Plan, cluster: str, options: Options) -> Iterator[Engine]:
 
     def engine(jobs: Sequence[Job], wait: bool) -> Iterator[tuple[Job, Outcome]]:
         task = ray.remote(num_gpus=gpus, max_retries=3)(perform)
-        waiting = {task.remote(job, plan.runs, **options(job, wait)): job for job in jobs}
+        waiting = {task.remote(job, wait=wait, **attempt.keywords): job for job in jobs}
         while waiting:
             (ready,), _ = ray.wait(list(waiting), num_returns=1)
             job = waiting.pop(ready)
@@ -484,7 +471,7 @@ def _write_table(plan: Plan) -> float:
 def _part(plan: Plan, job: Job) -> pa.Table | None:
     scores, failure = job.scores(plan.runs), _failure(plan.runs, job.key)
     if not scores.is_file():
-        row = job.label | {"error": failure["reason"]} if failure else None
+        row = job.label | {"error": failure} if failure else None
         return pa.Table.from_pylist([row], schema=_TABLE) if row else None
     try:
         columns = pq.read_table(scores).cast(_SCORES).columns
@@ -555,7 +542,7 @@ def _status(runs: Path, key: str, rows: str) -> tuple[Status, str]:
         minutes = max(0.0, time.time() - float(since)) / 60
         return "running", f"process {process} on {host}, for {minutes:.0f} min"
     failure = _failure(runs, key)
-    return ("failed", failure["reason"]) if failure else ("waiting", "")
+    return ("failed", failure) if failure else ("waiting", "")
 
 
 def summary(states: Sequence[State]) -> str:
