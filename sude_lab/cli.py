@@ -169,14 +169,16 @@ class Sweep:
     """Folder of the runs, which several sweeps may share; none: OUT/runs."""
     dry_run: bool = False
     """Write nothing; say how many runs, pictures, hours and gigabytes are left."""
+    measure: bool = False
+    """With --dry-run: tune a few steps of each kind of run whose times are unknown."""
     status: bool = False
     """Say how far the sweep in OUT is, while it runs or not; needs no grid."""
+    workers: int = 1
+    """Processes of one thread each on this machine; they end with this one."""
     cluster: str | None = None
     """For Ray: local, auto, or ray://HOST:PORT; none: one run after another in this process."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
-    lockstep: int = 1
-    """Runs of one subject that are tuned together where they differ in their use of SuDe alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,7 +368,8 @@ def _sweep(args: Sweep) -> int:
         from sude_lab.sweep.grid import make_plan, read_grid
         from sude_lab.sweep.plan import describe
 
-        print(describe(make_plan(read_grid(args.grid), args.out, args.runs)))
+        plan = make_plan(read_grid(args.grid), args.out, args.runs)
+        print(describe(plan, measure=args.measure))
         return 0
     from sude_lab.sweep.sweep import RESULTS, sweep
 
@@ -374,9 +377,9 @@ def _sweep(args: Sweep) -> int:
         args.grid,
         args.out,
         runs=args.runs,
+        workers=args.workers,
         cluster=args.cluster,
         checkpoint_every=args.checkpoint_every,
-        lockstep=args.lockstep,
     )
     print(f"The table is {args.out / RESULTS}.")
     if failed:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, one_line
 
 MOST_BYTES = 1 << 18
 """The longest text that is read: what people write by hand is a hundred times shorter."""
-MOST_VALUES = 100_000
-"""The most values of a YAML file, aliases written out: a few lines of them can mean billions."""
 
 # --- files ---------------------------------------------------------------------------------------
 
@@ -76,68 +73,19 @@ def read_json(path: Path) -> Any:
 def read_yaml(text: str, what: str) -> Any:
     """Return the content of a YAML text: texts, numbers, lists and mappings, never objects.
 
+    A key said twice, and aliases that stand for a hundred times what is written, are refused.
+
     Raises:
-        UserError: it is no such YAML, or says more than `MOST_VALUES` values.
+        UserError: it is no such YAML.
     """
-    import yaml
+    from omegaconf import OmegaConf
 
     try:
-        loader = yaml.SafeLoader(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return None
-            twice = _said_twice(node, set())
-            if twice is not None:
-                raise UserError(
-                    f"{what} says {twice.value!r} twice, again in line "
-                    f"{twice.start_mark.line + 1}: leave one of them out."
-                )
-            # Before anything is made of it: an alias costs a letter and may stand for a million.
-            if _size(node, {}) > MOST_VALUES:
-                raise UserError(
-                    f"{what} says more than {MOST_VALUES:,} values, aliases written out: make it "
-                    "shorter."
-                )
-            return loader.construct_document(node)
-        finally:
-            loader.dispose()
-    except UserError:
-        raise
-    except RecursionError:
-        raise UserError(f"{what} is nested too deeply: write it flatter.") from None
-    except Exception as error:  # dates that are none, numbers too long: errors of any class
-        raise UserError(f"{what} is not readable YAML ({error}): correct it.") from error
-
-
-def _said_twice(node: Any, seen: set[int]) -> Any:
-    """Return a key that stands in one mapping twice, of which YAML would take the last; or None."""
-    import yaml
-
-    if isinstance(node, yaml.ScalarNode) or id(node) in seen:
-        return None
-    seen.add(id(node))
-    parts = node.value
-    if isinstance(node, yaml.MappingNode):
-        keys: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if (key.tag, key.value) in keys:
-                    return key
-                keys.add((key.tag, key.value))
-        parts = chain.from_iterable(node.value)
-    return next((k for part in parts if (k := _said_twice(part, seen)) is not None), None)
-
-
-def _size(node: Any, known: dict[int, int]) -> int:
-    """Return how many values a node means, each alias counted with all that it stands for."""
-    import yaml
-
-    if isinstance(node, yaml.ScalarNode):
-        return 1
-    if id(node) not in known:
-        known[id(node)] = MOST_VALUES + 1  # what it counts as inside itself: such a list has no end
-        pairs = isinstance(node, yaml.MappingNode)
-        parts = chain.from_iterable(node.value) if pairs else node.value
-        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
-    return known[id(node)]
+        return OmegaConf.to_container(OmegaConf.create(text))
+    except Exception as error:  # numbers too long, nested too deeply: errors of any class
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        reason = str(getattr(error, "problem", None) or error).split(". ")[0]
+        raise UserError(
+            f"{what} is not readable YAML ({line}{one_line(reason, 200)}): correct it."
+        ) from error

@@ -38,7 +38,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
@@ -622,6 +621,8 @@ def _draw_grid(
             raise
         advice = "use a smaller --num-samples" if "memory" in told else "see whether it is there"
         raise UserError(f"{told} while {file.name} was drawn: {advice}.") from error
+    from diffusers.utils import make_image_grid  # here: it takes longer to import than torch
+
     grid = make_image_grid(images, len(prompts), number)
     with atomic_write(file) as path:
         grid.save(path)

@@ -21,7 +21,7 @@ batches to rounding.
 
 Banks lie in the cache (`class_images.cache_folder`), named by a hash of all that they follow from:
 weights, schedule, picture, prompts, seed, number, precision. Runs that differ in anything else
-(method, w_s, learning rates) share one, and so do members of a lockstep.
+(method, w_s, learning rates) share one.
 """
 
 from __future__ import annotations

@@ -3,63 +3,205 @@
     grid = read_grid("data/grids/w_s.yaml")
     plan = make_plan(grid, "results/w_s")  # plan.jobs, each with the name of its folder
 
-README.md, "Grids of runs", says what may stand in a grid file.
+`GridFile` is what may stand in a grid file; README.md, "Grids of runs", says it in words.
 """
+
+# ruff: noqa: RUF009 (`_entry` makes a field, as `dataclasses.field` does)
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
-import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
+from collections import ChainMap
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import cache
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
 from sude_lab.config import EMBEDDED, RENAMED, CompleteConfig, TuningConfig, fields_of
-from sude_lab.errors import UserError, kinds_of, taken
+from sude_lab.errors import UserError
 from sude_lab.evaluate.dreambench import load_dreambench
 from sude_lab.evaluate.evaluate import FOLDER, prompts_of, settings_and_variants, subject_name
-from sude_lab.io.opening import hub_id, read_facts, resolve_source
+from sude_lab.io.identity import backbone_identity, digest, hash_of
+from sude_lab.io.opening import read_facts
 from sude_lab.io.pictures import load_picture
 from sude_lab.io.reading import is_file, read_text, read_yaml
 from sude_lab.methods import configure
 from sude_lab.world import subjects as study
 from sude_lab.world.drawing import Scene
 
-VARIANT = ("w_s", "truncation", "prior", "weighting")
-ASKED = (
-    *("references", "structure", "num_seeds", "seed", "metrics", "encoders"),
-    *("num_inference_steps", "guidance_scale", "negative_prompt"),
-)
-ASSUMED = (
-    *("seconds_per_step", "seconds_per_picture", "megabytes_per_run", "megabytes_per_picture"),
-    *("sude_factor", "price_per_gpu_hour", "source"),
-)
-_TEXTS = ("references", "structure", "negative_prompt", "source")
-_WHOLE = {"num_seeds": 1, "seed": 0, "num_inference_steps": 1}
-"""What the keys of `evaluate` and `assume` hold, and the least of it; the others are numbers."""
 MOST_RUNS = 100_000
-KEYS = (
-    *("subjects", "methods", *VARIANT, "seeds", "backbone", "settings", "also"),
-    *("prompts", "pictures", "evaluate", "num_gpus", "assume"),
-)
-_OWN_KEY = {
-    **{"image": "subjects", "category": "subjects", "method": "methods", "seed": "seeds"},
-    **{"backbone": "backbone", "weight_sude": "w_s", "prior": "prior", "weighting": "weighting"},
-    **{"truncate": "truncation", "truncate_at": "truncation"},
-}
-"""Fields of `TuningConfig` that the grid's own keys say."""
-_BANK = ("prior_bank", "prior_bank_dtype")
+T = TypeVar("T")
+
+# --- what may stand in a grid file ---------------------------------------------------------------
+
+
+def _entry(default: Any = None, *, least: float | None = None, says: Sequence[str] = ()) -> Any:
+    """Return a key of a grid file: what it is when it is left out.
+
+    Args:
+        default: Its value then; a list is an axis of the grid, and one value alone stands for it.
+        least: The least that its number, or numbers, may be.
+        says: The fields of `TuningConfig` that it stands for.
+    """
+    about = {"least": least, "says": says}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=about)
+    return field(default=default, metadata=about)
+
+
+class _Checked:
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            value, least = getattr(self, f.name), f.metadata.get("least")
+            if isinstance(value, str) and "\0" in value:
+                raise UserError(f"{f.name} cannot be {value!r}: it takes a text.")
+            if least is None or value is None:
+                continue
+            for number in value.values() if isinstance(value, dict) else [value]:
+                plain = isinstance(number, int | float) and not isinstance(number, bool)
+                if not plain or not least <= number <= 2**32:
+                    raise UserError(
+                        f"{f.name} cannot be {number!r}: it takes a number, at least {least}."
+                    )
+
+
+@dataclass
+class Uses(_Checked):
+    """Uses of SuDe: the product of these lists; a mapping of `also` gives more of them."""
+
+    w_s: list[Any] = _entry(["x1"], says=("weight_sude",))
+    truncation: list[Any] = _entry([True], says=("truncate", "truncate_at"))
+    prior: list[str | None] = _entry([None], says=("prior",))
+    weighting: list[str | None] = _entry([None], says=("weighting",))
+
+
+@dataclass
+class Asked(_Checked):
+    """Arguments of `evaluate`; what is not said keeps its default there."""
+
+    references: str | None = None
+    structure: str | None = None
+    num_seeds: int | None = _entry(least=1)
+    seed: int | None = _entry(least=0)
+    metrics: list[str] = _entry([])
+    encoders: list[str] = _entry([])
+    num_inference_steps: int | None = _entry(least=1)
+    guidance_scale: float | None = _entry(least=-(2**32))
+    negative_prompt: str | None = None
+
+
+@dataclass
+class Costs(_Checked):
+    """What a run takes: a number, or one for each method; None where nobody knows."""
+
+    seconds_per_step: Any = _entry(least=0)
+    seconds_per_picture: Any = _entry(least=0)
+    """To draw and to judge it."""
+    megabytes_per_run: Any = _entry(least=0)
+    """Without its pictures."""
+    megabytes_per_picture: Any = _entry(least=0)
+
+
+@dataclass
+class Assumed(Costs):
+    """Times and sizes for the dry run, for runs that nobody has measured."""
+
+    sude_factor: float = _entry(1.5, least=0)
+    price_per_gpu_hour: float = _entry(0.0, least=0)
+    source: str = ""
+
+
+@dataclass
+class GridFile(Uses):
+    """All keys of a grid file."""
+
+    subjects: list[Any] = _entry([], says=("image", "category"))
+    methods: list[str] = _entry(["dreambooth"], says=("method",))
+    seeds: list[int] = _entry([0], says=("seed",))
+    backbone: list[str] = _entry([EMBEDDED], says=("backbone",))
+    settings: list[Any] = _entry([{}])
+    also: list[Uses] = _entry([])
+    prompts: list[str] = _entry(["attributes"])
+    pictures: int = _entry(4, least=1)
+    evaluate: Asked = field(default_factory=Asked)
+    num_gpus: float | None = _entry(least=0)
+    """What a run takes of a cluster's GPUs; None: one where this machine has a card."""
+    assume: Assumed = field(default_factory=Assumed)
+
+
+@dataclass
+class _Listed(_Checked):
+    """A mapping of `subjects`: a picture, or subjects of DreamBench."""
+
+    picture: str = ""
+    category: str = ""
+    references: str | None = None
+    dreambench: str = ""
+    names: list[str] = _entry([])
+
+
+_SAID = {name: f.name for f in fields(GridFile) for name in f.metadata.get("says", ())}
+"""Field of `TuningConfig` -> the key of the grid that says it; `settings` may say all others."""
+
+
+@cache
+def _settings_kind() -> type[Any]:
+    """Return a dataclass of lists, one for each field that `settings` may say."""
+    hints = get_type_hints(TuningConfig)
+    axes = [(n, list.__class_getitem__(hint)) for n, hint in hints.items() if n not in _SAID]
+    return make_dataclass("settings", [(*axis, _entry([])) for axis in axes], bases=(_Checked,))
+
+
+def _filled(kind: type[T], given: Any, where: str = "") -> T:
+    """Return what a file says as a dataclass: typed, all keys known, the others at their default.
+
+    Raises:
+        UserError: a key is unknown, or a value of another kind.
+    """
+    from omegaconf import OmegaConf
+
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(kind), _with_lists(kind, given, where))
+        content: Any = OmegaConf.to_object(merged)
+    except UserError:
+        raise
+    except Exception as error:  # OmegaConf's, and those of numbers that are too long
+        place = ".".join(filter(None, (where, str(getattr(error, "full_key", None) or ""))))
+        raise UserError(f"{place or 'the grid'}: {str(error).splitlines()[0]}.") from error
+    return content
+
+
+def _with_lists(kind: type[Any], given: Any, where: str) -> dict[str, Any]:
+    """Return a mapping in which what stands alone for a list is one."""
+    if not isinstance(given, dict):
+        keys = ", ".join(f.name for f in fields(kind))
+        raise UserError(f"{where or 'the grid'} must be a mapping, with keys among {keys}.")
+    hints, whole = get_type_hints(kind), {}
+    for name, value in given.items():
+        hint = hints.get(name)
+        (inner,) = get_args(hint) if get_origin(hint) is list else (None,)
+        if get_origin(inner) is tuple and isinstance(value, list):
+            value = tuple(value)
+        if inner is not None and not isinstance(value, list):
+            value = [value]
+        if value == []:
+            raise UserError(f"{name}: the list is empty, so there is nothing to run.")
+        if is_dataclass(hint):
+            value = _with_lists(hint, value, name)  # type: ignore[arg-type]
+        elif is_dataclass(inner):
+            value = [_with_lists(inner, part, name) for part in value]  # type: ignore[arg-type]
+        whole[name] = value
+    return whole
+
+
+# --- a grid, read --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -78,19 +220,11 @@ class GridSubject:
 class Grid:
     """A grid file, read: the runs are the product of all its lists."""
 
+    file: GridFile
     subjects: tuple[GridSubject, ...]
-    methods: tuple[str, ...]
     variants: tuple[dict[str, Any], ...]
     """The uses of SuDe: fields of `TuningConfig`, and `factor` for a w_s of the kind x2."""
     settings: tuple[dict[str, Any], ...]
-    seeds: tuple[int, ...]
-    backbones: tuple[str, ...]
-    asked: dict[str, Any]
-    """Arguments of `evaluate`."""
-    num_gpus: float
-    """What a run takes of a cluster's GPUs."""
-    assume: dict[str, Any]
-    """Times and sizes for the dry run, for runs that nobody has measured."""
 
 
 def read_grid(path: Path | str) -> Grid:
@@ -102,87 +236,26 @@ def read_grid(path: Path | str) -> Grid:
     what = f"The grid {path}"
     given = read_yaml(read_text(path, what, "a YAML file"), what)
     try:
-        return _grid(_mapping(given, KEYS, "the grid"))
+        if "${" in repr(given):  # OmegaConf would put the environment's variables in
+            raise UserError("a grid has no ${...}: write the value out.")
+        return _grid(_filled(GridFile, given))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _grid(given: dict[str, Any]) -> Grid:
-    if "subjects" not in given:
+def _grid(file: GridFile) -> Grid:
+    if not file.subjects:
         raise UserError("the grid names no `subjects`: write for example - held-out 0 1 2.")
-    subjects = tuple(itertools.chain(*map(_subjects, _list(given, "subjects"))))
+    subjects = tuple(itertools.chain(*map(_subjects, file.subjects)))
     names = [s.name for s in subjects]
     if twice := [n for n in names if names.count(n) > 1]:
         raise UserError(f"two subjects are named {twice[0]}: name one, or rename its picture.")
-    variants = [given, *(_mapping(x, VARIANT, "also") for x in _list(given, "also", []))]
-    asked = dict(_mapping(given.get("evaluate", {}), ASKED, "evaluate"))
-    for name in {"metrics", "encoders"} & asked.keys():
-        asked[name] = tuple(map(str, _list(asked, name)))
-    assume = _mapping(given.get("assume", {}), ASSUMED, "assume")
-    _check_values(asked)
-    _check_values(assume)
-    prompts = map(Path, map(str, _list(given, "prompts", ["attributes"])))
-    asked["prompts"] = tuple(str(p.absolute() if is_file(p) else p) for p in prompts)
-    asked["num_images"] = _number(given, "pictures", 4, whole=True)
-    gpus = float(torch.cuda.is_available())
-    return Grid(
-        subjects,
-        tuple(map(str, _list(given, "methods", ["dreambooth"]))),
-        tuple(itertools.chain(*map(_variants, variants))),
-        tuple(_settings(given.get("settings", {}))),
-        tuple(_typed("seed", x) for x in _list(given, "seeds", [0])),
-        tuple(_typed("backbone", x) for x in _list(given, "backbone", [EMBEDDED])),
-        asked,
-        _number(given, "num_gpus", gpus),
-        assume,
-    )
-
-
-def _check_values(given: Mapping[str, Any]) -> None:
-    for name, value in given.items():
-        if name in _TEXTS:
-            if not isinstance(value, str) or "\0" in value:
-                raise UserError(f"{name} cannot be {value!r}: it takes a text.")
-        elif name == "guidance_scale":
-            if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-                raise UserError(f"{name} cannot be {value!r}: it takes a number.")
-        elif name in ASKED and name not in _WHOLE:
-            continue
-        else:  # a time may be given for each method
-            several = isinstance(value, dict) and name in ASSUMED
-            for part in value if several else [name]:
-                whole = name in _WHOLE
-                _number(value if several else given, part, 0, whole=whole, low=_WHOLE.get(name, 0))
-
-
-def _mapping(given: Any, known: Sequence[str], where: str) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise UserError(f"{where} must be a mapping, with keys among {', '.join(known)}.")
-    for key in given:
-        if key not in known:
-            nearest = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"use {', '.join(known)}."
-            raise UserError(f"{where} has the unknown key {key!r}: {hint}")
-    return given
-
-
-def _list(given: Mapping[str, Any], key: str, default: list[Any] | None = None) -> list[Any]:
-    values = given.get(key, default)
-    values = values if isinstance(values, list) else [values]
-    if not values and default != []:
-        raise UserError(f"{key}: the list is empty, so there is nothing to run.")
-    return values
-
-
-def _number(
-    given: Mapping[str, Any], key: str, default: float, whole: bool = False, low: int | None = None
-) -> Any:
-    value = given.get(key, default)
-    kinds: Any = int if whole else int | float
-    low = int(whole) if low is None else low
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= 2**32:
-        raise UserError(f"{key} cannot be {value!r}: it takes a number, at least {low}.")
-    return value
+    file.prompts = [str(Path(p).absolute()) if is_file(p) else p for p in file.prompts]
+    if file.num_gpus is None:
+        file.num_gpus = float(torch.cuda.is_available())
+    variants = itertools.chain(*map(_variants, [file, *file.also]))
+    settings = itertools.chain(*map(_settings, file.settings))
+    return Grid(file, subjects, tuple(variants), tuple(settings))
 
 
 def _product(axes: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
@@ -196,49 +269,53 @@ def _product(axes: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
 def _subjects(entry: Any) -> Iterator[GridSubject]:
     """Read one entry of `subjects`; it may stand for several."""
     if isinstance(entry, str):
-        group, *numbers = entry.split() or [""]
-        known = group in ("development", "held-out", "demo")
-        if not known or not numbers or not all(re.fullmatch("[0-9]{1,9}", n) for n in numbers):
+        drawn = re.fullmatch(r"\s*(development|held-out|demo)((?:\s+[0-9]{1,9})+)\s*", entry)
+        if not drawn:
             raise UserError(
                 f"subjects: {entry!r} is no drawn subject: write held-out (or development, demo) "
                 "and numbers, or a mapping with picture and category, or with dreambench."
             )
-        for who in (study.subject(group, int(n)) for n in numbers):
-            png = io.BytesIO()
+        for number in drawn[2].split():
+            who, png = study.subject(drawn[1], int(number)), io.BytesIO()
             who.picture.save(png, format="png")
             yield GridSubject(who.name, who.scene.category, None, png.getvalue(), who.scene)
-    elif isinstance(entry, dict) and "dreambench" in entry:
-        _mapping(entry, ("dreambench", "names"), "subjects")
-        bench = load_dreambench(Path(str(entry["dreambench"])).absolute())
-        names = map(str, _list(entry, "names", list(bench.subjects)))
-        for one in (bench.subject(n) for n in names):
+        return
+    listed = _filled(_Listed, entry, "subjects")
+    if listed.dreambench:
+        bench = load_dreambench(Path(listed.dreambench).absolute())
+        for one in (bench.subject(n) for n in listed.names or bench.subjects):
             yield GridSubject(one.name, one.category, one.picture, references=bench.folder)
+    elif not listed.picture or not listed.category:
+        raise UserError(f"subjects: {entry!r} needs a picture and a category.")
     else:
-        entry = _mapping(entry, ("picture", "category", "references"), "subjects")
-        if not {"picture", "category"} <= entry.keys():
-            raise UserError(f"subjects: {entry!r} needs a picture and a category.")
-        image, category = Path(str(entry["picture"])).absolute(), str(entry["category"])
+        image = Path(listed.picture).absolute()
         load_picture(image, resolution=64)  # says what is wrong with it
-        references = Path(str(entry["references"])).absolute() if "references" in entry else None
-        name = subject_name(TuningConfig(image, category))
-        yield GridSubject(name, " ".join(category.split()), image, references=references)
+        references = Path(listed.references).absolute() if listed.references else None
+        name = subject_name(TuningConfig(image, listed.category))
+        category = " ".join(listed.category.split())
+        yield GridSubject(name, category, image, references=references)
 
 
-def _variants(block: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _variants(uses: Uses) -> Iterator[dict[str, Any]]:
     """Return the product of w_s, truncation, prior and weighting of a grid, or of one of `also`."""
     axes = [
-        [_weight(x) for x in _list(block, "w_s", ["x1"])],
-        [_truncation(x) for x in _list(block, "truncation", [True])],
-        *([{k: _typed(k, x)} for x in _list(block, k, [None])] for k in ("prior", "weighting")),
+        [_weight(x) for x in uses.w_s],
+        [_truncation(x) for x in uses.truncation],
+        [{"prior": x} for x in uses.prior],
+        [{"weighting": x} for x in uses.weighting],
     ]
-    for parts in _product(axes):
-        yield {k: v for part in parts for k, v in part.items()}
+    return (dict(ChainMap(*parts)) for parts in _product(axes))
 
 
 def _weight(value: Any) -> dict[str, Any]:
-    if isinstance(value, str) and value.startswith("x"):
-        return {"factor": _typed("weight_sude", value[1:])}
-    return {"weight_sude": _typed("weight_sude", value)}
+    times = isinstance(value, str) and value.startswith("x")
+    try:
+        number = float(value[1:] if times else value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise UserError(f"w_s cannot be {value!r}: write a number, or x2 for twice the usual one.")
+    return {"factor" if times else "weight_sude": number}
 
 
 def _truncation(value: Any) -> dict[str, Any]:
@@ -250,49 +327,53 @@ def _truncation(value: Any) -> dict[str, Any]:
 
 
 def _settings(given: Any) -> Iterator[dict[str, Any]]:
-    """Return the product of `settings`: a list is an axis."""
-    for name in _mapping(given, [f.name for f in fields(TuningConfig)], "settings"):
-        if name in _OWN_KEY:
-            raise UserError(f"settings: {name} is what the grid's key {_OWN_KEY[name]} says.")
-    several = {k: [v] if k == "more_subjects" else v for k, v in given.items()}
-    axes = [[(k, _typed(k, x)) for x in _list(several, k)] for k in several]
-    return (dict(parts) for parts in _product(axes))
-
-
-def _typed(name: str, value: Any) -> Any:
-    """Return a value as its field of `TuningConfig` holds it, or say what that takes."""
-    kinds = kinds_of(get_type_hints(TuningConfig)[name])
-    for kind in kinds:
-        if get_origin(kind) is Literal:
-            if value in get_args(kind):
-                return value
-        elif get_origin(kind) is tuple and isinstance(value, list):
-            return tuple(map(str, value))
-        elif kind is float and not isinstance(value, bool | None):
-            try:
-                return float(value)  # YAML reads 1e-4 as text
-            except (TypeError, ValueError, OverflowError):
-                continue
-        elif kind is Path and isinstance(value, str):
-            return Path(value).absolute()
-        elif kind in (int, str, bool, NoneType) and type(value) is kind:
-            return value
-    raise UserError(f"{name} cannot be {value!r}: it takes {taken(kinds)}.")
+    """Return the product of one mapping of `settings`: a list is an axis."""
+    for name in given if isinstance(given, dict) else ():
+        if name in _SAID:
+            raise UserError(f"settings: {name} is what the grid's key {_SAID[name]} says.")
+    axes = _filled(_settings_kind(), given, "settings")
+    pairs = [
+        [(name, x.absolute() if isinstance(x, Path) else x) for x in getattr(axes, name)]
+        for name in given
+    ]
+    return (dict(parts) for parts in _product(pairs))
 
 
 # --- the runs of a grid --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
+class Label:
+    """What the table of results says of a run beside its scores: its first columns."""
+
+    run: str
+    subject: str
+    category: str
+    method: str
+    backbone: str
+    settings: str
+    variant: str
+    tuning_seed: int
+    w_s: float
+    w_s_factor: float  # of the method's own
+    truncate: bool
+    truncate_at: float
+    prior: str
+    weighting: str
+    steps: int
+
+
+@dataclass(frozen=True)
 class Job:
-    """One run of a grid, and what is asked of it."""
+    """One run of a grid, and how it is judged."""
 
     key: str
     config: CompleteConfig
     label: dict[str, Any]
-    """What the table says of it beside the scores."""
+    """The fields of `Label`."""
     scene: Scene | None
     asked: dict[str, Any]
+    """Arguments of `evaluate`."""
     rows: str
     """Name of the file of its scores: a hash of all that is asked."""
     pictures: int
@@ -330,12 +411,15 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
     Raises:
         UserError: the settings, or the prompts for a subject, mean nothing.
     """
-    out = Path(os.path.abspath(out))
+    out, file = Path(os.path.abspath(out)), grid.file
+    judged = {k: v for k, v in asdict(file.evaluate).items() if v not in (None, [])}
+    judged |= {"prompts": file.prompts, "num_images": file.pictures}
+    contents = [digest(Path(p)) if is_file(p) else p for p in file.prompts]
+    digests = {s.name: digest(s.image or s.png) for s in grid.subjects}
     jobs: dict[str, Job] = {}
     counts: dict[Any, int] = {}
-    digests = {s.name: _digest(s.image or s.png) for s in grid.subjects}
     total = 0
-    axes = (grid.backbones, grid.seeds, grid.subjects, grid.methods, grid.settings, grid.variants)
+    axes = (file.backbone, file.seeds, grid.subjects, file.methods, grid.settings, grid.variants)
     for backbone, seed, who, method, settings, variant in _product(axes):
         total += 1
         config, usual = _config(
@@ -347,40 +431,34 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
         key = _key(config, digests[who.name])
         if key in jobs:
             continue
-        references = str(who.references) if who.references else grid.asked.get("references")
-        asked = grid.asked | ({"references": references} if references else {})
         # Runs of one seed are drawn from the same noise, those of another from fresh.
-        asked |= {"seed": grid.asked.get("seed", 0) + seed}
+        asks = judged | {"seed": judged.get("seed", 0) + seed}
+        if who.references:
+            asks["references"] = str(who.references)
+        references = Path(asks["references"]) if "references" in asks else None
         kind = (who.name, method, backbone, config.prompt, config.more_subjects)
         if kind not in counts:
-            counts[kind] = len(
-                prompts_of(
-                    config,
-                    asked["prompts"],
-                    structure=asked.get("structure", "default"),
-                    references=Path(references) if references else None,
-                    scene=who.scene,
-                )
-            )
-        prompts = [_digest(Path(p)) if is_file(p) else p for p in asked["prompts"]]
-        label = {"run": key, "subject": who.name, "category": config.category, "method": method}
-        label |= {"backbone": backbone, "tuning_seed": seed, "w_s": config.weight_sude}
-        label |= {"w_s_factor": config.weight_sude / usual if usual else None}
-        label |= {k: getattr(config, k) for k in ("truncate", "truncate_at", "prior", "weighting")}
-        jobs[key] = Job(
-            key,
-            config,
-            label | {"steps": config.max_train_steps},
-            who.scene,
-            asked,
-            f"rows-{_hash([asked | {'prompts': prompts}, repr(who.scene)])[:10]}.parquet",
-            counts[kind] * asked["num_images"] * asked.get("num_seeds", 1),
-        )
+            structure = asks.get("structure", "default")
+            about = {"structure": structure, "references": references, "scene": who.scene}
+            counts[kind] = len(prompts_of(config, file.prompts, **about))
+        rows = hash_of([asks | {"prompts": contents}, repr(who.scene)])[:10]
+        pictures = counts[kind] * file.pictures * asks.get("num_seeds", 1)
+        label = _label(key, who.name, config, usual)
+        jobs[key] = Job(key, config, label, who.scene, asks, f"rows-{rows}.parquet", pictures)
     names = settings_and_variants([job.config for job in jobs.values()])
     for job, (general, sude) in zip(jobs.values(), names, strict=True):
         job.label.update(settings=general, variant=sude)
     where = Path(os.path.abspath(runs)) if runs is not None else out / "runs"
     return Plan(grid, out, where, tuple(jobs.values()), total - len(jobs))
+
+
+def _label(key: str, subject: str, config: CompleteConfig, usual: float) -> dict[str, Any]:
+    shared = {f.name for f in fields(Label)} & {f.name for f in fields(config)}
+    return {name: getattr(config, name) for name in shared} | {
+        **{"run": key, "subject": subject, "tuning_seed": config.seed},
+        **{"w_s": config.weight_sude, "steps": config.max_train_steps},
+        "w_s_factor": config.weight_sude / usual if usual else None,
+    }
 
 
 def _config(given: dict[str, Any], factor: float) -> tuple[CompleteConfig, float]:
@@ -391,21 +469,17 @@ def _config(given: dict[str, Any], factor: float) -> tuple[CompleteConfig, float
     if given.get("weight_sude") is None:
         given = given | {"weight_sude": usual.weight_sude * factor}
     config = configure(given, facts)
-    if not config.with_sude:
-        # The bank's pairs stay: without SuDe a run draws the samples that its like with SuDe draws.
-        apart = {*fields_of("sude"), *fields_of("prior")} - {"weight_sude"}
-        config = replace(config, **{name: getattr(usual, name) for name in apart})
-    elif not config.truncate:
-        config = replace(config, truncate_at=usual.truncate_at)
-    if not config.prior_loss_weight:
-        config = replace(config, class_images=usual.class_images)
-    if not config.prior_bank:
-        config = replace(config, **{name: getattr(usual, name) for name in _BANK})
-    return config, usual.weight_sude
+    # The bank's pairs stay: without SuDe a run draws the samples that its like with SuDe draws.
+    silent = {*fields_of("sude"), *fields_of("prior")} if not config.with_sude else set()
+    silent |= set() if config.truncate else {"truncate_at"}
+    silent |= set() if config.prior_loss_weight else {"class_images"}
+    silent |= set() if config.prior_bank else {"prior_bank_dtype"}
+    unsaid = {name: getattr(usual, name) for name in silent - {"weight_sude"}}
+    return replace(config, **unsaid), usual.weight_sude
 
 
 def kind_of(config: CompleteConfig) -> str:
-    """Name what a step's time hangs on: model, method, what is trained, SuDe, batch, resolution."""
+    """Name what a step's time depends on: model, method, what is trained, SuDe, batch, side."""
     size = config.train_batch_size * config.gradient_accumulation_steps
     sude = "SuDe" if config.with_sude else "plain"
     if sude == "SuDe" and config.prior_bank and config.prior_bank_dtype != "live":
@@ -413,17 +487,6 @@ def kind_of(config: CompleteConfig) -> str:
     train = f" {config.train}" if config.method == "dreambooth" else ""
     side = f", {config.resolution} px" if config.resolution else ""
     return f"{Path(config.backbone).name}, {config.method}{train}, {sude}, batch {size}{side}"
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _digest(content: Path | bytes) -> str:
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).hexdigest()
-    with content.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _key(config: CompleteConfig, picture: str) -> str:
@@ -438,9 +501,9 @@ def _key(config: CompleteConfig, picture: str) -> str:
         for f in fields(TuningConfig)
         if f.name not in where and getattr(config, f.name) != silent[f.name]
     }
-    others = [(s.category, s.token, _digest(s.image)) for s in config.subjects[1:]]
-    own = [_digest(p) for p in _class_files(config)]
-    return _hash([about, picture, others, own, backbone_identity(config.backbone)])[:16]
+    others = [(s.category, s.token, digest(s.image)) for s in config.subjects[1:]]
+    own = [digest(p) for p in _class_files(config)]
+    return hash_of([about, picture, others, own, backbone_identity(config.backbone)])[:16]
 
 
 def _class_files(config: TuningConfig) -> list[Path]:
@@ -449,46 +512,3 @@ def _class_files(config: TuningConfig) -> list[Path]:
         return []
     folders = {config.class_images, *(config.class_images / s.category for s in config.subjects)}
     return sorted(p for folder in folders for p in folder.glob("*") if p.is_file())
-
-
-def backbone_identity(source: str) -> str:
-    """Return a hash of a pipeline folder's files, or a hub id with the commit that it stands for.
-
-    Where neither the hub nor its cache knows the id, the id itself.
-    """
-    return _identity(resolve_source(source))
-
-
-@cache
-def _identity(source: str) -> str:
-    folder = Path(source)
-    if folder.is_dir():
-        kinds = (".json", ".txt", ".safetensors", ".model")
-        walked = os.walk(folder, followlinks=True)
-        files = sorted(Path(root, name) for root, _, names in walked for name in names)
-        files = [path for path in files if path.suffix in kinds]
-        return _hash([(p.relative_to(folder).as_posix(), _digest(p)) for p in files])
-    told = hub_id(source)
-    if told is None or _is_commit(told[1]):
-        return source
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    name, revision = told
-    try:
-        return f"{name}@{HfApi().model_info(name, revision=revision, timeout=10).sha}"
-    except Exception:  # no connection, no such model: errors of any class
-        try:
-            cached = try_to_load_from_cache(name, "model_index.json", revision=revision)
-        except ValueError:  # no id of a repository at all
-            cached = None
-    return f"{name}@{Path(cached).parent.name}" if isinstance(cached, str) else source
-
-
-def is_known(source: str) -> bool:
-    """Whether it is known what a backbone stands for: a folder, or a commit of a hub id."""
-    told = hub_id(source)
-    return backbone_identity(source) != source or (told is not None and _is_commit(told[1]))
-
-
-def _is_commit(revision: str | None) -> bool:
-    return bool(re.fullmatch("[0-9a-f]{40}", revision or ""))

@@ -29,12 +29,15 @@ import re
 import shutil
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -55,11 +58,12 @@ from sude_lab.io.files import (
     remove_partials,
     require_own,
 )
+from sude_lab.io.identity import is_known
 from sude_lab.io.opening import open_backbone, resolve_source
 from sude_lab.io.reading import read_json
+from sude_lab.io.workers import worker_pool
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, run_tuning
-from sude_lab.sweep.grid import Job, Plan, is_known, kind_of, make_plan, read_grid
-from sude_lab.sweep.lockstep import MAY_DIFFER, PRIOR, check_together, feed
+from sude_lab.sweep.grid import Job, Label, Plan, kind_of, make_plan, read_grid
 from sude_lab.tuning import Step
 
 PLAN, RESULTS, TIMING, STATE = "plan.json", "results.parquet", "timing.json", ".sweep"
@@ -70,9 +74,9 @@ _FULL = "No space is left on the disk: free some, and give the command again."
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt at a run ended; `busy`: another process is at it, `full`: the disk is."""
+    """How an attempt at a run ended; `busy`: another process is at it."""
 
-    status: Literal["finished", "failed", "busy", "full"]
+    status: Literal["finished", "failed", "busy"]
     reason: str = ""
 
 
@@ -81,50 +85,43 @@ def perform(
     runs: Path,
     *,
     wait: bool = True,
-    retry: float = 0.0,
     checkpoint_every: int = 100,
     on_step: Callable[[Step], None] | None = None,
 ) -> Outcome:
     """Tune, draw and judge one run from where it stands, under its lock; record a failure.
 
+    A failure that is recorded stands until its file is removed, as `sweep` does when it begins.
+
     Args:
         job: The run.
         runs: The folder of all runs.
         wait: Whether to wait where another process is at it.
-        retry: The time of the failure that is to be tried again; a newer one stands.
         checkpoint_every: Steps between checkpoints.
         on_step: Called after every step of tuning.
 
     Raises:
-        UserError: the run cannot be locked.
+        UserError: the run cannot be locked, or the disk is full.
     """
-    try:
-        with locked(_beside(runs, job.key, "lock"), wait=wait) as mine:
-            if not mine:
-                return Outcome("busy")
-            if job.scores(runs).is_file():
-                return Outcome("finished")
-            failure = _failure(runs, job.key)
-            if failure and failure["when"] != retry:
-                return Outcome("failed", failure["reason"])
-            for left in (runs / STATE).glob(f"{PARTIAL}*-{job.key}.failed.json"):
-                left.unlink()
-            try:
-                _tune_and_judge(job, runs, checkpoint_every, on_step)
-            except Exception as error:  # of any class: the other runs go on
-                if _is_full(error):
-                    raise
-                return _record(runs, job.key, error)
-            finally:
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-            _beside(runs, job.key, "failed.json").unlink(missing_ok=True)
+    with locked(_beside(runs, job.key, "lock"), wait=wait) as held:
+        if not held:
+            return Outcome("busy")
+        if job.scores(runs).is_file():
             return Outcome("finished")
-    except Exception as error:
-        if _is_full(error):
-            return Outcome("full", _FULL)
-        raise
+        if reason := _failure(runs, job.key):
+            return Outcome("failed", reason)
+        for left in (runs / STATE).glob(f"{PARTIAL}*-{job.key}.failed.json"):
+            left.unlink()
+        try:
+            _tune_and_judge(job, runs, checkpoint_every, on_step)
+        except Exception as error:  # of any class: the other runs go on
+            if _is_full(error):
+                raise DiskFullError(_FULL) from error
+            return _record(runs, job.key, error)
+        finally:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return Outcome("finished")
 
 
 def _tune_and_judge(
@@ -152,14 +149,14 @@ def _tune_and_judge(
             progress=False,
         )
     tuned = time.perf_counter()
-    found = evaluate(
+    evaluation = evaluate(
         [folder],
         **job.asked,
         scene=job.scene,
         device=config.device,
         progress=False,
         load=lambda run: run.load(backbone=fresh_backbone(config)),
-        opened_encoders=_encoders.setdefault((job.asked.get("encoders"), config.device), {}),
+        opened_encoders=_encoders.setdefault((*job.asked.get("encoders", ()), config.device), {}),
     )
     now = time.perf_counter()
     steps = len(stamps) - 2  # without the first one, which opens what is slow
@@ -171,87 +168,21 @@ def _tune_and_judge(
         "megabytes_per_picture": megabytes(folder.rglob("seed-*/*.png")) / job.pictures,
         "seconds": now - stamps[0],
     }
-    if steps <= 0 and (folder / TIMING).is_file():  # tuned for another sweep
+    if steps <= 0:  # tuned for another sweep
         about["seconds_per_step"] = timing(folder).get("seconds_per_step")
     with atomic_write(folder / TIMING) as path:
         path.write_text(json.dumps(about, indent=1), encoding="utf-8")
     means = Run.open(folder).metrics()[["open_gates", "rho"]].mean()
-    scores = found.scores.assign(**means).reindex(columns=_SCORES.names)
+    scores = evaluation.scores.assign(**means).reindex(columns=_SCORES.names)
     rows = pa.Table.from_pandas(scores, schema=_SCORES, preserve_index=False)
     with atomic_write(job.scores(runs)) as path:  # last: it says that the run is finished
         pq.write_table(rows.replace_schema_metadata(), path)
 
 
-def lockstep_groups(jobs: Sequence[Job], most: int) -> list[list[Job]]:
-    """Return those of the runs that can be tuned together, `most` at once, in their order."""
-    alone = {name: getattr(jobs[0].config, name) for name in (*MAY_DIFFER, *PRIOR) if jobs}
-    alike: dict[Any, dict[Any, list[Job]]] = {}
-    order = {job.key: number for number, job in enumerate(jobs)}
-    for job in jobs:
-        priors = alike.setdefault(replace(job.config, **alone), {})
-        asked = tuple(getattr(job.config, name) for name in PRIOR)
-        priors.setdefault(asked if job.config.with_sude else None, []).append(job)
-    groups = []
-    for priors in alike.values():
-        plain = priors.pop(None, [])  # without SuDe the prior says nothing: they go with the first
-        for found in priors.values():
-            group, plain = sorted(plain + found, key=lambda job: order[job.key]), []
-            groups += [group[k : k + most] for k in range(0, len(group), most)]
-    return [group for group in groups if len(group) > 1 and _fits(group)]
-
-
-def _fits(group: list[Job]) -> bool:
-    try:
-        check_together([job.config for job in group])
-    except UserError:
-        return False
-    return True
-
-
-def tune_in_lockstep(
-    jobs: Sequence[Job],
-    runs: Path,
-    *,
-    checkpoint_every: int = 100,
-    on_step: Callable[[Step], None] | None = None,
-) -> None:
-    """Tune runs together, each into its folder, as far as that goes; `perform` does what is left.
-
-    Runs that were begun before, and those that another process is at, are left out. One that fails
-    is left as it is: alone it fails again, and is recorded.
-    """
-    with ExitStack() as locks:
-        mine = [
-            job
-            for job in jobs
-            if not (runs / job.key).exists()
-            and locks.enter_context(locked(_beside(runs, job.key, "lock"), wait=False))
-            and not (runs / job.key).exists()  # nor since
-        ]
-        if len(mine) < 2:
-            return
-        backbone = fresh_backbone(mine[0].config)
-        consumers = [
-            partial(
-                run_tuning,
-                job.config,
-                runs / job.key,
-                checkpoint_every=checkpoint_every,
-                num_samples=0,
-                report_to="none",
-                backbone=backbone,
-                on_step=on_step if job is mine[0] else None,
-                progress=False,
-            )
-            for job in mine
-        ]
-        feed(consumers, backbone)
-
-
 def _clear_halves(folder: Path, num_images: int) -> None:
     """Remove what a killed process left half done and a resume would trip over.
 
-    Pictures of one prompt are drawn in one batch, and the last bits hang on a batch's size: a
+    Pictures of one prompt are drawn in one batch, and the last bits depend on a batch's size: a
     prompt that lacks pictures is drawn anew as a whole.
     """
     remove_partials(folder)
@@ -283,8 +214,8 @@ def fresh_backbone(config: TuningConfig) -> Backbone:
 def timing(folder: Path) -> dict[str, Any]:
     """Return what a run took, as its folder tells; nothing where its file is damaged or missing."""
     try:
-        found = read_json(folder / TIMING)
-        return {k: v for k, v in found.items() if isinstance(v, str | int | float)}
+        about = read_json(folder / TIMING)
+        return {k: v for k, v in about.items() if isinstance(v, str | int | float)}
     except (OSError, ValueError, AttributeError):
         return {}
 
@@ -298,19 +229,18 @@ def _beside(runs: Path, key: str, what: str) -> Path:
     return runs / STATE / f"{key}.{what}"
 
 
-def _failure(runs: Path, key: str) -> dict[str, Any] | None:
+def _failure(runs: Path, key: str) -> str:
     try:
-        told = read_json(_beside(runs, key, "failed.json"))
-        return {"reason": str(told["reason"]), "when": float(told["when"])}
+        return str(read_json(_beside(runs, key, "failed.json"))["reason"])
     except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: it is tried again
-        return None
+        return ""
 
 
 def _record(runs: Path, key: str, error: BaseException) -> Outcome:
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     reason = " ".join(reason.replace(f"{runs}{os.sep}", "").split())[:1000]
     trace = "".join(traceback.format_exception(error))
-    about = {"reason": reason, "when": time.time(), "traceback": trace}
+    about = {"reason": reason, "traceback": trace}
     with atomic_write(_beside(runs, key, "failed.json")) as path:
         path.write_text(json.dumps(about, indent=1), encoding="utf-8")
     return Outcome("failed", reason)
@@ -336,9 +266,9 @@ def sweep(
     out: Path | str,
     *,
     runs: Path | str | None = None,
+    workers: int = 1,
     cluster: str | None = None,
     checkpoint_every: int = 100,
-    lockstep: int = 1,
     progress: bool = True,
 ) -> dict[str, str]:
     """Do what is missing of a grid and write its table; return the failed runs' reasons by key.
@@ -351,39 +281,35 @@ def sweep(
         grid: The grid file.
         out: Folder of the sweep.
         runs: Folder of the runs; None: OUT/runs.
-        cluster: None: one after another in this process; else for Ray: "local" (all of this
-            machine), "auto" (the cluster that this machine is part of) or ray://HOST:PORT.
+        workers: Processes of one thread each, which end with this one; 1: this process alone.
+        cluster: None: on this machine; else for Ray: "local" (all of this machine), "auto" (the
+            cluster that this machine is part of) or ray://HOST:PORT.
         checkpoint_every: Steps between checkpoints.
-        lockstep: How many runs that differ in their use of SuDe alone are tuned together, where
-            their method allows it (`sude_lab.sweep.lockstep`): the same numbers but for rounding.
         progress: Whether to show the bar.
 
     Raises:
         UserError: bad input (nothing is written then), a full disk, or no such cluster.
     """
-    if checkpoint_every < 1:
-        raise UserError("--checkpoint-every must be at least 1.")
-    if lockstep < 1 or (lockstep > 1 and cluster is not None):
-        raise UserError("--lockstep must be at least 1, and is not for --cluster.")
+    for flag, number in {"checkpoint-every": checkpoint_every, "workers": workers}.items():
+        if number < 1:
+            raise UserError(f"--{flag} must be at least 1.")
+    if workers > 1 and cluster is not None:
+        raise UserError("--workers are processes of this machine, and --cluster has its own.")
     plan = make_plan(read_grid(grid), out, runs)
     for folder in (plan.out, plan.runs):
         if folder.is_file():
             raise UserError(f"{folder} is a file: name a folder.")
     require_own(plan.out, PLAN, '{\n "runs": ', (RESULTS, "results.csv"))
-    unknown = [s for s in plan.grid.backbones if not is_known(s)]
-    if unknown:
+    if unknown := [source for source in plan.grid.file.backbone if not is_known(source)]:
         raise UserError(
             f"The backbone {unknown[0]} is neither on the hub nor in its cache: run with a "
             "connection, or name a pipeline folder."
         )
-    retry = {j.key: f["when"] for j in plan.jobs if (f := _failure(plan.runs, j.key))}
     todo = [job for job in plan.jobs if not job.scores(plan.runs).is_file()]
     failed: dict[str, str] = {}
-    done = len(plan.jobs) - len(todo)
-    total = len(plan.jobs)
-    bar = tqdm(total=total, initial=done, desc="sweep", unit="run", disable=not progress)
-
-    shown = time.monotonic()
+    total, shown = len(plan.jobs), time.monotonic()
+    about = {"total": total, "initial": total - len(todo), "disable": not progress}
+    bar = tqdm(desc="sweep", unit="run", **about)
 
     def on_step(step: Step) -> None:
         nonlocal shown
@@ -391,61 +317,69 @@ def sweep(
             shown = time.monotonic()
             bar.set_postfix_str(f"{len(failed)} failed, step {step.number}")
 
-    def options(job: Job, wait: bool) -> dict[str, Any]:
-        again = retry.get(job.key, 0.0)
-        return {"wait": wait, "retry": again, "checkpoint_every": checkpoint_every}
+    attempt = partial(perform, runs=plan.runs, checkpoint_every=checkpoint_every)
 
     def here(jobs: Sequence[Job], wait: bool) -> Iterator[tuple[Job, Outcome]]:
-        groups = [] if wait or lockstep == 1 else lockstep_groups(jobs, lockstep)
-        together = {group[0].key: group for group in groups}
         for job in jobs:
-            if job.key in together:
-                tune_in_lockstep(
-                    together[job.key],
-                    plan.runs,
-                    checkpoint_every=checkpoint_every,
-                    on_step=on_step,
-                )
-            yield job, perform(job, plan.runs, **options(job, wait), on_step=on_step)
+            yield job, attempt(job, wait=wait, on_step=on_step)
 
     how: AbstractContextManager[Engine] = nullcontext(here)
     if cluster is not None:
-        how = _on_ray(plan, cluster, options)
+        how = _on_ray(plan, cluster, attempt)
+    elif workers > 1:
+        how = _on_workers(workers, attempt)
     with bar, how as engine:
         _write_plan(plan)
-        table = _Table(plan)
-        table.write()
+        for job in todo:  # what failed before is tried again
+            _beside(plan.runs, job.key, "failed.json").unlink(missing_ok=True)
+        took, written = _write_table(plan), time.monotonic()
         for wait in (False, True):  # what others are at comes last
             busy = []
             for job, outcome in engine(todo, wait):
-                if outcome.status == "full":
-                    raise DiskFullError(outcome.reason)
                 if outcome.status == "busy":
                     busy.append(job)
                     continue
                 if outcome.status == "failed":
                     failed[job.key] = outcome.reason
                 bar.update()
-                table.write(sparingly=True)
+                if time.monotonic() - written > 20 * took:  # a twentieth of the time at most
+                    took, written = _write_table(plan), time.monotonic()
             todo = busy
-        table.write()
-        table.write_csv()
+        _write_table(plan)
+        _write_csv(plan)
     return failed
 
 
 @contextmanager
-def _on_ray(
-    plan: Plan, cluster: str, options: Callable[[Job, bool], dict[str, Any]]
-) -> Iterator[Engine]:
+def _on_workers(number: int, attempt: Callable[..., Outcome]) -> Iterator[Engine]:
+    """Give the jobs to processes of this machine."""
+    with worker_pool(number) as pool:
+
+        def engine(jobs: Sequence[Job], wait: bool) -> Iterator[tuple[Job, Outcome]]:
+            running = {pool.submit(attempt, job, wait=wait): job for job in jobs}
+            try:
+                for future in as_completed(running):
+                    yield running[future], future.result()
+            except BrokenProcessPool as error:
+                raise UserError(
+                    "A worker process was ended from outside, for its memory perhaps: give the "
+                    "command again, with fewer --workers."
+                ) from error
+
+        yield engine
+
+
+@contextmanager
+def _on_ray(plan: Plan, cluster: str, attempt: partial[Outcome]) -> Iterator[Engine]:
     """Give the jobs to Ray, which queues, places and restarts them; a restarted run resumes."""
     try:
         import ray
     except ImportError as error:
         raise UserError("--cluster needs Ray: pip install 'sude-lab[cluster]'.") from error
-    gpus = plan.grid.num_gpus
-    mine = not ray.is_initialized()
+    gpus = plan.grid.file.num_gpus or 0.0
+    ours = not ray.is_initialized()
     try:
-        if mine:
+        if ours:
             ray.init(address=cluster, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray's, the network's, the system's
         ray.shutdown()
@@ -456,7 +390,7 @@ def _on_ray(
 
     def engine(jobs: Sequence[Job], wait: bool) -> Iterator[tuple[Job, Outcome]]:
         task = ray.remote(num_gpus=gpus, max_retries=3)(perform)
-        waiting = {task.remote(job, plan.runs, **options(job, wait)): job for job in jobs}
+        waiting = {task.remote(job, wait=wait, **attempt.keywords): job for job in jobs}
         while waiting:
             (ready,), _ = ray.wait(list(waiting), num_returns=1)
             job = waiting.pop(ready)
@@ -477,7 +411,7 @@ def _on_ray(
             )
         yield engine
     finally:
-        if mine:
+        if ours:
             ray.shutdown()
 
 
@@ -506,77 +440,62 @@ def _write_plan(plan: Plan) -> None:
 
 # --- the table -----------------------------------------------------------------------------------
 
-_text, _whole, _real = pa.string(), pa.int64(), pa.float64()
-_LABELS = pa.schema(
-    [
-        *((n, _text) for n in ("run", "subject", "category", "method", "backbone", "settings")),
-        *(("variant", _text), ("tuning_seed", _whole), ("w_s", _real), ("w_s_factor", _real)),
-        *(("truncate", pa.bool_()), ("truncate_at", _real), ("prior", _text)),
-        *(("weighting", _text), ("steps", _whole)),
-    ]
-)
+_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+_LABELS = pa.schema([(name, _TYPES[hint]) for name, hint in get_type_hints(Label).items()])
 _SCORES = pa.schema(
     [
-        *(("open_gates", _real), ("rho", _real), ("number", _whole)),
-        *((n, _text) for n in ("kind", "prompt", "caption", "attribute", "background")),
-        *(("seed", _whole), ("picture", _whole), ("metric", _text), ("encoder", _text)),
-        ("value", _real),
+        *(("open_gates", _TYPES[float]), ("rho", _TYPES[float]), ("number", _TYPES[int])),
+        *((n, _TYPES[str]) for n in ("kind", "prompt", "caption", "attribute", "background")),
+        *(("seed", _TYPES[int]), ("picture", _TYPES[int]), ("metric", _TYPES[str])),
+        *(("encoder", _TYPES[str]), ("value", _TYPES[float])),
     ]
 )
-_TABLE = pa.schema([*_LABELS, *_SCORES, ("error", _text)])
+_TABLE = pa.schema([*_LABELS, *_SCORES, ("error", _TYPES[str])])
 
 
-class _Table:
-    """The file of all results; it is made anew of the runs' own, whoever finished them."""
+def _write_table(plan: Plan) -> float:
+    """Make the table anew of the runs' own scores, whoever finished them; return the seconds."""
+    started = time.monotonic()
+    # Read and written under one lock: of two processes none puts back what it saw before.
+    with (
+        _writing(plan),
+        atomic_write(plan.out / RESULTS) as path,
+        pq.ParquetWriter(path, _TABLE) as writer,
+    ):
+        parts = filter(None, (_part(plan, job) for job in plan.jobs))
+        while some := list(itertools.islice(parts, 64)):
+            writer.write_table(pa.concat_tables(some))
+    return time.monotonic() - started
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.written, self.took = 0.0, 0.0
 
-    def write(self, *, sparingly: bool = False) -> None:
-        """Write it; `sparingly`: only where this takes less than a twentieth of the time."""
-        started = time.monotonic()
-        if sparingly and started - self.written < 20 * self.took:
-            return
-        # Read and written under one lock: of two processes none puts back what it saw before.
-        with (
-            _writing(self.plan),
-            atomic_write(self.plan.out / RESULTS) as path,
-            pq.ParquetWriter(path, _TABLE) as writer,
-        ):
-            parts = filter(None, map(self._part, self.plan.jobs))
-            while some := list(itertools.islice(parts, 64)):
-                writer.write_table(pa.concat_tables(some))
-        self.written = time.monotonic()
-        self.took = self.written - started
+def _part(plan: Plan, job: Job) -> pa.Table | None:
+    scores, failure = job.scores(plan.runs), _failure(plan.runs, job.key)
+    if not scores.is_file():
+        row = job.label | {"error": failure} if failure else None
+        return pa.Table.from_pylist([row], schema=_TABLE) if row else None
+    try:
+        columns = pq.read_table(scores).cast(_SCORES).columns
+    except (OSError, pa.ArrowException) as damage:
+        reason = one_line(str(damage), 160)
+        raise UserError(
+            f"{scores} is damaged ({reason}): delete it, and give the command again."
+        ) from damage
+    about = [pa.array([job.label[f.name]] * len(columns[0]), f.type) for f in _LABELS]
+    error = pa.array([""] * len(columns[0]))
+    return pa.Table.from_arrays([*about, *columns, error], schema=_TABLE)
 
-    def _part(self, job: Job) -> pa.Table | None:
-        scores = job.scores(self.plan.runs)
-        if scores.is_file():
-            try:
-                rows = pq.read_table(scores).cast(_SCORES)
-            except (OSError, pa.ArrowException) as damage:
-                raise UserError(
-                    f"{scores} is damaged ({one_line(str(damage), 160)}): delete it, and give the "
-                    "command again."
-                ) from damage
-            label = [pa.array([job.label[f.name]] * len(rows), f.type) for f in _LABELS]
-            error = pa.array([""] * len(rows), _text)
-            return pa.Table.from_arrays([*label, *rows.columns, error], schema=_TABLE)
-        failure = _failure(self.plan.runs, job.key)
-        if failure is None:
-            return None
-        return pa.Table.from_pylist([job.label | {"error": failure["reason"]}], schema=_TABLE)
 
-    def write_csv(self, most: int = 1_000_000) -> None:
-        """Write results.csv, unless it would have more than `most` rows."""
-        with _writing(self.plan):
-            if pq.read_metadata(self.plan.out / RESULTS).num_rows <= most:
-                with atomic_write(self.plan.out / "results.csv") as path:
-                    pq.read_table(self.plan.out / RESULTS).to_pandas().to_csv(path, index=False)
+def _write_csv(plan: Plan, most: int = 1_000_000) -> None:
+    """Write results.csv, unless it would have more than `most` rows."""
+    with _writing(plan):
+        if pq.read_metadata(plan.out / RESULTS).num_rows <= most:
+            with atomic_write(plan.out / "results.csv") as path:
+                pq.read_table(plan.out / RESULTS).to_pandas().to_csv(path, index=False)
 
 
 # --- what is going on ----------------------------------------------------------------------------
+
+Status = Literal["finished", "running", "failed", "waiting"]
 
 
 @dataclass(frozen=True)
@@ -585,8 +504,8 @@ class State:
 
     name: str
     folder: Path
-    status: Literal["finished", "running", "failed", "waiting"]
-    told: str
+    status: Status
+    reason: str
     """Why it failed, or who is at it."""
 
 
@@ -598,48 +517,44 @@ def survey(out: Path | str) -> list[State]:
     """
     try:
         plan = read_json(Path(out) / PLAN)
-        runs, found = Path(plan["runs"]), []
-        jobs = [(job["key"], job["rows"], _name_of(job["label"])) for job in plan["jobs"]]
-        names = [part for key, rows, _ in jobs for part in (key, rows)]
-        if not all(re.fullmatch(r"\w[\w.-]*", part) for part in names):
+        runs = Path(plan["runs"])
+        jobs = [(job["key"], job["rows"], job["label"]) for job in plan["jobs"]]
+        if not all(re.fullmatch(r"\w[\w.-]*", name) for job in jobs for name in job[:2]):
             raise ValueError("a name that leaves the folder of the runs")
+        names = [
+            f"{label['subject']}, {label['settings']}, {label['variant']}, "
+            f"seed {label['tuning_seed']}"
+            for *_, label in jobs
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"There is no sweep in {out}: name the --out of one.") from error
-    for key, rows, name in jobs:
-        state = State(name, runs / key, "waiting", "")
-        if (runs / key / FOLDER / rows).is_file():
-            state = replace(state, status="finished")
-        elif holder := lock_holder(_beside(runs, key, "lock")):
-            host, process, since = (*holder.split(), "?", "0", "0")[:3]
-            minutes = max(0.0, time.time() - float(since)) / 60
-            told = f"process {process} on {host}, for {minutes:.0f} min"
-            state = replace(state, status="running", told=told)
-        elif failure := _failure(runs, key):
-            state = replace(state, status="failed", told=failure["reason"])
-        found.append(state)
-    return found
+    return [
+        State(name, runs / key, *_status(runs, key, rows))
+        for name, (key, rows, _) in zip(names, jobs, strict=True)
+    ]
 
 
-def _name_of(label: dict[str, Any]) -> str:
-    parts = [label["subject"], label["settings"], label["variant"], f"seed {label['tuning_seed']}"]
-    return ", ".join(parts)
+def _status(runs: Path, key: str, rows: str) -> tuple[Status, str]:
+    if (runs / key / FOLDER / rows).is_file():
+        return "finished", ""
+    if holder := lock_holder(_beside(runs, key, "lock")):
+        host, process, since = (*holder.split(), "?", "0", "0")[:3]
+        minutes = max(0.0, time.time() - float(since)) / 60
+        return "running", f"process {process} on {host}, for {minutes:.0f} min"
+    failure = _failure(runs, key)
+    return ("failed", failure) if failure else ("waiting", "")
 
 
 def summary(states: Sequence[State]) -> str:
     """Return the counts, and the time left: what finished runs took, by how many run at once."""
-    number = {s: sum(x.status == s for x in states) for s in ("finished", "running", "failed")}
-    waiting = len(states) - sum(number.values())
-    text = f"{len(states)} runs: {number['finished']} finished, {number['running']} running, "
-    text += f"{number['failed']} failed, {waiting} waiting"
-    took = [
-        seconds
-        for x in states
-        if x.status == "finished" and (seconds := timing(x.folder).get("seconds"))
-    ]
+    number = Counter(state.status for state in states)
+    text = ", ".join(f"{number[status]} {status}" for status in get_args(Status))
+    seconds = [timing(x.folder).get("seconds", 0) for x in states if x.status == "finished"]
+    took = list(filter(None, seconds))
     if took and number["running"]:
-        left = (waiting + number["running"] / 2) * sum(took) / len(took) / number["running"]
+        left = (number["waiting"] / number["running"] + 0.5) * sum(took) / len(took)
         text += f"; about {left / 60:,.0f} minutes left"
-    return text + "."
+    return f"{len(states)} runs: {text}."
 
 
 def status(out: Path | str) -> str:
@@ -649,7 +564,7 @@ def status(out: Path | str) -> str:
         UserError: there is no sweep in the folder.
     """
     states = survey(out)
-    lines = [f"{s.status}: {s.name} ({s.told})" for s in states if s.told]
+    lines = [f"{s.status}: {s.name} ({s.reason})" for s in states if s.reason]
     return "\n".join([summary(states), *lines])
 
 
@@ -669,26 +584,25 @@ def watch(out: Path | str, *, every: float = 5.0) -> Any:
 
     counts, about = widgets.HTML(), widgets.HTML()
     runs = widgets.Select(rows=16, layout={"width": "48%"})
-    states: dict[str, State] = {}
+    marks = {"finished": "✓", "running": "▶", "failed": "✗", "waiting": "·"}
 
     def show(*_: Any) -> None:
-        about.value = _page(states[runs.value]) if runs.value in states else ""
+        chosen = next((s for s in survey(out) if s.folder.name == runs.value), None)
+        about.value = _page(chosen) if chosen else ""
 
-    def renew() -> None:
-        found = survey(out)
-        states.update({s.folder.name: s for s in found})
-        counts.value = f"<b>{html.escape(summary(found))}</b>"
-        marks = {"finished": "✓", "running": "▶", "failed": "✗", "waiting": "·"}
-        options = [(f"{marks[s.status]} {s.name}", s.folder.name) for s in found]
+    def renew() -> bool:
+        states, chosen = survey(out), runs.value
+        counts.value = f"<b>{html.escape(summary(states))}</b>"
+        options = [(f"{marks[s.status]} {s.name}", s.folder.name) for s in states]
         if options != list(runs.options):
-            chosen, runs.options = runs.value, options
+            runs.options = options
             runs.value = chosen or options[0][1]
         show()
+        return any(s.status in ("running", "waiting") for s in states)
 
     async def keep_renewing() -> None:
-        while any(s.status in ("running", "waiting") for s in states.values()):
+        while renew():
             await asyncio.sleep(every)
-            renew()
 
     runs.observe(show, names="value")
     renew()
@@ -700,7 +614,7 @@ def watch(out: Path | str, *, every: float = 5.0) -> Any:
 
 def _page(state: State, most: int = 8) -> str:
     """Return a run as HTML: what it is, and its first pictures of up to `most` prompts."""
-    parts = [f"<p>{html.escape(state.name)}: {state.status}. {html.escape(state.told)}</p>"]
+    parts = [f"<p>{html.escape(state.name)}: {state.status}. {html.escape(state.reason)}</p>"]
     for folder in sorted(state.folder.glob(f"{FOLDER}/{PICTURES}/*"))[:most]:
         words = folder.name.rsplit("-", 1)[0].replace("-", " ")
         pictures = sorted(folder.glob("seed-*/*.png"))[:4]

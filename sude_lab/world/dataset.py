@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sude_lab.io.workers import worker_pool
 from sude_lab.world.drawing import Scene, draw, sample_scene
 
 _CHUNK = 500
@@ -32,7 +32,7 @@ def render(chosen: list[Scene], path: Path | None = None, workers: int = 2) -> n
         if len(pictures) == len(chosen):
             return pictures
     chunks = [chosen[i : i + _CHUNK] for i in range(0, len(chosen), _CHUNK)]
-    with ProcessPoolExecutor(workers) as pool:
+    with worker_pool(workers) as pool:
         drawn = tqdm(pool.map(_draw_chunk, chunks), total=len(chunks), desc="drawing", unit="chunk")
         pictures = np.concatenate(list(drawn))
     if path is not None:

@@ -110,7 +110,6 @@ def test_no_other_command_changes_anything_outside(
         ["classify", str(subject_picture), *asked, "--num-pairs", "4"],
         ["export", str(run)],
         ["sweep", str(tmp_path / "grid.yaml")],
-        ["sweep", str(tmp_path / "grid.yaml"), "--lockstep", "2"],
         ["demo", "--max-train-steps", "1", "--num-images", "1"],
     ):
         outs = [str(tmp_path / f"{name}-{len(words)}-{k}") for k in range(2)]

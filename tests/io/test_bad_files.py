@@ -33,23 +33,26 @@ MERGED = "a: &a {x: 1}\n" + "".join(
     for a, b in zip("abcdefgh", "bcdefghi", strict=True)
 )
 HOSTILE: dict[str, tuple[str | bytes, str]] = {
-    "laughs": (LAUGHS, "more than 100,000 values"),
-    "merged": (MERGED, "more than 100,000 values"),
-    "snake": ("&a [*a]", "more than 100,000 values"),
+    "laughs": (LAUGHS, "expansion exceeds"),
+    "merged": (MERGED, "expansion exceeds"),
+    "snake": ("&a [*a]", "recursive aliases"),
     "merged with itself": ("&a {<<: *a, b: 1}", ""),
-    "deep": ("[" * 10_000, "nested too deeply"),
+    "deep": ("[" * 10_000, "maximum nesting depth"),
     "deep aliases": ("- &a0 [x]\n" + "".join(f"- &a{k + 1} [*a{k}]\n" for k in range(400)), ""),
     "long": ("# " + "x" * MOST_BYTES, "more than 262,144 bytes"),
     "object": ("!!python/object/apply:os.system ['true']", "not readable YAML"),
     "module": ("!!python/module:os", "not readable YAML"),
-    "no date": ("seeds: 2001-99-99", "not readable YAML"),
+    "no date": ("seeds: 2001-99-99", ""),
     "no whole number": ("seeds: !!int x", "not readable YAML"),
     "an empty number": ("seeds: !!int ''", "not readable YAML"),
     "no truth": ("seeds: !!bool perhaps", "not readable YAML"),
     "a long number": (f"seeds: {'1' * 5000}", "not readable YAML"),
     "a list as a key": ("? [a]\n: 1", ""),
-    "said twice": ("seeds: [0]\nw_s: 1\nseeds: [1]", "says 'seeds' twice, again in line 3"),
-    "said twice within": ("- {prompt: a, caption: b}\n- {prompt: a, prompt: b}", "twice"),
+    "said twice": ("seeds: [0]\nw_s: 1\nseeds: [1]", "line 3: found duplicate key seeds"),
+    "said twice within": (
+        "- {prompt: a, caption: b}\n- {prompt: a, prompt: b}",
+        "duplicate key prompt",
+    ),
     "two documents": ("a: 1\n--- \nb: 2", "not readable YAML"),
     "control": (b"a: \x00\x1b", "not readable YAML"),
     "latin": (b"a: \xe4", "not UTF-8"),
@@ -82,7 +85,7 @@ def test_aliases_are_understood_and_never_written_out() -> None:
     }
     tracemalloc.start()
     for text in (LAUGHS, MERGED):
-        with pytest.raises(UserError, match="100,000"):
+        with pytest.raises(UserError, match="expansion exceeds"):
             read_yaml(text, "It")
     assert tracemalloc.get_traced_memory()[1] < 20e6
     tracemalloc.stop()

@@ -26,11 +26,11 @@ from sude_lab.evaluate import evaluate
 from sude_lab.evaluate.encoders import ENCODERS
 from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.evaluate.prompts import Prompt
+from sude_lab.io.identity import backbone_identity, is_known
 from sude_lab.io.opening import hub_id, open_backbone
 from sude_lab.io.weights import load_weights, save_weights
 from sude_lab.runs.folder import Run, run_tuning
 from sude_lab.sweep import sweep
-from sude_lab.sweep.grid import backbone_identity, is_known
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(

@@ -204,35 +204,3 @@ def test_cold_start_prints_ratios(
     ]
     for row in rows:  # the middle ratio of the clock's, least and most, and the processor's
         assert "0.400 0.300 2.00 2.00 to 4.00 3.00" in " ".join(row.split())
-
-
-# --- lockstep -------------------------------------------------------------------------------------
-
-
-def test_lockstep_prints_a_price_with_and_without_a_bank(
-    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SUDE_LAB_CACHE", "as it was")  # what main changes is put back
-    room = load("lockstep")
-    room.main(
-        room.Benchmark(
-            backbone=str(tiny_folder),
-            batch_sizes=(2,),
-            w_s=(0.0, 1.0),
-            pairs=3,
-            blocks=1,
-            steps=1,
-            check_steps=2,
-            device="cpu",
-        )
-    )
-    lines = capsys.readouterr().out.splitlines()[3:]
-    assert [line.split()[:3] for line in lines] == [
-        [method, "2", prior]
-        for method in ("textual_inversion", "lora")
-        for prior in ("asked", "bank")
-    ]
-    # LoRA's alone: a word of one vector starts at rho = 1, where rounding decides.
-    for line in lines[2:]:
-        difference, moved = map(float, line.split()[-2:])
-        assert difference < 0.05 * moved

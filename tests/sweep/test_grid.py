@@ -84,6 +84,13 @@ def test_equal_runs_are_one(planned: Planned) -> None:
     assert planned(prior=["current", "pretrained"], **watched).num_equal == 0
 
 
+def test_settings_that_belong_together_stand_in_one_mapping_of_a_list(planned: Planned) -> None:
+    pairs = [{"train": "lora", "learning_rate": [1e-3, 1e-4]}, {"train": "unet"}]
+    configs = [job.config for job in planned(settings=pairs).jobs]
+    found = [(c.train, c.learning_rate) for c in configs]
+    assert found[:2] == [("lora", 1e-3), ("lora", 1e-4)] and found[2][0] == "unet"
+
+
 def test_truncation_is_on_off_or_a_threshold(planned: Planned) -> None:
     configs = [j.config for j in planned(truncation=[True, False, 0.5]).jobs]
     found = [(c.truncate, c.truncate_at) for c in configs]
@@ -129,10 +136,10 @@ def test_a_changed_default_leaves_older_runs_their_names(
 
     def said(**settings: Any) -> dict[str, Any]:
         seen: list[Any] = []
-        own = grid._hash
-        monkeypatch.setattr(grid, "_hash", lambda content: seen.append(content) or own(content))
+        own = grid.hash_of
+        monkeypatch.setattr(grid, "hash_of", lambda content: seen.append(content) or own(content))
         planned(settings={"max_train_steps": 9} | settings, prompts=["plain"])
-        monkeypatch.setattr(grid, "_hash", own)
+        monkeypatch.setattr(grid, "hash_of", own)
         (about,) = [content[0] for content in seen if isinstance(content[0], dict) and content[2:]]
         return about
 
@@ -142,20 +149,26 @@ def test_a_changed_default_leaves_older_runs_their_names(
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"subject": ["held-out 0"]}, "unknown key 'subject': did you mean 'subjects'?"),
-        ({"truncate": True}, "did you mean 'truncation'?"),
-        ({"foo": True}, "unknown key 'foo': use subjects, methods"),
-        ({"evaluate": {"metric": "oracle"}}, "did you mean 'metrics'?"),
-        ({"settings": {"max_steps": 3}}, "did you mean 'max_train_steps'?"),
-        ({"also": [{"ws": 0}]}, "did you mean 'w_s'?"),
+        (
+            {"subject": ["held-out 0"]},
+            "'subject' not in 'GridFile'. Did you mean: 'subjects'?",
+        ),
+        ({"truncate": True}, "Did you mean: 'truncation'?"),
+        ({"foo": True}, "Key 'foo' not in 'GridFile'"),
+        ({"evaluate": {"metric": "oracle"}}, "Did you mean: 'metrics'?"),
+        ({"settings": {"max_steps": 3}}, "Did you mean: 'max_train_steps'?"),
+        ({"also": [{"ws": 0}]}, "Did you mean: 'w_s'?"),
         ({"settings": {"weight_sude": 1}}, "the grid's key w_s says"),
-        ({"settings": {"max_train_steps": "many"}}, "it takes a whole number"),
+        (
+            {"settings": {"max_train_steps": "many"}},
+            "settings.max_train_steps[0]: Value 'many'",
+        ),
         ({"prior": "curent"}, "it takes current, pretrained"),
-        ({"w_s": "2x"}, "weight_sude cannot be '2x'"),
+        ({"w_s": "2x"}, "w_s cannot be '2x'"),
         ({"w_s": []}, "w_s: the list is empty"),
         ({"truncation": "yes please"}, "write on, off"),
         ({"pictures": 0}, "pictures cannot be 0"),
-        ({"num_gpus": "all"}, "num_gpus cannot be 'all'"),
+        ({"num_gpus": "all"}, "num_gpus: Value 'all' of type 'str'"),
         ({"methods": ["dreamboth"]}, "There is no method 'dreamboth'"),
         ({"subjects": ["held-in 0"]}, "is no drawn subject"),
         ({"subjects": ["held-out"]}, "is no drawn subject"),
@@ -171,6 +184,29 @@ def test_a_mistake_is_one_sentence(keys: dict[str, Any], expected: str, planned:
     with pytest.raises(UserError) as error:
         planned(**keys)
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_value_is_read_as_its_field_holds_it(tmp_path: Path) -> None:
+    file = tmp_path / "grid.yaml"
+    file.write_text(
+        "{subjects: held-out 0, truncation: [off, 1e-1], w_s: [1e-1, x2], seeds: 3, settings: "
+        "{learning_rate: 1e-4, horizontal_flip: on, more_subjects: [a=<a>=a.png, b=<b>=b.png]}}"
+    )
+    grid = read_grid(file)
+    assert grid.file.seeds == [3] and [v.get("truncate_at") for v in grid.variants[:2]] == [
+        None,
+        0.1,
+    ]
+    assert [grid.variants[k].get("weight_sude") for k in (0, 2)] == [0.1, None]
+    (settings,) = grid.settings
+    assert settings["learning_rate"] == 1e-4 and settings["horizontal_flip"] is True
+    assert settings["more_subjects"] == ("a=<a>=a.png", "b=<b>=b.png")
+
+
+def test_a_grid_reads_nothing_of_the_environment(planned: Planned) -> None:
+    for keys in ({"backbone": "${oc.env:HOME}"}, {"settings": {"prompt": ["{S*} ${oc.env:HOME}"]}}):
+        with pytest.raises(UserError, match="write the value out"):
+            planned(**keys)
 
 
 def test_files_that_are_no_grids(tmp_path: Path) -> None:
@@ -237,8 +273,8 @@ def test_what_finished_runs_took_counts_more_than_what_is_assumed(planned: Plann
 
 
 def test_a_hub_id_is_not_fetched_for_a_forecast(planned: Planned) -> None:
-    told = describe(planned(backbone="nobody/nothing", prompts=["plain"], num_gpus=1))
-    assert "Nobody has measured 1 of the runs" in told
+    told = describe(planned(backbone="nobody/nothing", prompts=["plain"]), measure=True)
+    assert "The times of 1 of the runs are unknown" in told
 
 
 # --- the grids of this repository ----------------------------------------------------------------

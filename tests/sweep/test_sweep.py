@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from sude_lab.evaluate.metrics import compare
 from sude_lab.io import files
 from sude_lab.io.files import PARTIAL, lock_holder, locked
 from sude_lab.runs.folder import CHECKPOINT, ENVIRONMENT, Run
-from sude_lab.sweep import lockstep
+from sude_lab.sweep import plan as forecast
 from sude_lab.sweep import sweep as room
 from sude_lab.sweep.grid import make_plan, read_grid
 from sude_lab.sweep.sweep import RESULTS, survey, sweep, watch
@@ -44,6 +43,7 @@ STEPS = 40
 DRIVER = """
 import sys
 from pathlib import Path
+from sude_lab.sweep import plan as forecast
 from sude_lab.sweep import sweep as room
 from sude_lab.cli import main
 tune = room.run_tuning
@@ -287,6 +287,48 @@ def test_two_drivers_share_the_work(
     assert_equal(out, unbroken(**LONG))
 
 
+def ended(process: int) -> bool:
+    """Whether a process has ended; whoever inherited it may not have asked yet."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")")[-1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_workers_share_the_work_and_end_with_their_parent(unbroken: Swept, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    grid = write_grid(tmp_path, **LONG)
+    driver = start(log, "sweep", grid, "--out", out, "--workers", 2, "--checkpoint-every", 2)
+    locks = out / "runs" / room.STATE
+
+    def at_work() -> set[int]:
+        holders = [lock_holder(lock) for lock in locks.glob("*.lock")]
+        return {int(holder.split()[1]) for holder in holders if holder}
+
+    until(lambda: len(at_work()) == 2 and in_the_middle(out)())
+    processes = at_work()
+    assert driver.pid not in processes
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL
+    until(lambda: all(map(ended, processes)), 20)
+    assert sweep(grid, out, progress=False) == {}
+    assert_equal(out, unbroken(**LONG))
+
+
+def test_a_worker_that_is_killed_is_told_of(tmp_path: Path) -> None:
+    out, grid = tmp_path / "out", write_grid(tmp_path, **LONG)
+
+    def kill() -> None:
+        lock = until(lambda: next((out / "runs" / room.STATE).glob("*.lock"), None))
+        os.kill(int(until(lambda: lock_holder(lock)).split()[1]), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(UserError, match="fewer --workers"):
+        sweep(grid, out, workers=2, progress=False)
+    killer.join()
+
+
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     path = tmp_path / "new" / "run.lock"
     code = "import sys, time; from sude_lab.io.files import locked\n"
@@ -366,8 +408,7 @@ def test_a_failure_of_another_process_stands(tmp_path: Path) -> None:
     room._record(plan.runs, plan.jobs[0].key, UserError("It was too hot."))
     ended = room.perform(plan.jobs[0], plan.runs)  # a driver that began before this failure
     assert ended == room.Outcome("failed", "It was too hot.")
-    when = (room._failure(plan.runs, plan.jobs[0].key) or {})["when"]
-    assert room.perform(plan.jobs[0], plan.runs, retry=when) == room.Outcome("finished")
+    assert sweep(tmp_path / "grid.yaml", tmp_path / "out", progress=False) == {}
 
 
 @pytest.mark.parametrize(
@@ -485,11 +526,16 @@ def test_without_widgets_the_page_is_a_text(
     assert "2 runs: 2 finished" in watch(unbroken())
 
 
-def test_dry_run_measures_a_few_steps_and_writes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_dry_run_measures_where_it_is_told_to_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, grid = tmp_path / "out", write_grid(tmp_path)
-    assert main(["sweep", str(grid), "--out", str(out), "--dry-run"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(forecast, "fresh_backbone", lambda _: pytest.fail("a model was opened"))
+        assert main(["sweep", str(grid), "--out", str(out), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "To do: 2 runs, 16 pictures." in said and "2 of the runs are unknown" in said
+    assert main(["sweep", str(grid), "--out", str(out), "--dry-run", "--measure"]) == 0
     said = capsys.readouterr().out
     assert "2 runs, 0 of them finished. To do: 2 runs, 16 pictures." in said
     assert said.count("3 steps now") == 2 and not out.exists()
@@ -501,6 +547,17 @@ def test_dry_run_measures_a_few_steps_and_writes_nothing(
     assert said.count("1 runs") >= 2 and "3 steps now" not in said
 
 
+def test_a_dry_run_imports_nothing_that_takes_seconds(tmp_path: Path) -> None:
+    code = "import sys; from sude_lab.cli import main; main(sys.argv[1:]); print(set(sys.modules))"
+    command = ["sweep", str(write_grid(tmp_path)), "--out", str(tmp_path / "out"), "--dry-run"]
+    said = subprocess.run(
+        [sys.executable, "-c", code, *command], check=True, capture_output=True, text=True
+    ).stdout
+    assert "'torch'" in said
+    for name in ("diffusers", "transformers", "accelerate", "peft", "matplotlib", "ray"):
+        assert f"'{name}'" not in said
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -508,6 +565,8 @@ def test_dry_run_measures_a_few_steps_and_writes_nothing(
         (["GRID", "--out", "GRID"], "is a file"),
         (["GRID", "--out", "new", "--runs", "GRID"], "is a file"),
         (["GRID", "--out", "new", "--checkpoint-every", "0"], "at least 1"),
+        (["GRID", "--out", "new", "--workers", "0"], "--workers must be at least 1"),
+        (["GRID", "--out", "new", "--workers", "2", "--cluster", "local"], "has its own"),
         (["--status", "--out", "new"], "There is no sweep in"),
         (["nothing.yaml", "--out", "new"], "cannot be read"),
     ],
@@ -549,13 +608,13 @@ def test_a_hub_id_that_nobody_knows_is_refused(tmp_path: Path) -> None:
 def test_the_parquet_can_be_read_while_it_is_replaced(unbroken: Swept, tmp_path: Path) -> None:
     out = Path(shutil.copytree(unbroken(), tmp_path / "out"))
     plan = make_plan(read_grid(write_grid(tmp_path)), out)
-    writing = room._Table(plan)
+    writing = plan
     rows = pq.read_metadata(out / RESULTS).num_rows
     ended = threading.Event()
 
     def write() -> None:
         for _ in range(20):
-            writing.write()
+            room._write_table(writing)
         ended.set()
 
     writer = threading.Thread(target=write)
@@ -566,98 +625,6 @@ def test_the_parquet_can_be_read_while_it_is_replaced(unbroken: Swept, tmp_path:
         reads += 1
     writer.join()
     assert reads > 0
-
-
-# --- several runs at once ------------------------------------------------------------------------
-
-
-def test_runs_tuned_in_lockstep_are_the_same_but_for_rounding(
-    tmp_path: Path, unbroken: Swept, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Its word starts elsewhere than at its category, where rho = 1 to the last digit.
-    settings = {"max_train_steps": 4, "device": "cpu", "initializer": "sitting"}
-    keys = {"methods": ["textual_inversion", "dreambooth"], "w_s": [0, 4], "pictures": 1}
-    alone = unbroken(settings=settings, **keys)
-    feed, fed = room.feed, []
-
-    def told(consumers: Any, backbone: Any) -> Any:
-        errors = feed(consumers, backbone)
-        fed.append(errors)
-        return errors
-
-    monkeypatch.setattr(room, "feed", told)
-    grid, out = write_grid(tmp_path / "grid", settings=settings, **keys), tmp_path / "out"
-    assert sweep(grid, out, lockstep=5, progress=False) == {}
-    assert fed == [[None, None]]  # DreamBooth's whole UNet is tuned alone
-    ours, theirs = table(out), table(alone)
-    numbers = ["value", "open_gates", "rho"]
-    pd.testing.assert_frame_equal(ours.drop(columns=numbers), theirs.drop(columns=numbers))
-    pd.testing.assert_frame_equal(ours[numbers], theirs[numbers], rtol=0, atol=2e-2)
-    for folder in (alone / "runs").iterdir():
-        if folder.name != room.STATE:
-            mine, run = Run.open(out / "runs" / folder.name), Run.open(folder)
-            assert mine.config == replace(run.config, image=mine.config.image)
-            pd.testing.assert_frame_equal(mine.metrics(), run.metrics(), rtol=1e-3, atol=1e-5)
-            # Pictures' folders are named by the weights' last bits, too.
-            left = [sorted(p.name for p in f.glob("*")) for f in (mine.folder, folder)]
-            assert left[0] == left[1]
-            left = [
-                sorted(p.name for p in (f / "weights").glob("*")) for f in (mine.folder, folder)
-            ]
-            assert left[0] == left[1]
-
-
-def test_what_fails_in_lockstep_is_tried_alone_and_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    total = lockstep.total_loss
-
-    def spoilt(subject: Any, gated: Any, none: Any, w_s: float, w_r: float) -> Any:
-        return total(subject, gated, none, w_s, w_r) * (torch.nan if w_s == 4 else 1)
-
-    for module in (lockstep, tuning):
-        monkeypatch.setattr(module, "total_loss", spoilt)
-    grid = write_grid(tmp_path / "grid", methods=["textual_inversion"], w_s=[0, 4, 1], pictures=1)
-    failed = sweep(grid, tmp_path / "out", lockstep=3, progress=False)
-    assert [reason[:32] for reason in failed.values()] == ["The loss became nan at step 1 (t"]
-    assert table(tmp_path / "out").groupby("w_s")["error"].first().ne("").tolist() == [
-        *(False, False, True)
-    ]
-
-
-def test_lockstep_groups_differ_in_their_use_of_sude_alone(tmp_path: Path) -> None:
-    grid = write_grid(
-        tmp_path,
-        subjects=["held-out 0 1"],
-        methods=["textual_inversion", "dreambooth"],
-        w_s=[0, 1, 2],
-        prior=["pretrained", "current"],
-        settings={"train": ["lora", "unet"]},
-    )
-    jobs = make_plan(read_grid(grid), tmp_path / "out").jobs
-    groups = room.lockstep_groups(jobs, 5)
-    told = [
-        [(j.config.method, j.config.train, j.config.prior, j.config.weight_sude) for j in group]
-        for group in groups
-        if group[0].label["subject"] == jobs[0].label["subject"]
-    ]
-    sweeps = [("textual_inversion", train) for train in ("lora", "unet")] + [("dreambooth", "lora")]
-    assert sorted(told) == sorted(
-        [(*one, "pretrained" if not w else prior, w) for w in weights]
-        for one in sweeps
-        for prior, weights in (("pretrained", [0.0, 1.0, 2.0]), ("current", [1.0, 2.0]))
-    )
-    assert max(map(len, room.lockstep_groups(jobs, 2))) == 2
-    # From a bank: the run without SuDe, whose samples are the same, goes with the others.
-    banks = {"prior_bank": 8, "prior_bank_dtype": ["float32", "live"], "train": "lora"}
-    grid = write_grid(tmp_path, w_s=[0, 1, 2], methods=["textual_inversion"], settings=banks)
-    jobs = make_plan(read_grid(grid), tmp_path / "out").jobs
-    told = [[j.config.weight_sude for j in group] for group in room.lockstep_groups(jobs, 5)]
-    assert told == [[0.0, 1.0, 2.0], [1.0, 2.0]]
-    with pytest.raises(UserError, match="--lockstep"):
-        sweep(grid, tmp_path / "out", lockstep=0)
-    with pytest.raises(UserError, match="not for --cluster"):
-        sweep(grid, tmp_path / "out", lockstep=2, cluster="local")
 
 
 def test_damaged_rows_are_told_and_a_damaged_failure_is_none(
@@ -673,7 +640,7 @@ def test_damaged_rows_are_told_and_a_damaged_failure_is_none(
             sweep(grid, out, progress=False)
     rows.write_bytes(whole)
     key = make_plan(read_grid(grid), out).jobs[0].key
-    for damage in ("{}", "[]", "null", '{"reason": "x", "when": "then"}'):
+    for damage in ("{}", "[]", "null", '{"reasons": "x"}'):
         (out / "runs" / room.STATE / f"{key}.failed.json").write_text(damage)
-        assert room._failure(out / "runs", key) is None
+        assert not room._failure(out / "runs", key)
         assert sweep(grid, out, progress=False) == {}

@@ -1,0 +1,68 @@
+"""What a backbone's name stands for, whatever happens to the name: its files, or its commit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sude_lab.io.opening import hub_id, resolve_source
+
+
+def hash_of(content: Any) -> str:
+    """Return the SHA-256 of what JSON can say; other values as their text."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def digest(content: Path | bytes) -> str:
+    """Return the SHA-256 of bytes, or of a file's."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def backbone_identity(source: str) -> str:
+    """Return a hash of a pipeline folder's files, or a hub id with the commit that it stands for.
+
+    Where neither the hub nor its cache knows the id, the id itself.
+    """
+    return _identity(resolve_source(source))
+
+
+@cache
+def _identity(source: str) -> str:
+    folder = Path(source)
+    if folder.is_dir():
+        kinds = (".json", ".txt", ".safetensors", ".model")
+        walked = os.walk(folder, followlinks=True)
+        files = sorted(Path(root, name) for root, _, names in walked for name in names)
+        files = [path for path in files if path.suffix in kinds]
+        return hash_of([(p.relative_to(folder).as_posix(), digest(p)) for p in files])
+    name, revision = hub_id(source) or ("", None)
+    if not name or _is_commit(revision):
+        return source
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        return f"{name}@{HfApi().model_info(name, revision=revision, timeout=10).sha}"
+    except Exception:  # no connection, no such model: errors of any class
+        try:
+            cached = try_to_load_from_cache(name, "model_index.json", revision=revision)
+        except ValueError:  # no id of a repository at all
+            cached = None
+    return f"{name}@{Path(cached).parent.name}" if isinstance(cached, str) else source
+
+
+def is_known(source: str) -> bool:
+    """Whether it is known what a backbone stands for: a folder, or a commit of a hub id."""
+    _, revision = hub_id(source) or ("", None)
+    return backbone_identity(source) != source or _is_commit(revision)
+
+
+def _is_commit(revision: str | None) -> bool:
+    return bool(re.fullmatch("[0-9a-f]{40}", revision or ""))
