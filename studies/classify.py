@@ -38,6 +38,7 @@ from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
 from sude_lab.classifier import class_log_posterior, squared_distance
 from sude_lab.diffusion import posterior_mean, posterior_variance, reverse_mean
 from sude_lab.errors import UserError
+from sude_lab.evaluate.statistics import share_difference, wilson_interval
 from sude_lab.implicit import ImplicitClassifier, ask_in_rounds, posterior, spread_times
 from sude_lab.io.files import atomic_write
 from sude_lab.probe import ask, encode_all, latents_of, noise_generator
@@ -229,31 +230,10 @@ def run_study(config: ClassifyConfig, chunk: int = 5) -> pd.DataFrame:
 # --- the report ---
 
 
-def share_interval(right: int, number: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share; unlike a bootstrap's it has a width at 0 and 1."""
-    share, extra = right / number, z**2 / number
-    middle = share + extra / 2
-    half = z * (share * (1 - share) / number + extra / (4 * number)) ** 0.5
-    return (middle - half) / (1 + extra), (middle + half) / (1 + extra)
-
-
-def paired_interval(lost: int, won: int, number: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the 95 % interval of a difference of two shares on the same drawings.
-
-    From McNemar's two numbers, the drawings that one way alone names rightly: Wald's interval after
-    half a drawing is added to each of the four cells (Agresti and Min, 2005), so that it has a
-    width where nothing differs.
-    """
-    total = number + 2
-    middle = (won - lost) / total
-    half = z * ((won + lost + 1) / total - middle**2) ** 0.5 / total**0.5
-    return middle - half, middle + half
-
-
 def accuracy_table(table: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each way of asking: accuracy, cost, paired difference to all pairs.
 
-    Intervals are those of `share_interval` and `paired_interval`. `only one right` counts the
+    Intervals are those of `wilson_interval` and `share_difference`. `only one right` counts the
     drawings that all pairs alone and this way alone name rightly.
     """
     rows = []
@@ -265,11 +245,11 @@ def accuracy_table(table: pd.DataFrame) -> pd.DataFrame:
             if form not in wide:
                 continue
             mine = group[group["form"] == form]
-            low, high = share_interval(int(wide[form].sum()), len(wide))
+            share = wilson_interval(int(wide[form].sum()), len(wide))
             line: dict[str, object] = {
                 "prompts": prompts,
                 "asked": form,
-                "accuracy": f"{wide[form].mean():.3f} [{low:.3f}, {high:.3f}]",
+                "accuracy": f"{share.mean:.3f} [{share.low:.3f}, {share.high:.3f}]",
                 "mean probability": f"{mine['probability'].mean():.3f}",
                 "UNet evaluations": f"{cost[form]:.1f}" if form != ORACLE else "",
                 "times fewer": "",
@@ -279,9 +259,11 @@ def accuracy_table(table: pd.DataFrame) -> pd.DataFrame:
             if form in (*CAUTIONS, FIRST):
                 gain = wide[form] - wide[ALL]
                 lost, won = int((gain < 0).sum()), int((gain > 0).sum())
-                low, high = paired_interval(lost, won, len(gain))
+                change = share_difference(lost, won, len(gain))
                 line["times fewer"] = f"{cost[ALL] / cost[form]:.2f}"
-                line["difference to all pairs"] = f"{gain.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+                line["difference to all pairs"] = (
+                    f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
+                )
                 line["only one right"] = f"{lost} / {won}"
             rows.append(line)
     return pd.DataFrame(rows)
@@ -295,8 +277,8 @@ def one_step_table(table: pd.DataFrame) -> pd.DataFrame:
         line: dict[str, object] = {"t": int(t)}
         for form, name in ((ONE_STEP, "x_{t-1} drawn"), (ONE_STEP_MEAN, "x_{t-1} at its mean")):
             right = group.loc[group["form"] == form, "right"]
-            low, high = share_interval(int(right.sum()), len(right))
-            line[name] = f"{right.mean():.3f} [{low:.3f}, {high:.3f}]"
+            share = wilson_interval(int(right.sum()), len(right))
+            line[name] = f"{share.mean:.3f} [{share.low:.3f}, {share.high:.3f}]"
         rows.append(line)
     return pd.DataFrame(rows)
 

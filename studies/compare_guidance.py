@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
 from sude_lab.errors import UserError
 from sude_lab.evaluate.metrics import per_run, summarize
+from sude_lab.evaluate.statistics import jackknife_interval
 from sude_lab.guidance import sude_guidance
 from sude_lab.io.files import atomic_write
 from sude_lab.prompts import photo_of
@@ -226,16 +227,18 @@ def _in_worker(config: CompareConfig, job: Job) -> list[dict[str, Any]]:
     return run_job(config, _models["base"], _models["oracle"], job)
 
 
-def at_equal_fidelity(
-    table: pd.DataFrame, *, against: float = 1.0, resamples: int = 2000, seed: int = 0
-) -> pd.DataFrame:
+def at_equal_fidelity(table: pd.DataFrame, *, against: float = 1.0) -> pd.DataFrame:
     """Return each rule's alignment where it keeps as much of the subject as SuDe-tuned models do.
 
     A rule is a line through its strengths (0 is plain tuning) in the plane of mean fidelity and
     mean alignment under attribute prompts. From g = 0 upwards the first point whose fidelity is
     that of sude-tuned `against` is read off, linearly between two strengths; a rule that never
     loses so much is read at its greatest strength, one that starts below at 0: `fidelity` says
-    where it was read. Intervals (95 %) are bootstrapped over subjects, the whole reading each time.
+    where it was read. The whole reading is one number of all subjects; its 95 % interval is
+    `statistics.jackknife_interval`.
+
+    Raises:
+        UserError: there is no such variant, or no subject has all variants.
     """
     runs = per_run(table)
     means = runs.groupby(["subject", "variant"])[["subject_fidelity", "attribute_alignment"]].mean()
@@ -248,43 +251,28 @@ def at_equal_fidelity(
     wide = means.unstack("variant").dropna()
     if wide.empty:
         raise UserError("No subject has every variant yet: let the comparison run to its end.")
-    rng = np.random.default_rng(seed)
-    draws = [np.arange(len(wide)), *rng.integers(len(wide), size=(resamples, len(wide)))]
-    values = wide.to_numpy()[np.stack(draws)].mean(axis=1)
-    mean = dict(zip(wide.columns, values.T, strict=True))
-    target = mean["attribute_alignment", goal]
     rows = []
     for rule in (GUIDANCE, COMPOSITION):
         line = sorted((strengths[v], v) for v in rules.index if rules[v] in (rule, PLAIN))
-        found = np.array(
-            [
-                _first_crossing(
-                    [
-                        (s, mean["subject_fidelity", v][k], mean["attribute_alignment", v][k])
-                        for s, v in line
-                    ],
-                    mean["subject_fidelity", goal][k],
-                )
-                for k in range(len(draws))
-            ]
-        )
-        difference = found[:, 2] - target
-        enough = len(wide) > 1
-        low, high = np.quantile(difference[1:], [0.025, 0.975]) if enough else (np.nan, np.nan)
-        rows.append(
-            {
-                "rule": rule,
-                "strength": found[0, 0],
-                "fidelity": found[0, 1],
-                "alignment": found[0, 2],
-                "goal fidelity": mean["subject_fidelity", goal][0],
-                "goal alignment": target[0],
-                "difference": difference[0],
-                "low": low,
-                "high": high,
-                "subjects": len(wide),
-            }
-        )
+
+        def read(
+            subjects: np.ndarray, line: list[tuple[float, str]] = line
+        ) -> tuple[tuple[float, float, float], tuple[float, float]]:
+            mean = wide.iloc[subjects].mean()
+            fidelity, alignment = mean["subject_fidelity"], mean["attribute_alignment"]
+            points = [(strength, fidelity[v], alignment[v]) for strength, v in line]
+            return _first_crossing(points, fidelity[goal]), (fidelity[goal], alignment[goal])
+
+        def difference(subjects: np.ndarray, read: Any = read) -> float:
+            point, (_, alignment) = read(subjects)
+            return float(point[2] - alignment)
+
+        point, tuned = read(np.arange(len(wide)))
+        ends = jackknife_interval(difference, len(wide))
+        row = {"rule": rule} | dict(zip(("strength", "fidelity", "alignment"), point, strict=True))
+        row |= dict(zip(("goal fidelity", "goal alignment"), tuned, strict=True))
+        row |= {"difference": ends.mean, "low": ends.low, "high": ends.high}
+        rows.append(row | {"subjects": len(wide)})
     return pd.DataFrame(rows)
 
 

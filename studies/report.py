@@ -3,7 +3,7 @@
     python -m studies.report data/results/held_out.csv
 
 writes `held_out.md` and `held_out.png` beside it. Means are over the attributes that a subject's
-one picture does not show; intervals are 95 % bootstrap intervals over subjects. A search for
+one picture does not show; intervals are 95 %, Student's t on the subjects' means. A search for
 settings, which has other variants than plain and sude, gets a table alone: a row a setting. A study
 of prior banks (variants sude and prior_bank=N) gets a table of what N changes.
 """

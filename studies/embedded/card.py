@@ -13,8 +13,8 @@ import pandas as pd
 import tyro
 from tqdm.auto import tqdm
 
-from studies.classify import share_interval
 from sude_lab.backbone import data_folder, open_backbone
+from sude_lab.evaluate.statistics import wilson_interval
 from sude_lab.generation import generate, sampling_settings
 from sude_lab.io.files import atomic_write
 from sude_lab.io.reading import read_json
@@ -72,8 +72,8 @@ def held_out_table() -> pd.DataFrame:
     table = pd.read_csv(folder / "held_out_accuracy.csv")
     table.insert(1, "scenes", [sum(scene[head] >= 0 for scene in seen) for head in table["head"]])
     right = (table["decoded"] * table["scenes"]).round().astype(int)
-    ends = map(share_interval, right, table["scenes"])
-    return table.assign(interval=[f"[{low:.3f}, {high:.3f}]" for low, high in ends])
+    shares = map(wilson_interval, right, table["scenes"])
+    return table.assign(interval=[f"[{share.low:.3f}, {share.high:.3f}]" for share in shares])
 
 
 def main(config: CardConfig) -> None:

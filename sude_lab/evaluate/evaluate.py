@@ -659,7 +659,7 @@ def report(table: pd.DataFrame, scores: pd.DataFrame) -> str:
         line["intervals over"] = str(group["over"].iloc[0])
         lines.append(line)
     parts = [pd.DataFrame(lines).fillna("").to_markdown(index=False, disable_numparse=True)]
-    parts.append("In square brackets: 95 % bootstrap intervals.")
+    parts.append(_bracketed(table))
     if "difference" in table and table["difference"].notna().any():
         against = ", ".join(dict.fromkeys(table["against"].dropna()))
         parts.append(
@@ -684,6 +684,14 @@ def report(table: pd.DataFrame, scores: pd.DataFrame) -> str:
         parts.append("How the learned metrics rank the runs, against the oracle (Spearman's rho):")
         parts.append(ranks.round(2).to_markdown(index=False))
     return "\n\n".join(parts) + "\n"
+
+
+def _bracketed(table: pd.DataFrame) -> str:
+    text = "In square brackets: 95 % intervals. "
+    if table["over"].str.contains("subjects").all():
+        return text + "Over subjects: Student's t on the means of the subjects, each counted once."
+    text += "Over prompts and noises, or seeds of tuning: they speak of other drawings of this one "
+    return text + "subject (a bootstrap), and not of other subjects."
 
 
 def _cell(row: dict[Any, Any]) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 from studies import paper
 from sude_lab.backbone import open_backbone
 from sude_lab.errors import UserError
+from sude_lab.evaluate.statistics import holm, verdict
 from sude_lab.sweep.grid import make_plan, read_grid
 from sude_lab.tuning import TuningConfig
 from sude_lab.world.oracle import load_oracle
@@ -29,6 +30,7 @@ from sude_lab.world.subjects import (
 
 DOG, CAT = "held-out-0-dog", "held-out-1-cat"
 NEVER = "prior=current,truncate=false"
+PLAIN_SUDE = ("plain", "sude")
 GAIN = {0.0: 0.0, 0.5: 0.1, 1.0: 0.2, 2.0: 0.4, 4.0: 0.3}
 
 
@@ -120,9 +122,9 @@ def test_table_1_has_the_best_of_three_and_the_choice_of_the_others(results: Pat
     assert set(table.index) == {"dreambooth", "custom diffusion", "vico"}
     line = table.loc["dreambooth"]
     assert line["plain"] == "0.20"
-    # The dog gains 0.2 and the cat 0.1 at w_s: resampled, the mean is 0.1, 0.15 or 0.2.
-    assert line["1 w_s"] == "+0.15 [+0.10, +0.20]"
-    assert line["best"] == line["2 w_s"] == "+0.30 [+0.20, +0.40]"
+    # The dog gains 0.2 and the cat 0.1 at w_s: Student's t, 12.7 times half their distance.
+    assert line["1 w_s"] == "+0.15 [-0.49, +0.79]"
+    assert line["best"] == line["2 w_s"] == "+0.30 [-0.97, +1.57]"
     assert line["chosen by the others"] == line["2 w_s"]
 
 
@@ -140,7 +142,7 @@ def test_fig_4_compares_with_no_sude(results: Path) -> None:
     table = paper.fig4().set_index("variant")
     assert list(table.index) == ["0 w_s", "0.5 w_s", "1 w_s", "2 w_s", "4 w_s"]
     assert table.loc["0 w_s", "attribute alignment"] == "0.20"
-    assert table.loc["2 w_s", "attribute alignment"] == "0.50 (+0.30 [+0.20, +0.40])"
+    assert table.loc["2 w_s", "attribute alignment"] == "0.50 (+0.30 [-0.97, +1.57])"
     assert table.loc["4 w_s", "subject fidelity"] == "0.40 (-0.10 [-0.10, -0.10])"
     assert table.loc["4 w_s", "runs"] == "2 x 1"
 
@@ -175,33 +177,30 @@ def test_prompts_and_edits_are_compared_within_what_was_asked(results: Path) -> 
     ]
 
 
-def test_claims_say_yes_no_or_cannot_tell(results: Path) -> None:
+def test_claims_agree_or_disagree_or_cannot_be_told(results: Path) -> None:
     table = paper.claims().set_index("claim")
-    assert table.loc["SuDe raises alignment: ViCo", "agrees"] == "yes"
-    assert table.loc["fidelity holds: ViCo", "agrees"] == "yes"
-    assert table.loc["4 w_s raises alignment over 1 w_s", "seen here"] == "+0.07 [+0.05, +0.10]"
+    # Where all subjects change alike the interval has no width, and p is 0.
     assert table.loc["never stopping costs the category", "seen here"] == "+0.80 [+0.80, +0.80]"
-    assert table.loc["without SuDe P3 is above P1", "agrees"] == "yes"
-    assert table.loc["attribute and background combine", "agrees"] == "no"
-    w_s = pd.read_csv(results / "w_s.csv")
-    w_s.loc[(w_s["subject"] == CAT) & (w_s["weight_sude"] == 4), "attribute_alignment"] = 0.1
-    w_s.to_csv(results / "w_s.csv", index=False)
-    table = paper.claims().set_index("claim")
-    assert table.loc["2 w_s raises alignment over 1 w_s", "agrees"] == "cannot tell"
+    assert table.loc["never stopping costs the category", "verdict"] == "agrees"
+    assert table.loc["fidelity holds: ViCo", "by itself"] == "no difference"
+    assert table.loc["attribute and background combine", "verdict"] == "disagrees"
+    # The dog gains 0.10 and the cat 0.05, and two subjects tell little.
+    assert table.loc["4 w_s raises alignment over 1 w_s", "seen here"] == "+0.07 [-0.24, +0.39]"
+    assert table.loc["4 w_s raises alignment over 1 w_s", "by itself"] == "cannot tell"
+    assert set(table["verdict"]) <= {"agrees", "disagrees", "no difference", "cannot tell"}
 
 
-@pytest.mark.parametrize(
-    ("change", "verdict"), [(-0.2, "no"), (-0.04, "no"), (0.0, "yes"), (0.2, "cannot tell")]
-)
-def test_fidelity_holds_only_where_the_interval_says_so(change: float, verdict: str) -> None:
-    rows = [
-        row(s, v, 0.5, subject_fidelity=0.5 + c)
-        for s in (DOG, CAT)
-        for v, c in (("plain", 0.0), ("sude", change))
-    ]
-    assert (
-        paper._change(pd.DataFrame(rows), "plain", "sude", paper.FIDELITY, holds=True)[1] == verdict
+def test_holm_s_correction_can_only_take_back(results: Path) -> None:
+    table = pd.DataFrame(
+        [
+            row(s, v, 0.5 + c * (v == "sude"))
+            for s, c in (("a", 0.3), ("b", 0.31))
+            for v in PLAIN_SUDE
+        ]
     )
+    change, p = paper._change(table, "plain", "sude", paper.ALIGNMENT)
+    assert verdict(change) == "agrees" and 0.01 < p < 0.05
+    assert verdict(change, p=holm([p] * 18)[0]) == "cannot tell"
 
 
 def test_runs_that_failed_are_left_out_and_missing_studies_named(results: Path) -> None:

@@ -53,8 +53,8 @@ def test_what_was_seen_while_tuning_counts_once_a_run() -> None:
 def test_means_and_gains_with_the_interval_of_two_subjects() -> None:
     plain, sude = report.means_table(hand_made()).to_dict("records")
     assert plain["attribute alignment"] == "0.35" and plain["open gates"] == ""
-    # Two subjects resampled: the mean gain is 0.2, 0.3 or 0.4.
-    assert sude["attribute alignment"] == "0.65 (+0.30 [+0.20, +0.40])"
+    # Student's t on two subjects, which gain 0.2 and 0.4: mean -+ 12.7 times half their distance.
+    assert sude["attribute alignment"] == "0.65 (+0.30 [-0.97, +1.57])"
     assert sude["subject fidelity"] == "0.40 (-0.10 [-0.10, -0.10])"
     assert sude["open gates"] == "25%" and sude["rho"] == "0.80" and sude["runs"] == "2 x 1"
     assert sude["method"] == "textual inversion"
@@ -93,7 +93,7 @@ def test_it_writes_the_tables_and_the_picture(
     hand_made().to_csv(tmp_path / "study.csv", index=False)
     report.main(report.ReportConfig(tmp_path / "study.csv"))
     text = (tmp_path / "study.md").read_text()
-    assert "0.65 (+0.30 [+0.20, +0.40])" in text and text.strip() in capsys.readouterr().out
+    assert "0.65 (+0.30 [-0.97, +1.57])" in text and text.strip() in capsys.readouterr().out
     assert (tmp_path / "study.png").stat().st_size > 5_000
 
 
@@ -119,7 +119,7 @@ def test_banks_are_compared_with_drawing_anew_by_their_size(tmp_path: Path) -> N
     pd.concat([large, live, small, plain]).to_csv(tmp_path / "banks.csv", index=False)
     rows = report.banks_table(pd.read_csv(tmp_path / "banks.csv")).to_dict("records")
     assert [r["pairs"] for r in rows] == ["plain, no SuDe", "64", "1,024", "drawn anew"]
-    assert rows[1]["attribute alignment"] == "0.350 (-0.300 [-0.400, -0.200])"
+    assert rows[1]["attribute alignment"] == "0.350 (-0.300 [-1.571, +0.971])"
     assert rows[2]["attribute alignment"] == "0.650 (+0.000 [+0.000, +0.000])"
     assert rows[3]["attribute alignment"] == "0.650" and rows[3]["runs"] == "2 x 1"
     assert [r["rho"] for r in rows] == ["", "0.50", "0.80", "0.80"]
