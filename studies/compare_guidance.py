@@ -22,11 +22,9 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 import tyro
@@ -35,16 +33,21 @@ from tqdm.auto import tqdm
 
 from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
 from sude_lab.errors import UserError
-from sude_lab.evaluate.metrics import per_run, summarize
-from sude_lab.evaluate.statistics import jackknife_interval
+from sude_lab.evaluate.metrics import summarize
+from sude_lab.evaluate.stored import (
+    COMPOSITION,
+    GUIDANCE,
+    PLAIN,
+    TUNED,
+    at_equal_fidelity,
+    rule_name,
+)
 from sude_lab.guidance import sude_guidance
 from sude_lab.io.files import atomic_write
 from sude_lab.prompts import photo_of
 from sude_lab.tuning import TuningConfig, resolve, tune
 from sude_lab.world import subjects as study
 from sude_lab.world.oracle import Oracle, load_oracle
-
-PLAIN, GUIDANCE, COMPOSITION, TUNED = "plain", "guidance", "composition", "sude-tuned"
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,6 @@ class Job:
     draws: tuple[tuple[str, float], ...]
 
 
-def label(rule: str, strength: float) -> str:
-    """Return the name of a variant: "guidance 0.5"; g = 0 is "plain"."""
-    return f"{rule} {strength:g}" if strength else PLAIN
-
-
 def jobs(config: CompareConfig, table: pd.DataFrame) -> list[Job]:
     """Return what is missing in the table, one job a tuned model."""
     done = set(table[study.KEYS].itertuples(index=False, name=None))
@@ -97,9 +95,9 @@ def jobs(config: CompareConfig, table: pd.DataFrame) -> list[Job]:
             for weight, draws in plans:
                 # By their labels: g = 0 is the same for both rules.
                 missing = {
-                    label(rule, strength): (rule, strength)
+                    rule_name(rule, strength): (rule, strength)
                     for rule, strength in draws
-                    if (name, config.method, label(rule, strength), seed) not in done
+                    if (name, config.method, rule_name(rule, strength), seed) not in done
                 }
                 if missing:
                     found.append(Job(number, seed, weight, tuple(missing.values())))
@@ -134,7 +132,7 @@ def run_job(
             "subject": who.name,
             "category": who.scene.category,
             "method": config.method,
-            "variant": label(rule, strength),
+            "variant": rule_name(rule, strength),
             "rule": rule if strength else PLAIN,
             "strength": strength,
             "seed": job.seed,
@@ -225,70 +223,6 @@ def _open_models(config: CompareConfig) -> None:
 
 def _in_worker(config: CompareConfig, job: Job) -> list[dict[str, Any]]:
     return run_job(config, _models["base"], _models["oracle"], job)
-
-
-def at_equal_fidelity(table: pd.DataFrame, *, against: float = 1.0) -> pd.DataFrame:
-    """Return each rule's alignment where it keeps as much of the subject as SuDe-tuned models do.
-
-    A rule is a line through its strengths (0 is plain tuning) in the plane of mean fidelity and
-    mean alignment under attribute prompts. From g = 0 upwards the first point whose fidelity is
-    that of sude-tuned `against` is read off, linearly between two strengths; a rule that never
-    loses so much is read at its greatest strength, one that starts below at 0: `fidelity` says
-    where it was read. The whole reading is one number of all subjects; its 95 % interval is
-    `statistics.jackknife_interval`.
-
-    Raises:
-        UserError: there is no such variant, or no subject has all variants.
-    """
-    runs = per_run(table)
-    means = runs.groupby(["subject", "variant"])[["subject_fidelity", "attribute_alignment"]].mean()
-    strengths = table.groupby("variant")["strength"].first()
-    rules = table.groupby("variant")["rule"].first()
-    goal = label(TUNED, against)
-    if goal not in rules:
-        raise UserError(f"There is no {goal!r} to compare with: add {against:g} to --sude-weights.")
-    # Only subjects that every variant has: the same ones on both sides.
-    wide = means.unstack("variant").dropna()
-    if wide.empty:
-        raise UserError("No subject has every variant yet: let the comparison run to its end.")
-    rows = []
-    for rule in (GUIDANCE, COMPOSITION):
-        line = sorted((strengths[v], v) for v in rules.index if rules[v] in (rule, PLAIN))
-
-        def read(
-            subjects: np.ndarray, line: list[tuple[float, str]] = line
-        ) -> tuple[tuple[float, float, float], tuple[float, float]]:
-            mean = wide.iloc[subjects].mean()
-            fidelity, alignment = mean["subject_fidelity"], mean["attribute_alignment"]
-            points = [(strength, fidelity[v], alignment[v]) for strength, v in line]
-            return _first_crossing(points, fidelity[goal]), (fidelity[goal], alignment[goal])
-
-        def difference(subjects: np.ndarray, read: Any = read) -> float:
-            point, (_, alignment) = read(subjects)
-            return float(point[2] - alignment)
-
-        point, tuned = read(np.arange(len(wide)))
-        ends = jackknife_interval(difference, len(wide))
-        row = {"rule": rule} | dict(zip(("strength", "fidelity", "alignment"), point, strict=True))
-        row |= dict(zip(("goal fidelity", "goal alignment"), tuned, strict=True))
-        row |= {"difference": ends.mean, "low": ends.low, "high": ends.high}
-        rows.append(row | {"subjects": len(wide)})
-    return pd.DataFrame(rows)
-
-
-def _first_crossing(
-    points: list[tuple[float, float, float]], fidelity: float
-) -> tuple[float, float, float]:
-    """Return the (strength, fidelity, alignment) where such a line first falls to `fidelity`."""
-    if points[0][1] <= fidelity:
-        return points[0]
-    for before, after in pairwise(points):
-        if after[1] <= fidelity:
-            share = (before[1] - fidelity) / (before[1] - after[1])
-            low, high = np.array(before), np.array(after)
-            s, f, a = (low + share * (high - low)).tolist()
-            return s, f, a
-    return points[-1]
 
 
 if __name__ == "__main__":

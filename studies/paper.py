@@ -28,9 +28,9 @@ from PIL import Image
 
 from sude_lab.backbone import data_folder
 from sude_lab.errors import UserError
+from sude_lab.evaluate import stored
 from sude_lab.evaluate.evaluate import FOLDER, SCORES
-from sude_lab.evaluate.metrics import MEASURES, gains
-from sude_lab.evaluate.statistics import Interval, holm, mean_interval, verdict
+from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.io.files import atomic_write
 from sude_lab.runs.folder import Run
 from sude_lab.sweep.grid import Job, Plan, make_plan, read_grid
@@ -38,19 +38,11 @@ from sude_lab.sweep.sweep import sweep
 from sude_lab.tuning import TuningConfig
 from sude_lab.world.subjects import StudyConfig, describe, keep_strip, run_study, strip_name
 
-RESULTS = data_folder() / "results"
+RESULTS = stored.RESULTS
 GRIDS = data_folder() / "grids"
 SWEEPS = Path("results")
 """Where sweeps are made, and gone on with."""
 SUBJECTS = (0, 1, 2, 5, 7)
-ALIGNMENT, FIDELITY, CATEGORY = MEASURES
-BACKGROUND = "background_alignment"
-MARGIN = 0.05
-"""What counts as no difference, in probabilities of the oracle."""
-FACTORS = (0.0, 0.5, 1.0, 2.0, 4.0)
-"""The paper's multiples of w_s."""
-WEIGHTS = {"dreambooth": 2.0, "custom_diffusion": 2.0, "vico": 1.5, "textual_inversion": 1.0}
-"""w_s of the methods on the embedded model when these studies were made."""
 STEPS = 200
 """Steps of a run, where nothing else is said."""
 
@@ -61,7 +53,7 @@ def _study(out: str, *methods: str, **settings: Any) -> StudyConfig:
 
 
 def _weights(method: str, factors: Sequence[float]) -> tuple[str, ...]:
-    return tuple(f"weight_sude={factor * WEIGHTS[method]:g}" for factor in factors)
+    return tuple(f"weight_sude={factor * stored.WEIGHTS[method]:g}" for factor in factors)
 
 
 _OTHERS = tuple(
@@ -69,7 +61,7 @@ _OTHERS = tuple(
     for method in ("custom_diffusion", "vico")
 )
 _HELD_OUT = replace(
-    _study("held_out", *WEIGHTS, variants=("plain", "sude"), num_seeds=3), pictures=None
+    _study("held_out", *stored.WEIGHTS, variants=("plain", "sude"), num_seeds=3), pictures=None
 )
 _PROMPTS = _study(
     "prompts",
@@ -174,259 +166,20 @@ def _variant(config: TuningConfig) -> str:
     return ",".join(parts or [f"weight_sude={config.weight_sude:g}"])
 
 
-def read(name: str) -> pd.DataFrame:
-    """Return the stored rows of a study.
-
-    Raises:
-        UserError: it has not been run.
-    """
-    path = RESULTS / f"{name}.csv"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: run its experiment without --no-run.")
-    table = pd.read_csv(path)
-    return table[table["error"].isna()] if "error" in table else table
-
-
-def by_factor(*tables: pd.DataFrame) -> pd.DataFrame:
-    """Return the pictures that ask for a new attribute, with `factor`: w_s over its default."""
-    rows = pd.concat(tables, ignore_index=True)
-    rows = rows[rows["attribute"].fillna("") != ""]
-    factor = rows["weight_sude"] / rows["method"].map(WEIGHTS)
-    rows = rows.assign(factor=factor.round(4), variant=factor.map("{:g} w_s".format))
-    return rows.drop_duplicates(["method", "subject", "seed", "factor", "attribute", "image"])
-
-
-def dosed() -> pd.DataFrame:
-    """Return the rows of Fig. 4: DreamBooth at every multiple of w_s, two seeds."""
-    return by_factor(read("w_s")).sort_values("factor", kind="stable")
-
-
-def against(
-    table: pd.DataFrame, base: str, measures: Sequence[str], *, by: Sequence[str] = ("method",)
-) -> pd.DataFrame:
-    """Return a row a (`by`, variant) in words: every measure's mean, and its gain over `base`."""
-    told = gains(table, measures, by=by, against=base)
-    rows = []
-    for names, group in told.groupby([*by, "variant"], sort=False):
-        line = dict(zip([*by, "variant"], names, strict=True))
-        for row in group.to_dict("records"):
-            text = f"{row['mean']:.2f}"
-            if row["gain"] == row["gain"]:
-                text += f" ({row['gain']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}])"
-            line[str(row["measure"]).replace("_", " ")] = text
-        rows.append(line | {"runs": f"{group['subjects'].iloc[0]} x {_seeds(group)}"})
-    return pd.DataFrame(rows)
-
-
-def _seeds(group: pd.DataFrame) -> int:
-    return int(group["runs"].iloc[0] // group["subjects"].iloc[0])
-
-
-def best_factors(table: pd.DataFrame, measure: str = ALIGNMENT) -> pd.DataFrame:
-    """Return a row a (method, subject): the gain at each factor, at the best, at the others' best.
-
-    `best` is the largest gain of 0.5, 1 and 2 w_s, chosen on the very pictures that it is measured
-    on: it flatters. `chosen by the others` takes the factor with the highest mean gain over the
-    *other* subjects.
-    """
-    runs = table.groupby(["method", "subject", "factor"])[measure].mean().unstack("factor")
-    gain = runs[[0.5, 1.0, 2.0]].sub(runs[0.0], axis=0)
-    rows = []
-    for (method, subject), line in gain.iterrows():
-        others = gain.loc[method].drop(subject).mean()
-        rows.append(
-            {"method": method, "subject": subject}
-            | {f"{factor:g} w_s": line[factor] for factor in gain.columns}
-            | {"best": line.max(), "chosen by the others": line[others.idxmax()]}
-        )
-    return pd.DataFrame(rows)
-
-
-def table1() -> pd.DataFrame:
-    """Return Table 1: its methods, plain, and the gain of SuDe at 0.5, 1, 2 w_s and their best."""
-    others = [read("methods_w_s"), _first_seed("w_s")]
-    held_out = read("held_out")
-    swept = held_out["method"].isin(pd.concat(others)["method"])
-    rows = by_factor(held_out[swept & (held_out["seed"] == 0)], *others)
-    plain = rows[rows["factor"] == 0].groupby("method")[ALIGNMENT].mean()
-    lines = []
-    for method, group in best_factors(rows).groupby("method", sort=False):
-        line = {"method": str(method).replace("_", " "), "plain": f"{plain[method]:.2f}"}
-        for name in group.columns[2:]:
-            line[name] = str(mean_interval(group[name], group["subject"]))
-        lines.append(line)
-    return pd.DataFrame(lines)
-
-
-def fig4() -> pd.DataFrame:
-    """Return Fig. 4: alignment, fidelity and category over the multiples of w_s."""
-    return against(dosed(), "0 w_s", MEASURES)
-
-
-def truncation() -> pd.DataFrame:
-    """Return the rows of Fig. 5: with, without and with other thresholds, plain tuning as well."""
-    told = {
-        "weight_sude=0": "plain",
-        "weight_sude=2": "SuDe, stops at rho = 1",
-        "truncate_at=0.5": "SuDe, stops at rho = 0.5",
-        "truncate_at=1.5": "SuDe, stops at rho = 1.5",
-        "truncate=false": "never stops",
-        "prior=current": "stops at rho = 1, prior current",
-        "prior=current,truncate=false": "never stops, prior current",
-    }
-    rows = read("truncation")
-    rows = rows[rows["variant"].isin(told) & (rows["attribute"].fillna("") != "")]
-    order = {name: k for k, name in enumerate(told)}
-    rows = rows.sort_values("variant", key=lambda v: v.map(order), kind="stable")
-    return rows.assign(variant=rows["variant"].map(told))
-
-
-def fig5() -> pd.DataFrame:
-    """Return Fig. 5: what the truncation is for."""
-    return against(truncation(), "plain", MEASURES)
-
-
-def collapse() -> pd.DataFrame:
-    """Return the pictures of new attributes after 50, 100 and 200 steps, truncated and not."""
-    few, all_steps = read("collapse"), read("truncation")
-    never = all_steps["variant"] == "prior=current,truncate=false"
-    all_steps = all_steps[never | (all_steps["variant"] == "weight_sude=2")]
-    rows = pd.concat([all_steps[all_steps["subject"].isin(few["subject"])], few])
-    rows = rows[rows["attribute"].fillna("") != ""]
-    told = {True: "stops at rho = 1", False: "never stops, prior current"}
-    return rows.assign(run=rows["truncate"].astype(bool).map(told)).reset_index(drop=True)
-
-
-def asked(*names: str) -> pd.DataFrame:
-    """Return the rows of the study of prompts for these asks."""
-    rows = read("prompts")
-    return rows[rows["ask"].isin(names)]
-
-
-def table2() -> pd.DataFrame:
-    """Return Table 2: three ways to ask for an attribute, plain and with SuDe."""
-    return against(asked("P1", "P2", "P3"), "plain", MEASURES, by=("ask",))
-
-
-def fig6() -> pd.DataFrame:
-    """Return Fig. 6: an attribute and a background asked for at once; `both` multiplies the two."""
-    rows = asked("attribute and background")
-    rows = rows.assign(both=rows[ALIGNMENT] * rows[BACKGROUND])
-    return against(rows, "plain", (ALIGNMENT, BACKGROUND, "both", FIDELITY), by=("ask",))
-
-
-def class_images() -> pd.DataFrame:
-    """Return the rows of Fig. 8: attributes (P1) and backgrounds, with class images, SuDe, both."""
-    told = {
-        "prior_loss_weight=1,weight_sude=0": "class images",
-        "prior_loss_weight=1": "SuDe and class images",
-    }
-    others = read("class_images")
-    rows = asked("P1", "background")
-    rows = pd.concat([rows, others.assign(variant=others["variant"].map(told))], ignore_index=True)
-    aimed = rows[ALIGNMENT].where(rows["ask"] == "P1", rows[BACKGROUND])
-    order = ["plain", "class images", "sude", "SuDe and class images"]
-    rows = rows.assign(alignment=aimed, edit=rows["ask"].replace({"P1": "attribute"}))
-    return rows.sort_values("variant", key=lambda v: v.map(order.index), kind="stable")
-
-
-def fig8() -> pd.DataFrame:
-    """Return Fig. 8: class-image regularisation (eq. 14) against SuDe, by what is edited."""
-    return against(class_images(), "plain", ("alignment", FIDELITY), by=("edit",))
-
-
-def claims() -> pd.DataFrame:
-    """Return what the paper claims, what it reports on Stable Diffusion, and what is seen here.
-
-    `by itself` is what the 95 % interval over subjects says of each claim alone, in the words of
-    `statistics.verdict` ("holds" is "no difference" within 0.05); `verdict` is the same after
-    Holm's correction of the p-values of Student's t for all claims together. The paper's numbers
-    are BLIP-T points of real photographs, ours are probabilities of a drawn world's oracle: only
-    signs and order can be compared.
-    """
-    held_out = read("held_out")
-    held_out = held_out[held_out["attribute"].fillna("") != ""]
-    rows: list[tuple[str, str, str, bool, tuple[Interval, float]]] = []
-    for method, name, reported in (
-        ("vico", "ViCo", "+4.2 / +2.6"),
-        ("custom_diffusion", "Custom Diffusion", "+0.9 / +2.0"),
-        ("dreambooth", "DreamBooth", "+1.2 / +1.5"),
-    ):
-        runs = held_out[held_out["method"] == method]
-        change = _change(runs, "plain", "sude", ALIGNMENT)
-        rows.append(("Table 1", f"SuDe raises alignment: {name}", reported, False, change))
-        change = _change(runs, "plain", "sude", FIDELITY)
-        rows.append(("Table 1", f"fidelity holds: {name}", "slight fluctuation", True, change))
-    w_s = dosed()
-    for claim, reported, a, b, measure, holds in (
-        ("2 w_s raises alignment over 1 w_s", "more with more", 1, 2, ALIGNMENT, False),
-        ("4 w_s raises alignment over 1 w_s", "more with more", 1, 4, ALIGNMENT, False),
-        ("fidelity holds at 2 w_s", "holds", 0, 2, FIDELITY, True),
-        ("at 4 w_s fidelity is below 1 w_s", "lost for a bowl", 4, 1, FIDELITY, False),
-    ):
-        change = _change(w_s, f"{a} w_s", f"{b} w_s", measure)
-        rows.append(("Fig. 4", claim, reported, holds, change))
-    stops, never = "SuDe, stops at rho = 1", "never stops, prior current"
-    change = _change(truncation(), never, stops, CATEGORY)
-    claim = "never stopping costs the category"
-    rows.append(("Fig. 5", claim, "collapse at epoch 3", False, change))
-    for ask in ("P1", "P2", "P3"):
-        change = _change(asked(ask), "plain", "sude", ALIGNMENT)
-        rows.append(("Table 2", f"SuDe adds to {ask}", "over +1.5", False, change))
-    plain = asked("P1", "P3")
-    plain = plain[plain["variant"] == "plain"]
-    change = _change(plain.assign(variant=plain["ask"]), "P1", "P3", ALIGNMENT)
-    rows.append(("Table 2", "without SuDe P3 is above P1", "41.2, the highest", False, change))
-    both = asked("attribute and background")
-    change = _change(both.assign(both=both[ALIGNMENT] * both[BACKGROUND]), "plain", "sude", "both")
-    rows.append(("Fig. 6", "attribute and background combine", "pictures", False, change))
-    edits = class_images()
-    for claim, edit, base, other in (
-        ("class images raise background edits", "background", "plain", "class images"),
-        ("attributes: SuDe above class images", "attribute", "class images", "sude"),
-    ):
-        change = _change(edits[edits["edit"] == edit], base, other, "alignment")
-        rows.append(("Fig. 8", claim, "pictures", False, change))
-    corrected = holm([p for *_, (_, p) in rows])
-    return pd.DataFrame(
-        [
-            {
-                "paper": where,
-                "claim": claim,
-                "reported there": reported,
-                "seen here": str(change),
-                "by itself": verdict(change, margin=MARGIN if holds else None),
-                "verdict": verdict(change, p=p, margin=MARGIN if holds else None),
-            }
-            for (where, claim, reported, holds, (change, _)), p in zip(rows, corrected, strict=True)
-        ]
-    )
-
-
-def _change(table: pd.DataFrame, base: str, other: str, measure: str) -> tuple[Interval, float]:
-    """Return the paired change from one variant to another, and the p of Student's t."""
-    changes = gains(table[table["variant"].isin([base, other])], [measure], against=base)
-    row = changes[changes["variant"] == other].iloc[0]
-    return Interval(row["gain"], row["low"], row["high"], row["subjects"]), row["p"]
-
-
-def _first_seed(name: str) -> pd.DataFrame:
-    rows = read(name)
-    return rows[rows["seed"] == 0]
-
-
 EXPERIMENTS = {
     "table1": Experiment(
         "Table 1: methods, with SuDe at 0.5, 1, 2 w_s and the best of them (gain in alignment)",
         (replace(_HELD_OUT, num_seeds=1), *_OTHERS),
         ("w_s",),
-        table1,
+        stored.table1,
     ),
-    "table2": Experiment("Table 2: prompts P1, P2, P3", (_PROMPTS,), (), table2),
-    "fig4": Experiment("Fig. 4: w_s", (), ("w_s",), fig4),
-    "fig5": Experiment("Fig. 5: truncation", (), ("truncation", "collapse"), fig5),
-    "fig6": Experiment("Fig. 6: attribute and background", (_PROMPTS,), (), fig6),
-    "fig8": Experiment("Fig. 8: class images against SuDe", (_PROMPTS, _CLASS_IMAGES), (), fig8),
+    "table2": Experiment("Table 2: prompts P1, P2, P3", (_PROMPTS,), (), stored.table2),
+    "fig4": Experiment("Fig. 4: w_s", (), ("w_s",), stored.fig4),
+    "fig5": Experiment("Fig. 5: truncation", (), ("truncation", "collapse"), stored.fig5),
+    "fig6": Experiment("Fig. 6: attribute and background", (_PROMPTS,), (), stored.fig6),
+    "fig8": Experiment(
+        "Fig. 8: class images against SuDe", (_PROMPTS, _CLASS_IMAGES), (), stored.fig8
+    ),
 }
 
 

@@ -12,8 +12,7 @@ from PIL import Image
 
 from studies import paper
 from sude_lab.backbone import open_backbone
-from sude_lab.errors import UserError
-from sude_lab.evaluate.statistics import holm, verdict
+from sude_lab.evaluate import stored
 from sude_lab.sweep.grid import make_plan, read_grid
 from sude_lab.tuning import TuningConfig
 from sude_lab.world.oracle import load_oracle
@@ -28,190 +27,11 @@ from sude_lab.world.subjects import (
     tune_and_measure,
 )
 
-DOG, CAT = "held-out-0-dog", "held-out-1-cat"
-NEVER = "prior=current,truncate=false"
-PLAIN_SUDE = ("plain", "sude")
-GAIN = {0.0: 0.0, 0.5: 0.1, 1.0: 0.2, 2.0: 0.4, 4.0: 0.3}
-
-
-def row(subject: str, variant: str, alignment: float, **more: Any) -> dict[str, Any]:
-    told = {"subject": subject, "method": "dreambooth", "variant": variant, "seed": 0}
-    told |= {"category": subject.split("-")[-1], "weight_sude": 2.0, "steps": 200}
-    told |= {"attribute": "running", "prompt": "photo of a running <sks> dog", "image": 0}
-    told |= {"attribute_alignment": alignment, "subject_fidelity": 0.5, "category_alignment": 1.0}
-    return told | {"open_gates": 0.3, "rho": 1.1} | more
-
-
-def dosed(method: str, factors: tuple[float, ...]) -> list[dict[str, Any]]:
-    """Two subjects: the dog gains GAIN, the cat half of it."""
-    default = paper.WEIGHTS[method]
-    return [
-        row(
-            subject,
-            f"weight_sude={factor * default:g}",
-            0.2 + share * GAIN[factor],
-            method=method,
-            weight_sude=factor * default,
-            subject_fidelity=0.5 - 0.1 * (factor == 4),
-        )
-        for factor in factors
-        for subject, share in ((DOG, 1.0), (CAT, 0.5))
-    ]
-
-
-def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
-    pd.DataFrame(rows).to_csv(folder / f"{name}.csv", index=False)
-
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(paper, "RESULTS", tmp_path)
-    write(tmp_path, "w_s", dosed("dreambooth", paper.FACTORS))
-    methods = ("custom_diffusion", "vico")
-    write(tmp_path, "methods_w_s", [r for m in methods for r in dosed(m, (0.5, 2.0))])
-    held_out = []
-    for method in paper.WEIGHTS:
-        for r in dosed(method, (0.0, 1.0)):
-            held_out.append(r | {"variant": "plain" if r["weight_sude"] == 0 else "sude"})
-    write(tmp_path, "held_out", held_out)
-    truncation = [
-        row(
-            s,
-            variant,
-            alignment,
-            category_alignment=category,
-            truncate="truncate=false" not in variant,
-        )
-        for s in (DOG, CAT)
-        for variant, alignment, category in (
-            ("weight_sude=0", 0.2, 1.0),
-            ("weight_sude=2", 0.4, 1.0),
-            ("truncate=false", 0.3, 0.9),
-            (NEVER, 0.1, 0.2),
-            ("prior=current", 0.4, 1.0),
-            ("truncate_at=0.5", 0.3, 1.0),
-            ("truncate_at=1.5", 0.35, 1.0),
-        )
-    ]
-    write(tmp_path, "truncation", truncation)
-    collapse = [
-        row(DOG, f"{never}max_train_steps={steps}", 0.3, steps=steps, truncate=not never)
-        for steps in (50, 100)
-        for never in ("", f"{NEVER},")
-    ]
-    write(tmp_path, "collapse", collapse)
-    prompts, images = [], []
-    for s in (DOG, CAT):
-        for variant, plus in (("plain", 0.0), ("sude", 0.2)):
-            for ask, alignment in (("P1", 0.3), ("P2", 0.4), ("P3", 0.5)):
-                prompts.append(row(s, variant, alignment + plus, ask=ask, background_alignment=0.9))
-            for ask in ("background", "attribute and background"):
-                prompts.append(
-                    row(s, variant, 0.5 + plus, ask=ask, background_alignment=0.6 - plus)
-                )
-        for variant in ("prior_loss_weight=1,weight_sude=0", "prior_loss_weight=1"):
-            images.append(row(s, variant, 0.35, ask="P1", background_alignment=0.9))
-            images.append(row(s, variant, 0.5, ask="background", background_alignment=0.8))
-    write(tmp_path, "prompts", prompts)
-    write(tmp_path, "class_images", images)
     return tmp_path
-
-
-def test_table_1_has_the_best_of_three_and_the_choice_of_the_others(results: Path) -> None:
-    table = paper.table1().set_index("method")
-    assert set(table.index) == {"dreambooth", "custom diffusion", "vico"}
-    line = table.loc["dreambooth"]
-    assert line["plain"] == "0.20"
-    # The dog gains 0.2 and the cat 0.1 at w_s: Student's t, 12.7 times half their distance.
-    assert line["1 w_s"] == "+0.15 [-0.49, +0.79]"
-    assert line["best"] == line["2 w_s"] == "+0.30 [-0.97, +1.57]"
-    assert line["chosen by the others"] == line["2 w_s"]
-
-
-def test_the_best_flatters_and_the_others_choice_does_not(results: Path) -> None:
-    rows = paper.by_factor(paper.read("w_s"))
-    luck = (rows["subject"] == CAT) & (rows["factor"] == 0.5)
-    rows.loc[luck, "attribute_alignment"] = 0.9
-    told = paper.best_factors(rows).set_index("subject")
-    assert told.loc[CAT, "best"] == pytest.approx(0.7)
-    assert told.loc[CAT, "chosen by the others"] == pytest.approx(0.2)  # the dog chooses 2 w_s
-    assert told.loc[DOG, "chosen by the others"] == pytest.approx(0.1)  # the cat chooses 0.5 w_s
-
-
-def test_fig_4_compares_with_no_sude(results: Path) -> None:
-    table = paper.fig4().set_index("variant")
-    assert list(table.index) == ["0 w_s", "0.5 w_s", "1 w_s", "2 w_s", "4 w_s"]
-    assert table.loc["0 w_s", "attribute alignment"] == "0.20"
-    assert table.loc["2 w_s", "attribute alignment"] == "0.50 (+0.30 [-0.97, +1.57])"
-    assert table.loc["4 w_s", "subject fidelity"] == "0.40 (-0.10 [-0.10, -0.10])"
-    assert table.loc["4 w_s", "runs"] == "2 x 1"
-
-
-def test_fig_5_names_gates_and_judges(results: Path) -> None:
-    table = paper.fig5().set_index("variant")
-    assert list(table.index)[:2] == ["plain", "SuDe, stops at rho = 1"]
-    assert table.loc["never stops, prior current", "category alignment"].startswith("0.20 (-0.80")
-    assert len(table) == 7
-    collapse = paper.collapse()
-    assert set(collapse["subject"]) == {DOG}  # the only one with fewer steps
-    assert collapse.groupby("run")["steps"].unique().map(sorted).to_dict() == {
-        "stops at rho = 1": [50, 100, 200],
-        "never stops, prior current": [50, 100, 200],
-    }
-
-
-def test_prompts_and_edits_are_compared_within_what_was_asked(results: Path) -> None:
-    table = paper.table2().set_index(["ask", "variant"])
-    assert table.loc[("P3", "sude"), "attribute alignment"] == "0.70 (+0.20 [+0.20, +0.20])"
-    both = paper.fig6().set_index("variant")
-    assert both.loc["plain", "both"] == "0.30"
-    assert both.loc["sude", "both"].startswith("0.28 (-0.02")
-    edits = paper.fig8().set_index(["edit", "variant"])
-    assert edits.loc[("background", "class images"), "alignment"].startswith("0.80 (+0.20")
-    assert edits.loc[("attribute", "class images"), "alignment"].startswith("0.35 (+0.05")
-    assert [v for e, v in edits.index if e == "attribute"] == [
-        "plain",
-        "class images",
-        "sude",
-        "SuDe and class images",
-    ]
-
-
-def test_claims_agree_or_disagree_or_cannot_be_told(results: Path) -> None:
-    table = paper.claims().set_index("claim")
-    # Where all subjects change alike the interval has no width, and p is 0.
-    assert table.loc["never stopping costs the category", "seen here"] == "+0.80 [+0.80, +0.80]"
-    assert table.loc["never stopping costs the category", "verdict"] == "agrees"
-    assert table.loc["fidelity holds: ViCo", "by itself"] == "no difference"
-    assert table.loc["attribute and background combine", "verdict"] == "disagrees"
-    # The dog gains 0.10 and the cat 0.05, and two subjects tell little.
-    assert table.loc["4 w_s raises alignment over 1 w_s", "seen here"] == "+0.07 [-0.24, +0.39]"
-    assert table.loc["4 w_s raises alignment over 1 w_s", "by itself"] == "cannot tell"
-    assert set(table["verdict"]) <= {"agrees", "disagrees", "no difference", "cannot tell"}
-
-
-def test_holm_s_correction_can_only_take_back(results: Path) -> None:
-    table = pd.DataFrame(
-        [
-            row(s, v, 0.5 + c * (v == "sude"))
-            for s, c in (("a", 0.3), ("b", 0.31))
-            for v in PLAIN_SUDE
-        ]
-    )
-    change, p = paper._change(table, "plain", "sude", paper.ALIGNMENT)
-    assert verdict(change) == "agrees" and 0.01 < p < 0.05
-    assert verdict(change, p=holm([p] * 18)[0]) == "cannot tell"
-
-
-def test_runs_that_failed_are_left_out_and_missing_studies_named(results: Path) -> None:
-    write(
-        results,
-        "w_s",
-        [row(DOG, "plain", 0.5) | {"error": None}, row(CAT, "plain", 0.5) | {"error": "no"}],
-    )
-    assert len(paper.read("w_s")) == 1
-    with pytest.raises(UserError, match=r"nothing\.csv is missing"):
-        paper.read("nothing")
 
 
 def test_the_command_runs_its_studies_and_writes_the_table(
@@ -245,7 +65,7 @@ def test_a_grid_gives_the_rows_and_pictures_that_a_study_gives(
     monkeypatch.setitem(paper.EXPERIMENTS, "few", experiment)
     monkeypatch.setattr(paper, "ProcessPoolExecutor", _Here)
     paper.run("few", workers=1, out=tmp_path / "results")
-    kept = paper.read("few")
+    kept = pd.read_csv(tmp_path / "kept" / "few.csv")
     assert kept["variant"].unique().tolist() == ["weight_sude=0", "weight_sude=1"]
     base, oracle, who = open_backbone("embedded"), load_oracle(), subject("held-out", 0)
     for variant, mine in kept.groupby("variant"):
@@ -257,7 +77,7 @@ def test_a_grid_gives_the_rows_and_pictures_that_a_study_gives(
         assert mine["prompt"].tolist() == other["prompt"].tolist()
         assert mine["attribute"].fillna("").tolist() == other["attribute"].tolist()
         asked = other["attribute"] != ""  # of its own attribute `evaluate` does not ask
-        for measure in paper.MEASURES:
+        for measure in stored.MEASURES:
             found = mine.loc[asked.to_numpy(), measure].tolist()
             assert found == pytest.approx(other.loc[asked, measure].tolist(), abs=2e-5)
         name = strip_name(*mine.iloc[0][KEYS].tolist())
