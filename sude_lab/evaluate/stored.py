@@ -12,6 +12,7 @@ gains are paired: same subject, same seed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -389,9 +390,7 @@ def at_equal_fidelity(table: pd.DataFrame, *, against: float = 1.0) -> pd.DataFr
     rows = []
     for rule in (GUIDANCE, COMPOSITION):
         line = sorted((strengths[v], v) for v in rules.index if rules[v] in (rule, PLAIN))
-        ends = jackknife_interval(
-            lambda who, line=line: _read_off(wide.iloc[who], line, goal)["difference"], len(wide)
-        )
+        ends = jackknife_interval(partial(_difference, wide, line, goal), len(wide))
         row = {"rule": rule} | _read_off(wide, line, goal) | {"low": ends.low, "high": ends.high}
         rows.append(row | {"subjects": len(wide)})
     return pd.DataFrame(rows)
@@ -407,6 +406,12 @@ def _read_off(
     row = dict(zip(("strength", "fidelity", "alignment"), point, strict=True))
     row |= {"goal fidelity": fidelity[goal], "goal alignment": alignment[goal]}
     return row | {"difference": point[2] - alignment[goal]}
+
+
+def _difference(
+    wide: pd.DataFrame, line: Sequence[tuple[float, str]], goal: str, subjects: np.ndarray
+) -> float:
+    return _read_off(wide.iloc[subjects], line, goal)["difference"]
 
 
 def _first_crossing(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
@@ -19,8 +18,6 @@ from PIL import Image
 from real_configs import REAL, build, shrink
 from torch import Tensor
 
-from studies import compare_guidance
-from studies.compare_guidance import CompareConfig, at_equal_fidelity, compare
 from sude_lab.backbone import Backbone, Condition, FrozenUNet
 from sude_lab.cli import main
 from sude_lab.diffusion import Schedule, to_eps
@@ -624,46 +621,3 @@ def test_generate_with_sude_guidance(
     assert main([*drawn, "--sude-guidance", "-1", "--out", str(tmp_path / "no")]) == 2
     assert "at least 0" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
-
-
-# --- the comparison ------------------------------------------------------------------------------
-
-
-def test_the_comparison_runs_and_continues(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = CompareConfig(
-        out=tmp_path / "guidance.csv",
-        numbers=(0,),
-        strengths=(0.0, 1.0),
-        sude_weights=(1.0,),
-        num_images=2,
-        workers=1,
-        settings="max_train_steps=2,learning_rate=0.02,train=attention",
-        backbone=str(tiny_folder),
-    )
-    table = compare(config)
-    assert set(table["variant"]) == {"plain", "guidance 1", "composition 1", "sude-tuned 1"}
-    # As tuned, and four poses it does not show.
-    assert (table.groupby("variant").size() == 5 * 2).all()
-    weights = table.groupby("variant")["weight_sude"].first()
-    assert weights["plain"] == weights["guidance 1"] == 0 and weights["sude-tuned 1"] == 1
-    measured = table.pivot_table("subject_fidelity", ["attribute", "image"], "variant")
-    for variant in ("guidance 1", "composition 1"):
-        assert (measured[variant] != measured["plain"]).any()
-    assert table[table["rule"] == "guidance"]["rho"].notna().all()
-    equal = at_equal_fidelity(table)
-    assert list(equal["rule"]) == ["guidance", "composition"] and equal["subjects"].eq(1).all()
-
-    made = []
-    run_job = compare_guidance.run_job
-
-    def spy(*args: Any) -> Any:
-        made.append(args[-1])
-        return run_job(*args)
-
-    monkeypatch.setattr(compare_guidance, "run_job", spy)
-    again = compare(replace(config, strengths=(0.0, 1.0, 2.0)))
-    assert [job.draws for job in made] == [(("guidance", 2.0), ("composition", 2.0))]
-    assert len(again) == len(table) + 2 * 10
-    assert len(pd.read_csv(config.out)) == len(again)
