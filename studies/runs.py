@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,7 @@ from sude_lab.sweep.grid import Job, Plan, make_plan, read_grid
 from sude_lab.sweep.sweep import sweep
 from sude_lab.tuning import TuningConfig
 from sude_lab.world import drawing as world
+from sude_lab.world.judging import drawn_judge
 from sude_lab.world.subjects import describe, keep_strip, strip_name
 
 GRIDS = data_folder() / "grids"
@@ -132,7 +134,8 @@ def variant(config: TuningConfig, named: bool = False) -> str:
 def rows_of(plan: Plan, job: Job) -> Iterator[tuple[dict[str, Any], Image.Image]]:
     """Yield a row a picture of a finished run, and the picture."""
     folder, config = plan.runs / job.key, job.config
-    scores = evaluate([folder], **job.asked, scene=job.scene, progress=False).scores
+    judges = partial(drawn_judge, scene=job.scene)
+    scores = evaluate([folder], **job.asked, judges=judges, progress=False).scores
     run = Run.open(folder)
     about = describe(config) | run.metrics()[["open_gates", "rho"]].mean().to_dict()
     phrases = {phrase: name for name, phrase in world.BACKGROUNDS.items()}

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -34,6 +34,7 @@ from sude_lab.io.reading import is_file, kinds_of, read_text, read_yaml, taken
 from sude_lab.tuning import TuningConfig, with_defaults
 from sude_lab.world import subjects as study
 from sude_lab.world.drawing import Scene
+from sude_lab.world.judging import drawn_judge
 
 VARIANT = ("w_s", "truncation", "prior", "weighting")
 ASKED = (
@@ -358,7 +359,7 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
                     asked["prompts"],
                     structure=asked.get("structure", "default"),
                     references=Path(references) if references else None,
-                    scene=who.scene,
+                    judges=partial(drawn_judge, scene=who.scene),
                 )
             )
         prompts = [_digest(Path(p)) if is_file(p) else p for p in asked["prompts"]]

@@ -59,6 +59,7 @@ from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, run_tuning
 from sude_lab.sweep.grid import Job, Plan, is_known, kind_of, make_plan, read_grid
 from sude_lab.sweep.lockstep import MAY_DIFFER, PRIOR, check_together, feed
 from sude_lab.tuning import Step, TuningConfig
+from sude_lab.world.judging import drawn_judge
 
 PLAN, RESULTS, TIMING, STATE = "plan.json", "results.parquet", "timing.json", ".sweep"
 _FULL = "No space is left on the disk: free some, and give the command again."
@@ -153,7 +154,7 @@ def _tune_and_judge(
     found = evaluate(
         [folder],
         **job.asked,
-        scene=job.scene,
+        judges=partial(drawn_judge, scene=job.scene),
         device=config.device,
         progress=False,
         load=lambda run: run.load(backbone=fresh_backbone(config)),

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from studies.embedded.dataset import render, scenes
 from sude_lab.world import drawing as world
-from sude_lab.world.dataset import render, scenes, to_tensor
-from sude_lab.world.oracle import HEADS, LOOK, labels
+from sude_lab.world.oracle import HEADS, LOOK, labels, to_tensor
 from sude_lab.world.subjects import subject
 
 
