@@ -16,7 +16,8 @@ of its own. Asked are
   q(x_{t-1} | x_t, x_0), `one step, mean` with x_{t-1} at that distribution's mean;
 - the oracle, on the same drawings, among the same prompts.
 
-Finished drawings are never asked again: give the command again to continue.
+Finished drawings are never asked again: give the command again to continue. (No run is tuned here,
+so there is no grid to sweep.) The tables are those of `studies/classify_tables.py`.
 """
 
 from __future__ import annotations
@@ -34,22 +35,28 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from studies.classify_tables import (
+    ALL,
+    ATTRIBUTES,
+    CATEGORIES,
+    CAUTIONS,
+    FIRST,
+    ONE_STEP,
+    ONE_STEP_MEAN,
+    ORACLE,
+    PRUNED,
+    report,
+)
 from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
 from sude_lab.classifier import class_log_posterior, squared_distance
 from sude_lab.diffusion import posterior_mean, posterior_variance, reverse_mean
 from sude_lab.errors import UserError
-from sude_lab.evaluate.statistics import share_difference, wilson_interval
 from sude_lab.implicit import ImplicitClassifier, ask_in_rounds, posterior, spread_times
 from sude_lab.io.files import atomic_write
 from sude_lab.probe import ask, encode_all, latents_of, noise_generator
 from sude_lab.prompts import photo_of
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import HEADS, Oracle, load_oracle
-
-ATTRIBUTES, CATEGORIES = "attributes", "categories"
-ALL, PRUNED, FIRST, ORACLE = "all pairs", "pruned", "first pairs", "oracle"
-CAUTIONS = {PRUNED: 2.5, "pruned, caution 1.5": 1.5, "pruned, caution 4": 4.0}
-ONE_STEP, ONE_STEP_MEAN = "one step", "one step, mean"
 
 SHOWN = tuple((c, a) for c in world.CATEGORIES for a in world.ATTRIBUTES[c])[::2]
 """The (category, attribute) of the 20 prompts."""
@@ -101,9 +108,9 @@ def name_attributes(
         few = slice(None, max(1, int(paid[n])))
         ways = {ALL: losses[n], FIRST: losses[n, few]}
         ways |= {form: kept[n] for form, kept in pruned.items()}
-        for form, mine in ways.items():
-            p, error = posterior(mine, times[n, : len(mine)])
-            rows.append(_row(first + n, ATTRIBUTES, form, p, error, (~mine.isnan()).sum()))
+        for form, some in ways.items():
+            p, error = posterior(some, times[n, : len(some)])
+            rows.append(_row(first + n, ATTRIBUTES, form, p, error, (~some.isnan()).sum()))
     return rows
 
 
@@ -165,10 +172,10 @@ def name_by_oracle(
     oracle: Oracle, pictures: Sequence[Image.Image], first: int
 ) -> list[dict[str, Any]]:
     """Return the oracle's answers among the same prompts, two rows a picture."""
-    seen = oracle.read(list(pictures))
-    category = seen["category"]
+    probabilities = oracle.read(list(pictures))
+    category = probabilities["category"]
     index = [(HEADS["category"].index(c), HEADS["attribute"].index(a)) for c, a in SHOWN]
-    both = torch.stack([category[:, c] * seen["attribute"][:, a] for c, a in index], dim=1)
+    both = torch.stack([category[:, c] * probabilities["attribute"][:, a] for c, a in index], dim=1)
     rows = []
     for n in range(len(pictures)):
         p = both[n] / both[n].sum()
@@ -225,79 +232,6 @@ def run_study(config: ClassifyConfig, chunk: int = 5) -> pd.DataFrame:
                 table.to_csv(path, index=False)
             bar.update(len(set(numbers) - done))
     return pd.read_csv(config.out)
-
-
-# --- the report ---
-
-
-def accuracy_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each way of asking: accuracy, cost, paired difference to all pairs.
-
-    Intervals are those of `wilson_interval` and `share_difference`. `only one right` counts the
-    drawings that all pairs alone and this way alone name rightly.
-    """
-    rows = []
-    together = table[~table["form"].isin((ONE_STEP, ONE_STEP_MEAN))]
-    for prompts, group in together.groupby("prompts", sort=False):
-        wide = group.pivot(index="picture", columns="form", values="right")
-        cost = group.groupby("form")["evaluations"].mean()
-        for form in (ORACLE, ALL, *CAUTIONS, FIRST):
-            if form not in wide:
-                continue
-            mine = group[group["form"] == form]
-            share = wilson_interval(int(wide[form].sum()), len(wide))
-            line: dict[str, object] = {
-                "prompts": prompts,
-                "asked": form,
-                "accuracy": f"{share.mean:.3f} [{share.low:.3f}, {share.high:.3f}]",
-                "mean probability": f"{mine['probability'].mean():.3f}",
-                "UNet evaluations": f"{cost[form]:.1f}" if form != ORACLE else "",
-                "times fewer": "",
-                "difference to all pairs": "",
-                "only one right": "",
-            }
-            if form in (*CAUTIONS, FIRST):
-                gain = wide[form] - wide[ALL]
-                lost, won = int((gain < 0).sum()), int((gain > 0).sum())
-                change = share_difference(lost, won, len(gain))
-                line["times fewer"] = f"{cost[ALL] / cost[form]:.2f}"
-                line["difference to all pairs"] = (
-                    f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
-                )
-                line["only one right"] = f"{lost} / {won}"
-            rows.append(line)
-    return pd.DataFrame(rows)
-
-
-def one_step_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the accuracy of eq. 5 alone at each t, with x_{t-1} drawn and at its mean."""
-    steps = table[table["form"].isin((ONE_STEP, ONE_STEP_MEAN))]
-    rows = []
-    for t, group in steps.groupby("t"):
-        line: dict[str, object] = {"t": int(t)}
-        for form, name in ((ONE_STEP, "x_{t-1} drawn"), (ONE_STEP_MEAN, "x_{t-1} at its mean")):
-            right = group.loc[group["form"] == form, "right"]
-            share = wilson_interval(int(right.sum()), len(right))
-            line[name] = f"{share.mean:.3f} [{share.low:.3f}, {share.high:.3f}]"
-        rows.append(line)
-    return pd.DataFrame(rows)
-
-
-def report(table: pd.DataFrame) -> str:
-    """Return the tables as Markdown, with how many drawings they speak of."""
-    parts = [
-        f"{table['picture'].nunique()} drawings; in brackets 95 % intervals over drawings. "
-        '"Only one right": drawings that all pairs alone / this way alone name rightly.',
-        accuracy_table(table).to_markdown(index=False, disable_numparse=True),
-    ]
-    steps = one_step_table(table)
-    if len(steps):
-        parts += [
-            "Eq. 5 at one t alone, among the 9 categories; chance is "
-            f"{1 / len(world.CATEGORIES):.3f}:",
-            steps.to_markdown(index=False, disable_numparse=True),
-        ]
-    return "\n\n".join(parts)
 
 
 def main(config: ClassifyConfig) -> None:

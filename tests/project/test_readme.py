@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import studies
+import studies.embedded
 from sude_lab import cli, world
 
 ROOT = Path(__file__).resolve().parents[2]

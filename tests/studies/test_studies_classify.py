@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from studies import classify as study
+from studies.classify_tables import accuracy_table
 from sude_lab.backbone import Backbone
 from sude_lab.prompts import photo_of
 from sude_lab.world import drawing as world
@@ -115,7 +116,7 @@ def test_the_table_counts_pairs_of_answers() -> None:
             for k, value in enumerate(values)
         ]
     )
-    rows = study.accuracy_table(table).set_index("asked")
+    rows = accuracy_table(table).set_index("asked")
     assert rows.loc["all pairs", "accuracy"].startswith("0.900 [")
     assert rows.loc["pruned", "times fewer"] == "5.00"
     assert rows.loc["pruned", "difference to all pairs"].startswith("-0.100 [")
