@@ -146,10 +146,10 @@ def name_categories(
     sizes = (len(pictures), len(grid), len(prompts))
     rows = torch.cartesian_prod(*(torch.arange(size) for size in sizes))
     size = len(grid) * len(prompts)  # a picture a batch
-    asked = ask(backbone, x_0, times, noise, encode_all(backbone, prompts), rows, batch_size=size)
-    found = []
+    answers = ask(backbone, x_0, times, noise, encode_all(backbone, prompts), rows, batch_size=size)
+    result = []
     losses = torch.zeros(sizes, dtype=torch.float64)
-    for n, (x_t, eps, t, guess) in enumerate(asked):
+    for n, (x_t, eps, t, guess) in enumerate(answers):
         distance = squared_distance(guess, eps).double().cpu()
         losses[n] = weights.sum() * distance.reshape(sizes[1:])
         means = reverse_mean(guess.double().cpu(), x_t.double().cpu(), t.cpu(), schedule)
@@ -161,11 +161,11 @@ def name_categories(
         for form, x_prev in ((ONE_STEP, middle + step), (ONE_STEP_MEAN, middle)):
             for m, p in enumerate(class_log_posterior(x_prev, means, variance).exp()):
                 row = _row(first + n, CATEGORIES, form, p, None, len(prompts))
-                found.append(row | {"t": int(grid[m])})
+                result.append(row | {"t": int(grid[m])})
     for n in range(len(pictures)):
         p, error = posterior(losses[n], grid)
-        found.append(_row(first + n, CATEGORIES, ALL, p, error, losses[n].numel()))
-    return found
+        result.append(_row(first + n, CATEGORIES, ALL, p, error, losses[n].numel()))
+    return result
 
 
 def name_by_oracle(

@@ -45,9 +45,9 @@ def subjects_table(table: pd.DataFrame) -> pd.DataFrame:
             "subject": subject,
             "untuned": f"{untuned_alignment(table, subject):.2f}",
         }
-        for variant, mine in group.groupby("variant", sort=False):
+        for variant, runs_of_variant in group.groupby("variant", sort=False):
             for measure, name in NAMES.items():
-                line[f"{name.split()[-1]}, {variant}"] = f"{mine[measure].mean():.2f}"
+                line[f"{name.split()[-1]}, {variant}"] = f"{runs_of_variant[measure].mean():.2f}"
         steered = table[(table["method"] == method) & (table["subject"] == subject)]
         steered = steered[steered["variant"] == "sude"]
         line["open gates"] = f"{steered['open_gates'].mean():.0%}"
@@ -62,11 +62,11 @@ def settings_table(table: pd.DataFrame) -> pd.DataFrame:
     "fidelity, as tuned" is that of the tuning prompt: how well the look was learned at all.
     """
     rows = []
-    for (method, variant), mine in table.groupby(["method", "variant"], sort=False):
-        asked = mine["attribute"].fillna("") != ""
+    for (method, variant), pictures in table.groupby(["method", "variant"], sort=False):
+        edits = pictures["attribute"].fillna("") != ""
         # Every subject counts alike, however many attributes its category has.
-        new, old = (mine[part].groupby("subject") for part in (asked, ~asked))
-        gates = mine.groupby("subject")["open_gates"].mean().mean()
+        new, old = (pictures[part].groupby("subject") for part in (edits, ~edits))
+        gates = pictures.groupby("subject")["open_gates"].mean().mean()
         rows.append(
             {
                 "method": method.replace("_", " "),
@@ -75,7 +75,7 @@ def settings_table(table: pd.DataFrame) -> pd.DataFrame:
                 "attribute alignment": f"{new['attribute_alignment'].mean().mean():.2f}",
                 "subject fidelity": f"{new['subject_fidelity'].mean().mean():.2f}",
                 "fidelity, as tuned": f"{old['subject_fidelity'].mean().mean():.2f}",
-                "open gates": f"{gates:.0%}" if mine["rho"].notna().any() else "",
+                "open gates": f"{gates:.0%}" if pictures["rho"].notna().any() else "",
             }
         )
     return pd.DataFrame(rows)

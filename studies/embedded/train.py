@@ -379,8 +379,8 @@ def train_unet(
 ) -> StableDiffusionPipeline:
     """Train UNet and text encoder together on the plain epsilon loss, return the whole pipeline."""
     if config.init:
-        known = StableDiffusionPipeline.from_pretrained(config.init, use_safetensors=True)
-        tokenizer, text_encoder, unet = known.tokenizer, known.text_encoder, known.unet
+        pipeline = StableDiffusionPipeline.from_pretrained(config.init, use_safetensors=True)
+        tokenizer, text_encoder, unet = pipeline.tokenizer, pipeline.text_encoder, pipeline.unet
     else:
         tokenizer = build_tokenizer(config.work / "tokenizer")
         with torch.random.fork_rng(devices=[]):

@@ -333,14 +333,14 @@ def settings_and_variants(configs: Sequence[TuningConfig]) -> list[tuple[str, st
         names = [n for n in _SUDE if n not in general[method]]
         steered[method] = _varying([c for c in family if c.weight_sude], names)
     several = len({c.backbone for c in configs}) > 1
-    found = []
+    names_of_runs = []
     for c in configs:
         settings = [c.method, *(f"{n} {getattr(c, n)}" for n in general[c.method])]
         if several:
             settings.append(Path(c.backbone).name)
         sude = ["SuDe", *(f"{n} {getattr(c, n)}" for n in steered[c.method])]
-        found.append((", ".join(settings), ", ".join(sude) if c.weight_sude else "plain"))
-    return found
+        names_of_runs.append((", ".join(settings), ", ".join(sude) if c.weight_sude else "plain"))
+    return names_of_runs
 
 
 def _varying(configs: Sequence[TuningConfig], names: Sequence[str]) -> list[str]:
@@ -365,14 +365,14 @@ def _asked(
 ) -> list[Prompt]:
     if structure != "default":
         structured(structure, run.config.category)  # says so where there is no such structure
-    asked: list[Prompt] = []
+    wanted: list[Prompt] = []
     for name in names:
-        asked += _prompt_set(name, run, references, structure, judge)
-    if not asked:
+        wanted += _prompt_set(name, run, references, structure, judge)
+    if not wanted:
         raise UserError(f"Name prompts with --prompts: {', '.join(PROMPT_SETS)}, or a file.")
-    for prompt in asked:
+    for prompt in wanted:
         run.prompt(prompt.text)  # says so where a subject is asked for that the run does not have
-    return list(dict.fromkeys(asked))
+    return list(dict.fromkeys(wanted))
 
 
 def prompts_of(
@@ -493,8 +493,8 @@ def _drawn(
         for seed in seeds
         for k in range(num_images)
     ]
-    found = {path: _read(path) for *_, path in places}
-    missing = list({place[3]: place for place in places if found[place[3]] is None}.values())
+    images = {path: _read(path) for *_, path in places}
+    missing = list({place[3]: place for place in places if images[place[3]] is None}.values())
     if missing:
         backbone = job.load(job.run)
         for prompt in job.prompts:
@@ -510,13 +510,13 @@ def _drawn(
             for _, rest in groupby(missing, key=lambda place: place[:2]):
                 batch = list(rest)
                 while batch:
-                    batch = batch[_draw_some(job, backbone, batch, found, batch_size, bar) :]
+                    batch = batch[_draw_some(job, backbone, batch, images, batch_size, bar) :]
         del backbone
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     pictures = []
     for n, seed, k, path in places:
-        image = found[path]
+        image = images[path]
         assert image is not None  # read or drawn
         pictures.append(_Picture(n, seed, k, path, image))
     return pictures
@@ -526,7 +526,7 @@ def _draw_some(
     job: _Job,
     backbone: Backbone,
     places: list[tuple[int, int, int, Path]],
-    found: dict[Path, Image.Image | None],
+    images_at: dict[Path, Image.Image | None],
     batch_size: int,
     bar: Any,
 ) -> int:
@@ -546,7 +546,7 @@ def _draw_some(
     for (*_, path), image in zip(follow, images, strict=True):
         with atomic_write(path) as file:
             image.save(file)
-        found[path] = image
+        images_at[path] = image
         bar.update()
     return len(follow)
 
@@ -554,8 +554,8 @@ def _draw_some(
 def _mention_unknown_words(backbone: Backbone, job: _Job) -> None:
     words = dict.fromkeys(w for p in job.prompts for w in backbone.unknown_words(p.text))
     if words:
-        told = ", ".join(map(repr, list(words)[:8])) + (", ..." if len(words) > 8 else "")
-        tqdm.write(f"The model of {job.run.folder} has never met {told}.", file=sys.stderr)
+        listed = ", ".join(map(repr, list(words)[:8])) + (", ..." if len(words) > 8 else "")
+        tqdm.write(f"The model of {job.run.folder} has never met {listed}.", file=sys.stderr)
 
 
 # --- measuring -----------------------------------------------------------------------------------

@@ -51,9 +51,9 @@ def text_similarity(pictures: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
 def per_run(table: pd.DataFrame) -> pd.DataFrame:
     """Return one row a run: means over the pictures of attributes the subject does not show."""
-    asked = table[table["attribute"].fillna("") != ""]
-    keys = [k for k in ("subject", "category", "method", "variant", "seed") if k in asked]
-    return asked.groupby(keys, as_index=False)[list(MEASURES)].mean()
+    edits = table[table["attribute"].fillna("") != ""]
+    keys = [k for k in ("subject", "category", "method", "variant", "seed") if k in edits]
+    return edits.groupby(keys, as_index=False)[list(MEASURES)].mean()
 
 
 def summarize(table: pd.DataFrame, *, against: str = "plain") -> pd.DataFrame:

@@ -143,7 +143,7 @@ def fig4() -> pd.DataFrame:
 
 def truncation() -> pd.DataFrame:
     """Return the rows of Fig. 5: with, without and with other thresholds, plain tuning as well."""
-    told = {
+    names = {
         "weight_sude=0": "plain",
         "weight_sude=2": "SuDe, stops at rho = 1",
         "truncate_at=0.5": "SuDe, stops at rho = 0.5",
@@ -153,10 +153,10 @@ def truncation() -> pd.DataFrame:
         "prior=current,truncate=false": "never stops, prior current",
     }
     rows = read("truncation")
-    rows = rows[rows["variant"].isin(told) & (rows["attribute"].fillna("") != "")]
-    order = {name: k for k, name in enumerate(told)}
+    rows = rows[rows["variant"].isin(names) & (rows["attribute"].fillna("") != "")]
+    order = {name: k for k, name in enumerate(names)}
     rows = rows.sort_values("variant", key=lambda v: v.map(order), kind="stable")
-    return rows.assign(variant=rows["variant"].map(told))
+    return rows.assign(variant=rows["variant"].map(names))
 
 
 def fig5() -> pd.DataFrame:
@@ -171,11 +171,11 @@ def collapse() -> pd.DataFrame:
     all_steps = all_steps[never | (all_steps["variant"] == "weight_sude=2")]
     rows = pd.concat([all_steps[all_steps["subject"].isin(few["subject"])], few])
     rows = rows[rows["attribute"].fillna("") != ""]
-    told = {True: "stops at rho = 1", False: "never stops, prior current"}
-    return rows.assign(run=rows["truncate"].astype(bool).map(told)).reset_index(drop=True)
+    names = {True: "stops at rho = 1", False: "never stops, prior current"}
+    return rows.assign(run=rows["truncate"].astype(bool).map(names)).reset_index(drop=True)
 
 
-def asked(*names: str) -> pd.DataFrame:
+def prompted(*names: str) -> pd.DataFrame:
     """Return the rows of the study of prompts for these asks."""
     rows = read("prompts")
     return rows[rows["ask"].isin(names)]
@@ -183,25 +183,25 @@ def asked(*names: str) -> pd.DataFrame:
 
 def table2() -> pd.DataFrame:
     """Return Table 2: three ways to ask for an attribute, plain and with SuDe."""
-    return against(asked("P1", "P2", "P3"), "plain", MEASURES, by=("ask",))
+    return against(prompted("P1", "P2", "P3"), "plain", MEASURES, by=("ask",))
 
 
 def fig6() -> pd.DataFrame:
     """Return Fig. 6: an attribute and a background asked for at once; `both` multiplies the two."""
-    rows = asked("attribute and background")
+    rows = prompted("attribute and background")
     rows = rows.assign(both=rows[ALIGNMENT] * rows[BACKGROUND])
     return against(rows, "plain", (ALIGNMENT, BACKGROUND, "both", FIDELITY), by=("ask",))
 
 
 def class_images() -> pd.DataFrame:
     """Return the rows of Fig. 8: attributes (P1) and backgrounds, with class images, SuDe, both."""
-    told = {
+    names = {
         "prior_loss_weight=1,weight_sude=0": "class images",
         "prior_loss_weight=1": "SuDe and class images",
     }
     others = read("class_images")
-    rows = asked("P1", "background")
-    rows = pd.concat([rows, others.assign(variant=others["variant"].map(told))], ignore_index=True)
+    rows = prompted("P1", "background")
+    rows = pd.concat([rows, others.assign(variant=others["variant"].map(names))], ignore_index=True)
     aimed = rows[ALIGNMENT].where(rows["ask"] == "P1", rows[BACKGROUND])
     order = ["plain", "class images", "sude", "SuDe and class images"]
     rows = rows.assign(alignment=aimed, edit=rows["ask"].replace({"P1": "attribute"}))
@@ -249,13 +249,13 @@ def claims() -> pd.DataFrame:
     claim = "never stopping costs the category"
     rows.append(("Fig. 5", claim, "collapse at epoch 3", False, change))
     for ask in ("P1", "P2", "P3"):
-        change = _change(asked(ask), "plain", "sude", ALIGNMENT)
+        change = _change(prompted(ask), "plain", "sude", ALIGNMENT)
         rows.append(("Table 2", f"SuDe adds to {ask}", "over +1.5", False, change))
-    plain = asked("P1", "P3")
+    plain = prompted("P1", "P3")
     plain = plain[plain["variant"] == "plain"]
     change = _change(plain.assign(variant=plain["ask"]), "P1", "P3", ALIGNMENT)
     rows.append(("Table 2", "without SuDe P3 is above P1", "41.2, the highest", False, change))
-    both = asked("attribute and background")
+    both = prompted("attribute and background")
     change = _change(both.assign(both=both[ALIGNMENT] * both[BACKGROUND]), "plain", "sude", "both")
     rows.append(("Fig. 6", "attribute and background combine", "pictures", False, change))
     edits = class_images()

@@ -50,9 +50,9 @@ class DrawnJudge:
         name = attribute or _mentioned(text, of_category)
         reading = judge(self.oracle, pictures, self.scene, name if name in of_category else None)
         nothing: Values = [None] * len(pictures)
-        asked = reading.attribute_alignment.tolist() if name in of_category else nothing
+        alignment = reading.attribute_alignment.tolist() if name in of_category else nothing
         return {
-            "attribute_alignment": asked,
+            "attribute_alignment": alignment,
             "background_alignment": self._background(pictures, f"{text} {background}") or nothing,
             "category_alignment": reading.category_alignment.tolist(),
             "subject_fidelity": reading.subject_fidelity.tolist(),
