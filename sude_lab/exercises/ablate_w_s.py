@@ -22,7 +22,7 @@ SUBJECTS = {
 
 
 def made_up_sweep(seed: int = 0) -> pd.DataFrame:
-    """Return a made-up sweep over w_s, a row a picture, as `sude_lab.world.subjects` has it.
+    """Return a made-up sweep over w_s, a row a picture, as `data/results` has it.
 
     Four subjects, w_s of arXiv 2403.06775, eq. 10, from 0 to 4, three seeds; the attribute is
     missing where the prompt asked for none. Alignment rises with w_s and fidelity falls, for each
