@@ -31,6 +31,8 @@ KEYS = ["subject", "method", "variant", "seed"]
 WATCHED = ("open_gates", "rho")
 WEIGHTS = {"dreambooth": 2.0, "custom_diffusion": 2.0, "vico": 1.5, "textual_inversion": 1.0}
 """w_s of the methods on the embedded model when these studies were made."""
+DRAWN_FROM = 500
+"""Pictures of a run tuned with seed k are drawn from seed k + 500: `evaluate: {seed: 500}`."""
 MARGIN = 0.05
 """What counts as no difference, in probabilities of the oracle."""
 PLAIN, GUIDANCE, COMPOSITION, TUNED = "plain", "guidance", "composition", "sude-tuned"
@@ -53,13 +55,23 @@ def read(name: str) -> pd.DataFrame:
 def scores(table: pd.DataFrame) -> pd.DataFrame:
     """Return a stored table in the schema of `evaluate` and of sweeps: a row a picture and metric.
 
-    `seed` (of tuning) becomes `tuning_seed`, `image` becomes `picture`, and every measure a row
-    with `metric` and `value`; what is not known of a picture has no row.
+    So `metrics.compare` reads it, too. `seed` (of tuning) becomes `tuning_seed`, `image` becomes
+    `picture`, the method is the `settings`, and every measure a row with `metric` and `value`; what
+    is not known of a picture has no row. Stored tables keep no captions: the prompt stands there.
     """
+    named = {n: table[n].fillna("") != "" for n in ("attribute", "background") if n in table}
+    shown = pd.DataFrame(named, index=table.index).to_dict("records")
+    kinds = [" x ".join(name for name, is_said in row.items() if is_said) for row in shown]
+    kinds = [kind or "plain" for kind in kinds]
+    numbers = table.groupby("subject")["prompt"].transform(lambda p: pd.factorize(p)[0])
+    rows = table.rename(columns={"seed": "tuning_seed", "image": "picture"})
+    rows = rows.assign(
+        settings=table["method"], kind=kinds, number=numbers, caption=table["prompt"]
+    )
+    rows = rows.assign(seed=table["seed"] + DRAWN_FROM)
     names = [n for n in (*MEASURES, BACKGROUND) if n in table]
-    others = [n for n in table if n not in names]
-    rows = table.melt(others, names, "metric", "value").dropna(subset="value")
-    return rows.rename(columns={"seed": "tuning_seed", "image": "picture"}).reset_index(drop=True)
+    others = [n for n in rows if n not in names]
+    return rows.melt(others, names, "metric", "value").dropna(subset="value", ignore_index=True)
 
 
 def by_factor(*tables: pd.DataFrame) -> pd.DataFrame:

@@ -8,6 +8,7 @@ import pytest
 
 from sude_lab.errors import UserError
 from sude_lab.evaluate import stored
+from sude_lab.evaluate.metrics import PAIR, compare, gains
 from sude_lab.evaluate.statistics import holm, verdict
 from sude_lab.evaluate.stored import at_equal_fidelity, rule_name
 
@@ -201,14 +202,26 @@ def test_a_stored_table_has_the_schema_of_evaluations(results: Path) -> None:
     table = stored.scores(stored.read("prompts").head(2))
     assert len(table) == 2 * 4  # alignment, fidelity, category, background
     first = table[(table["metric"] == "attribute_alignment")].iloc[0]
-    assert (first["tuning_seed"], first["picture"], first["subject"]) == (0, 0, DOG)
-    assert {"subject", "method", "variant", "tuning_seed", "picture", "metric", "value"} <= set(
-        table
-    )
-    assert stored.scores(pd.DataFrame([row(DOG, "plain", float("nan"))]))["metric"].tolist() == [
-        "subject_fidelity",
-        "category_alignment",
-    ]
+    assert (first["tuning_seed"], first["seed"], first["picture"]) == (0, 500, 0)
+    assert (first["subject"], first["kind"], first["settings"]) == (DOG, "attribute", "dreambooth")
+    assert {*PAIR, "method", "variant", "metric", "value"} <= set(table)
+    nothing = pd.DataFrame([row(DOG, "plain", float("nan"), attribute=None)])
+    nothing = stored.scores(nothing)
+    assert nothing["metric"].tolist() == ["subject_fidelity", "category_alignment"]
+    assert nothing["kind"].tolist() == ["plain"] * 2
+
+
+def test_one_schema_one_answer() -> None:
+    """The stored study, compared as evaluations are, has the gains and intervals of `gains`."""
+    table = stored.read("held_out")
+    table = table[table["attribute"].fillna("") != ""]
+    compared = compare(stored.scores(table)).set_index(["settings", "variant", "metric"])
+    for change in gains(table).to_dict("records"):
+        line = compared.loc[(change["method"], change["variant"], change["measure"])]
+        assert line["mean"] == pytest.approx(change["mean"], abs=1e-9)
+        for name, other in (("gain", ""), ("low", "_low"), ("high", "_high")):
+            expected = pytest.approx(change[name], abs=1e-9, nan_ok=True)
+            assert line[f"difference{other}"] == expected
 
 
 # --- rules at equal fidelity ---------------------------------------------------------------------
