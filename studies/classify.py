@@ -16,7 +16,8 @@ of its own. Asked are
   q(x_{t-1} | x_t, x_0), `one step, mean` with x_{t-1} at that distribution's mean;
 - the oracle, on the same drawings, among the same prompts.
 
-Finished drawings are never asked again: give the command again to continue.
+Finished drawings are never asked again: give the command again to continue. (No run is tuned here,
+so there is no grid to sweep.) The tables are those of `studies/classify_tables.py`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from studies.classify_tables import (
+    ALL,
+    ATTRIBUTES,
+    CATEGORIES,
+    CAUTIONS,
+    FIRST,
+    ONE_STEP,
+    ONE_STEP_MEAN,
+    ORACLE,
+    PRUNED,
+    report,
+)
 from sude_lab.backbone import Backbone
 from sude_lab.classifier import class_log_posterior, squared_distance
 from sude_lab.classify.implicit import ImplicitClassifier, ask_in_rounds, posterior, spread_times
@@ -46,11 +59,6 @@ from sude_lab.io.opening import open_backbone
 from sude_lab.prompts import photo_of
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import HEADS, Oracle, load_oracle
-
-ATTRIBUTES, CATEGORIES = "attributes", "categories"
-ALL, PRUNED, FIRST, ORACLE = "all pairs", "pruned", "first pairs", "oracle"
-CAUTIONS = {PRUNED: 2.5, "pruned, caution 1.5": 1.5, "pruned, caution 4": 4.0}
-ONE_STEP, ONE_STEP_MEAN = "one step", "one step, mean"
 
 SHOWN = tuple((c, a) for c in world.CATEGORIES for a in world.ATTRIBUTES[c])[::2]
 """The (category, attribute) of the 20 prompts."""
@@ -102,9 +110,9 @@ def name_attributes(
         few = slice(None, max(1, int(paid[n])))
         ways = {ALL: losses[n], FIRST: losses[n, few]}
         ways |= {form: kept[n] for form, kept in pruned.items()}
-        for form, mine in ways.items():
-            p, error = posterior(mine, times[n, : len(mine)])
-            rows.append(_row(first + n, ATTRIBUTES, form, p, error, (~mine.isnan()).sum()))
+        for form, some in ways.items():
+            p, error = posterior(some, times[n, : len(some)])
+            rows.append(_row(first + n, ATTRIBUTES, form, p, error, (~some.isnan()).sum()))
     return rows
 
 
@@ -140,12 +148,12 @@ def name_categories(
     sizes = (len(pictures), len(grid), len(prompts))
     rows = torch.cartesian_prod(*(torch.arange(size) for size in sizes))
     size = len(grid) * len(prompts)  # a picture a batch
-    asked = predictions(
+    answers = predictions(
         backbone, x_0, times, noise, encode_all(backbone, prompts), rows, batch_size=size
     )
-    found = []
+    result = []
     losses = torch.zeros(sizes, dtype=torch.float64)
-    for n, (x_t, eps, t, guess) in enumerate(asked):
+    for n, (x_t, eps, t, guess) in enumerate(answers):
         distance = squared_distance(guess, eps).double().cpu()
         losses[n] = weights.sum() * distance.reshape(sizes[1:])
         means = reverse_mean(guess.double().cpu(), x_t.double().cpu(), t.cpu(), schedule)
@@ -157,21 +165,21 @@ def name_categories(
         for form, x_prev in ((ONE_STEP, middle + step), (ONE_STEP_MEAN, middle)):
             for m, p in enumerate(class_log_posterior(x_prev, means, variance).exp()):
                 row = _row(first + n, CATEGORIES, form, p, None, len(prompts))
-                found.append(row | {"t": int(grid[m])})
+                result.append(row | {"t": int(grid[m])})
     for n in range(len(pictures)):
         p, error = posterior(losses[n], grid)
-        found.append(_row(first + n, CATEGORIES, ALL, p, error, losses[n].numel()))
-    return found
+        result.append(_row(first + n, CATEGORIES, ALL, p, error, losses[n].numel()))
+    return result
 
 
 def name_by_oracle(
     oracle: Oracle, pictures: Sequence[Image.Image], first: int
 ) -> list[dict[str, Any]]:
     """Return the oracle's answers among the same prompts, two rows a picture."""
-    seen = oracle.read(list(pictures))
-    category = seen["category"]
+    probabilities = oracle.read(list(pictures))
+    category = probabilities["category"]
     index = [(HEADS["category"].index(c), HEADS["attribute"].index(a)) for c, a in SHOWN]
-    both = torch.stack([category[:, c] * seen["attribute"][:, a] for c, a in index], dim=1)
+    both = torch.stack([category[:, c] * probabilities["attribute"][:, a] for c, a in index], dim=1)
     rows = []
     for n in range(len(pictures)):
         p = both[n] / both[n].sum()
@@ -228,98 +236,6 @@ def run_study(config: ClassifyConfig, chunk: int = 5) -> pd.DataFrame:
                 table.to_csv(path, index=False)
             bar.update(len(set(numbers) - done))
     return pd.read_csv(config.out)
-
-
-# --- the report ---
-
-
-def share_interval(right: int, number: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share; unlike a bootstrap's it has a width at 0 and 1."""
-    share, extra = right / number, z**2 / number
-    middle = share + extra / 2
-    half = z * (share * (1 - share) / number + extra / (4 * number)) ** 0.5
-    return (middle - half) / (1 + extra), (middle + half) / (1 + extra)
-
-
-def paired_interval(lost: int, won: int, number: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the 95 % interval of a difference of two shares on the same drawings.
-
-    From McNemar's two numbers, the drawings that one way alone names rightly: Wald's interval after
-    half a drawing is added to each of the four cells (Agresti and Min, 2005), so that it has a
-    width where nothing differs.
-    """
-    total = number + 2
-    middle = (won - lost) / total
-    half = z * ((won + lost + 1) / total - middle**2) ** 0.5 / total**0.5
-    return middle - half, middle + half
-
-
-def accuracy_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each way of asking: accuracy, cost, paired difference to all pairs.
-
-    Intervals are those of `share_interval` and `paired_interval`. `only one right` counts the
-    drawings that all pairs alone and this way alone name rightly.
-    """
-    rows = []
-    together = table[~table["form"].isin((ONE_STEP, ONE_STEP_MEAN))]
-    for prompts, group in together.groupby("prompts", sort=False):
-        wide = group.pivot(index="picture", columns="form", values="right")
-        cost = group.groupby("form")["evaluations"].mean()
-        for form in (ORACLE, ALL, *CAUTIONS, FIRST):
-            if form not in wide:
-                continue
-            mine = group[group["form"] == form]
-            low, high = share_interval(int(wide[form].sum()), len(wide))
-            line: dict[str, object] = {
-                "prompts": prompts,
-                "asked": form,
-                "accuracy": f"{wide[form].mean():.3f} [{low:.3f}, {high:.3f}]",
-                "mean probability": f"{mine['probability'].mean():.3f}",
-                "UNet evaluations": f"{cost[form]:.1f}" if form != ORACLE else "",
-                "times fewer": "",
-                "difference to all pairs": "",
-                "only one right": "",
-            }
-            if form in (*CAUTIONS, FIRST):
-                gain = wide[form] - wide[ALL]
-                lost, won = int((gain < 0).sum()), int((gain > 0).sum())
-                low, high = paired_interval(lost, won, len(gain))
-                line["times fewer"] = f"{cost[ALL] / cost[form]:.2f}"
-                line["difference to all pairs"] = f"{gain.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
-                line["only one right"] = f"{lost} / {won}"
-            rows.append(line)
-    return pd.DataFrame(rows)
-
-
-def one_step_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the accuracy of eq. 5 alone at each t, with x_{t-1} drawn and at its mean."""
-    steps = table[table["form"].isin((ONE_STEP, ONE_STEP_MEAN))]
-    rows = []
-    for t, group in steps.groupby("t"):
-        line: dict[str, object] = {"t": int(t)}
-        for form, name in ((ONE_STEP, "x_{t-1} drawn"), (ONE_STEP_MEAN, "x_{t-1} at its mean")):
-            right = group.loc[group["form"] == form, "right"]
-            low, high = share_interval(int(right.sum()), len(right))
-            line[name] = f"{right.mean():.3f} [{low:.3f}, {high:.3f}]"
-        rows.append(line)
-    return pd.DataFrame(rows)
-
-
-def report(table: pd.DataFrame) -> str:
-    """Return the tables as Markdown, with how many drawings they speak of."""
-    parts = [
-        f"{table['picture'].nunique()} drawings; in brackets 95 % intervals over drawings. "
-        '"Only one right": drawings that all pairs alone / this way alone name rightly.',
-        accuracy_table(table).to_markdown(index=False, disable_numparse=True),
-    ]
-    steps = one_step_table(table)
-    if len(steps):
-        parts += [
-            "Eq. 5 at one t alone, among the 9 categories; chance is "
-            f"{1 / len(world.CATEGORIES):.3f}:",
-            steps.to_markdown(index=False, disable_numparse=True),
-        ]
-    return "\n\n".join(parts)
 
 
 def main(config: ClassifyConfig) -> None:

@@ -299,10 +299,11 @@ def _generate(args: Generate) -> None:
 
 def _evaluate(args: Evaluate) -> None:
     from sude_lab.evaluate.evaluate import SCORES, TABLE, evaluate
+    from sude_lab.world.judging import drawn_judge
 
-    found = evaluate(**vars(args))
-    print(found.text)
-    print(f"The table is in {found.out / TABLE}, a row a picture in {found.out / SCORES}.")
+    done = evaluate(**vars(args), judges=drawn_judge)
+    print(done.text)
+    print(f"The table is in {done.out / TABLE}, a row a picture in {done.out / SCORES}.")
 
 
 def _classify(args: Classify) -> None:

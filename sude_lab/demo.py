@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from sude_lab import __version__
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
-from sude_lab.evaluate.metrics import MEASURES, bootstrap_interval
+from sude_lab.evaluate.metrics import MEASURES
+from sude_lab.evaluate.statistics import drawings_interval
 from sude_lab.generation import MOST
 from sude_lab.io.files import atomic_write, require_own
 from sude_lab.io.opening import open_backbone
@@ -156,15 +157,15 @@ def _shows(file: Path, picture: Image.Image) -> bool:
 def table_with_intervals(table: pd.DataFrame) -> pd.DataFrame:
     """Return a row a variant: means over the pictures of attributes the subject does not show.
 
-    The 95 % intervals are bootstrapped over pictures: they speak of this one subject and seed.
+    The 95 % intervals are those of `drawings_interval`: they speak of this one subject and seed.
     """
     asked = table[table["attribute"] != ""]
     rows = []
     for variant, group in asked.groupby("variant", sort=False):
         row: dict[str, Any] = {"variant": variant, "pictures": len(group)}
         for name in MEASURES:
-            row[name] = group[name].mean()
-            row[f"{name}_low"], row[f"{name}_high"] = bootstrap_interval(group[name].to_numpy())
+            ends = drawings_interval(group[name], group["attribute"], group["image"])
+            row |= {name: ends.mean, f"{name}_low": ends.low, f"{name}_high": ends.high}
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -13,7 +13,7 @@ import pandas as pd
 import tyro
 from tqdm.auto import tqdm
 
-from studies.classify import share_interval
+from sude_lab.evaluate.statistics import wilson_interval
 from sude_lab.generation import generate, sampling_settings
 from sude_lab.io.files import atomic_write
 from sude_lab.io.opening import data_folder, open_backbone
@@ -40,9 +40,9 @@ def alignment_table(num_images: int, seed: int) -> pd.DataFrame:
     for category, attribute in tqdm(pairs, desc="base samples", unit="prompt"):
         prompt = world.attribute_prompt(attribute, category)
         images = generate(base, prompt, num_images=num_images, seed=seed, batch_size=16)
-        seen = oracle.read(images)
+        read = oracle.read(images)
         allowed = [ALL_ATTRIBUTES.index(a) for a in world.ATTRIBUTES[category]]
-        among = seen["attribute"][:, allowed]
+        among = read["attribute"][:, allowed]
         among = among / among.sum(-1, keepdim=True)
         place = world.ATTRIBUTES[category].index(attribute)
         rows.append(
@@ -52,7 +52,7 @@ def alignment_table(num_images: int, seed: int) -> pd.DataFrame:
                 "prompt": prompt,
                 "attribute_alignment": round(among[:, place].mean().item(), 3),
                 "category_alignment": round(
-                    seen["category"][:, HEADS["category"].index(category)].mean().item(), 3
+                    read["category"][:, HEADS["category"].index(category)].mean().item(), 3
                 ),
                 "pictures": num_images,
             }
@@ -66,14 +66,14 @@ def held_out_table() -> pd.DataFrame:
     A head is judged on the scenes that show it: a single-coloured thing has no second colour.
     """
     folder = data_folder() / "oracle"
-    told = read_json(folder / "training.json")
-    names = (f"held-out-{told['seed']}-{k}" for k in range(int(told["held_out"])))
-    seen = [labels(world.sample_scene(random.Random(name))) for name in names]
+    settings = read_json(folder / "training.json")
+    names = (f"held-out-{settings['seed']}-{k}" for k in range(int(settings["held_out"])))
+    truth = [labels(world.sample_scene(random.Random(name))) for name in names]
     table = pd.read_csv(folder / "held_out_accuracy.csv")
-    table.insert(1, "scenes", [sum(scene[head] >= 0 for scene in seen) for head in table["head"]])
+    table.insert(1, "scenes", [sum(scene[head] >= 0 for scene in truth) for head in table["head"]])
     right = (table["decoded"] * table["scenes"]).round().astype(int)
-    ends = map(share_interval, right, table["scenes"])
-    return table.assign(interval=[f"[{low:.3f}, {high:.3f}]" for low, high in ends])
+    shares = map(wilson_interval, right, table["scenes"])
+    return table.assign(interval=[f"[{share.low:.3f}, {share.high:.3f}]" for share in shares])
 
 
 def main(config: CardConfig) -> None:

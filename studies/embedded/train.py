@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from studies.embedded import dataset
 from sude_lab.io.opening import FACTS_FILE
 from sude_lab.runs.export import open_to_earlier_versions, write_vocabulary
-from sude_lab.world import dataset
 from sude_lab.world import drawing as world
+from sude_lab.world.oracle import to_tensor
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MAX_TOKENS = 32
@@ -272,7 +273,7 @@ def train_vae(config: TrainConfig, pictures: Any, device: torch.device) -> Autoe
 
     def loss_of_step(step: int) -> Tensor:
         index = _batch(len(pictures), config.vae_batch_size, config.seed, step).numpy()
-        x = dataset.to_tensor(pictures[index]).to(device)
+        x = to_tensor(pictures[index]).to(device)
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=_step_generator(config.seed, step))
         y = vae.decode(posterior.mean + posterior.std * noise.to(device)).sample
@@ -302,7 +303,7 @@ def train_vae(config: TrainConfig, pictures: Any, device: torch.device) -> Autoe
     ema.copy_to(vae.parameters())
     vae.eval().requires_grad_(False)
     with torch.no_grad():
-        held = dataset.to_tensor(pictures[-512:]).to(device)
+        held = to_tensor(pictures[-512:]).to(device)
         latents = torch.cat([vae.encode(x).latent_dist.mean for x in held.split(64)])
     _sharpen(vae)
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
@@ -312,7 +313,7 @@ def train_vae(config: TrainConfig, pictures: Any, device: torch.device) -> Autoe
 @torch.no_grad()
 def reconstruction(vae: AutoencoderKL, pictures: Any, device: torch.device) -> float:
     """Return the mean peak signal-to-noise ratio of decoded pictures, in dB."""
-    x = dataset.to_tensor(pictures).to(device)
+    x = to_tensor(pictures).to(device)
     y = torch.cat([vae.decode(vae.encode(p).latent_dist.mean).sample for p in x.split(64)])
     return (10 * torch.log10(4 / (y.clamp(-1, 1) - x).square().mean((1, 2, 3)))).mean().item()
 
@@ -338,7 +339,7 @@ def _opponent(x: Tensor, red_green: float) -> Tensor:
 
 @torch.no_grad()
 def _show_vae(vae: AutoencoderKL, pictures: Any, path: Path, device: torch.device) -> None:
-    x = dataset.to_tensor(pictures[:16]).to(device)
+    x = to_tensor(pictures[:16]).to(device)
     y = vae.decode(vae.encode(x).latent_dist.mean).sample
     _save_grid(torch.cat([x, y]), path, 8)
 
@@ -362,7 +363,7 @@ def encode_all(vae: AutoencoderKL, pictures: Any, path: Path, device: torch.devi
             return latents
     parts = []
     for start in tqdm(range(0, len(pictures), 64), desc="encoding", unit="batch"):
-        x = dataset.to_tensor(pictures[start : start + 64]).to(device)
+        x = to_tensor(pictures[start : start + 64]).to(device)
         parts.append((vae.encode(x).latent_dist.mean * vae.config.scaling_factor).cpu())
     latents = torch.cat(parts)
     torch.save(latents, path)
@@ -378,8 +379,8 @@ def train_unet(
 ) -> StableDiffusionPipeline:
     """Train UNet and text encoder together on the plain epsilon loss, return the whole pipeline."""
     if config.init:
-        known = StableDiffusionPipeline.from_pretrained(config.init, use_safetensors=True)
-        tokenizer, text_encoder, unet = known.tokenizer, known.text_encoder, known.unet
+        pipeline = StableDiffusionPipeline.from_pretrained(config.init, use_safetensors=True)
+        tokenizer, text_encoder, unet = pipeline.tokenizer, pipeline.text_encoder, pipeline.unet
     else:
         tokenizer = build_tokenizer(config.work / "tokenizer")
         with torch.random.fork_rng(devices=[]):

@@ -98,29 +98,29 @@ def load_dreambench(folder: Path | str) -> DreamBench:
             is named twice, or a subject's folder or its `00.jpg` is missing.
     """
     folder = Path(folder)
-    found = find_dreambench(folder)
-    if found is None:
+    root = find_dreambench(folder)
+    if root is None:
         raise UserError(
             f"{folder} does not hold {FILE}: name a clone of the DreamBooth data set, or the "
             "folder dataset in it."
         )
     # Every part begins with its title; of the lists of prompts, which are Python, the texts are
     # read.
-    text = read_text(found / FILE, str(found / FILE), "a clone of the DreamBooth data set")
+    text = read_text(root / FILE, str(root / FILE), "a clone of the DreamBooth data set")
     parts = re.split(r"^(?:Object|Live Subject) Prompts\s*$", text, flags=re.M)
     if len(parts) != 3:
-        raise UserError(f"{found / FILE} is not the data set's own: it must have two prompt lists.")
+        raise UserError(f"{root / FILE} is not the data set's own: it must have two prompt lists.")
     subjects: dict[str, Subject] = {}
     for name, category in re.findall(r"^([\w-]+),([\w -]+?)[ \t\r]*$", parts[0], flags=re.M):
         if name == "subject_name":
             continue
         if name in subjects:
-            raise UserError(f"{found / FILE} names the subject {name} twice: remove one of them.")
-        subjects[name] = Subject(name, category, _images(found, name))
+            raise UserError(f"{root / FILE} names the subject {name} twice: remove one of them.")
+        subjects[name] = Subject(name, category, _images(root, name))
     prompts = [tuple(_templates(part)) for part in parts[1:]]
     if not subjects or not all(prompts):
-        raise UserError(f"{found / FILE} has no subjects or no prompts: take the data set's own.")
-    return DreamBench(found, subjects, *prompts)
+        raise UserError(f"{root / FILE} has no subjects or no prompts: take the data set's own.")
+    return DreamBench(root, subjects, *prompts)
 
 
 def pictures_in(folder: Path) -> tuple[Path, ...]:
@@ -168,14 +168,14 @@ def attributes_of(category: str) -> tuple[str, ...]:
     Raises:
         UserError: the class is not one of the 15, or the file is not there.
     """
-    known = _own_prompts(data_folder())["attributes"]
-    assert isinstance(known, dict)
-    if category not in known:
+    attributes = _own_prompts(data_folder())["attributes"]
+    assert isinstance(attributes, dict)
+    if category not in attributes:
         raise UserError(
             f"There are no attribute prompts for the category {category!r} (there are for "
-            f"{', '.join(known)}): name a file of prompts with --prompts."
+            f"{', '.join(attributes)}): name a file of prompts with --prompts."
         )
-    return tuple(known[category])
+    return tuple(attributes[category])
 
 
 def backgrounds() -> tuple[str, ...]:

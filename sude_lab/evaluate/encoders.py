@@ -182,11 +182,11 @@ class Encoder:
         """
         if not self.reads_text:
             raise ValueError(f"{self.identity} reads no texts.")
-        known = list(dict.fromkeys(texts))
+        distinct = list(dict.fromkeys(texts))
         parts = []
-        for start in range(0, len(known), batch_size):
+        for start in range(0, len(distinct), batch_size):
             tokens = self.tokenizer(
-                known[start : start + batch_size],
+                distinct[start : start + batch_size],
                 padding=True,
                 truncation=True,
                 max_length=min(self.pinned.max_words, self.tokenizer.model_max_length),
@@ -195,7 +195,7 @@ class Encoder:
             with self._autocast():
                 features = _text_features(self.model, tokens.input_ids, tokens.attention_mask)
             parts.append(_unit(features))
-        return torch.cat(parts)[[known.index(text) for text in texts]]
+        return torch.cat(parts)[[distinct.index(text) for text in texts]]
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:
@@ -306,8 +306,8 @@ def _load(pinned: Pinned, folder: Path | None) -> tuple[Any, Any]:
     source = pinned.source if folder is None else str(folder)
     revision = {"revision": pinned.revision} if folder is None else {}
     # Said, because unsaid means: ask at the terminal whether to run code that the folder brings.
-    known: dict[str, Any] = revision | {"trust_remote_code": False}
-    kind = AutoConfig.from_pretrained(source, **known).model_type
+    no_code: dict[str, Any] = revision | {"trust_remote_code": False}
+    kind = AutoConfig.from_pretrained(source, **no_code).model_type
     if kind != pinned.model_type:
         # Another class would load, with random weights for all that it lacks.
         raise UserError(f"{source} holds a {kind} model: this encoder is a {pinned.model_type}.")
@@ -332,7 +332,7 @@ def _load(pinned: Pinned, folder: Path | None) -> tuple[Any, Any]:
             f"{source} lacks {len(missing)} of the encoder's tensors ({missing[0]}, ...): "
             "take the whole model."
         )
-    tokenizer = AutoTokenizer.from_pretrained(source, **known) if pinned.max_words else None
+    tokenizer = AutoTokenizer.from_pretrained(source, **no_code) if pinned.max_words else None
     return model, tokenizer
 
 

@@ -14,12 +14,12 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
-from sude_lab.config import EMBEDDED, CompleteConfig, TuningConfig
+from sude_lab.config import CompleteConfig, TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.evaluate import metrics as m
 from sude_lab.evaluate.dreambench import (
@@ -41,13 +41,11 @@ from sude_lab.evaluate.encoders import ENCODERS, Encoder, open_encoder
 from sude_lab.evaluate.prompts import Prompt, prompt_for, read_prompts, structured
 from sude_lab.generation import MOST, generate, sampling_settings
 from sude_lab.io.files import atomic_write, require_own
-from sude_lab.io.opening import read_facts, resolve_source
+from sude_lab.io.opening import read_facts
 from sude_lab.io.pictures import open_picture
 from sude_lab.io.reading import is_file
 from sude_lab.methods import get_method
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run
-from sude_lab.world import drawing as world
-from sude_lab.world.oracle import HEADS, Oracle, judge, load_oracle, read_scene
 
 FOLDER, PICTURES = "evaluation", "pictures"
 SCORES, TABLE, REPORT = "scores.csv", "table.csv", "table.md"
@@ -76,6 +74,35 @@ _NOT_SETTINGS = (
 )
 
 
+class Judge(Protocol):
+    """Who knows what a run's subject is, such as `sude_lab.world.judging.DrawnJudge`."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether it can say anything of pictures."""
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """What its subject can be asked for: the attributes that its one picture does not show."""
+
+    @property
+    def backgrounds(self) -> tuple[str, ...]:
+        """The phrases of the backgrounds that it can be asked for."""
+
+    def measure(
+        self, images: Sequence[Image.Image], text: str, attribute: str, background: str
+    ) -> dict[str, list[float | None]]:
+        """Return its measures of pictures of one prompt; None where nothing of it was asked."""
+
+
+Judges = Callable[[TuningConfig, Iterable[Image.Image]], Judge | None]
+"""Gives the judge of a run by its configuration and its references; None: nobody knows better."""
+
+
+def no_judge(config: TuningConfig, references: Iterable[Image.Image]) -> None:
+    """Know nothing of any run: what is asked and measured is that of photographs."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What `evaluate` found and wrote."""
@@ -98,7 +125,7 @@ class _Job:
     prompts: list[Prompt]
     references: list[Image.Image]
     metrics: tuple[str, ...]
-    scene: world.Scene | None
+    judge: Judge | None
     sampling: dict[str, Any]
     negative_prompt: str | None
     load: Callable[[Run], Backbone]
@@ -125,7 +152,7 @@ def evaluate(
     negative_prompt: str | None = None,
     device: str = "auto",
     progress: bool = True,
-    scene: world.Scene | None = None,
+    judges: Judges = no_judge,
     load: Callable[[Run], Backbone] | None = None,
     opened_encoders: dict[str, Encoder] | None = None,
 ) -> Evaluation:
@@ -141,14 +168,13 @@ def evaluate(
         num_images: Pictures a prompt and seed.
         num_seeds: Seeds of drawing, `seed`, `seed + 1`, ...
         seed: The first of them.
-        metrics: Names of `LEARNED`, or oracle. None: the paper's four; in the drawn world the
+        metrics: Names of `LEARNED`, or oracle. None: the paper's four; where there is a judge the
             oracle, and what the encoders that are named can measure.
         encoders: Folders in place of the pinned encoders: "clip=FOLDER", ...
         num_inference_steps, guidance_scale, negative_prompt: The sampler's; None: the model's own.
         device: auto, cpu, cuda, ...
         progress: Whether to show bars.
-        scene: What the subject's picture shows, where it is known; None: in the drawn world the
-            oracle reads it from the references.
+        judges: Gives the judge of a run; the drawn world's is `sude_lab.world.judging.drawn_judge`.
         load: Opens a run's model; None: `Run.load`.
         opened_encoders: Encoders by name, to be used and added to; None: they are opened anew.
 
@@ -175,7 +201,6 @@ def evaluate(
         raise UserError(f"{target} is a file: --out takes a folder.")
     require_own(target, SCORES, "run,settings,", (TABLE, REPORT))
     named = _named_encoders(encoders)
-    oracle = load_oracle() if any(_is_drawn(run.config) for run in opened) else None
     labels = _labels(opened)
     several = len({label["subject"] for label in labels}) > 1
     folder = None if references is None else Path(references)
@@ -183,15 +208,15 @@ def evaluate(
     jobs = []
     for run, label in zip(opened, labels, strict=True):
         images = _references(run, folder, several)
-        shown = scene or _scene(run, images, oracle)
+        judge = judges(run.config, images)
         jobs.append(
             _Job(
                 run,
                 label,
-                _asked(run, prompts, structure, folder, shown),
+                _asked(run, prompts, structure, folder, judge),
                 images,
-                _chosen_metrics(metrics, run.config, named),
-                shown,
+                _chosen_metrics(metrics, run.config, named, judge),
+                judge,
                 sampling_settings(read_facts(run.config.backbone), **sampler),
                 negative_prompt,
                 load or (lambda run: run.load(device)),
@@ -207,7 +232,7 @@ def evaluate(
     tables = []
     for job in jobs:
         pictures = _drawn(job, seeds, num_images, progress)
-        table = _scored(job, pictures, ready, oracle, progress)
+        table = _scored(job, pictures, ready, progress)
         _write(job.folder / SCORES, table)
         tables.append(table)
     scores = pd.concat(tables, ignore_index=True)
@@ -221,11 +246,6 @@ def evaluate(
 
 
 # --- what is asked for ---------------------------------------------------------------------------
-
-
-def _is_drawn(config: TuningConfig) -> bool:
-    """Whether the run was tuned on the embedded model, whose world the oracle knows."""
-    return resolve_source(config.backbone) == resolve_source(EMBEDDED)
 
 
 def _named_encoders(encoders: Sequence[str]) -> dict[str, str]:
@@ -242,18 +262,18 @@ def _named_encoders(encoders: Sequence[str]) -> dict[str, str]:
 
 
 def _chosen_metrics(
-    names: Sequence[str], config: TuningConfig, named: dict[str, str]
+    names: Sequence[str], config: TuningConfig, named: dict[str, str], judge: Judge | None
 ) -> tuple[str, ...]:
-    known = {name.lower(): name for name in (ORACLE, *LEARNED)}
-    wrong = [name for name in names if name.lower() not in known]
+    every = {name.lower(): name for name in (ORACLE, *LEARNED)}
+    wrong = [name for name in names if name.lower() not in every]
     if wrong:
-        raise UserError(f"There is no metric {wrong[0]!r}: choose {', '.join(known.values())}.")
-    drawn = _is_drawn(config)
+        raise UserError(f"There is no metric {wrong[0]!r}: choose {', '.join(every.values())}.")
+    judged = judge is not None and judge.measures
     if not names:
-        mine = tuple(name for name, (encoder, _) in LEARNED.items() if encoder in named)
-        return (ORACLE, *mine) if drawn else PAPERS
-    chosen = tuple(dict.fromkeys(known[name.lower()] for name in names))
-    if ORACLE in chosen and not drawn:
+        learned = tuple(name for name, (encoder, _) in LEARNED.items() if encoder in named)
+        return (ORACLE, *learned) if judged else PAPERS
+    chosen = tuple(dict.fromkeys(every[name.lower()] for name in names))
+    if ORACLE in chosen and not judged:
         raise UserError(
             f"The oracle knows the drawn world alone, and a run on {config.backbone} draws another "
             "one: choose other --metrics."
@@ -314,14 +334,14 @@ def settings_and_variants(configs: Sequence[TuningConfig]) -> list[tuple[str, st
         names = [n for n in _SUDE if n not in general[method]]
         steered[method] = _varying([c for c in family if c.weight_sude], names)
     several = len({c.backbone for c in configs}) > 1
-    found = []
+    names_of_runs = []
     for c in configs:
         settings = [c.method, *(f"{n} {getattr(c, n)}" for n in general[c.method])]
         if several:
             settings.append(Path(c.backbone).name)
         sude = ["SuDe", *(f"{n} {getattr(c, n)}" for n in steered[c.method])]
-        found.append((", ".join(settings), ", ".join(sude) if c.weight_sude else "plain"))
-    return found
+        names_of_runs.append((", ".join(settings), ", ".join(sude) if c.weight_sude else "plain"))
+    return names_of_runs
 
 
 def _varying(configs: Sequence[TuningConfig], names: Sequence[str]) -> list[str]:
@@ -342,18 +362,18 @@ def _asked(
     names: Sequence[str],
     structure: str,
     references: Path | None,
-    scene: world.Scene | None,
+    judge: Judge | None,
 ) -> list[Prompt]:
     if structure != "default":
         structured(structure, run.config.category)  # says so where there is no such structure
-    asked: list[Prompt] = []
+    wanted: list[Prompt] = []
     for name in names:
-        asked += _prompt_set(name, run, references, structure, scene)
-    if not asked:
+        wanted += _prompt_set(name, run, references, structure, judge)
+    if not wanted:
         raise UserError(f"Name prompts with --prompts: {', '.join(PROMPT_SETS)}, or a file.")
-    for prompt in asked:
+    for prompt in wanted:
         run.prompt(prompt.text)  # says so where a subject is asked for that the run does not have
-    return list(dict.fromkeys(asked))
+    return list(dict.fromkeys(wanted))
 
 
 def prompts_of(
@@ -362,33 +382,17 @@ def prompts_of(
     *,
     structure: str = "default",
     references: Path | None = None,
-    scene: world.Scene | None = None,
+    judges: Judges = no_judge,
 ) -> list[Prompt]:
     """Return what `evaluate` will ask of a run with this configuration, before there is one.
 
-    In the drawn world without a known `scene` the oracle reads it from the picture, as `evaluate`
-    does.
+    The judge, who may read what the subject is from its picture, is the one of `evaluate`.
 
     Raises:
         UserError: there are no such prompts, or none for this category.
     """
-    run = Run(config.image, config)
-    if scene is None and _is_drawn(config):
-        scene = _scene(run, [open_picture(config.image)], load_oracle())
-    return _asked(run, prompts, structure, references, scene)
-
-
-def _scene(run: Run, images: list[Image.Image], oracle: Oracle | None) -> world.Scene | None:
-    """Return what the oracle reads from the references of a run in the drawn world."""
-    if oracle is None or not _is_drawn(run.config):
-        return None
-    category = run.config.category
-    if category not in world.ATTRIBUTES:
-        raise UserError(
-            f"The oracle does not know the category {category!r} of {run.folder}: it knows "
-            f"{', '.join(world.CATEGORIES)}."
-        )
-    return read_scene(oracle, images, category)
+    judge = judges(config, map(open_picture, (config.image,)))  # opened where it is looked at
+    return _asked(Run(config.image, config), prompts, structure, references, judge)
 
 
 def _references(run: Run, folder: Path | None, several: bool) -> list[Image.Image]:
@@ -420,7 +424,7 @@ def _references(run: Run, folder: Path | None, several: bool) -> list[Image.Imag
 
 
 def _prompt_set(
-    name: str, run: Run, references: Path | None, structure: str, scene: world.Scene | None
+    name: str, run: Run, references: Path | None, structure: str, judge: Judge | None
 ) -> list[Prompt]:
     config = run.config
     category = config.category
@@ -441,14 +445,9 @@ def _prompt_set(
     attributes: tuple[str, ...] = ("",)
     places: tuple[str, ...] = ("",)
     if name in ("attributes", "combinations"):
-        # What the one picture shows is no test of what the category can do.
-        attributes = (
-            tuple(a for a in world.ATTRIBUTES[category] if a != scene.attribute)
-            if scene
-            else attributes_of(category)
-        )
+        attributes = judge.attributes if judge else attributes_of(category)
     if name in ("backgrounds", "combinations"):
-        places = tuple(world.BACKGROUNDS.values()) if scene else backgrounds()
+        places = judge.backgrounds if judge else backgrounds()
     return [
         prompt_for(template, category, a, b, structure=form) for a in attributes for b in places
     ]
@@ -497,8 +496,8 @@ def _drawn(
         for seed in seeds
         for k in range(num_images)
     ]
-    found = {path: _read(path) for *_, path in places}
-    missing = list({place[3]: place for place in places if found[place[3]] is None}.values())
+    images = {path: _read(path) for *_, path in places}
+    missing = list({place[3]: place for place in places if images[place[3]] is None}.values())
     if missing:
         backbone = job.load(job.run)
         for prompt in job.prompts:
@@ -514,13 +513,13 @@ def _drawn(
             for _, rest in groupby(missing, key=lambda place: place[:2]):
                 batch = list(rest)
                 while batch:
-                    batch = batch[_draw_some(job, backbone, batch, found, batch_size, bar) :]
+                    batch = batch[_draw_some(job, backbone, batch, images, batch_size, bar) :]
         del backbone
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     pictures = []
     for n, seed, k, path in places:
-        image = found[path]
+        image = images[path]
         assert image is not None  # read or drawn
         pictures.append(_Picture(n, seed, k, path, image))
     return pictures
@@ -530,7 +529,7 @@ def _draw_some(
     job: _Job,
     backbone: Backbone,
     places: list[tuple[int, int, int, Path]],
-    found: dict[Path, Image.Image | None],
+    images_at: dict[Path, Image.Image | None],
     batch_size: int,
     bar: Any,
 ) -> int:
@@ -550,7 +549,7 @@ def _draw_some(
     for (*_, path), image in zip(follow, images, strict=True):
         with atomic_write(path) as file:
             image.save(file)
-        found[path] = image
+        images_at[path] = image
         bar.update()
     return len(follow)
 
@@ -558,8 +557,8 @@ def _draw_some(
 def _mention_unknown_words(backbone: Backbone, job: _Job) -> None:
     words = dict.fromkeys(w for p in job.prompts for w in backbone.unknown_words(p.text))
     if words:
-        told = ", ".join(map(repr, list(words)[:8])) + (", ..." if len(words) > 8 else "")
-        tqdm.write(f"The model of {job.run.folder} has never met {told}.", file=sys.stderr)
+        listed = ", ".join(map(repr, list(words)[:8])) + (", ..." if len(words) > 8 else "")
+        tqdm.write(f"The model of {job.run.folder} has never met {listed}.", file=sys.stderr)
 
 
 # --- measuring -----------------------------------------------------------------------------------
@@ -569,7 +568,6 @@ def _scored(
     job: _Job,
     pictures: list[_Picture],
     encoders: dict[str, Encoder],
-    oracle: Oracle | None,
     progress: bool,
 ) -> pd.DataFrame:
     """Return the run's scores, a row a picture and metric."""
@@ -586,9 +584,8 @@ def _scored(
             else:
                 values = m.image_similarity(features, reader.images(job.references).numpy())
             columns[name] = (reader.identity, values)
-    if ORACLE in job.metrics:
-        assert oracle is not None and job.scene is not None
-        columns |= _oracle_columns(oracle, job, pictures, job.scene)
+    if ORACLE in job.metrics and job.judge is not None:
+        columns |= _judged_columns(job.judge, job, pictures)
     rows = []
     for i, p in enumerate(pictures):
         prompt = job.prompts[p.prompt]
@@ -610,41 +607,17 @@ def _scored(
     return pd.DataFrame(rows)
 
 
-def _oracle_columns(
-    oracle: Oracle, job: _Job, pictures: list[_Picture], scene: world.Scene
+def _judged_columns(
+    judge: Judge, job: _Job, pictures: list[_Picture]
 ) -> dict[str, tuple[str, list[float | None]]]:
-    """Return the oracle's measures, picture by picture; None where nothing of it was asked."""
-    names = ("attribute_alignment", "background_alignment", "category_alignment")
-    found: dict[str, list[float | None]] = {n: [] for n in (*names, "subject_fidelity")}
+    """Return the judge's measures, picture by picture; None where nothing of it was asked."""
+    columns: dict[str, list[float | None]] = {}
     for number, group in groupby(pictures, key=lambda p: p.prompt):
-        images = [p.image for p in group]
-        prompt = job.prompts[number]
-        attribute = prompt.attribute or _mentioned(prompt.text, world.ATTRIBUTES[scene.category])
-        if attribute not in world.ATTRIBUTES[scene.category]:
-            attribute = None
-        reading = judge(oracle, images, scene, attribute)
-        none = [None] * len(images)
-        found["category_alignment"] += reading.category_alignment.tolist()
-        found["subject_fidelity"] += reading.subject_fidelity.tolist()
-        found["attribute_alignment"] += reading.attribute_alignment.tolist() if attribute else none
-        found["background_alignment"] += _background_alignment(oracle, images, prompt) or none
-    return {name: (ORACLE, values) for name, values in found.items()}
-
-
-def _background_alignment(
-    oracle: Oracle, images: list[Image.Image], prompt: Prompt
-) -> list[float] | None:
-    """Return the probability of the background, or the companion, that was asked for."""
-    for head, phrases in (("background", world.BACKGROUNDS), ("companion", world.COMPANIONS)):
-        phrase = _mentioned(f"{prompt.text} {prompt.background}", tuple(phrases.values()))
-        if phrase:
-            name = next(k for k, v in phrases.items() if v == phrase)
-            return oracle.read(images)[head][:, HEADS[head].index(name)].tolist()
-    return None
-
-
-def _mentioned(text: str, phrases: Sequence[str]) -> str | None:
-    return next((p for p in phrases if re.search(rf"\b{re.escape(p)}\b", text)), None)
+        prompt, images = job.prompts[number], [p.image for p in group]
+        measured = judge.measure(images, prompt.text, prompt.attribute, prompt.background)
+        for name, values in measured.items():
+            columns.setdefault(name, []).extend(values)
+    return {name: (ORACLE, values) for name, values in columns.items()}
 
 
 # --- telling -------------------------------------------------------------------------------------
@@ -662,7 +635,7 @@ def report(table: pd.DataFrame, scores: pd.DataFrame) -> str:
         line["intervals over"] = str(group["over"].iloc[0])
         lines.append(line)
     parts = [pd.DataFrame(lines).fillna("").to_markdown(index=False, disable_numparse=True)]
-    parts.append("In square brackets: 95 % bootstrap intervals.")
+    parts.append(_bracketed(table))
     if "difference" in table and table["difference"].notna().any():
         against = ", ".join(dict.fromkeys(table["against"].dropna()))
         parts.append(
@@ -687,6 +660,14 @@ def report(table: pd.DataFrame, scores: pd.DataFrame) -> str:
         parts.append("How the learned metrics rank the runs, against the oracle (Spearman's rho):")
         parts.append(ranks.round(2).to_markdown(index=False))
     return "\n\n".join(parts) + "\n"
+
+
+def _bracketed(table: pd.DataFrame) -> str:
+    text = "In square brackets: 95 % intervals. "
+    if table["over"].str.contains("subjects").all():
+        return text + "Over subjects: Student's t on the means of the subjects, each counted once."
+    text += "Over prompts and noises, or seeds of tuning: they speak of other drawings of this one "
+    return text + "subject (a bootstrap), and not of other subjects."
 
 
 def _cell(row: dict[Any, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Similarities of features, and means, intervals and paired differences of results."""
+"""Similarities of features, and tables of means and paired differences of results."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from sude_lab.evaluate.statistics import Interval, drawings_interval, mean_interval, t_test_p
 
 MEASURES = ("attribute_alignment", "subject_fidelity", "category_alignment")
 TRUTH = {
@@ -47,63 +49,28 @@ def text_similarity(pictures: np.ndarray, texts: np.ndarray) -> np.ndarray:
     return (a * b).sum(1)
 
 
-def bootstrap_interval(
-    values: Sequence[float] | np.ndarray,
-    clusters: Sequence[object] | np.ndarray | None = None,
-    *,
-    level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of a mean.
-
-    With `clusters` (the subject of each value) whole clusters are drawn, because the seeds of one
-    subject are not independent of each other. One cluster alone gives no interval: (nan, nan).
-    """
-    x = np.asarray(values, dtype=float)
-    groups = np.arange(len(x)) if clusters is None else pd.factorize(np.asarray(clusters))[0]
-    number = int(groups.max()) + 1 if len(x) else 0
-    if number < 2:
-        return float("nan"), float("nan")
-    sums = np.bincount(groups, weights=x)
-    counts = np.bincount(groups)
-    drawn = np.random.default_rng(seed).integers(number, size=(resamples, number))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 def per_run(table: pd.DataFrame) -> pd.DataFrame:
     """Return one row a run: means over the pictures of attributes the subject does not show."""
-    asked = table[table["attribute"].fillna("") != ""]
-    keys = [k for k in ("subject", "category", "method", "variant", "seed") if k in asked]
-    return asked.groupby(keys, as_index=False)[list(MEASURES)].mean()
+    edits = table[table["attribute"].fillna("") != ""]
+    keys = [k for k in ("subject", "category", "method", "variant", "seed") if k in edits]
+    return edits.groupby(keys, as_index=False)[list(MEASURES)].mean()
 
 
 def summarize(table: pd.DataFrame, *, against: str = "plain") -> pd.DataFrame:
     """Return a row a (method, variant): means and paired differences with 95 % intervals.
 
-    Pairs share subject, method and seed; intervals are bootstrapped over subjects.
+    The numbers of `gains` for the runs of `per_run`, with columns for every measure.
     """
-    runs = per_run(table)
     rows = []
-    for (method, variant), group in runs.groupby(["method", "variant"], sort=False):
-        row: dict[str, object] = {
-            "method": method,
-            "variant": variant,
-            "subjects": group["subject"].nunique(),
-            "runs": len(group),
-        }
-        base = runs[(runs["method"] == method) & (runs["variant"] == against)]
-        pairs = group.merge(base, on=["subject", "seed"], suffixes=("", "_base"))
-        for name in MEASURES:
-            row[name] = group[name].mean()
-            if variant != against and len(pairs):
-                difference = pairs[name] - pairs[f"{name}_base"]
-                low, high = bootstrap_interval(difference.to_numpy(), pairs["subject"].to_numpy())
-                row[f"{name}_gain"] = difference.mean()
-                row[f"{name}_low"], row[f"{name}_high"] = low, high
-        rows.append(row)
+    changes = gains(per_run(table), MEASURES, against=against)
+    for (method, variant), group in changes.groupby(["method", "variant"], sort=False):
+        line: dict[str, object] = {"method": method, "variant": variant}
+        line |= group[["subjects", "runs"]].iloc[0].to_dict()
+        for row in group.to_dict("records"):
+            name = row["measure"]
+            line |= {name: row["mean"], f"{name}_gain": row["gain"]}
+            line |= {f"{name}_low": row["low"], f"{name}_high": row["high"]}
+        rows.append(line)
     return pd.DataFrame(rows)
 
 
@@ -114,11 +81,12 @@ def gains(
     by: Sequence[str] = ("method",),
     against: str = "plain",
 ) -> pd.DataFrame:
-    """Return a row a (`by`, variant, measure): mean, paired gain over a variant, 95 % interval.
+    """Return a row a (`by`, variant, measure): mean, paired gain over a variant, 95 % interval, p.
 
     `table` has a row a picture. A run's value is the mean over its pictures, pairs share `by`,
-    subject and seed, and the interval is bootstrapped over subjects. The variant that is compared
-    with has no gain (nan).
+    subject and seed, and a subject counts once: mean, interval and p are those of
+    `statistics.mean_interval` and `t_test_p`. Where there is no gain, as for the variant that is
+    compared with, it is nan.
     """
     keys = [*by, "subject", "seed"]
     runs = table.groupby([*keys, "variant"], as_index=False, sort=False)[list(measures)].mean()
@@ -128,14 +96,15 @@ def gains(
     for names, group in pairs.groupby([*by, "variant"], sort=False):
         for measure in measures:
             row: dict[str, object] = dict(zip([*by, "variant"], names, strict=True))
-            row |= {"measure": measure, "mean": group[measure].mean()}
+            row |= {"measure": measure, "mean": group.groupby("subject")[measure].mean().mean()}
             gain = (group[measure] - group[f"{measure}_base"]).dropna()
             if row["variant"] == against or gain.empty:
-                row |= dict.fromkeys(("gain", "low", "high"), float("nan"))
+                row |= dict.fromkeys(("gain", "low", "high", "p"), float("nan"))
             else:
-                subjects = group.loc[gain.index, "subject"].to_numpy()
-                low, high = bootstrap_interval(gain.to_numpy(), subjects)
-                row |= {"gain": gain.mean(), "low": low, "high": high}
+                subjects = group.loc[gain.index, "subject"]
+                ends = mean_interval(gain, subjects)
+                row |= {"gain": ends.mean, "low": ends.low, "high": ends.high}
+                row |= {"p": t_test_p(gain, subjects)}
             row |= {"subjects": group["subject"].nunique(), "runs": len(group)}
             rows.append(row)
     return pd.DataFrame(rows)
@@ -147,110 +116,57 @@ PAIR = ["subject", "tuning_seed", "number", "caption", "seed", "picture"]
 """What makes pictures of two runs a pair: they were asked the same, from the same noise."""
 
 
-def crossed_interval(
-    values: Sequence[float] | np.ndarray,
-    rows: Sequence[object] | np.ndarray,
-    columns: Sequence[object] | np.ndarray,
-    *,
-    level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Return the bootstrap interval of a mean over two crossed factors, such as prompts and seeds.
+def interval_of(table: pd.DataFrame, values: pd.Series) -> tuple[Interval, str]:
+    """Return the interval of an evaluation's values, and over what it is taken.
 
-    Both are resampled, independently of each other, and a value counts as often as its row was
-    drawn times its column: pictures of one prompt resemble each other, and so do pictures that
-    begin with the same noise. This is A. B. Owen's pigeonhole bootstrap (doi 10.1214/07-AOAS122),
-    which errs to the wide side. A factor with one level alone is not resampled; where neither has
-    two, there is no interval: (nan, nan).
+    Several subjects: over them ("5 subjects", `mean_interval`). One: over its prompts and noises,
+    or over its seeds of tuning where there are several ("4 prompts x 8 noises",
+    `drawings_interval`): it speaks of other drawings, not of other subjects.
     """
-    x = np.asarray(values, dtype=float)
-    levels: list[tuple[np.ndarray, int]] = []
-    drawn: list[np.ndarray] = []
-    rng = np.random.default_rng(seed)
-    for factor in (rows, columns):
-        index = pd.factorize(np.asarray(factor))[0]
-        number = int(index.max()) + 1 if len(x) else 0
-        levels.append((index, number))
-        if number > 1:
-            drawn.append(rng.multinomial(number, np.full(number, 1 / number), size=resamples))
-        else:
-            drawn.append(np.ones((resamples, number)))
-    (i, n), (j, m) = levels
-    if max(n, m) < 2:
-        return float("nan"), float("nan")
-    sums, counts = np.zeros((n, m)), np.zeros((n, m))
-    np.add.at(sums, (i, j), x)
-    np.add.at(counts, (i, j), 1)
-    totals, weights = (((drawn[0] @ table) * drawn[1]).sum(1) for table in (sums, counts))
-    # Where cells are empty a resample may hit nothing but those: it says nothing.
-    means = totals[weights > 0] / weights[weights > 0]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def factors(table: pd.DataFrame) -> tuple[str, pd.Series, str, pd.Series]:
-    """Return what the intervals of an evaluation are taken over: names and levels, a row a value.
-
-    Prompts and noises; with several subjects the subjects stand for their prompts, and with
-    several seeds of tuning those stand for the noises, because what is drawn within one of them
-    is not independent.
-    """
-    if table["subject"].nunique() > 1:
-        first, asked = "subjects", table["subject"]
-    else:
-        first, asked = "prompts", table["number"].astype(str) + table["caption"]
+    subjects = table["subject"].nunique()
+    if subjects > 1:
+        return mean_interval(values, table["subject"]), f"{subjects} subjects"
+    prompts = table["number"].astype(str) + table["caption"]
+    name, noises = "noises", table["seed"].astype(str) + "-" + table["picture"].astype(str)
     if table["tuning_seed"].nunique() > 1:
-        return first, asked, "tuning seeds", table["tuning_seed"]
-    return first, asked, "noises", table["seed"].astype(str) + "-" + table["picture"].astype(str)
+        name, noises = "tuning seeds", table["tuning_seed"]
+    counts = {"prompts": prompts.nunique(), name: noises.nunique()}
+    over = " x ".join(f"{number} {what}" for what, number in counts.items() if number > 1)
+    return drawings_interval(values, prompts, noises), over
 
 
-def _over(names: tuple[str, pd.Series, str, pd.Series]) -> str:
-    """Say over what an interval is taken: "4 prompts x 8 noises"; one level alone is none."""
-    counts = ((names[1].nunique(), names[0]), (names[3].nunique(), names[2]))
-    return " x ".join(f"{number} {name}" for number, name in counts if number > 1)
-
-
-def compare(scores: pd.DataFrame, *, resamples: int = 10_000) -> pd.DataFrame:
+def compare(scores: pd.DataFrame) -> pd.DataFrame:
     """Return a row a (settings, variant, kind, metric): mean, 95 % interval, paired difference.
 
     Variants are compared with "plain" of the same settings, or where there is none with the first
-    variant of all. Differences are taken picture by picture over the pairs that both have.
+    variant of all. Differences are taken picture by picture over the pairs that both have; of
+    several subjects each counts once, see `interval_of`.
 
     Args: scores: a row a picture and metric, with the columns of `PAIR`, `settings`, `variant`,
     `kind`, `metric` and `value`.
     """
-    result: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     runs = scores[["settings", "variant"]].drop_duplicates()
     first = tuple(runs.iloc[0])
-    known = set(runs.itertuples(index=False, name=None))
+    variants = set(runs.itertuples(index=False, name=None))
     for keys, group in scores.groupby(["settings", "variant", "kind", "metric"], sort=False):
         settings, variant, kind, metric = keys
-        names = factors(group)
         row = dict(zip(("settings", "variant", "kind", "metric"), keys, strict=True))
-        row |= {
-            "pictures": len(group),
-            "over": _over(names),
-            "mean": group["value"].mean(),
-        }
-        row["low"], row["high"] = crossed_interval(
-            group["value"], names[1], names[3], resamples=resamples
-        )
-        base = (settings, "plain") if (settings, "plain") in known else first
+        ends, over = interval_of(group, group["value"])
+        row |= {"pictures": len(group), "over": over}
+        row |= {"mean": ends.mean, "low": ends.low, "high": ends.high}
+        base = (settings, "plain") if (settings, "plain") in variants else first
         if base != (settings, variant):
             other = scores[(scores["settings"] == base[0]) & (scores["variant"] == base[1])]
             other = other[(other["kind"] == kind) & (other["metric"] == metric)]
             pairs = group.merge(other[[*PAIR, "value"]], on=PAIR, suffixes=("", "_base"))
             row |= {"against": ", ".join(filter(None, base)), "pairs": len(pairs)}
             if len(pairs):
-                difference = pairs["value"] - pairs["value_base"]
-                names = factors(pairs)
-                row["difference"] = difference.mean()
-                row["difference_low"], row["difference_high"] = crossed_interval(
-                    difference, names[1], names[3], resamples=resamples
-                )
-        result.append(row)
-    return pd.DataFrame(result)
+                ends, _ = interval_of(pairs, pairs["value"] - pairs["value_base"])
+                row |= {"difference": ends.mean}
+                row |= {"difference_low": ends.low, "difference_high": ends.high}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def rank_agreement(scores: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sude_lab.evaluate.metrics import bootstrap_interval
+from sude_lab.exercises.evaluating import bootstrap_quantiles
 from sude_lab.exercises.judging import Answer, Mistake, ask, interval_of, judge, judge_table
 from sude_lab.exercises.worlds import normal, uniform
 
@@ -22,7 +22,7 @@ SUBJECTS = {
 
 
 def made_up_sweep(seed: int = 0) -> pd.DataFrame:
-    """Return a made-up sweep over w_s, a row a picture, as `sude_lab.world.subjects` has it.
+    """Return a made-up sweep over w_s, a row a picture, as `data/results` has it.
 
     Four subjects, w_s of arXiv 2403.06775, eq. 10, from 0 to 4, three seeds; the attribute is
     missing where the prompt asked for none. Alignment rises with w_s and fidelity falls, for each
@@ -128,7 +128,7 @@ def check_cluster_interval(answer: Answer, *, seed: int = 0) -> None:
     10,000 times draw as many subjects as there are, with replacement, take *all* values of the
     drawn ones, and their mean; the interval goes from the 2.5 % to the 97.5 % quantile. values:
     (N,); subjects: (N,), whose value each is. Right within 4 % of the interval's width. No
-    equation; see `sude_lab.evaluate.metrics.bootstrap_interval`.
+    equation; the studies use Student's t, `sude_lab.evaluate.statistics.mean_interval`.
 
     Raises:
         Mistake: the answer is wrong.
@@ -140,8 +140,7 @@ def check_cluster_interval(answer: Answer, *, seed: int = 0) -> None:
     values = np.repeat(own, counts) + 0.2 * rng.standard_normal(counts.sum())
 
     def interval(of: np.ndarray, clusters: np.ndarray | None = None, level: float = 0.95) -> Tensor:
-        ends = bootstrap_interval(of, clusters, level=level, resamples=40_000)
-        return torch.tensor(ends).double()
+        return torch.tensor(bootstrap_quantiles(of, clusters, level=level)).double()
 
     right = interval(values, subjects)
     given = ask(answer, values.copy(), subjects.copy(), np.random.default_rng(seed))

@@ -18,7 +18,7 @@ import re
 from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -35,6 +35,7 @@ from sude_lab.io.reading import is_file, read_text, read_yaml
 from sude_lab.methods import configure
 from sude_lab.world import subjects as study
 from sude_lab.world.drawing import Scene
+from sude_lab.world.judging import drawn_judge
 
 MOST_RUNS = 100_000
 T = TypeVar("T")
@@ -439,7 +440,8 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
         kind = (who.name, method, backbone, config.prompt, config.more_subjects)
         if kind not in counts:
             structure = asks.get("structure", "default")
-            about = {"structure": structure, "references": references, "scene": who.scene}
+            about = {"structure": structure, "references": references}
+            about["judges"] = partial(drawn_judge, scene=who.scene)
             counts[kind] = len(prompts_of(config, file.prompts, **about))
         rows = hash_of([asks | {"prompts": contents}, repr(who.scene)])[:10]
         pictures = counts[kind] * file.pictures * asks.get("num_seeds", 1)

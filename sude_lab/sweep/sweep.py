@@ -65,6 +65,7 @@ from sude_lab.io.workers import worker_pool
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, run_tuning
 from sude_lab.sweep.grid import Job, Label, Plan, kind_of, make_plan, read_grid
 from sude_lab.tuning import Step
+from sude_lab.world.judging import drawn_judge
 
 PLAN, RESULTS, TIMING, STATE = "plan.json", "results.parquet", "timing.json", ".sweep"
 _FULL = "No space is left on the disk: free some, and give the command again."
@@ -152,7 +153,7 @@ def _tune_and_judge(
     evaluation = evaluate(
         [folder],
         **job.asked,
-        scene=job.scene,
+        judges=partial(drawn_judge, scene=job.scene),
         device=config.device,
         progress=False,
         load=lambda run: run.load(backbone=fresh_backbone(config)),

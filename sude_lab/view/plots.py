@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from sude_lab.evaluate.metrics import bootstrap_interval
+from sude_lab.evaluate.statistics import mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -273,8 +273,8 @@ def response(
     """Draw the change of a measure over a setting: every subject's line, their mean and interval.
 
     `runs`: a row a picture or a run, with the columns `x`, `each` and `measure`. Changes are
-    against the smallest x, the interval is a 95 % bootstrap over `each`; values of x stand at equal
-    distances.
+    against the smallest x, the interval is Student's t over `each` (95 %); values of x stand at
+    equal distances.
     """
     means = runs.groupby([each, x])[measure].mean().unstack(x)
     change = means.sub(means.iloc[:, 0], axis=0)
@@ -283,8 +283,8 @@ def response(
         colour, mark = _SAFE[k % len(_SAFE)], _MARKS[k % len(_MARKS)]
         ax.plot(places, line, color=colour, marker=mark, lw=1, ms=4, alpha=0.6, label=str(name))
     mean = change.mean()
-    ends = np.array([bootstrap_interval(change[value].dropna()) for value in change]).T
-    spread = np.nan_to_num(np.abs(ends - mean.to_numpy()))
+    ends = [mean_interval(change[value].dropna()) for value in change]
+    spread = np.nan_to_num([end.high - end.mean for end in ends])
     ax.errorbar(places, mean, yerr=spread, color="black", lw=2, capsize=4, label="mean")
     ax.axhline(0.0, color="black", lw=0.8, ls="--")
     ax.set_xticks(places, [f"{value:g}{unit}" for value in change])

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
@@ -19,8 +18,6 @@ from PIL import Image
 from real_configs import REAL, build, shrink
 from torch import Tensor
 
-from studies import compare_guidance
-from studies.compare_guidance import CompareConfig, at_equal_fidelity, compare
 from sude_lab.backbone import Backbone, Condition
 from sude_lab.cli import main
 from sude_lab.diffusion import Schedule, to_eps
@@ -621,100 +618,3 @@ def test_generate_with_sude_guidance(
     assert main([*drawn, "--sude-guidance", "-1", "--out", str(tmp_path / "no")]) == 2
     assert "at least 0" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
-
-
-# --- the comparison ------------------------------------------------------------------------------
-
-
-def test_the_comparison_runs_and_continues(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = CompareConfig(
-        out=tmp_path / "guidance.csv",
-        numbers=(0,),
-        strengths=(0.0, 1.0),
-        sude_weights=(1.0,),
-        num_images=2,
-        workers=1,
-        settings="max_train_steps=2,learning_rate=0.02,train=attention",
-        backbone=str(tiny_folder),
-    )
-    table = compare(config)
-    assert set(table["variant"]) == {"plain", "guidance 1", "composition 1", "sude-tuned 1"}
-    # As tuned, and four poses it does not show.
-    assert (table.groupby("variant").size() == 5 * 2).all()
-    weights = table.groupby("variant")["weight_sude"].first()
-    assert weights["plain"] == weights["guidance 1"] == 0 and weights["sude-tuned 1"] == 1
-    measured = table.pivot_table("subject_fidelity", ["attribute", "image"], "variant")
-    for variant in ("guidance 1", "composition 1"):
-        assert (measured[variant] != measured["plain"]).any()
-    assert table[table["rule"] == "guidance"]["rho"].notna().all()
-    equal = at_equal_fidelity(table)
-    assert list(equal["rule"]) == ["guidance", "composition"] and equal["subjects"].eq(1).all()
-
-    made = []
-    run_job = compare_guidance.run_job
-
-    def spy(*args: Any) -> Any:
-        made.append(args[-1])
-        return run_job(*args)
-
-    monkeypatch.setattr(compare_guidance, "run_job", spy)
-    again = compare(replace(config, strengths=(0.0, 1.0, 2.0)))
-    assert [job.draws for job in made] == [(("guidance", 2.0), ("composition", 2.0))]
-    assert len(again) == len(table) + 2 * 10
-    assert len(pd.read_csv(config.out)) == len(again)
-
-
-def points(rule: str, rows: list[tuple[float, float, float]], shift: float) -> list[dict[str, Any]]:
-    return [
-        {
-            "subject": subject,
-            "method": "dreambooth",
-            "variant": compare_guidance.label(rule, strength),
-            "rule": rule if strength else "plain",
-            "strength": strength,
-            "seed": 0,
-            "attribute": "running",
-            "subject_fidelity": fidelity + sign * shift,
-            "attribute_alignment": alignment + sign * shift,
-            "category_alignment": 1.0,
-        }
-        for subject, sign in (("a", 1), ("b", -1))
-        for strength, fidelity, alignment in rows
-    ]
-
-
-def test_equal_fidelity_is_read_between_two_strengths() -> None:
-    """By hand: at fidelity -0.3 guidance is half-way from g = 1 to 2, composition before 1."""
-    table = pd.DataFrame(
-        [
-            *points("guidance", [(0.0, -0.1, 0.2), (1.0, -0.2, 0.6), (2.0, -0.4, 0.8)], 0.01),
-            *points("composition", [(1.0, -0.5, 0.6)], 0.01),
-            *points("sude-tuned", [(1.0, -0.3, 0.9)], 0.01),
-        ]
-    )
-    found = at_equal_fidelity(table).set_index("rule")
-    assert found.loc["guidance", "strength"] == pytest.approx(1.5)
-    assert found.loc["guidance", "alignment"] == pytest.approx(0.7)
-    assert found.loc["guidance", "difference"] == pytest.approx(-0.2)
-    assert found.loc["composition", "strength"] == pytest.approx(0.5)
-    assert found.loc["composition", "alignment"] == pytest.approx(0.4)
-    # Both subjects are shifted alike in every variant: the interval has no width.
-    assert found["low"].to_numpy() == pytest.approx(found["difference"].to_numpy())
-    assert found["high"].to_numpy() == pytest.approx(found["difference"].to_numpy())
-
-
-def test_a_rule_that_keeps_more_is_read_at_its_greatest_strength() -> None:
-    table = pd.DataFrame(
-        [
-            *points("guidance", [(0.0, -0.1, 0.2), (1.0, -0.2, 0.6)], 0.0),
-            *points("composition", [(1.0, -0.15, 0.3)], 0.0),
-            *points("sude-tuned", [(1.0, -0.3, 0.9)], 0.0),
-        ]
-    )
-    found = at_equal_fidelity(table).set_index("rule")
-    assert list(found["strength"]) == [1.0, 1.0]
-    assert list(found["fidelity"]) == pytest.approx([-0.2, -0.15])
-    with pytest.raises(UserError, match="--sude-weights"):
-        at_equal_fidelity(table, against=2.0)

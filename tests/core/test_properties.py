@@ -39,6 +39,7 @@ from sude_lab.diffusion import (
     training_target,
 )
 from sude_lab.evaluate import metrics as m
+from sude_lab.evaluate.statistics import Interval, drawings_interval, mean_interval
 from sude_lab.losses import (
     WEIGHTINGS,
     class_regularizer,
@@ -472,28 +473,33 @@ def test_similarities_know_directions_alone(n: int, k: int, dim: int, seed: int)
 
 @many
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12), seeds, st.floats(0.1, 10))
-def test_an_interval_lies_among_its_values_and_moves_with_them(
+def test_an_interval_holds_its_mean_and_moves_with_the_values(
     values: list[float], seed: int, scale: float
 ) -> None:
     x, few = np.array(values), {"resamples": 200, "seed": seed}
-    low, high = m.bootstrap_interval(x, **few)
-    assert x.min() - 1e-9 <= low <= high <= x.max() + 1e-9
     near = {"rtol": 1e-9, "atol": 1e-9 * (1 + np.abs(x).max()) * scale}
-    np.testing.assert_allclose(
-        m.bootstrap_interval(scale * x + 5, **few), (scale * low + 5, scale * high + 5), **near
-    )
-    mirrored = m.bootstrap_interval(-x, **few)
-    np.testing.assert_allclose(mirrored, (-high, -low), **near)
-    narrow = m.bootstrap_interval(x, level=0.5, **few)
-    assert low - 1e-9 <= narrow[0] <= narrow[1] <= high + 1e-9
-    one_each = m.bootstrap_interval(x, np.arange(len(x)), **few)
-    np.testing.assert_allclose(one_each, (low, high), **near)
-    crossed = m.crossed_interval(x, np.arange(len(x)), np.zeros(len(x)), **few)
-    assert x.min() - 1e-9 <= crossed[0] <= crossed[1] <= x.max() + 1e-9
-    mirrored = m.crossed_interval(-x, np.arange(len(x)), np.zeros(len(x)), **few)
-    np.testing.assert_allclose(mirrored, (-crossed[1], -crossed[0]), **near)
-    moved = m.crossed_interval(scale * x + 5, np.arange(len(x)), np.zeros(len(x)), **few)
-    np.testing.assert_allclose(moved, scale * np.array(crossed) + 5, **near)
+    nothing = np.zeros(len(x))
+
+    def of_subjects(y: np.ndarray, level: float = 0.95) -> Interval:
+        return mean_interval(y, level=level)
+
+    def of_drawings(y: np.ndarray, level: float = 0.95) -> Interval:
+        return drawings_interval(y, np.arange(len(y)), nothing, level=level, **few)
+
+    for rule in (of_subjects, of_drawings):
+        interval = rule(x)
+        ends = np.array([interval.low, interval.high])
+        assert ends[0] - 1e-9 <= ends[1]
+        moved, mirrored = rule(scale * x + 5), rule(-x)
+        np.testing.assert_allclose([moved.low, moved.high], scale * ends + 5, **near)
+        np.testing.assert_allclose([mirrored.low, mirrored.high], -ends[::-1], **near)
+        narrow = rule(x, level=0.5)
+        assert ends[0] - 1e-9 <= narrow.low <= narrow.high + 1e-9 <= ends[1] + 2e-9
+    drawn, subjects = of_drawings(x), of_subjects(x)
+    assert x.min() - 1e-9 <= drawn.low <= drawn.high <= x.max() + 1e-9
+    assert subjects.low - 1e-9 <= x.mean() <= subjects.high + 1e-9
+    twice = mean_interval(np.repeat(x, 3), np.repeat(np.arange(len(x)), 3))
+    np.testing.assert_allclose([twice.low, twice.high], [subjects.low, subjects.high], **near)
 
 
 @st.composite
@@ -573,10 +579,10 @@ def evaluations(draw: st.DrawFn) -> pd.DataFrame:
 def test_comparisons_are_of_pairs_and_move_with_one_side(
     scores: pd.DataFrame, shift: float
 ) -> None:
-    keys, few = ["variant", "metric"], {"resamples": 100}
-    told = m.compare(scores, **few).set_index(keys)
+    keys = ["variant", "metric"]
+    told = m.compare(scores).set_index(keys)
     moved = scores.assign(value=scores["value"] + shift * (scores["variant"] == "SuDe"))
-    after = m.compare(moved, **few).set_index(keys)
+    after = m.compare(moved).set_index(keys)
     for metric in scores["metric"].unique():
         mine, base = told.loc[("SuDe", metric)], told.loc[("plain", metric)]
         assert mine["pairs"] == mine["pictures"] == base["pictures"]
@@ -585,10 +591,8 @@ def test_comparisons_are_of_pairs_and_move_with_one_side(
         for name in ("difference", "difference_low", "difference_high"):
             expected = pytest.approx(mine[name] + shift, abs=1e-9, nan_ok=True)
             assert after.loc[("SuDe", metric), name] == expected
-    first, asked, second, drawn = m.factors(scores)
-    assert first == ("subjects" if scores["subject"].nunique() > 1 else "prompts")
-    assert second == ("tuning seeds" if scores["tuning_seed"].nunique() > 1 else "noises")
-    assert len(asked) == len(drawn) == len(scores)
+    several = scores["subject"].nunique() > 1
+    assert told["over"].str.contains("subjects").all() == several
 
 
 @many

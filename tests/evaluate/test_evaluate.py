@@ -25,6 +25,7 @@ from sude_lab.evaluate.metrics import PAIR, compare
 from sude_lab.generation import generate
 from sude_lab.runs.folder import Run, run_tuning
 from sude_lab.world import drawing as world
+from sude_lab.world.judging import drawn_judge
 from sude_lab.world.oracle import HEADS, judge, load_oracle, read_scene
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -484,6 +485,7 @@ def test_the_oracle_judges_runs_of_the_drawn_world(
     run = run_tuning(config, tmp_path / "run", num_samples=0, report_to="none", progress=False)
     usual: dict[str, Any] = {
         "references": subject_picture.parent,  # at the size of the world, not the tiny model's
+        "judges": drawn_judge,
         "device": "cpu",
         "progress": False,
     }
@@ -531,13 +533,22 @@ def test_learned_metrics_join_the_oracle_where_encoders_are_named(
 ) -> None:
     config = TuningConfig(image=Path("dog.png"), category="dog")
     chosen = room._chosen_metrics
-    assert chosen((), config, {}) == ("oracle",)
-    assert chosen((), config, {"clip": "x"}) == ("oracle", "CLIP-I", "CLIP-T")
-    assert chosen(("dino-i", "ORACLE"), config, {}) == ("DINO-I", "oracle")
+    pictures = [Image.new("RGB", (64, 64))]
+    oracle = drawn_judge(config, pictures)
+    assert chosen((), config, {}, oracle) == ("oracle",)
+    assert chosen((), config, {"clip": "x"}, oracle) == ("oracle", "CLIP-I", "CLIP-T")
+    assert chosen(("dino-i", "ORACLE"), config, {}, oracle) == ("DINO-I", "oracle")
     elsewhere = TuningConfig(image=Path("dog.png"), category="dog", backbone="org/model")
-    assert chosen((), elsewhere, {}) == ("CLIP-I", "CLIP-T", "DINO-I", "BLIP-T")
-    with pytest.raises(UserError, match="drawn world alone"):
-        chosen(("oracle",), elsewhere, {})
+    assert drawn_judge(elsewhere, pictures) is None
+    assert chosen((), elsewhere, {}, None) == ("CLIP-I", "CLIP-T", "DINO-I", "BLIP-T")
+    scene = world.Scene("dog", "sitting", world.Look("brown", "white", "spots", "red"))
+    drawn = drawn_judge(elsewhere, pictures, scene=scene)  # knows the subject, not the pictures
+    assert drawn is not None and "sitting" not in drawn.attributes and not drawn.measures
+    for nobody in (None, drawn):
+        with pytest.raises(UserError, match="drawn world alone"):
+            chosen(("oracle",), elsewhere, {}, nobody)
+    with pytest.raises(UserError, match="does not know the category 'lamp'"):
+        drawn_judge(TuningConfig(image=Path("lamp.png"), category="lamp"), pictures)
 
 
 # --- refusals ------------------------------------------------------------------------------------

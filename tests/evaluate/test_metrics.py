@@ -1,18 +1,13 @@
 """Similarities, means, intervals, paired differences: against cases worked out by hand."""
 
-from inspect import signature
-from itertools import product
-
 import numpy as np
 import pandas as pd
 import pytest
 
 from sude_lab.evaluate.metrics import (
     MEASURES,
-    bootstrap_interval,
     compare,
     cosines,
-    crossed_interval,
     gains,
     image_similarity,
     per_run,
@@ -20,66 +15,9 @@ from sude_lab.evaluate.metrics import (
     summarize,
     text_similarity,
 )
+from sude_lab.evaluate.statistics import drawings_interval, t_quantile, t_test_p
 
-
-def test_interval_of_two_values_is_the_quantiles_of_its_four_resamples() -> None:
-    # Of {0, 1} a resample has mean 0, 1/2, 1 with probability 1/4, 1/2, 1/4.
-    assert bootstrap_interval([0, 1], level=0.95, resamples=2000) == (0.0, 1.0)
-    assert bootstrap_interval([0, 1], level=0.40, resamples=2000) == (0.5, 0.5)
-
-
-def test_interval_of_equal_values_is_that_value() -> None:
-    assert bootstrap_interval([0.25] * 6, resamples=100) == (0.25, 0.25)
-
-
-def test_interval_is_the_normal_one_for_many_values() -> None:
-    x = np.random.default_rng(0).normal(3.0, 2.0, size=2000)
-    low, high = bootstrap_interval(x, resamples=2000)
-    half = 1.96 * x.std() / np.sqrt(len(x))
-    assert low == pytest.approx(x.mean() - half, abs=0.1 * half)
-    assert high == pytest.approx(x.mean() + half, abs=0.1 * half)
-
-
-def test_interval_covers_the_mean_about_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(1)
-    hits = 0
-    for k in range(300):
-        low, high = bootstrap_interval(rng.normal(size=30), resamples=400, seed=k)
-        hits += low <= 0 <= high
-    # 0.95 less the percentile method's known shortfall at n = 30 (0.94), +- 4 deviations of 300.
-    assert 0.88 <= hits / 300 <= 0.99
-
-
-def test_correlated_clusters_widen_the_interval() -> None:
-    rng = np.random.default_rng(2)
-    subjects = np.repeat(np.arange(8), 5)
-    x = rng.normal(size=8)[subjects] + 0.1 * rng.normal(size=40)
-    alone = bootstrap_interval(x, resamples=2000)
-    together = bootstrap_interval(x, subjects, resamples=2000)
-    width = (together[1] - together[0]) / (alone[1] - alone[0])
-    # The seeds of a subject are nearly equal: 8 values in truth, not 40.
-    assert width == pytest.approx(np.sqrt(5), rel=0.15)
-
-
-def test_clusters_of_unequal_size_weigh_as_their_values_do() -> None:
-    # {a, b} drawn twice: aa -> 0, ab -> 3/4, bb -> 1.
-    low, high = bootstrap_interval([0, 1, 1, 1], ["a", "b", "b", "b"], level=0.4, resamples=2000)
-    assert (low, high) == (0.75, 0.75)
-
-
-@pytest.mark.parametrize(("values", "clusters"), [([], None), ([1.0], None), ([1.0, 2.0], "aa")])
-def test_fewer_than_two_clusters_give_no_interval(values: list[float], clusters: str) -> None:
-    low, high = bootstrap_interval(values, list(clusters) if clusters else None)
-    assert np.isnan(low) and np.isnan(high)
-
-
-def test_interval_depends_on_its_seed_alone() -> None:
-    x = np.random.default_rng(3).normal(size=12)
-    np.random.seed(0)
-    first = bootstrap_interval(x, resamples=200, seed=1)
-    np.random.seed(1)
-    assert bootstrap_interval(x, resamples=200, seed=1) == first
-    assert bootstrap_interval(x, resamples=200, seed=2) != first
+T_1 = t_quantile(1)  # 12.7: of two subjects the interval is mean -+ T_1 half their distance
 
 
 def table(rows: list[tuple[str, str, int, str, float]]) -> pd.DataFrame:
@@ -116,10 +54,11 @@ def test_summary_pairs_runs_of_one_subject_and_seed() -> None:
     assert rows.loc["plain", "attribute_alignment"] == pytest.approx((0.2 + 0.6) / 2)
     sude = rows.loc["sude"]
     assert sude["subjects"] == 2 and sude["runs"] == 3
-    assert sude["attribute_alignment"] == pytest.approx((0.5 + 0.7 + 1.0) / 3)
+    # rex has two runs, fay one: each subject counts once.
+    assert sude["attribute_alignment"] == pytest.approx(((0.5 + 1.0) / 2 + 0.7) / 2)
     assert sude["attribute_alignment_gain"] == pytest.approx((0.3 + 0.1) / 2)
-    assert sude["attribute_alignment_low"] == pytest.approx(0.1)
-    assert sude["attribute_alignment_high"] == pytest.approx(0.3)
+    assert sude["attribute_alignment_low"] == pytest.approx(0.2 - T_1 * 0.1)
+    assert sude["attribute_alignment_high"] == pytest.approx(0.2 + T_1 * 0.1)
     assert sude["subject_fidelity_gain"] == 0.0
     assert np.isnan(rows.loc["plain"].get("attribute_alignment_gain", np.nan))
 
@@ -165,59 +104,6 @@ def test_similarities_are_the_plain_loops() -> None:
     np.testing.assert_allclose(text_similarity(pictures, texts), alignment)
 
 
-# --- intervals over two crossed factors ----------------------------------------------------------
-
-
-def test_crossed_interval_of_two_by_two_is_the_quantiles_of_its_sixteen_resamples() -> None:
-    table = np.array([[0.0, 1.0], [2.0, 10.0]])
-    x, rows, columns = table.ravel(), [0, 0, 1, 1], ["a", "b", "a", "b"]
-    # Rows (r1, r2) and columns (c1, c2), each drawn with replacement, independently.
-    means = sorted(
-        table[np.ix_(r, c)].mean()
-        for r in product((0, 1), repeat=2)
-        for c in product((0, 1), repeat=2)
-    )
-    for level in (0.95, 0.6):
-        low, high = crossed_interval(x, rows, columns, level=level, resamples=40_000)
-        assert low == np.quantile(means, (1 - level) / 2, method="inverted_cdf")
-        assert high == np.quantile(means, (1 + level) / 2, method="inverted_cdf")
-
-
-def test_a_factor_of_one_level_leaves_the_bootstrap_of_the_other() -> None:
-    x = np.random.default_rng(0).normal(size=24)
-    clusters = np.arange(24) // 3
-    one_by_one = crossed_interval(x, clusters, np.zeros(24), resamples=20_000)
-    swapped = crossed_interval(x, np.zeros(24), clusters, resamples=20_000)
-    plain = bootstrap_interval(x, clusters, resamples=20_000)
-    np.testing.assert_allclose(one_by_one, plain, atol=0.02)
-    np.testing.assert_allclose(swapped, plain, atol=0.02)
-    assert np.isnan(crossed_interval([1.0, 2.0], ["p", "p"], ["s", "s"])).all()
-    assert np.isnan(crossed_interval([], [], [])).all()
-
-
-def test_crossed_interval_covers_where_the_naive_one_does_not() -> None:
-    """Prompts and noises each have an effect of their own, as drawn pictures do."""
-    rng = np.random.default_rng(1)
-    rows, columns = (axis.ravel() for axis in np.indices((12, 8)))
-    hits = naive = 0
-    for k in range(200):
-        x = rng.normal(size=12)[rows] + rng.normal(size=8)[columns] + rng.normal(size=96)
-        low, high = crossed_interval(x, rows, columns, resamples=400, seed=k)
-        hits += low <= 0 <= high
-        low, high = bootstrap_interval(x, resamples=400, seed=k)
-        naive += low <= 0 <= high
-    # 0.95 less the percentile method's shortfall for 8 and 12 levels (about 0.05), and what is
-    # added because the interval errs to the wide side.
-    assert 0.86 <= hits / 200 <= 0.99
-    assert naive / 200 < 0.7
-
-
-def test_crossed_interval_of_a_table_with_holes_is_finite() -> None:
-    x, rows, columns = [1.0, 2.0, 3.0], [0, 1, 2], [0, 1, 2]
-    low, high = crossed_interval(x, rows, columns, resamples=2000)
-    assert low == 1.0 and high == 3.0
-
-
 # --- evaluations ---------------------------------------------------------------------------------
 
 
@@ -254,10 +140,10 @@ def test_runs_are_compared_picture_by_picture() -> None:
     assert row["pictures"] == 7 and row["pairs"] == 6
     assert row["against"] == "dreambooth, plain"
     assert row["difference"] == pytest.approx(0.3)
-    # The differences are 0.2, 0.3, 0.4 by prompt, whatever the noise.
-    low, high = bootstrap_interval([0.2, 0.3, 0.4])
-    assert row["difference_low"] == pytest.approx(low, abs=0.02)
-    assert row["difference_high"] == pytest.approx(high, abs=0.02)
+    # The differences are 0.2, 0.3, 0.4 by prompt, whatever the noise; one subject: over drawings.
+    ends = drawings_interval([0.2, 0.3, 0.4], [0, 1, 2], [0, 0, 0])
+    assert row["difference_low"] == pytest.approx(ends.low, abs=0.02)
+    assert row["difference_high"] == pytest.approx(ends.high, abs=0.02)
     assert np.isnan(table.loc["plain", "difference"])
 
 
@@ -267,7 +153,23 @@ def test_pairs_share_subject_and_tuning_seed() -> None:
     del sude["SuDe", "fay", 1, 0, 0]
     row = compare(scores(plain | sude)).set_index("variant").loc["SuDe"]
     assert row["pairs"] == 3 and row["difference"] == pytest.approx(0.5)
-    assert row["over"] == "2 subjects x 2 tuning seeds"
+    assert row["over"] == "2 subjects"
+
+
+def test_several_subjects_count_once_each_however_many_pictures_they_have() -> None:
+    plain = {("plain", s, 0, n, 0): 0.0 for s, k in (("rex", 1), ("fay", 9)) for n in range(k)}
+    gain = {"rex": 0.4, "fay": 0.2}
+    sude = {("SuDe", *key[1:]): gain[key[1]] for key in plain}
+    row = compare(scores(plain | sude)).set_index("variant").loc["SuDe"]
+    assert row["mean"] == row["difference"] == pytest.approx(0.3)
+    assert row["difference_low"] == pytest.approx(0.3 - T_1 * 0.1)
+    assert row["pictures"] == row["pairs"] == 10
+
+
+def test_one_subject_with_several_seeds_of_tuning_is_an_interval_over_those() -> None:
+    values = {("plain", "rex", t, n, 0): 0.1 * t + n for t in (0, 1, 2) for n in (0, 1)}
+    row = compare(scores(values)).iloc[0]
+    assert row["over"] == "2 prompts x 3 tuning seeds" and row["low"] < row["mean"] < row["high"]
 
 
 def test_without_a_plain_run_the_first_is_the_base() -> None:
@@ -321,8 +223,8 @@ def test_gains_are_means_of_pairs_with_the_interval_over_subjects() -> None:
     table = gains(small_study(), ("share",), by=("method", "ask")).set_index(["method", "variant"])
     sude = table.loc[("two", "sude")]
     assert sude["mean"] == pytest.approx(0.65) and sude["gain"] == pytest.approx(0.3)
-    # Of two subjects a resample has the mean gain 0.2, 0.3 or 0.4.
-    assert (sude["low"], sude["high"]) == (pytest.approx(0.2), pytest.approx(0.4))
+    assert (sude["low"], sude["high"]) == pytest.approx((0.3 - T_1 * 0.1, 0.3 + T_1 * 0.1))
+    assert sude["p"] == pytest.approx(t_test_p([0.2, 0.4]))
     assert (sude["ask"], sude["measure"], sude["subjects"], sude["runs"]) == ("P1", "share", 2, 2)
     assert len(table) == 6 and np.isnan(table.loc[("one", "plain"), "gain"])
 
@@ -347,7 +249,7 @@ def test_a_row_without_an_attribute_is_not_counted_however_it_is_written() -> No
     assert runs["attribute_alignment"].tolist() == [0.2]
 
 
-def test_summary_keeps_the_order_of_the_runs_and_draws_whole_subjects() -> None:
+def test_summary_keeps_the_order_of_the_runs_and_counts_subjects() -> None:
     # One subject gains 0.2 and the other 0.4, in each of three seeds: two values in truth, not six.
     gain = {"a": 0.2, "b": 0.4}
     rows = [(s, "sude", seed, "running", 0.1 + gain[s]) for s in gain for seed in range(3)]
@@ -357,23 +259,23 @@ def test_summary_keeps_the_order_of_the_runs_and_draws_whole_subjects() -> None:
     found = summarize(table(rows))
     assert list(found["variant"]) == ["plain", "sude", "zero"]
     sude = found.set_index("variant").loc["sude"]
-    assert sude["attribute_alignment_low"] == pytest.approx(0.2)
-    assert sude["attribute_alignment_high"] == pytest.approx(0.4)
+    assert sude["attribute_alignment_low"] == pytest.approx(0.3 - T_1 * 0.1)
+    assert sude["attribute_alignment_high"] == pytest.approx(0.3 + T_1 * 0.1)
     later = [row for row in rows if row[0] == "b" or row[1] == "sude"]
     assert list(summarize(table(later))["variant"]) == ["sude", "plain"]  # as subject a begins
 
 
-def test_gains_have_their_columns_in_order_and_draw_whole_subjects() -> None:
+def test_gains_have_their_columns_in_order_and_count_subjects() -> None:
     study = small_study()
     found = gains(study, ("share",))
-    names = ["method", "variant", "measure", "mean", "gain", "low", "high", "subjects", "runs"]
-    assert list(found.columns) == names
+    names = ["method", "variant", "measure", "mean", "gain", "low", "high", "p"]
+    assert list(found.columns) == [*names, "subjects", "runs"]
     assert list(found["variant"]) == ["plain", "sude", "other"] * 2  # as they come, not by name
     assert found.loc[found["variant"] == "plain", ["gain", "low", "high"]].isna().all(axis=None)
     assert all(isinstance(x, float) for x in found["gain"])
     seeds = pd.concat([study.assign(seed=seed) for seed in range(4)])
     sude = gains(seeds, ("share",)).set_index(["method", "variant"]).loc[("one", "sude")]
-    assert (sude["low"], sude["high"]) == (pytest.approx(0.2), pytest.approx(0.4))
+    assert (sude["low"], sude["high"]) == pytest.approx((0.3 - T_1 * 0.1, 0.3 + T_1 * 0.1))
     assert sude["runs"] == 8 and sude["subjects"] == 2
 
 
@@ -396,19 +298,6 @@ def test_comparisons_have_their_columns_and_keep_kinds_and_metrics_apart() -> No
     assert sude["mean"].tolist() == pytest.approx([0.6, 0.6, 6.0])
 
 
-def test_comparisons_draw_as_often_as_they_are_told() -> None:
-    values = {
-        (v, "rex", 0, n, 0): n * (1 + (v == "SuDe")) for v in ("plain", "SuDe") for n in (1, 4)
-    }
-    once = compare(scores(values), resamples=1)
-    assert (once["low"] == once["high"]).all()
-    sude = once[once["variant"] == "SuDe"].iloc[0]
-    assert sude["difference_low"] == sude["difference_high"]
-    often = compare(scores(values)).iloc[0]
-    assert (often["low"], often["high"]) == (1.0, 4.0)
-    assert signature(compare).parameters["resamples"].default == 10_000
-
-
 def test_rank_agreement_needs_values_that_differ() -> None:
     truth = {("a", "rex", 0, 0, 0): 0.1, ("b", "rex", 0, 0, 0): 0.5, ("c", "rex", 0, 0, 0): 0.9}
     two = dict(zip(truth, (0.0, 1.0, 1.0), strict=True))
@@ -420,14 +309,3 @@ def test_rank_agreement_needs_values_that_differ() -> None:
     assert 0 < found["rho"].iloc[0] < 1
     nothing = rank_agreement(scores(truth, "CLIP-T"))
     assert list(nothing.columns) == ["metric", "oracle", "runs", "rho"] and nothing.empty
-
-
-def test_intervals_are_the_same_every_time_and_their_defaults_are_said() -> None:
-    x = np.random.default_rng(4).normal(size=36)
-    rows, columns = np.divmod(np.arange(36), 6)
-    first = crossed_interval(x, rows, columns, resamples=50)
-    assert first == crossed_interval(x, rows, columns, resamples=50, seed=0)
-    assert first != crossed_interval(x, rows, columns, resamples=50, seed=3)
-    assert bootstrap_interval(x, resamples=50) == bootstrap_interval(x, resamples=50, seed=0)
-    for interval in (bootstrap_interval, crossed_interval):
-        assert signature(interval).parameters["resamples"].default == 10_000

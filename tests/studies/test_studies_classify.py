@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from studies import classify as study
+from studies.classify_tables import accuracy_table
 from sude_lab.backbone import Backbone
 from sude_lab.prompts import photo_of
 from sude_lab.world import drawing as world
@@ -115,27 +116,10 @@ def test_the_table_counts_pairs_of_answers() -> None:
             for k, value in enumerate(values)
         ]
     )
-    rows = study.accuracy_table(table).set_index("asked")
+    rows = accuracy_table(table).set_index("asked")
     assert rows.loc["all pairs", "accuracy"].startswith("0.900 [")
     assert rows.loc["pruned", "times fewer"] == "5.00"
     assert rows.loc["pruned", "difference to all pairs"].startswith("-0.100 [")
     assert rows.loc["pruned", "only one right"] == "2 / 1"
     assert rows.loc["first pairs", "only one right"] == "0 / 1"
     assert rows.loc["oracle", "UNet evaluations"] == ""
-
-
-def test_intervals_are_the_textbook_s() -> None:
-    assert study.share_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert study.share_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    for right, number in ((5, 10), (45, 50), (0, 20), (1000, 1000)):
-        share, ends = right / number, study.share_interval(right, number)
-        assert ends[0] <= share + 1e-12 and share - 1e-12 <= ends[1]
-        assert ends[1] - ends[0] > 1 / number
-        for end in ends:  # 1.96 errors away, by the error of the end itself
-            assert (share - end) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / number, abs=1e-9)
-    low, high = study.paired_interval(0, 0, 500)
-    assert low == -high and high == pytest.approx(1.96 * (1 / 502) ** 0.5 / 502**0.5)
-    low, high = study.paired_interval(2, 1, 10)  # cells 2.5 and 1.5 of 12
-    middle = -1 / 12
-    half = 1.96 * ((4 / 12 - middle**2) / 12) ** 0.5
-    assert (low, high) == pytest.approx((middle - half, middle + half))

@@ -7,6 +7,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from studies import report
+from sude_lab.backbone import data_folder
+from sude_lab.evaluate import stored
 from sude_lab.evaluate.metrics import per_run
 from sude_lab.view import plots
 from sude_lab.world import drawing as world
@@ -46,15 +48,15 @@ def test_what_was_seen_while_tuning_counts_once_a_run() -> None:
     first = table["subject"] == table["subject"].iloc[0]
     table.loc[first & (table["variant"] == "sude"), ["open_gates", "rho"]] = 0.75, 1.2
     more = pd.concat([table, table[first], table[first]])
-    _, sude = report.means_table(more).to_dict("records")
+    _, sude = stored.means_table(more).to_dict("records")
     assert (sude["open gates"], sude["rho"]) == ("50%", "1.00")
 
 
 def test_means_and_gains_with_the_interval_of_two_subjects() -> None:
-    plain, sude = report.means_table(hand_made()).to_dict("records")
+    plain, sude = stored.means_table(hand_made()).to_dict("records")
     assert plain["attribute alignment"] == "0.35" and plain["open gates"] == ""
-    # Two subjects resampled: the mean gain is 0.2, 0.3 or 0.4.
-    assert sude["attribute alignment"] == "0.65 (+0.30 [+0.20, +0.40])"
+    # Student's t on two subjects, which gain 0.2 and 0.4: mean -+ 12.7 times half their distance.
+    assert sude["attribute alignment"] == "0.65 (+0.30 [-0.97, +1.57])"
     assert sude["subject fidelity"] == "0.40 (-0.10 [-0.10, -0.10])"
     assert sude["open gates"] == "25%" and sude["rho"] == "0.80" and sude["runs"] == "2 x 1"
     assert sude["method"] == "textual inversion"
@@ -64,16 +66,16 @@ def test_a_row_a_subject_beside_the_untuned_model() -> None:
     dog, teapot = report.subjects_table(hand_made()).to_dict("records")
     assert (dog["alignment, plain"], dog["alignment, sude"]) == ("0.20", "0.60")
     assert (teapot["fidelity, plain"], teapot["fidelity, sude"]) == ("0.50", "0.40")
-    card = pd.read_csv(report.data_folder() / "embedded" / "alignment.csv")
+    card = pd.read_csv(data_folder() / "embedded" / "alignment.csv")
     dogs = card[(card["category"] == "dog") & (card["attribute"] != "sitting")]
     assert dog["untuned"] == f"{dogs['attribute_alignment'].mean():.2f}"
 
 
 def test_what_was_lost_and_what_was_gained_of_every_subject() -> None:
-    dog, teapot = report.lost_and_gained(hand_made()).to_dict("records")
+    dog, teapot = stored.lost_and_gained(hand_made()).to_dict("records")
     assert (dog["method"], dog["subject"]) == ("textual_inversion", "held-out-0-dog")
     assert (dog["gained"], teapot["gained"]) == (pytest.approx(0.4), pytest.approx(0.2))
-    card = pd.read_csv(report.data_folder() / "embedded" / "alignment.csv")
+    card = pd.read_csv(data_folder() / "embedded" / "alignment.csv")
     dogs = card[(card["category"] == "dog") & (card["attribute"] != "sitting")]
     assert dog["lost"] == pytest.approx(dogs["attribute_alignment"].mean() - 0.2)
     assert teapot["fidelity_change"] == pytest.approx(-0.1)
@@ -84,7 +86,7 @@ def test_what_was_lost_and_what_was_gained_of_every_subject() -> None:
 def test_a_subject_that_is_not_finished_has_not_gained_anything_yet() -> None:
     table = hand_made()
     half = table[(table["variant"] == "plain") | table["subject"].str.endswith("dog")]
-    assert report.lost_and_gained(half)["subject"].tolist() == ["held-out-0-dog"]
+    assert stored.lost_and_gained(half)["subject"].tolist() == ["held-out-0-dog"]
 
 
 def test_it_writes_the_tables_and_the_picture(
@@ -93,7 +95,7 @@ def test_it_writes_the_tables_and_the_picture(
     hand_made().to_csv(tmp_path / "study.csv", index=False)
     report.main(report.ReportConfig(tmp_path / "study.csv"))
     text = (tmp_path / "study.md").read_text()
-    assert "0.65 (+0.30 [+0.20, +0.40])" in text and text.strip() in capsys.readouterr().out
+    assert "0.65 (+0.30 [-0.97, +1.57])" in text and text.strip() in capsys.readouterr().out
     assert (tmp_path / "study.png").stat().st_size > 5_000
 
 
@@ -119,7 +121,7 @@ def test_banks_are_compared_with_drawing_anew_by_their_size(tmp_path: Path) -> N
     pd.concat([large, live, small, plain]).to_csv(tmp_path / "banks.csv", index=False)
     rows = report.banks_table(pd.read_csv(tmp_path / "banks.csv")).to_dict("records")
     assert [r["pairs"] for r in rows] == ["plain, no SuDe", "64", "1,024", "drawn anew"]
-    assert rows[1]["attribute alignment"] == "0.350 (-0.300 [-0.400, -0.200])"
+    assert rows[1]["attribute alignment"] == "0.350 (-0.300 [-1.571, +0.971])"
     assert rows[2]["attribute alignment"] == "0.650 (+0.000 [+0.000, +0.000])"
     assert rows[3]["attribute alignment"] == "0.650" and rows[3]["runs"] == "2 x 1"
     assert [r["rho"] for r in rows] == ["", "0.50", "0.80", "0.80"]

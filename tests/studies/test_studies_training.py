@@ -13,9 +13,10 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from studies.embedded import card, train
+from studies.embedded.oracle import OracleConfig, train_oracle
 from sude_lab.io.opening import FACTS_FILE, data_folder, open_backbone
 from sude_lab.world import drawing as world
-from sude_lab.world.oracle import HEADS, LOOK, OracleConfig, load_oracle, train_oracle
+from sude_lab.world.oracle import HEADS, LOOK, load_oracle
 
 CONFIG = train.TrainConfig(
     num_pictures=48,

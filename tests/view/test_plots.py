@@ -311,6 +311,8 @@ def test_response_draws_changes_from_the_smallest_setting_and_their_mean(ax: Axe
     assert list(mean.get_ydata()) == pytest.approx([0.0, 0.1, 0.3])
     (bars,) = ax.containers
     ends = [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()]
-    assert ends[1] == pytest.approx([0.0, 0.2]) and ends[2] == pytest.approx([0.2, 0.4])
+    # Student's t on two subjects: mean -+ 12.7 times half their distance.
+    assert ends[1] == pytest.approx([0.1 - 1.27062, 0.1 + 1.27062], abs=1e-4)
+    assert ends[2] == pytest.approx([0.3 - 1.27062, 0.3 + 1.27062], abs=1e-4)
     assert [t.get_text() for t in ax.get_xticklabels()] == ["0 w", "1 w", "4 w"]
     assert ax.get_ylabel() == "change of alignment"

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from studies.embedded.dataset import render, scenes
 from sude_lab.world import drawing as world
-from sude_lab.world.dataset import render, scenes, to_tensor
-from sude_lab.world.oracle import HEADS, LOOK, labels
-from sude_lab.world.subjects import parse_settings, parse_variant, subject
+from sude_lab.world.oracle import HEADS, LOOK, labels, to_tensor
+from sude_lab.world.subjects import subject
 
 
 def test_a_scene_is_drawn_the_same_twice() -> None:
@@ -127,17 +127,6 @@ def test_subjects_follow_from_their_group_and_number() -> None:
     who = subject("held-out", 0)
     assert who.scene.attribute not in who.other_attributes
     assert who.picture.size == (256, 256)
-
-
-def test_variants_are_read_from_words() -> None:
-    assert parse_settings("weight_sude=2, prior=current,learning_rate=1e-4,truncate=false") == {
-        "weight_sude": 2,
-        "prior": "current",
-        "learning_rate": 1e-4,
-        "truncate": False,
-    }
-    assert parse_variant("plain").settings == {"weight_sude": 0.0}
-    assert parse_variant("weight_sude=4").settings == {"weight_sude": 4}
 
 
 def test_rendered_pictures_are_kept_and_read_again(tmp_path) -> None:

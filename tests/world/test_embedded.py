@@ -4,17 +4,14 @@ import json
 import random
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from studies import gallery
 from studies.embedded.card import held_out_table
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
@@ -22,7 +19,6 @@ from sude_lab.generation import generate
 from sude_lab.io.opening import open_backbone
 from sude_lab.methods import METHODS, configure
 from sude_lab.world import drawing as world
-from sude_lab.world import subjects as study
 from sude_lab.world.oracle import ALL_ATTRIBUTES, HEADS, Oracle, labels, load_oracle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,26 +133,3 @@ def test_the_facts_suit_every_method(base: Backbone) -> None:
         resolved = configure(TuningConfig(image=Path("x"), category="dog", method=method), base)
         for name, value in settings.items():
             assert getattr(resolved, name) == value, (method, name)
-
-
-def test_the_gallery_draws_the_pictures_of_the_study(base: Backbone, oracle: Oracle) -> None:
-    settings = "max_train_steps=1,num_vectors=1"
-    config = gallery.GalleryConfig(
-        out=Path("x.png"), methods=("textual_inversion",), num_images=2, settings=settings
-    )
-    figure = gallery.gallery(config, base, oracle)
-    (ax,) = figure.axes
-    rows = [text.get_text() for text in ax.get_yticklabels()]
-    assert [row.split(":")[0] for row in rows] == [
-        f"textual inversion\n{name}" for name in ("plain", "sude")
-    ]
-    who = study.subject("held-out", 0)
-    columns = [text.get_text() for text in ax.get_xticklabels()]
-    assert columns == ["as tuned", *who.other_attributes]
-    plain = replace(study.PLAIN, settings={**study.PLAIN.settings, "max_train_steps": 1})
-    tuning = TuningConfig(
-        image=Path("x"), category="dog", method="textual_inversion", num_vectors=1, **plain.settings
-    )
-    told = study.tune_and_measure(base, oracle, who, tuning, num_images=2)
-    expected = np.mean([row["attribute_alignment"] for row in told if row["attribute"]])
-    assert float(rows[0].split(":")[1]) == pytest.approx(expected, abs=0.0051)

@@ -6,8 +6,6 @@ import random
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from sude_lab.io.workers import worker_pool
@@ -42,9 +40,3 @@ def render(chosen: list[Scene], path: Path | None = None, workers: int = 2) -> n
         temporary.replace(path)
         pictures = np.load(path, mmap_mode="r")
     return pictures
-
-
-def to_tensor(pictures: np.ndarray) -> Tensor:
-    """Map uint8 pictures (N, H, W, 3) to floats in [-1, 1] of shape (N, 3, H, W)."""
-    x = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2)
-    return x.float().div_(127.5).sub_(1.0)

@@ -1,4 +1,4 @@
-"""What a study asks of a tuned model, and with which settings it tunes."""
+"""What a study asks of a tuned model, and the strips of pictures that it keeps."""
 
 import random
 from pathlib import Path
@@ -105,59 +105,15 @@ def test_the_oracle_sees_the_background_of_a_drawing() -> None:
     assert right.mean() > 0.95 and wrong.mean() < 0.05  # of 36 drawings
 
 
-@pytest.mark.parametrize(
-    ("variant", "expected"),
-    [
-        ("preset=paper", {"weighting": "exact", "prior": "pretrained", "weight_sude": None}),
-        (
-            "preset=reference,learning_rate=3e-4",
-            {"prior": "current", "learning_rate": 3e-4, "train_text_encoder": True},
-        ),
-        ("sude", {"weighting": None, "prior": None}),
-    ],
-)
-def test_a_variant_may_start_from_a_preset(
-    variant: str, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[TuningConfig, tuple[str, ...]]] = []
-
-    def tune_and_measure(base: Any, oracle: Any, who: Any, config: TuningConfig, **told: Any):  # type: ignore[no-untyped-def]
-        seen.append((config, told["asks"]))
-        return [{"attribute": ""}]
-
-    monkeypatch.setattr(study, "tune_and_measure", tune_and_measure)
-    monkeypatch.setattr(study, "_models", {"base": None, "oracle": None})
-    asked = study.StudyConfig(out=Path("study.csv"), asks=("P1",))
-    job = ("development-0-dog", "dreambooth", variant, 0)
-    (row,) = study._run_job(asked, job)
-    assert row == dict(zip(study.KEYS, job, strict=True)) | {"attribute": ""}
-    ((config, asks),) = seen
-    assert {name: getattr(config, name) for name in expected} == expected and asks == ("P1",)
-
-
-def test_an_unknown_preset_is_recorded_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "_models", {"base": None, "oracle": None})
-    job = ("development-0-dog", "dreambooth", "preset=nothing", 0)
-    (row,) = study._run_job(study.StudyConfig(out=Path("study.csv")), job)
-    assert "preset" in row["error"]
-
-
-def test_kept_pictures_come_back_by_what_was_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kept_pictures_come_back_by_what_was_asked(tmp_path: Path) -> None:
     colours = {"as tuned": "red", "running": "green", "open mouth": "blue"}
-
-    def tune_and_measure(base: Any, oracle: Any, who: Any, config: TuningConfig, **told: Any):  # type: ignore[no-untyped-def]
-        for name, colour in colours.items():
-            told["grids"][name] = [Image.new("RGB", (32, 32), colour)] * 8
-        asked = ["" if name == "as tuned" else name for name in colours]
-        return [{"attribute": a, "prompt": f"photo of a {a} dog"} for a in asked for _ in range(8)]
-
-    monkeypatch.setattr(study, "tune_and_measure", tune_and_measure)
-    monkeypatch.setattr(study, "_models", {"base": None, "oracle": None})
-    job = ("development-0-dog", "dreambooth", "prior=current,truncate=false", 0)
-    asked = study.StudyConfig(out=Path("study.csv"), pictures=tmp_path / "strips")
-    rows = pd.DataFrame(study._run_job(asked, job))
+    grids = {name: [Image.new("RGB", (32, 32), colour)] * 8 for name, colour in colours.items()}
+    key = {"subject": "development-0-dog", "method": "dreambooth", "variant": "a=1,b=2", "seed": 0}
+    study.keep_strip(tmp_path / "strips" / study.strip_name(*key.values()), grids)
+    attributes = ["" if name == "as tuned" else name for name in colours for _ in range(8)]
+    rows = pd.DataFrame(
+        [key | {"attribute": a, "prompt": f"photo of a {a} dog"} for a in attributes]
+    )
     kept = study.read_strip(tmp_path / "strips", rows)
     assert list(kept) == list(colours)
     for name, images in kept.items():
@@ -165,7 +121,7 @@ def test_kept_pictures_come_back_by_what_was_asked(
         wanted = np.asarray(Image.new("RGB", (1, 1), colours[name]), dtype=float)
         assert np.abs(np.asarray(images[1], dtype=float)[8:24, 8:24] - wanted).max() < 12  # WebP
     assert len(list((tmp_path / "strips").iterdir())) == 1
-    with pytest.raises(UserError, match="--pictures"):
+    with pytest.raises(UserError, match="keeps no pictures"):
         study.read_strip(tmp_path, rows)
 
 
@@ -175,26 +131,3 @@ def test_runs_that_differ_have_names_that_differ() -> None:
     names = {study.strip_name(*job) for job in jobs}
     assert len(names) == len(jobs)
     assert all(name.isascii() and not set(name) & set(" ,/\\:") for name in names)
-
-
-def test_a_small_bank_s_noise_is_learnt_by_heart(tiny: Backbone) -> None:
-    """The loss falls on the pairs that were seen; without tuning none was."""
-    who = study.subject("held-out", 5)
-    config = TuningConfig(
-        image=Path("candle.png"),
-        category="candle",
-        max_train_steps=80,
-        learning_rate=3e-3,
-        prior_bank=2,
-        prior_bank_dtype="live",
-    )
-    config = study.configure(config, tiny)
-    untuned = tiny.copy()
-    untuned.add_token(config.token, "candle")
-    before = study.noise_errors(untuned, config, who.picture)
-    assert before["loss_seen"] == pytest.approx(before["loss_new"], rel=0.1)
-    tuned = tiny.copy()
-    assert len(list(study.prepared_tuning(config, tuned, who.picture))) == 80
-    after = study.noise_errors(tuned, config, who.picture)
-    assert after["loss_seen"] < 0.8 * after["loss_new"]
-    assert after["loss_seen"] < 0.8 * before["loss_seen"]

@@ -1,0 +1,290 @@
+"""One family of statistics, in which the unit is the subject.
+
+Values of one subject (its seeds, prompts and pictures) are averaged first, so that a subject with
+more of them weighs no more. What is said about other subjects follows from these means alone:
+
+- `mean_interval`, `paired_difference`: Student's t on the subjects' means;
+- `jackknife_interval`: the same for what is read off all subjects together;
+- `t_test_p`, `sign_flip_p`, `holm`, `equivalent`, `verdict`: what may be concluded;
+- `wilson_interval`, `share_difference`: shares of independent trials.
+
+`drawings_interval` is the one other rule, for drawings of one run: it says nothing about other
+subjects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+Values = Sequence[float] | np.ndarray
+Labels = Sequence[object] | np.ndarray
+
+AGREES, DISAGREES = "agrees", "disagrees"
+NO_DIFFERENCE, CANNOT_TELL = "no difference", "cannot tell"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its interval, over `number` subjects; nan ends where there is no interval."""
+
+    mean: float
+    low: float
+    high: float
+    number: int
+
+    def __str__(self) -> str:
+        """Return "+0.24 [-0.03, +0.51]", or "+0.24" without an interval."""
+        ends = f" [{self.low:+.2f}, {self.high:+.2f}]" if self.low == self.low else ""
+        return f"{self.mean:+.2f}{ends}"
+
+
+# --- Student's t: exact for whole degrees of freedom ---
+
+
+def t_within(t: float, degrees: int) -> float:
+    """Return P(|T| <= t) of Student's t, a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+
+    With theta = arctan(t / sqrt(nu)): sin theta (1 + 1/2 cos^2 theta + (1 3)/(2 4) cos^4 theta
+    + ...) up to cos^(nu - 2) for even nu, and for odd nu the like sum over odd powers, plus theta,
+    times 2 / pi.
+    """
+    theta = math.atan(abs(t) / math.sqrt(degrees))
+    sin, cos = math.sin(theta), math.cos(theta)
+    if degrees % 2 == 0:
+        k = np.arange(1, degrees // 2)
+        return float(sin * (1 + np.cumprod((2 * k - 1) / (2 * k) * cos**2).sum()))
+    k = np.arange(1, (degrees - 1) // 2)
+    rest = cos * (1 + np.cumprod(2 * k / (2 * k + 1) * cos**2).sum()) if degrees > 1 else 0.0
+    return float(2 / math.pi * (theta + sin * rest))
+
+
+@lru_cache(maxsize=1024)
+def t_quantile(degrees: int, level: float = 0.95) -> float:
+    """Return the t with P(|T| <= t) = `level`: 2.776 for 4 degrees of freedom and 0.95."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):  # bisection in the angle, which is bounded
+        middle = (low + high) / 2
+        inside = t_within(math.sqrt(degrees) * math.tan(middle), degrees)
+        low, high = (middle, high) if inside < level else (low, middle)
+    return math.sqrt(degrees) * math.tan((low + high) / 2)
+
+
+# --- means over subjects ---
+
+
+def subject_means(values: Values, subjects: Labels | None = None) -> np.ndarray:
+    """Return one mean a subject, by the order of their names; without `subjects` the values.
+
+    Args: values (N,), subjects (N,), whose value each is. Returns (number of subjects,).
+    """
+    x = np.asarray(values, dtype=float)
+    if subjects is None:
+        return x
+    names, index = np.unique(np.asarray(subjects), return_inverse=True)
+    return np.bincount(index, weights=x, minlength=len(names)) / np.bincount(index)
+
+
+def mean_interval(
+    values: Values, subjects: Labels | None = None, *, level: float = 0.95
+) -> Interval:
+    """Return the mean of the subjects' means and its interval, mean -+ t_(n - 1) s / sqrt(n).
+
+    s is the standard deviation (n - 1) of the n subjects' means. In 4,000 simulated studies with
+    three seeds a subject "95 %" held the truth in 95 % for normal subjects (n = 5 and 30); where
+    their effects are exponential, skewed, in 90 % (n = 5) and 94 % (n = 30). One subject: no
+    interval, nan.
+    """
+    means = subject_means(values, subjects)
+    n = len(means)
+    mean = float(means.mean()) if n else math.nan
+    if n < 2:
+        return Interval(mean, math.nan, math.nan, n)
+    half = t_quantile(n - 1, level) * float(means.std(ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def paired_difference(
+    values: Values, base: Values, subjects: Labels | None = None, *, level: float = 0.95
+) -> Interval:
+    """Return the mean difference of pairs in the same order, by `mean_interval`.
+
+    Args: values, base (N,): pairs share subject, seed, prompt and noise, whatever they have.
+    """
+    difference = np.asarray(values, dtype=float) - np.asarray(base, dtype=float)
+    return mean_interval(difference, subjects, level=level)
+
+
+def jackknife_interval(
+    read: Callable[[np.ndarray], float], number: int, *, level: float = 0.95
+) -> Interval:
+    """Return what is read off all subjects together, with Student's t on the pseudo-values.
+
+    theta_i = n theta - (n - 1) theta without subject i (Tukey, 1958); for a mean they are the
+    values, and the interval is that of `mean_interval`.
+
+    Args:
+        read: Returns the number for subjects (indices) of 0, ..., `number` - 1.
+        number: n.
+    """
+    everyone = np.arange(number)
+    whole = read(everyone)
+    if number < 2:
+        return Interval(whole, math.nan, math.nan, number)
+    without = np.array([read(np.delete(everyone, i)) for i in everyone])
+    spread = mean_interval(number * whole - (number - 1) * without, level=level)
+    half = (spread.high - spread.low) / 2
+    return Interval(whole, whole - half, whole + half, number)
+
+
+# --- what may be concluded ---
+
+
+def t_test_p(values: Values, subjects: Labels | None = None) -> float:
+    """Return the two-sided p of Student's t that the mean over subjects is 0; nan for one subject.
+
+    It is below 1 - level just where `mean_interval` of that level leaves 0 out.
+    """
+    means = subject_means(values, subjects)
+    n = len(means)
+    if n < 2:
+        return math.nan
+    spread = float(means.std(ddof=1)) / math.sqrt(n)
+    if spread == 0:
+        return float(means.mean() == 0)
+    return 1 - t_within(float(means.mean()) / spread, n - 1)
+
+
+def sign_flip_p(
+    values: Values, subjects: Labels | None = None, *, draws: int = 100_000, seed: int = 0
+) -> float:
+    """Return the two-sided p of the sign-flip test that differences scatter evenly around 0.
+
+    The share of sign patterns of the subjects' means whose |sum| is at least the observed one: of
+    all 2^n for n <= 20 (five subjects: never below 1/16), else of `draws` and the observed one.
+    """
+    means = subject_means(values, subjects)
+    observed = abs(means.sum()) * (1 - 1e-12)  # the same sum in another order counts as equal
+    if len(means) <= 20:
+        sums = np.zeros(1)
+        for mean in means:
+            sums = np.concatenate([sums + mean, sums - mean])
+        return float((np.abs(sums) >= observed).mean())
+    rng, extreme = np.random.default_rng(seed), 1
+    for start in range(0, draws, 1000):
+        signs = rng.choice([-1.0, 1.0], (min(1000, draws - start), len(means)))
+        extreme += int((np.abs(signs @ means) >= observed).sum())
+    return extreme / (1 + draws)
+
+
+def holm(p: Values) -> np.ndarray:
+    """Return Holm's (1979) adjusted p-values, in the order given: max over j <= i of (m - j) p_(j).
+
+    Comparing them with 0.05 keeps the chance of any false claim among all m below 0.05.
+    """
+    x = np.asarray(p, dtype=float)
+    order = x.argsort(kind="stable")
+    stepped = np.maximum.accumulate(x[order] * (len(x) - np.arange(len(x))))
+    adjusted = np.empty_like(x)
+    adjusted[order] = stepped.clip(max=1)
+    return adjusted
+
+
+def equivalent(interval: Interval, margin: float) -> bool:
+    """Return whether the whole interval lies within -+ `margin`, which is fixed beforehand."""
+    return -margin < interval.low and interval.high < margin
+
+
+def verdict(interval: Interval, *, p: float | None = None, margin: float | None = None) -> str:
+    """Return what an interval says of the claim that the mean is above 0.
+
+    "agrees" or "disagrees" where it lies on one side of 0; with `p`, the corrected one, only where
+    that is below 0.05, too. With `margin` the claim is that it is no different from 0: "disagrees"
+    where it lies below 0, "no difference" where it lies within the margin. Else "cannot tell".
+    """
+    sure = p is None or p < 0.05
+    if interval.high < 0 and sure:
+        return DISAGREES
+    if margin is not None:
+        return NO_DIFFERENCE if equivalent(interval, margin) else CANNOT_TELL
+    return AGREES if interval.low > 0 and sure else CANNOT_TELL
+
+
+# --- shares of independent trials ---
+
+_Z = 1.959963984540054
+
+
+def wilson_interval(right: int, number: int, z: float = _Z) -> Interval:
+    """Return a share with Wilson's (1927) 95 % interval, which has a width at 0 and at 1, too.
+
+    (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n). The trials are independent, such
+    as drawings of different scenes.
+    """
+    share, extra = right / number, z**2 / number
+    middle = share + extra / 2
+    half = z * math.sqrt(share * (1 - share) / number + extra / (4 * number))
+    return Interval(share, (middle - half) / (1 + extra), (middle + half) / (1 + extra), number)
+
+
+def share_difference(lost: int, won: int, number: int, z: float = _Z) -> Interval:
+    """Return the difference of two shares of the same trials, with a 95 % interval.
+
+    From McNemar's two numbers, the trials that one way alone gets right: Wald's interval after half
+    a trial is added to each of the four cells (Agresti and Min, 2005), so that it has a width where
+    nothing differs.
+    """
+    total = number + 2
+    middle = (won - lost) / total
+    half = z * math.sqrt((won + lost + 1) / total - middle**2) / math.sqrt(total)
+    return Interval((won - lost) / number, middle - half, middle + half, number)
+
+
+# --- one run ---
+
+
+def drawings_interval(
+    values: Values,
+    prompts: Labels,
+    noises: Labels,
+    *,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Return the mean over drawings of one run, with an interval over other prompts and noises.
+
+    It says how the mean might change with other drawings of the same model, and nothing about
+    other subjects. Pictures of one prompt resemble each other, and so do pictures that begin with
+    the same noise: both factors are resampled, independently, and a value counts as often as its
+    prompt was drawn times its noise. That is A. B. Owen's pigeonhole bootstrap (doi
+    10.1214/07-AOAS122); with few prompts it is somewhat narrow, as every percentile bootstrap. A
+    factor with one level is not resampled; where neither has two, there is no interval: nan.
+
+    Returns: `number` is the number of values.
+    """
+    x = np.asarray(values, dtype=float)
+    rng = np.random.default_rng(seed)
+    indices, weights = [], []
+    for factor in (prompts, noises):
+        levels, index = np.unique(np.asarray(factor), return_inverse=True)
+        n = len(levels)
+        alone = np.ones((resamples, n))
+        weights.append(rng.multinomial(n, np.full(n, 1 / n), resamples) if n > 1 else alone)
+        indices.append(index)
+    mean = float(x.mean()) if len(x) else math.nan
+    shape = (weights[0].shape[1], weights[1].shape[1])
+    if max(shape) < 2:
+        return Interval(mean, math.nan, math.nan, len(x))
+    sums, counts = np.zeros(shape), np.zeros(shape)
+    np.add.at(sums, tuple(indices), x)
+    np.add.at(counts, tuple(indices), 1)
+    totals, numbers = (((weights[0] @ cells) * weights[1]).sum(1) for cells in (sums, counts))
+    # Where cells are empty a resample may hit nothing but those: it says nothing.
+    means = totals[numbers > 0] / numbers[numbers > 0]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high), len(x))

@@ -1,0 +1,441 @@
+"""Stored results, and the tables that are made of them: `data/results/*.csv`, read and compared.
+
+    read("w_s")        the rows of a study, a row a picture
+    fig4(), table1()   the paper's tables and figures on the embedded world
+    claims()           what the paper claims, and what these rows say of it
+
+Lessons read what is here; `studies/` makes it. The subjects are those of the held-out study, fixed
+before anything was seen. Intervals are 95 %, Student's t on the subjects' means (`statistics`);
+gains are paired: same subject, same seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+
+from sude_lab.errors import UserError
+from sude_lab.evaluate.metrics import MEASURES, gains, per_run
+from sude_lab.evaluate.statistics import Interval, holm, jackknife_interval, mean_interval, verdict
+from sude_lab.io.opening import data_folder
+
+RESULTS = data_folder() / "results"
+ALIGNMENT, FIDELITY, CATEGORY = MEASURES
+BACKGROUND = "background_alignment"
+KEYS = ["subject", "method", "variant", "seed"]
+"""What names a run in a table of results."""
+WATCHED = ("open_gates", "rho")
+WEIGHTS = {"dreambooth": 2.0, "custom_diffusion": 2.0, "vico": 1.5, "textual_inversion": 1.0}
+"""w_s of the methods on the embedded model when these studies were made."""
+DRAWN_FROM = 500
+"""Pictures of a run tuned with seed k are drawn from seed k + 500: `evaluate: {seed: 500}`."""
+MARGIN = 0.05
+"""What counts as no difference, in probabilities of the oracle."""
+PLAIN, GUIDANCE, COMPOSITION, TUNED = "plain", "guidance", "composition", "sude-tuned"
+"""The rules of the study of guidance."""
+
+
+def read(name: str) -> pd.DataFrame:
+    """Return the stored rows of a study.
+
+    Raises:
+        UserError: it has not been run.
+    """
+    path = RESULTS / f"{name}.csv"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run its experiment without --no-run.")
+    table = pd.read_csv(path)
+    return table[table["error"].isna()] if "error" in table else table
+
+
+def scores(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a stored table in the schema of `evaluate` and of sweeps: a row a picture and metric.
+
+    So `metrics.compare` reads it, too. `seed` (of tuning) becomes `tuning_seed`, `image` becomes
+    `picture`, the method is the `settings`, and every measure a row with `metric` and `value`; what
+    is not known of a picture has no row. Stored tables keep no captions: the prompt stands there.
+    """
+    named = {n: table[n].fillna("") != "" for n in ("attribute", "background") if n in table}
+    shown = pd.DataFrame(named, index=table.index).to_dict("records")
+    kinds = [" x ".join(name for name, is_said in row.items() if is_said) for row in shown]
+    kinds = [kind or "plain" for kind in kinds]
+    numbers = table.groupby("subject")["prompt"].transform(lambda p: pd.factorize(p)[0])
+    rows = table.rename(columns={"seed": "tuning_seed", "image": "picture"})
+    rows = rows.assign(
+        settings=table["method"], kind=kinds, number=numbers, caption=table["prompt"]
+    )
+    rows = rows.assign(seed=table["seed"] + DRAWN_FROM)
+    names = [n for n in (*MEASURES, BACKGROUND) if n in table]
+    others = [n for n in rows if n not in names]
+    return rows.melt(others, names, "metric", "value").dropna(subset="value", ignore_index=True)
+
+
+def by_factor(*tables: pd.DataFrame) -> pd.DataFrame:
+    """Return the pictures that ask for a new attribute, with `factor`: w_s over its default."""
+    rows = pd.concat(tables, ignore_index=True)
+    rows = rows[rows["attribute"].fillna("") != ""]
+    factor = rows["weight_sude"] / rows["method"].map(WEIGHTS)
+    rows = rows.assign(factor=factor.round(4), variant=factor.map("{:g} w_s".format))
+    return rows.drop_duplicates(["method", "subject", "seed", "factor", "attribute", "image"])
+
+
+def dosed() -> pd.DataFrame:
+    """Return the rows of Fig. 4: DreamBooth at every multiple of w_s, two seeds."""
+    return by_factor(read("w_s")).sort_values("factor", kind="stable")
+
+
+def against(
+    table: pd.DataFrame,
+    base: str,
+    measures: Sequence[str],
+    *,
+    by: Sequence[str] = ("method",),
+    digits: int = 2,
+) -> pd.DataFrame:
+    """Return a row a (`by`, variant) in words: every measure's mean, and its gain over `base`."""
+    changes = gains(table, measures, by=by, against=base)
+    rows = []
+    for names, group in changes.groupby([*by, "variant"], sort=False):
+        line = dict(zip([*by, "variant"], names, strict=True))
+        for row in group.to_dict("records"):
+            text = f"{row['mean']:.{digits}f}"
+            if row["gain"] == row["gain"]:
+                gain, low, high = (f"{row[k]:+.{digits}f}" for k in ("gain", "low", "high"))
+                text += f" ({gain} [{low}, {high}])" if row["low"] == row["low"] else f" ({gain})"
+            line[str(row["measure"]).replace("_", " ")] = text
+        subjects, runs = group[["subjects", "runs"]].iloc[0]
+        rows.append(line | {"runs": f"{subjects} x {runs // subjects}"})
+    return pd.DataFrame(rows)
+
+
+def best_factors(table: pd.DataFrame, measure: str = ALIGNMENT) -> pd.DataFrame:
+    """Return a row a (method, subject): the gain at each factor, at the best, at the others' best.
+
+    `best` is the largest gain of 0.5, 1 and 2 w_s, chosen on the very pictures that it is measured
+    on: it flatters. `chosen by the others` takes the factor with the highest mean gain over the
+    *other* subjects.
+    """
+    runs = table.groupby(["method", "subject", "factor"])[measure].mean().unstack("factor")
+    gain = runs[[0.5, 1.0, 2.0]].sub(runs[0.0], axis=0)
+    rows = []
+    for (method, subject), line in gain.iterrows():
+        others = gain.loc[method].drop(subject).mean()
+        rows.append(
+            {"method": method, "subject": subject}
+            | {f"{factor:g} w_s": line[factor] for factor in gain.columns}
+            | {"best": line.max(), "chosen by the others": line[others.idxmax()]}
+        )
+    return pd.DataFrame(rows)
+
+
+def table1() -> pd.DataFrame:
+    """Return Table 1: its methods, plain, and the gain of SuDe at 0.5, 1, 2 w_s and their best."""
+    others = [read("methods_w_s"), _first_seed("w_s")]
+    held_out = read("held_out")
+    swept = held_out["method"].isin(pd.concat(others)["method"])
+    rows = by_factor(held_out[swept & (held_out["seed"] == 0)], *others)
+    plain = rows[rows["factor"] == 0].groupby("method")[ALIGNMENT].mean()
+    lines = []
+    for method, group in best_factors(rows).groupby("method", sort=False):
+        line = {"method": str(method).replace("_", " "), "plain": f"{plain[method]:.2f}"}
+        for name in group.columns[2:]:
+            line[name] = str(mean_interval(group[name], group["subject"]))
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def fig4() -> pd.DataFrame:
+    """Return Fig. 4: alignment, fidelity and category over the multiples of w_s."""
+    return against(dosed(), "0 w_s", MEASURES)
+
+
+def truncation() -> pd.DataFrame:
+    """Return the rows of Fig. 5: with, without and with other thresholds, plain tuning as well."""
+    names = {
+        "weight_sude=0": "plain",
+        "weight_sude=2": "SuDe, stops at rho = 1",
+        "truncate_at=0.5": "SuDe, stops at rho = 0.5",
+        "truncate_at=1.5": "SuDe, stops at rho = 1.5",
+        "truncate=false": "never stops",
+        "prior=current": "stops at rho = 1, prior current",
+        "prior=current,truncate=false": "never stops, prior current",
+    }
+    rows = read("truncation")
+    rows = rows[rows["variant"].isin(names) & (rows["attribute"].fillna("") != "")]
+    order = {name: k for k, name in enumerate(names)}
+    rows = rows.sort_values("variant", key=lambda v: v.map(order), kind="stable")
+    return rows.assign(variant=rows["variant"].map(names))
+
+
+def fig5() -> pd.DataFrame:
+    """Return Fig. 5: what the truncation is for."""
+    return against(truncation(), "plain", MEASURES)
+
+
+def collapse() -> pd.DataFrame:
+    """Return the pictures of new attributes after 50, 100 and 200 steps, truncated and not."""
+    few, all_steps = read("collapse"), read("truncation")
+    never = all_steps["variant"] == "prior=current,truncate=false"
+    all_steps = all_steps[never | (all_steps["variant"] == "weight_sude=2")]
+    rows = pd.concat([all_steps[all_steps["subject"].isin(few["subject"])], few])
+    rows = rows[rows["attribute"].fillna("") != ""]
+    names = {True: "stops at rho = 1", False: "never stops, prior current"}
+    return rows.assign(run=rows["truncate"].astype(bool).map(names)).reset_index(drop=True)
+
+
+def prompted(*names: str) -> pd.DataFrame:
+    """Return the rows of the study of prompts for these asks."""
+    rows = read("prompts")
+    return rows[rows["ask"].isin(names)]
+
+
+def table2() -> pd.DataFrame:
+    """Return Table 2: three ways to ask for an attribute, plain and with SuDe."""
+    return against(prompted("P1", "P2", "P3"), "plain", MEASURES, by=("ask",))
+
+
+def fig6() -> pd.DataFrame:
+    """Return Fig. 6: an attribute and a background asked for at once; `both` multiplies the two."""
+    rows = prompted("attribute and background")
+    rows = rows.assign(both=rows[ALIGNMENT] * rows[BACKGROUND])
+    return against(rows, "plain", (ALIGNMENT, BACKGROUND, "both", FIDELITY), by=("ask",))
+
+
+def class_images() -> pd.DataFrame:
+    """Return the rows of Fig. 8: attributes (P1) and backgrounds, with class images, SuDe, both."""
+    names = {
+        "prior_loss_weight=1,weight_sude=0": "class images",
+        "prior_loss_weight=1": "SuDe and class images",
+    }
+    others = read("class_images")
+    rows = prompted("P1", "background")
+    rows = pd.concat([rows, others.assign(variant=others["variant"].map(names))], ignore_index=True)
+    aimed = rows[ALIGNMENT].where(rows["ask"] == "P1", rows[BACKGROUND])
+    order = ["plain", "class images", "sude", "SuDe and class images"]
+    rows = rows.assign(alignment=aimed, edit=rows["ask"].replace({"P1": "attribute"}))
+    return rows.sort_values("variant", key=lambda v: v.map(order.index), kind="stable")
+
+
+def fig8() -> pd.DataFrame:
+    """Return Fig. 8: class-image regularisation (eq. 14) against SuDe, by what is edited."""
+    return against(class_images(), "plain", ("alignment", FIDELITY), by=("edit",))
+
+
+def claims() -> pd.DataFrame:
+    """Return what the paper claims, what it reports on Stable Diffusion, and what is seen here.
+
+    `by itself` is what the 95 % interval over subjects says of each claim alone, in the words of
+    `statistics.verdict` ("holds" is "no difference" within 0.05); `verdict` is the same after
+    Holm's correction of the p-values of Student's t for all claims together. The paper's numbers
+    are BLIP-T points of real photographs, ours are probabilities of a drawn world's oracle: only
+    signs and order can be compared.
+    """
+    held_out = read("held_out")
+    held_out = held_out[held_out["attribute"].fillna("") != ""]
+    rows: list[tuple[str, str, str, bool, tuple[Interval, float]]] = []
+    for method, name, reported in (
+        ("vico", "ViCo", "+4.2 / +2.6"),
+        ("custom_diffusion", "Custom Diffusion", "+0.9 / +2.0"),
+        ("dreambooth", "DreamBooth", "+1.2 / +1.5"),
+    ):
+        runs = held_out[held_out["method"] == method]
+        change = _change(runs, "plain", "sude", ALIGNMENT)
+        rows.append(("Table 1", f"SuDe raises alignment: {name}", reported, False, change))
+        change = _change(runs, "plain", "sude", FIDELITY)
+        rows.append(("Table 1", f"fidelity holds: {name}", "slight fluctuation", True, change))
+    w_s = dosed()
+    for claim, reported, a, b, measure, holds in (
+        ("2 w_s raises alignment over 1 w_s", "more with more", 1, 2, ALIGNMENT, False),
+        ("4 w_s raises alignment over 1 w_s", "more with more", 1, 4, ALIGNMENT, False),
+        ("fidelity holds at 2 w_s", "holds", 0, 2, FIDELITY, True),
+        ("at 4 w_s fidelity is below 1 w_s", "lost for a bowl", 4, 1, FIDELITY, False),
+    ):
+        change = _change(w_s, f"{a} w_s", f"{b} w_s", measure)
+        rows.append(("Fig. 4", claim, reported, holds, change))
+    stops, never = "SuDe, stops at rho = 1", "never stops, prior current"
+    change = _change(truncation(), never, stops, CATEGORY)
+    claim = "never stopping costs the category"
+    rows.append(("Fig. 5", claim, "collapse at epoch 3", False, change))
+    for ask in ("P1", "P2", "P3"):
+        change = _change(prompted(ask), "plain", "sude", ALIGNMENT)
+        rows.append(("Table 2", f"SuDe adds to {ask}", "over +1.5", False, change))
+    plain = prompted("P1", "P3")
+    plain = plain[plain["variant"] == "plain"]
+    change = _change(plain.assign(variant=plain["ask"]), "P1", "P3", ALIGNMENT)
+    rows.append(("Table 2", "without SuDe P3 is above P1", "41.2, the highest", False, change))
+    both = prompted("attribute and background")
+    change = _change(both.assign(both=both[ALIGNMENT] * both[BACKGROUND]), "plain", "sude", "both")
+    rows.append(("Fig. 6", "attribute and background combine", "pictures", False, change))
+    edits = class_images()
+    for claim, edit, base, other in (
+        ("class images raise background edits", "background", "plain", "class images"),
+        ("attributes: SuDe above class images", "attribute", "class images", "sude"),
+    ):
+        change = _change(edits[edits["edit"] == edit], base, other, "alignment")
+        rows.append(("Fig. 8", claim, "pictures", False, change))
+    corrected = holm([p for *_, (_, p) in rows])
+    return pd.DataFrame(
+        [
+            {
+                "paper": where,
+                "claim": claim,
+                "reported there": reported,
+                "seen here": str(change),
+                "by itself": verdict(change, margin=MARGIN if holds else None),
+                "verdict": verdict(change, p=p, margin=MARGIN if holds else None),
+            }
+            for (where, claim, reported, holds, (change, _)), p in zip(rows, corrected, strict=True)
+        ]
+    )
+
+
+def _change(table: pd.DataFrame, base: str, other: str, measure: str) -> tuple[Interval, float]:
+    """Return the paired change from one variant to another, and the p of Student's t."""
+    changes = gains(table[table["variant"].isin([base, other])], [measure], against=base)
+    row = changes[changes["variant"] == other].iloc[0]
+    return Interval(row["gain"], row["low"], row["high"], row["subjects"]), row["p"]
+
+
+def _first_seed(name: str) -> pd.DataFrame:
+    rows = read(name)
+    return rows[rows["seed"] == 0]
+
+
+# --- the study of the README ---
+
+
+def means_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the README's table: a row a (method, variant), gains with their intervals."""
+    runs = one_row_a_run(table).groupby(["method", "variant"])[list(WATCHED)].mean()
+    lines = against(per_run(table), "plain", (ALIGNMENT, FIDELITY))
+    watched = runs.loc[list(zip(lines["method"], lines["variant"], strict=True))]
+    steered = (lines["variant"] != "plain").to_numpy()
+    for place, (name, form) in enumerate((("open gates", "{:.0%}"), ("rho", "{:.2f}"))):
+        column = watched[name.replace(" ", "_")].map(form.format)
+        lines.insert(4 + place, name, np.where(steered, column, ""))
+    names = lines["method"].str.replace("_", " ")
+    return lines.assign(method=names).rename(columns={"variant": ""})
+
+
+def one_row_a_run(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the first row of every run: for means of what was seen while it was tuned.
+
+    A study has a row a picture, and some categories have more attributes, hence more pictures.
+    """
+    return table.drop_duplicates(KEYS)
+
+
+def untuned_alignment(table: pd.DataFrame, subject: str) -> float:
+    """Return the untuned model's mean alignment of the attributes that a subject was asked for.
+
+    They are those of the model card, but the one that the subject's picture shows.
+    """
+    card = pd.read_csv(data_folder() / "embedded" / "alignment.csv")
+    rows = table[table["subject"] == subject]
+    card = card[card["category"] == rows["category"].iloc[0]]
+    return float(card[card["attribute"].isin(rows["attribute"])]["attribute_alignment"].mean())
+
+
+def lost_and_gained(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a row a (method, subject), means over the seeds: what was lost, what SuDe gave back.
+
+    `lost` is the untuned model's alignment less plain tuning's, `gained` and `fidelity_change` are
+    SuDe's less plain tuning's; `freed` is how much less surely, with SuDe, the tuning prompt draws
+    the attribute of the one picture; `open_gates` and `rho` are those of the runs with SuDe.
+    """
+    rows = []
+    as_tuned = table[table["attribute"].fillna("") == ""]
+    own = as_tuned.groupby(["method", "subject", "variant"])["attribute_alignment"].mean()
+    runs = per_run(table)
+    steered = table[table["variant"] == "sude"].groupby(["method", "subject"])[list(WATCHED)].mean()
+    for (method, subject), group in runs.groupby(["method", "subject"], sort=False):
+        means = group.groupby("variant")[[ALIGNMENT, FIDELITY]].mean()
+        if not {"plain", "sude"} <= set(means.index):
+            continue
+        change = means.loc["sude"] - means.loc["plain"]
+        untuned = untuned_alignment(table, subject)
+        row = {"method": method, "subject": subject}
+        row |= {"lost": untuned - means.loc["plain", "attribute_alignment"]}
+        row |= {"gained": change["attribute_alignment"]}
+        row |= {"fidelity_change": change["subject_fidelity"]}
+        row |= {"freed": own[method, subject, "plain"] - own[method, subject, "sude"]}
+        rows.append(row | steered.loc[(method, subject)].to_dict())
+    return pd.DataFrame(rows)
+
+
+# --- rules at equal fidelity ---
+
+
+def rule_name(rule: str, strength: float) -> str:
+    """Return the name of a variant: "guidance 0.5"; g = 0 is "plain"."""
+    return f"{rule} {strength:g}" if strength else PLAIN
+
+
+def at_equal_fidelity(table: pd.DataFrame, *, against: float = 1.0) -> pd.DataFrame:
+    """Return each rule's alignment where it keeps as much of the subject as SuDe-tuned models do.
+
+    A rule is a line through its strengths (0 is plain tuning) in the plane of mean fidelity and
+    mean alignment under attribute prompts. From g = 0 upwards the first point whose fidelity is
+    that of sude-tuned `against` is read off, linearly between two strengths; a rule that never
+    loses so much is read at its greatest strength, one that starts below at 0: `fidelity` says
+    where it was read. The whole reading is one number of all subjects; its 95 % interval is
+    `statistics.jackknife_interval`.
+
+    Raises:
+        UserError: there is no such variant, or no subject has all variants.
+    """
+    runs = per_run(table)
+    means = runs.groupby(["subject", "variant"])[[FIDELITY, ALIGNMENT]].mean()
+    strengths = table.groupby("variant")["strength"].first()
+    rules = table.groupby("variant")["rule"].first()
+    goal = rule_name(TUNED, against)
+    if goal not in rules:
+        raise UserError(f"There is no {goal!r} to compare with: add {against:g} to --sude-weights.")
+    # Only subjects that every variant has: the same ones on both sides.
+    wide = means.unstack("variant").dropna()
+    if wide.empty:
+        raise UserError("No subject has every variant yet: let the comparison run to its end.")
+    rows = []
+    for rule in (GUIDANCE, COMPOSITION):
+        line = sorted((strengths[v], v) for v in rules.index if rules[v] in (rule, PLAIN))
+        ends = jackknife_interval(partial(_difference, wide, line, goal), len(wide))
+        row = {"rule": rule} | _read_off(wide, line, goal) | {"low": ends.low, "high": ends.high}
+        rows.append(row | {"subjects": len(wide)})
+    return pd.DataFrame(rows)
+
+
+def _read_off(
+    subjects: pd.DataFrame, line: Sequence[tuple[float, str]], goal: str
+) -> dict[str, float]:
+    """Return the point of a rule's mean line that has the fidelity of the goal, and the goal."""
+    fidelity, alignment = subjects[FIDELITY].mean(), subjects[ALIGNMENT].mean()
+    points = [(strength, fidelity[v], alignment[v]) for strength, v in line]
+    point = _first_crossing(points, fidelity[goal])
+    row = dict(zip(("strength", "fidelity", "alignment"), point, strict=True))
+    row |= {"goal fidelity": fidelity[goal], "goal alignment": alignment[goal]}
+    return row | {"difference": point[2] - alignment[goal]}
+
+
+def _difference(
+    wide: pd.DataFrame, line: Sequence[tuple[float, str]], goal: str, subjects: np.ndarray
+) -> float:
+    return _read_off(wide.iloc[subjects], line, goal)["difference"]
+
+
+def _first_crossing(
+    points: list[tuple[float, float, float]], fidelity: float
+) -> tuple[float, float, float]:
+    """Return the (strength, fidelity, alignment) where such a line first falls to `fidelity`."""
+    if points[0][1] <= fidelity:
+        return points[0]
+    for before, after in pairwise(points):
+        if after[1] <= fidelity:
+            share = (before[1] - fidelity) / (before[1] - after[1])
+            low, high = np.array(before), np.array(after)
+            s, f, a = (low + share * (high - low)).tolist()
+            return s, f, a
+    return points[-1]
