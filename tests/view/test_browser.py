@@ -1,4 +1,4 @@
-"""The explorer of lesson 03 as a reader meets it: JupyterLab, a real browser, the arrow keys.
+"""Explorers as a reader meets them: JupyterLab, a real browser, the arrow keys, a second visit.
 
 Needs playwright (the extra `browser`) and a Chromium, the system's or one that
 `playwright install chromium` fetched; without them it is skipped and says why.
@@ -32,7 +32,8 @@ playwright = pytest.importorskip(
 
 ROOT = Path(__file__).resolve().parents[2]
 START, RUN, MOVE = 120, 240, 60  # seconds of patience: a server, a cell, a slider on a busy machine
-IMAGE = ".jupyter-widgets.widget-image"
+IMAGE = ".sude-lab-shown img"
+DEAD = "Error displaying widget"
 SLIDERS = ("t", "category", "noise", "w_s")
 CELLS = (
     "from PIL import Image\nfrom sude_lab.view import thresholds as explorers\n"
@@ -68,6 +69,13 @@ def ask_server(url: str, token: str, method: str = "GET") -> Any:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(request, timeout=30) as answer:
         return json.loads(answer.read() or b"null")
+
+
+def stop_kernels(lab: str) -> None:
+    """End the sessions, and their kernels, of a JupyterLab by the address of its notebook."""
+    url, token = lab.split("/lab/")[0], lab.split("token=")[1]
+    for session in ask_server(f"{url}/api/sessions", token):
+        ask_server(f"{url}/api/sessions/{session['id']}", token, "DELETE")
 
 
 @pytest.fixture
@@ -117,8 +125,7 @@ def lab(tiny_folder: Path, tmp_path: Path) -> Iterator[str]:
                 assert server.poll() is None and time.monotonic() < until, log_path.read_text()
                 time.sleep(0.5)
             yield f"{url}/lab/tree/explorer.ipynb?token={token}"
-            for kernel in ask_server(f"{url}/api/kernels", token):
-                ask_server(f"{url}/api/kernels/{kernel['id']}", token, "DELETE")
+            stop_kernels(f"{url}/lab/tree/explorer.ipynb?token={token}")
         finally:
             server.terminate()
             try:
@@ -148,16 +155,22 @@ def press(page: Any, slider: Any, key: str) -> float:
     return time.perf_counter() - started
 
 
-def test_the_arrow_keys_move_the_explorer(browser: Any, lab: str, tmp_path: Path) -> None:
-    page = browser.new_page(viewport={"width": 1500, "height": 1000})
+def open_book(page: Any, address: str) -> None:
     page.set_default_timeout(1000 * START)
+    page.goto(address)
+    page.locator(".jp-NotebookPanel .jp-CodeCell .cm-content").first.wait_for()
+    # Before its kernel is there, JupyterLab forgets what it is asked to run.
+    page.get_by_text(re.compile(r"\| Idle$")).wait_for()
+
+
+@pytest.mark.parametrize("width", [1400, 1024])
+def test_the_arrow_keys_move_the_explorer_which_outlives_its_kernel(
+    width: int, browser: Any, lab: str, tmp_path: Path
+) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 1000})
     try:
-        page.goto(lab)
-        editor = page.locator(".jp-NotebookPanel .jp-CodeCell .cm-content").first
-        editor.wait_for()
-        # Before its kernel is there, JupyterLab forgets what it is asked to run.
-        page.get_by_text(re.compile(r"\| Idle$")).wait_for()
-        editor.click()
+        open_book(page, lab)
+        page.locator(".jp-NotebookPanel .jp-CodeCell .cm-content").first.click()
         for number, _ in enumerate(CELLS, 1):
             page.keyboard.press("Shift+Enter")
             done = page.locator(".jp-InputPrompt", has_text=f"[{number}]:")
@@ -172,6 +185,14 @@ def test_the_arrow_keys_move_the_explorer(browser: Any, lab: str, tmp_path: Path
         assert image.count() == 1
         assert page.locator(".jp-RenderedImage").count() == 0  # the static figure stays away
         assert page.locator(".jp-OutputArea-output[data-mime-type*=error]").count() == 0
+        tracks = page.locator(".widget-hslider .noUi-base").all()
+        assert min(track.bounding_box()["width"] for track in tracks) > 90
+        inner = page.locator(".jp-NotebookPanel .jp-OutputArea-output").first.bounding_box()
+        for element in (image, page.locator(".widget-hslider").last):
+            box = element.bounding_box()
+            assert box["x"] + box["width"] <= inner["x"] + inner["width"] + 1, box
+        readouts = page.locator(".widget-hslider .widget-readout").all_inner_texts()
+        assert readouts[1:] == ["dog", "3", "1"]
         start = pixels(image)
         for label, slider in zip(SLIDERS, sliders.all(), strict=True):
             now, last = (float(slider.get_attribute(f"aria-value{k}")) for k in ("now", "max"))
@@ -182,7 +203,31 @@ def test_the_arrow_keys_move_the_explorer(browser: Any, lab: str, tmp_path: Path
             assert np.abs(moved - start).max() > 50, f"{label} changed nothing that one sees"
             back = press(page, slider, keys[1])
             assert np.array_equal(pixels(image), start), f"{label} did not lead back"
+            words = f"{label}: {readouts[SLIDERS.index(label)]}"
+            page.wait_for_function(
+                "([at, words]) => { const it = document.querySelectorAll('[role=slider]')[at];"
+                " return it.ariaLabel + ': ' + it.ariaValueText === words }",
+                arg=[SLIDERS.index(label), words],
+                timeout=10_000,
+            )
             print(f"{label}: {1000 * there:.0f} ms there, {1000 * back:.0f} ms back")
+        press(page, sliders.last, "ArrowLeft")
+        words, source = (image.get_attribute(name) for name in ("alt", "src"))
+        page.screenshot(path=tmp_path / f"live-{width}.png")
+        page.keyboard.press("Control+s")
+        page.locator(".jp-mod-dirty").wait_for(state="detached")
+        page.close()
+
+        stop_kernels(lab)
+        page = browser.new_page(viewport={"width": width, "height": 1000})
+        open_book(page, lab)
+        image = page.locator(IMAGE)
+        image.wait_for()
+        page.wait_for_timeout(3000)  # the manager of widgets looks for those that are gone
+        page.screenshot(path=tmp_path / f"again-{width}.png")
+        assert (image.get_attribute("alt"), image.get_attribute("src")) == (words, source)
+        assert image.is_visible()
+        assert not any(place.is_visible() for place in page.get_by_text(DEAD).all())
     except BaseException:
         page.screenshot(path=tmp_path / "page.png")
         print(f"The page as it was: {tmp_path / 'page.png'}")
