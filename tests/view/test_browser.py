@@ -44,6 +44,15 @@ CELLS = (
     "grid = explorers.ask(model, model, picture, prompt, categories, times, seeds)\n"
     "explorers.ThresholdExplorer(model, grid)",
 )
+OTHERS = (
+    "import pandas as pd\nfrom PIL import Image\nfrom sude_lab.view.flipbook import Flipbook\n"
+    "from sude_lab.view.runs import RunExplorer\n"
+    "def pictures(name): return {{'running': [Image.new('RGB', (32, 32), name)] * 2}}",
+    "Flipbook({{0: pictures('red'), 1: pictures('blue')}}, name='g')",
+    "runs = pd.DataFrame({{'subject': 'dog', 'factor': [0.0, 1.0, 2.0, 4.0, 8.0]}})\n"
+    "runs = runs.assign(subject_fidelity=0.4, attribute_alignment=[0.1, 0.3, 0.5, 0.7, 0.9])\n"
+    "RunExplorer(runs, lambda run: pictures('red' if run['factor'] else 'blue'))",
+)
 
 
 @pytest.fixture
@@ -82,10 +91,12 @@ def stop_kernels(lab: str) -> None:
 def lab(tiny_folder: Path, tmp_path: Path) -> Iterator[str]:
     """The address of a notebook in a JupyterLab of its own, with settings of its own."""
     (tmp_path / "books").mkdir()
-    cells = [nbformat.v4.new_code_cell(cell.format(folder=str(tiny_folder))) for cell in CELLS]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    book = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
-    nbformat.write(book, tmp_path / "books" / "explorer.ipynb")
+    for name, sources in (("explorer", CELLS), ("others", OTHERS)):
+        texts = [source.format(folder=str(tiny_folder)) for source in sources]
+        cells = [nbformat.v4.new_code_cell(text) for text in texts]
+        book = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
+        nbformat.write(book, tmp_path / "books" / f"{name}.ipynb")
     # Else a first start asks whether it may fetch news.
     news = tmp_path / "config/lab/user-settings/@jupyterlab/apputils-extension"
     news.mkdir(parents=True)
@@ -163,18 +174,50 @@ def open_book(page: Any, address: str) -> None:
     page.get_by_text(re.compile(r"\| Idle$")).wait_for()
 
 
+def run_all(page: Any, address: str, cells: tuple[str, ...]) -> None:
+    open_book(page, address)
+    page.locator(".jp-NotebookPanel .jp-CodeCell .cm-content").first.click()
+    for number, _ in enumerate(cells, 1):
+        page.keyboard.press("Shift+Enter")
+        done = page.locator(".jp-InputPrompt", has_text=f"[{number}]:")
+        done.wait_for(timeout=1000 * RUN)
+
+
+def visit_again(browser: Any, page: Any, address: str, width: int, shot: Path) -> None:
+    """Save, stop the kernel, open the book anew: the same pictures, and no dead widget."""
+    images = page.locator(IMAGE).all()
+    before = [(image.get_attribute("alt"), image.get_attribute("src")) for image in images]
+    page.keyboard.press("Control+s")
+    page.locator(".jp-mod-dirty").wait_for(state="detached")
+    page.close()
+    stop_kernels(address)
+    page = browser.new_page(viewport={"width": width, "height": 1000})
+    open_book(page, address)
+    page.locator(IMAGE).last.wait_for()
+    page.wait_for_timeout(3000)  # the manager of widgets looks for those that are gone
+    page.screenshot(path=shot)
+    images = page.locator(IMAGE).all()
+    assert before == [(image.get_attribute("alt"), image.get_attribute("src")) for image in images]
+    assert all(image.is_visible() for image in images)
+    assert not any(place.is_visible() for place in page.get_by_text(DEAD).all())
+    page.close()
+
+
+def inside(page: Any, *elements: Any) -> None:
+    """No element is wider than the output it stands in."""
+    outer = page.locator(".jp-NotebookPanel .jp-OutputArea-output").first.bounding_box()
+    for element in elements:
+        box = element.bounding_box()
+        assert box["x"] + box["width"] <= outer["x"] + outer["width"] + 1, box
+
+
 @pytest.mark.parametrize("width", [1400, 1024])
 def test_the_arrow_keys_move_the_explorer_which_outlives_its_kernel(
     width: int, browser: Any, lab: str, tmp_path: Path
 ) -> None:
     page = browser.new_page(viewport={"width": width, "height": 1000})
     try:
-        open_book(page, lab)
-        page.locator(".jp-NotebookPanel .jp-CodeCell .cm-content").first.click()
-        for number, _ in enumerate(CELLS, 1):
-            page.keyboard.press("Shift+Enter")
-            done = page.locator(".jp-InputPrompt", has_text=f"[{number}]:")
-            done.wait_for(timeout=1000 * RUN)
+        run_all(page, lab, CELLS)
         image = page.locator(IMAGE)
         image.wait_for(timeout=1000 * RUN)
         sliders = page.get_by_role("slider")
@@ -187,10 +230,7 @@ def test_the_arrow_keys_move_the_explorer_which_outlives_its_kernel(
         assert page.locator(".jp-OutputArea-output[data-mime-type*=error]").count() == 0
         tracks = page.locator(".widget-hslider .noUi-base").all()
         assert min(track.bounding_box()["width"] for track in tracks) > 90
-        inner = page.locator(".jp-NotebookPanel .jp-OutputArea-output").first.bounding_box()
-        for element in (image, page.locator(".widget-hslider").last):
-            box = element.bounding_box()
-            assert box["x"] + box["width"] <= inner["x"] + inner["width"] + 1, box
+        inside(page, image, page.locator(".widget-hslider").last)
         readouts = page.locator(".widget-hslider .widget-readout").all_inner_texts()
         assert readouts[1:] == ["dog", "3", "1"]
         start = pixels(image)
@@ -212,25 +252,31 @@ def test_the_arrow_keys_move_the_explorer_which_outlives_its_kernel(
             )
             print(f"{label}: {1000 * there:.0f} ms there, {1000 * back:.0f} ms back")
         press(page, sliders.last, "ArrowLeft")
-        words, source = (image.get_attribute(name) for name in ("alt", "src"))
         page.screenshot(path=tmp_path / f"live-{width}.png")
-        page.keyboard.press("Control+s")
-        page.locator(".jp-mod-dirty").wait_for(state="detached")
-        page.close()
-
-        stop_kernels(lab)
-        page = browser.new_page(viewport={"width": width, "height": 1000})
-        open_book(page, lab)
-        image = page.locator(IMAGE)
-        image.wait_for()
-        page.wait_for_timeout(3000)  # the manager of widgets looks for those that are gone
-        page.screenshot(path=tmp_path / f"again-{width}.png")
-        assert (image.get_attribute("alt"), image.get_attribute("src")) == (words, source)
-        assert image.is_visible()
-        assert not any(place.is_visible() for place in page.get_by_text(DEAD).all())
+        visit_again(browser, page, lab, width, tmp_path / f"again-{width}.png")
     except BaseException:
-        page.screenshot(path=tmp_path / "page.png")
+        if not page.is_closed():
+            page.screenshot(path=tmp_path / "page.png")
         print(f"The page as it was: {tmp_path / 'page.png'}")
         raise
     finally:
         page.close()
+
+
+def test_flipbook_and_runs_outlive_their_kernel(browser: Any, lab: str, tmp_path: Path) -> None:
+    address = lab.replace("explorer.ipynb", "others.ipynb")
+    page = browser.new_page(viewport={"width": 1024, "height": 1000})
+    run_all(page, address, OTHERS)
+    images, buttons = page.locator(IMAGE), page.locator(".jupyter-widgets.widget-button")
+    images.nth(1).wait_for(timeout=1000 * RUN)
+    buttons.last.wait_for()
+    before = images.nth(1).get_attribute("src")
+    buttons.last.click()
+    page.wait_for_function(
+        "([where, old]) => document.querySelectorAll(where)[1].src !== old",
+        arg=[IMAGE, before],
+        timeout=1000 * MOVE,
+    )
+    inside(page, *images.all(), buttons.last, page.locator(".widget-hslider").first)
+    page.screenshot(path=tmp_path / "others.png")
+    visit_again(browser, page, address, 1024, tmp_path / "others-again.png")
