@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sude_lab.exercises.judging import Answer, Trial, ask, check, choice, judge
+from sude_lab.exercises.judging import Answer, Trial, ask, check, choice, judge, twice
 from sude_lab.exercises.worlds import normal, uniform
 from sude_lab.losses import sude_loss
 
@@ -139,6 +139,7 @@ def check_end_rho(seed: int) -> Trial:
     return Trial((rho, weight, r), end(r), slips)
 
 
+@twice
 def check_tuned(answer: Answer, *, seed: int = 0) -> None:
     """Check tuned(target, class_0, weight_sude, share, num_steps, prior, truncated), (B, D).
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sude_lab.evaluate.metrics import bootstrap_interval
-from sude_lab.exercises.judging import Answer, Trial, ask, check, interval_of, judge, two_of
+from sude_lab.exercises.judging import Answer, Trial, ask, check, interval_of, judge, twice, two_of
 from sude_lab.exercises.worlds import normal, uniform
 
 # name: how many attributes it is asked for, alignment of plain tuning, how fast SuDe helps, what
@@ -235,6 +235,7 @@ def check_best_weight(seed: int) -> Trial:
     return Trial((alignment, fidelity, keep), best(allowed), slips)
 
 
+@twice
 def check_naive_and_honest(answer: Answer, *, seed: int = 0) -> None:
     """Check naive_and_honest(gains): what the chosen w_s wins, on the same data and on new data.
 

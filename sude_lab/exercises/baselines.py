@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from sude_lab.exercises.judging import Answer, Mistake, Trial, ask, check, choice, judge
+from sude_lab.exercises.judging import Answer, Mistake, Trial, ask, check, choice, judge, twice
 from sude_lab.exercises.worlds import short_schedule, uniform
 from sude_lab.prompts import STRUCTURES, article, structured
 
@@ -197,6 +197,7 @@ class TinyPlugUNet(nn.Module):
         return SimpleNamespace(sample=self.picture(sample) * (1 + words) + words)
 
 
+@twice
 def check_plug(answer: Answer, *, seed: int = 0) -> None:
     """Check plug(unet, x_t, t, model_pred, class_embeds, uncond_embeds): SuDe for any loop, (B,).
 

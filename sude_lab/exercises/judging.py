@@ -39,28 +39,34 @@ class Trial(NamedTuple):
     tolerance: float = 1e-6
 
 
-def check(trials: Callable[[int], Trial | list[Trial]]) -> Callable[..., None]:
-    """Make a check, called as check(answer, *, seed=0), of a function from a seed to its trials.
+def twice(check: Callable[..., None]) -> Callable[..., None]:
+    """Let a check try two seeds: what is right by chance is wrong at once, not only when graded."""
 
-    Two seeds are tried, so that an answer that is right by chance is wrong at once, and not only
-    where it is graded.
-    """
-
-    @wraps(trials, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
+    @wraps(check)
     def checked(answer: Answer, *, seed: int = 0) -> None:
         for each in (seed, seed + 10):
-            several = trials(each)
-            for trial in [several] if isinstance(several, Trial) else several:
-                given = ask(answer, *trial.arguments)
-                if isinstance(trial.right, str | list):
-                    judge_words(given, trial.right, trial.slips)
-                elif isinstance(trial.right, Table):
-                    judge_table(given, trial.right, trial.slips)
-                else:
-                    judge(given, trial.right, trial.slips, tolerance=trial.tolerance)
+            check(answer, seed=each)
 
-    del checked.__wrapped__  # its arguments are not those of the check
     return checked
+
+
+def check(trials: Callable[[int], Trial | list[Trial]]) -> Callable[..., None]:
+    """Make a check, called as check(answer, *, seed=0), of a function from a seed to its trials."""
+
+    def checked(answer: Answer, *, seed: int = 0) -> None:
+        several = trials(seed)
+        for trial in [several] if isinstance(several, Trial) else several:
+            given = ask(answer, *trial.arguments)
+            if isinstance(trial.right, str | list):
+                judge_words(given, trial.right, trial.slips)
+            elif isinstance(trial.right, Table):
+                judge_table(given, trial.right, trial.slips)
+            else:
+                judge(given, trial.right, trial.slips, tolerance=trial.tolerance)
+
+    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(checked, name, getattr(trials, name))
+    return twice(checked)
 
 
 def choice(right: str, about: str, reasons: Mapping[str, str]) -> Callable[[str], None]:

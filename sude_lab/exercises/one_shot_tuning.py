@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from sude_lab.diffusion import Schedule
-from sude_lab.exercises.judging import Answer, Trial, ask, check, choice, judge, judge_gradients
+from sude_lab.exercises.judging import (
+    Answer,
+    Trial,
+    ask,
+    check,
+    choice,
+    judge,
+    judge_gradients,
+    twice,
+)
 from sude_lab.exercises.start_here import (
     STEP_SLIPS,
     TinyDenoiser,
@@ -121,6 +130,7 @@ def check_smoothed(seed: int) -> Trial:
     return Trial((losses, decay), right, slips)
 
 
+@twice
 def check_batch_loss(answer: Answer, *, seed: int = 0) -> None:
     """Check batch_loss(eps_sub, eps_class, eps_null, eps, weight_sude), eq. 10 of a batch.
 
@@ -178,6 +188,7 @@ def dog_prior(schedule: Schedule) -> Prior:
     return prior
 
 
+@twice
 def check_sude_step(answer: Answer, *, seed: int = 0) -> None:
     """Check sude_step(model, prior, optimizer, x_0, schedule, weight_sude, generator).
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sude_lab.diffusion import Schedule, add_noise
-from sude_lab.exercises.judging import Answer, Trial, ask, check, judge
+from sude_lab.exercises.judging import Answer, Trial, ask, check, judge, twice
 from sude_lab.exercises.worlds import normal, short_schedule, stable_diffusion_schedule, uniform
 
 
@@ -101,6 +101,7 @@ class TinyDenoiser(nn.Module):
         return self.layers(torch.cat([x_t, t[:, None].to(x_t) / 1000], dim=1))
 
 
+@twice
 def check_training_step(answer: Answer, *, seed: int = 0) -> None:
     """Check training_step(model, optimizer, x_0, schedule, generator), one step of eq. 2 and 3.
 

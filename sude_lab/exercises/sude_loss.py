@@ -13,6 +13,7 @@ from sude_lab.exercises.judging import (
     judge,
     judge_gradients,
     of_variance,
+    twice,
     two_of,
 )
 from sude_lab.exercises.worlds import (
@@ -28,6 +29,7 @@ from sude_lab.losses import sude_loss, sude_weight
 CATEGORY = 0
 
 
+@twice
 def check_sude(answer: Answer, *, seed: int = 0) -> None:
     """Check sude(x_sub, mean_class, mean_uncond, variance) against eq. 7 of arXiv 2403.06775.
 
@@ -149,6 +151,7 @@ def check_same_push(seed: int) -> list[Trial]:
     return trials
 
 
+@twice
 def check_both_sides(answer: Answer, *, seed: int = 0) -> None:
     """Check both_sides(world, subject, x_prev, x_t, t, schedule): eq. 12 of arXiv 2403.06775.
 

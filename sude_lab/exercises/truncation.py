@@ -15,6 +15,7 @@ from sude_lab.exercises.judging import (
     judge_gradients,
     of_norm,
     of_variance,
+    twice,
 )
 from sude_lab.exercises.worlds import normal, uniform
 from sude_lab.losses import guidance_projection, hinge_loss, sude_loss, sude_threshold, truncate
@@ -156,6 +157,7 @@ def check_hinge(seed: int) -> Trial:
     return Trial((tau, rho), right, slips)
 
 
+@twice
 def check_settle(answer: Answer, *, seed: int = 0) -> None:
     """Check settle(eps_target, eps_class, eps_uncond, weight_sude): where gradient descent ends.
 
