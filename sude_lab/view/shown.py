@@ -34,9 +34,10 @@ _STYLE = (
 # ipywidgets gives the place of a slider's value for the value, and gives it no name.
 _NAMED = (
     "setTimeout(() => document.querySelectorAll('.widget-hslider').forEach(one => {"
-    "const it = one.querySelector('[role=slider]');"
-    "it.setAttribute('aria-label', one.querySelector('.widget-label').textContent);"
-    "it.setAttribute('aria-valuetext', one.querySelector('.widget-readout').textContent)}), 300)"
+    "const [it, name, value] = ['[role=slider]', '.widget-label', '.widget-readout']"
+    ".map(part => one.querySelector(part)); if (!it || !name || !value) return;"
+    "it.setAttribute('aria-label', name.textContent);"
+    "it.setAttribute('aria-valuetext', value.textContent)}), 300)"
 )
 
 
