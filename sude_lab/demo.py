@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from pathlib import Path
-from string import Template
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pandas as pd
 from diffusers.utils import make_image_grid
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm.auto import tqdm
 
 from sude_lab import __version__
+from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.evaluate.metrics import MEASURES
@@ -24,16 +25,25 @@ from sude_lab.io.files import atomic_write, require_own
 from sude_lab.io.opening import open_backbone
 from sude_lab.io.reading import read_json
 from sude_lab.methods import configure
-from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, _read_config, run_tuning
+from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, read_config, run_tuning
 from sude_lab.view import plots
-from sude_lab.world import subjects as study
 from sude_lab.world.oracle import load_oracle
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from sude_lab.world.subjects import (
+    NO_TRUNCATION,
+    PLAIN,
+    SUDE,
+    Subject,
+    describe,
+    measure,
+    subject,
+)
 
 UNTUNED = "untuned model"
 RESULTS, REPORT, STRIP = "results.csv", "report.html", "difference.png"
+SETTINGS = (
+    *("method", "train", "weight_sude", "prior", "weighting", "truncate", "max_train_steps"),
+    *("train_batch_size", "learning_rate", "token_learning_rate", "seed"),
+)
 Grids = dict[str, dict[str, list[Image.Image]]]
 
 
@@ -65,9 +75,8 @@ def run_demo(
         raise UserError(f"--num-images is {num_images}: it must lie between 1 and {MOST}.")
     base, oracle = open_backbone(), load_oracle()
     base.check_category(category)
-    who = study.subject("demo", seed, category)
+    who = subject("demo", seed, category)
     picture = out / "subject.png"
-    variants = [study.PLAIN, study.SUDE, *([study.NO_TRUNCATION] if truncation else [])]
     configs = {
         variant.name: TuningConfig(
             image=picture,
@@ -78,12 +87,12 @@ def run_demo(
             monitor_sude=True,
             **variant.settings,
         )
-        for variant in variants
+        for variant in (PLAIN, SUDE, *([NO_TRUNCATION] if truncation else []))
     }
+    configs = {name: configure(config, base) for name, config in configs.items()}
     folders = {name: out / "runs" / name.replace(", ", "-").replace(" ", "-") for name in configs}
     for name, folder in folders.items():  # before anything there is changed
-        before = folder / CONFIG
-        if before.is_file() and _read_config(before) != configure(configs[name], base):
+        if (folder / CONFIG).is_file() and read_config(folder / CONFIG) != configs[name]:
             raise UserError(f"{out} holds a demo of other settings: choose another --out.")
     require_own(out, RESULTS, "subject,variant,", (REPORT, STRIP))
     if picture.exists() and not _shows(picture, who.picture):
@@ -91,48 +100,17 @@ def run_demo(
     with atomic_write(picture) as path:
         who.picture.save(path)
 
-    grids: Grids = {}
-    rows: list[dict[str, Any]] = []
+    grids: Grids = {name: {} for name in (UNTUNED, *configs)}
+    judged: dict[str, Any] = {"seed": seed + 500, "num_images": num_images}
     runs: dict[str, Run] = {}
-    grids[UNTUNED] = {}
     about = {"subject": who.name, "variant": UNTUNED, "category": category, "seed": seed}
-    rows += [
-        about | row
-        for row in study.measure(
-            base, oracle, who, None, seed=seed + 500, num_images=num_images, grids=grids[UNTUNED]
-        )
-    ]
-    for variant in variants:
-        config, folder = configs[variant.name], folders[variant.name]
-        backbone = base.copy()
-        unfinished = folder.is_dir() and not (folder / ENVIRONMENT).is_file()
-        if (folder / ENVIRONMENT).is_file():
-            runs[variant.name] = Run.open(folder)
-            backbone = runs[variant.name].load()
-        else:
-            runs[variant.name] = run_tuning(
-                config,
-                folder,
-                backbone=backbone,
-                resume=unfinished,
-                num_samples=0,
-                report_to="none",  # results.csv and the report tell it all
-                progress=progress,
-                label=f"tuning, {variant.name}",
-            )
-        grids[variant.name] = {}
-        tqdm.write(f"drawing and judging: {variant.name}") if progress else None
-        config = configure(config, base)
-        measured = study.measure(
-            backbone,
-            oracle,
-            who,
-            config,
-            seed=seed + 500,
-            num_images=num_images,
-            grids=grids[variant.name],
-        )
-        about = {"subject": who.name, "variant": variant.name} | study.describe(config)
+    rows = [about | row for row in measure(base, oracle, who, None, grids=grids[UNTUNED], **judged)]
+    for name, config in configs.items():
+        runs[name], backbone = _tuned(config, folders[name], base, name, progress)
+        if progress:
+            tqdm.write(f"drawing and judging: {name}")
+        about = {"subject": who.name, "variant": name} | describe(config)
+        measured = measure(backbone, oracle, who, config, grids=grids[name], **judged)
         rows += [about | row for row in measured]
 
     table = pd.DataFrame(rows)
@@ -146,10 +124,31 @@ def run_demo(
     return table
 
 
+def _tuned(
+    config: TuningConfig, folder: Path, base: Backbone, name: str, progress: bool
+) -> tuple[Run, Backbone]:
+    """Return a run of the demo, finished now or before, and the model that it tuned."""
+    if (folder / ENVIRONMENT).is_file():
+        run = Run.open(folder)
+        return run, run.load()
+    backbone = base.copy()
+    run = run_tuning(
+        config,
+        folder,
+        backbone=backbone,
+        resume=folder.is_dir(),
+        num_samples=0,
+        report_to="none",  # results.csv and the report hold everything
+        progress=progress,
+        label=f"tuning, {name}",
+    )
+    return run, backbone
+
+
 def _shows(file: Path, picture: Image.Image) -> bool:
     try:
-        with Image.open(file) as found:
-            return found.size == picture.size and found.tobytes() == picture.tobytes()
+        with Image.open(file) as stored:
+            return stored.size == picture.size and stored.tobytes() == picture.tobytes()
     except (OSError, ValueError):
         return False
 
@@ -159,9 +158,9 @@ def table_with_intervals(table: pd.DataFrame) -> pd.DataFrame:
 
     The 95 % intervals are those of `drawings_interval`: they speak of this one subject and seed.
     """
-    asked = table[table["attribute"] != ""]
+    with_attribute = table[table["attribute"] != ""]
     rows = []
-    for variant, group in asked.groupby("variant", sort=False):
+    for variant, group in with_attribute.groupby("variant", sort=False):
         row: dict[str, Any] = {"variant": variant, "pictures": len(group)}
         for name in MEASURES:
             ends = drawings_interval(group[name], group["attribute"], group["image"])
@@ -172,8 +171,6 @@ def table_with_intervals(table: pd.DataFrame) -> pd.DataFrame:
 
 def difference_figure(grids: Grids, per_cell: int = 2) -> Figure:
     """Return the picture of the difference: a row a model, a column a prompt."""
-    from matplotlib.figure import Figure
-
     columns = len(next(iter(grids.values())))
     figure = Figure(figsize=(1.9 * columns + 1.5, 0.98 * len(grids) + 0.35), layout="constrained")
     plots.picture_table(figure.subplots(), grids, per_cell)
@@ -182,8 +179,6 @@ def difference_figure(grids: Grids, per_cell: int = 2) -> Figure:
 
 def curves_figure(runs: dict[str, Run]) -> Figure:
     """Return the curves of the report: membership, open gates, loss against threshold."""
-    from matplotlib.figure import Figure
-
     metrics = {name: run.metrics() for name, run in runs.items()}
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
@@ -193,83 +188,53 @@ def curves_figure(runs: dict[str, Run]) -> Figure:
     return figure
 
 
-def report(
-    who: study.Subject, table: pd.DataFrame, grids: Grids, runs: dict[str, Run], seed: int
-) -> str:
+def report(who: Subject, table: pd.DataFrame, grids: Grids, runs: dict[str, Run], seed: int) -> str:
     """Return the report as one HTML page that needs no network."""
-    from matplotlib.figure import Figure
-
-    e = html.escape
     means = table_with_intervals(table)
     bars = Figure(figsize=(9, 3.2), layout="constrained")
     plots.measures(bars.subplots(), means, MEASURES)
-    attributes = list(next(iter(grids.values())))
-    grid_rows = []
-    for attribute in attributes:
-        prompts = table[table["attribute"] == ("" if attribute == "as tuned" else attribute)]
-        cells = []
-        for name in grids:
-            mine = prompts[prompts["variant"] == name]
-            images = grids[name][attribute]
-            grid = (
-                make_image_grid(images, -(-len(images) // 4), 4)
-                if len(images) % 4 == 0
-                else (make_image_grid(images, 1, len(images)))
-            )
-            score = mine["attribute_alignment"].mean()
-            cells.append(
-                f"<td><img src='{_png(grid)}' alt='{e(name)}, {e(attribute)}'>"
-                f"<div class='note'>“{e(str(mine['prompt'].iloc[0]))}”</div>"
-                f"<div class='note'>attribute alignment {score:.2f}</div></td>"
-            )
-        grid_rows.append(f"<tr><th>{e(attribute)}</th>{''.join(cells)}</tr>")
-    head = "".join(f"<th>{e(name)}</th>" for name in grids)
-    lines = []
-    for row in means.to_dict("records"):
-        numbers = "".join(
-            f"<td>{row[n]:.2f} <span>[{row[f'{n}_low']:.2f}, {row[f'{n}_high']:.2f}]</span></td>"
-            for n in MEASURES
-        )
-        lines.append(f"<tr><th>{e(row['variant'])}</th>{numbers}<td>{row['pictures']}</td></tr>")
     settings = {
-        name: {
-            k: getattr(run.config, k)
-            for k in (
-                "method",
-                "train",
-                "weight_sude",
-                "prior",
-                "weighting",
-                "truncate",
-                "max_train_steps",
-                "train_batch_size",
-                "learning_rate",
-                "token_learning_rate",
-                "seed",
-            )
-        }
-        | {"seconds": _seconds(run)}
+        name: {key: getattr(run.config, key) for key in SETTINGS} | {"seconds": _seconds(run)}
         for name, run in runs.items()
     }
-    template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
-    return Template(template).substitute(
-        category=e(who.scene.category),
-        attribute=e(who.scene.attribute),
-        look=e(who.scene.look.words()),
-        others=e(", ".join(who.other_attributes)),
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    return pages.get_template("report.html.jinja").render(
+        category=who.scene.category,
+        attribute=who.scene.attribute,
+        look=who.scene.look.words(),
+        others=", ".join(who.other_attributes),
         seed=seed,
         subject=_png(who.picture),
         strip=_figure(difference_figure(grids)),
-        measures="".join(f"<th>{e(n.replace('_', ' '))}</th>" for n in MEASURES),
-        means="".join(lines),
+        measures=MEASURES,
+        means=means.to_dict("records"),
         bars=_figure(bars),
         curves=_figure(curves_figure(runs)),
-        head=head,
-        grids="".join(grid_rows),
+        variants=list(grids),
+        rows={
+            attribute: [_cell(table, grids, name, attribute) for name in grids]
+            for attribute in next(iter(grids.values()))
+        },
         settings=pd.DataFrame(settings).to_html(border=0),
-        version=e(__version__),
-        method=e(next(iter(runs.values())).config.method),
+        version=__version__,
+        method=next(iter(runs.values())).config.method,
     )
+
+
+def _cell(table: pd.DataFrame, grids: Grids, variant: str, attribute: str) -> dict[str, Any]:
+    """Return what the report shows of one model under one prompt."""
+    images = grids[variant][attribute]
+    columns = len(images) if len(images) % 4 else 4
+    name = "" if attribute == "as tuned" else attribute
+    rows = table[(table["attribute"] == name) & (table["variant"] == variant)]
+    return {
+        "variant": variant,
+        "picture": _png(make_image_grid(images, len(images) // columns, columns)),
+        "prompt": rows["prompt"].iloc[0],
+        "alignment": rows["attribute_alignment"].mean(),
+    }
 
 
 def _seconds(run: Run) -> Any:

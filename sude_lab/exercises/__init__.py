@@ -1,176 +1,64 @@
 """The checks of the exercises in `notebooks/exercises`, shared with pytest, and what they hand out.
 
-A check calls an answer on small random inputs that follow from its seed, and returns None where the
+A check calls an answer on small random inputs that depend on its seed, and returns None where the
 answer is right. Where it is wrong it raises a `Mistake`, whose sentence names the slip if it is a
-typical one. Checks print nothing and keep nothing.
+typical one. Checks print nothing and keep nothing. A module is imported when its first check is
+used.
 """
 
-from sude_lab.exercises.ablate_truncation import (
-    check_at_half,
-    check_end_rho,
-    check_loss_along,
-    check_rest,
-    check_shifted,
-    check_tuned,
-)
-from sude_lab.exercises.ablate_w_s import (
-    check_best_weight,
-    check_by_weight,
-    check_cluster_interval,
-    check_front,
-    check_naive_and_honest,
-    check_paired_gains,
-    made_up_sweep,
-)
-from sude_lab.exercises.baselines import (
-    TinyUNet,
-    check_combined,
-    check_given_back,
-    check_keys_and_values,
-    check_must_know,
-    check_paper_prompt,
-    check_plug,
-    plug_batch,
-)
-from sude_lab.exercises.bayes_classifier import (
-    check_chain,
-    check_log_density,
-    check_log_posterior,
-    check_log_ratio,
-    check_noise_errors,
-    check_normaliser,
-)
-from sude_lab.exercises.evaluating import (
-    check_detects,
-    check_fooled,
-    check_image_score,
-    check_judged_text,
-    check_paired_interval,
-    check_spearman,
-)
-from sude_lab.exercises.judging import (
-    Mistake,
-)
-from sude_lab.exercises.one_shot_tuning import (
-    check_batch_loss,
-    check_latent_batch,
-    check_lora_count,
-    check_must_keep,
-    check_smoothed,
-    check_sude_step,
-    dog_prior,
-)
-from sude_lab.exercises.start_here import (
-    TinyDenoiser,
-    check_even_time,
-    check_noised,
-    check_open_share,
-    check_paired_gain,
-    check_training_step,
-)
-from sude_lab.exercises.sude_loss import (
-    check_along,
-    check_both_sides,
-    check_eps_weight,
-    check_push,
-    check_same_push,
-    check_sude,
-)
-from sude_lab.exercises.truncation import (
-    check_hinge,
-    check_rho,
-    check_rho_depends,
-    check_settle,
-    check_threshold,
-    check_truncated,
-)
-from sude_lab.exercises.without_training import (
-    check_after_steps,
-    check_at_fidelity,
-    check_corrected,
-    check_drawn,
-    check_hinge_gradient,
-    check_through_guidance,
-    my_dog,
-)
-from sude_lab.exercises.worlds import (
-    animals,
-    short_schedule,
-    stable_diffusion_schedule,
-    steps,
-    things,
-)
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "Mistake",
-    "TinyDenoiser",
-    "TinyUNet",
-    "animals",
-    "check_after_steps",
-    "check_along",
-    "check_at_fidelity",
-    "check_at_half",
-    "check_batch_loss",
-    "check_best_weight",
-    "check_both_sides",
-    "check_by_weight",
-    "check_chain",
-    "check_cluster_interval",
-    "check_combined",
-    "check_corrected",
-    "check_detects",
-    "check_drawn",
-    "check_end_rho",
-    "check_eps_weight",
-    "check_even_time",
-    "check_fooled",
-    "check_front",
-    "check_given_back",
-    "check_hinge",
-    "check_hinge_gradient",
-    "check_image_score",
-    "check_judged_text",
-    "check_keys_and_values",
-    "check_latent_batch",
-    "check_log_density",
-    "check_log_posterior",
-    "check_log_ratio",
-    "check_lora_count",
-    "check_loss_along",
-    "check_must_keep",
-    "check_must_know",
-    "check_naive_and_honest",
-    "check_noise_errors",
-    "check_noised",
-    "check_normaliser",
-    "check_open_share",
-    "check_paired_gain",
-    "check_paired_gains",
-    "check_paired_interval",
-    "check_paper_prompt",
-    "check_plug",
-    "check_push",
-    "check_rest",
-    "check_rho",
-    "check_rho_depends",
-    "check_same_push",
-    "check_settle",
-    "check_shifted",
-    "check_smoothed",
-    "check_spearman",
-    "check_sude",
-    "check_sude_step",
-    "check_threshold",
-    "check_through_guidance",
-    "check_training_step",
-    "check_truncated",
-    "check_tuned",
-    "dog_prior",
-    "made_up_sweep",
-    "my_dog",
-    "plug_batch",
-    "short_schedule",
-    "stable_diffusion_schedule",
-    "steps",
-    "things",
-]
+_NAMES = {
+    "judging": "Mistake",
+    "worlds": "animals short_schedule stable_diffusion_schedule steps things",
+    "start_here": (
+        "TinyDenoiser check_even_time check_noised check_open_share check_paired_gain "
+        "check_training_step"
+    ),
+    "bayes_classifier": (
+        "check_chain check_log_density check_log_posterior check_log_ratio check_noise_errors "
+        "check_normaliser"
+    ),
+    "sude_loss": (
+        "check_along check_both_sides check_eps_weight check_push check_same_push check_sude"
+    ),
+    "truncation": (
+        "check_hinge check_rho check_rho_depends check_settle check_threshold check_truncated"
+    ),
+    "one_shot_tuning": (
+        "check_batch_loss check_latent_batch check_lora_count check_must_keep check_smoothed "
+        "check_sude_step dog_prior"
+    ),
+    "ablate_w_s": (
+        "check_best_weight check_by_weight check_cluster_interval check_front "
+        "check_naive_and_honest check_paired_gains made_up_sweep"
+    ),
+    "ablate_truncation": (
+        "check_at_half check_end_rho check_loss_along check_rest check_shifted check_tuned"
+    ),
+    "baselines": (
+        "TinyUNet check_combined check_given_back check_keys_and_values check_must_know "
+        "check_paper_prompt check_plug plug_batch"
+    ),
+    "evaluating": (
+        "check_detects check_fooled check_image_score check_judged_text check_paired_interval "
+        "check_spearman"
+    ),
+    "without_training": (
+        "check_after_steps check_at_fidelity check_corrected check_drawn check_hinge_gradient "
+        "check_through_guidance my_dog"
+    ),
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

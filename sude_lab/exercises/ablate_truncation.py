@@ -7,99 +7,79 @@ import math
 import torch
 from torch import Tensor
 
-from sude_lab.exercises.judging import Answer, ask, choose, judge
+from sude_lab.exercises.judging import Answer, Trial, ask, check, choice, judge, twice
 from sude_lab.exercises.worlds import normal, uniform
 from sude_lab.losses import sude_loss
 
 LEARNING_RATE = 0.05
 
 
-def check_loss_along(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_loss_along(seed: int) -> Trial:
     """Check loss_along(a, d, s): ||b - d||^2 - ||b||^2 at b = a + s d, in closed form, (B,).
 
     (||d||^2 - 2 <a, d>) - 2 s ||d||^2: derived from arXiv 2403.06775, eq. 7, with b and d measured
     from the null prediction and the weight 1. a, d: (B, D); s: (B,).
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     g = torch.Generator().manual_seed(seed)
     a, d, s = normal(g, 4, 5), normal(g, 4, 5), uniform(g, 1.0, 20.0, 4)
     half, zero = torch.full((4,), 0.5).double(), torch.zeros(4, 5).double()
     square = d.square().sum(1)
     start = square - 2 * (a * d).sum(1)
-    judge(
-        ask(answer, a, d, s),
-        sude_loss(a + s[:, None] * d, d, zero, half),
-        {
-            "The slope is -2 ||d||^2: your 2 is missing.": start - s * square,
-            "It falls as s grows: the sign of the slope is turned.": start + 2 * s * square,
-            "The slope has the squared length of d, not its length.": start - 2 * s * square.sqrt(),
-            "At s = 0 it is ||d||^2 - 2 <a, d>: your ||d||^2 is missing.": (
-                start - square - 2 * s * square
-            ),
-            "The two squares of s cancel: it is a straight line.": (
-                start - 2 * s * square + s**2 * square
-            ),
-            "That is the value at s = 0.": start,
-        },
-    )
+    slips = {
+        "The slope is -2 ||d||^2: your 2 is missing.": start - s * square,
+        "It falls as s grows: the sign of the slope is turned.": start + 2 * s * square,
+        "The slope has the squared length of d, not its length.": start - 2 * s * square.sqrt(),
+        "At s = 0 it is ||d||^2 - 2 <a, d>; your ||d||^2 is missing.": (
+            start - square - 2 * s * square
+        ),
+        "The two squares of s cancel: it is a line.": start - 2 * s * square + s**2 * square,
+        "That is the value at s = 0.": start,
+    }
+    return Trial((a, d, s), sude_loss(a + s[:, None] * d, d, zero, half), slips)
 
 
-def check_shifted(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_shifted(seed: int) -> Trial:
     """Check shifted(tau, r): the threshold that shuts a gate at rho = r, (B,).
 
     (2 r - 1) tau_t, since L_sude = (2 rho - 1) tau_t: derived from arXiv 2403.06775, eq. 7-9. The
     paper has r = 1.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     g = torch.Generator().manual_seed(seed)
     tau, r = -uniform(g, 0.5, 2.0, 4), float(uniform(g, 0.6, 0.9))
-    judge(
-        ask(answer, tau, r),
-        (2 * r - 1) * tau,
-        {
-            "Not r tau: at rho = 0 the loss is -tau, not 0. Where is L_sude at rho = r?": r * tau,
-            "The sign is turned: at r = 1 it must be tau.": (1 - 2 * r) * tau,
-            "At r = 1 it must be tau, and this is 2 tau.": 2 * r * tau,
-            "Rho enters once, not squared: L_sude is a straight line in it.": r**2 * tau,
-            "That is L_sude - tau at r; add tau.": -2 * tau * (1 - r),
-            "It must move with r: this is the paper's threshold, r = 1.": tau,
-        },
-    )
+    slips = {
+        "Not r tau: at rho = 0 the loss is -tau, not 0. Where is L_sude at rho = r?": r * tau,
+        "The sign is turned: at r = 1 it must be tau.": (1 - 2 * r) * tau,
+        "At r = 1 it must be tau, and this is 2 tau.": 2 * r * tau,
+        "Rho enters once, not squared: L_sude is a straight line in it.": r**2 * tau,
+        "That is L_sude - tau at r; add tau.": -2 * tau * (1 - r),
+        "It must move with r: this is the paper's threshold, r = 1.": tau,
+    }
+    return Trial((tau, r), (2 * r - 1) * tau, slips)
 
 
-def check_at_half(letter: str) -> None:
-    """Check what a gate that shuts at rho = 1/2 asks of the subject, arXiv 2403.06775, eq. 5-9.
-
-    Raises:
-        Mistake: the letter is wrong.
-    """
-    choose(
-        letter,
-        "c",
-        {
-            "a": "That is r = 1: there the subject's step speaks for the category as much as the "
-            "category's own step does.",
-            "b": "A probability of one half plays no part: eq. 5 compares with what was known "
-            "before, C_t = p(c | x_t), whatever that is.",
-            "d": "That is r = 0: there the prediction says as little of a dog as the one without "
-            "a prompt, along d.",
-        },
-    )
+check_at_half = choice(
+    "c",
+    "what a gate that shuts at rho = 1/2 asks of the subject, arXiv 2403.06775, eq. 5-9.",
+    {
+        "a": "That is r = 1: there the subject's step speaks for the category as much as the "
+        "category's own step does.",
+        "b": "A probability of one half plays no part: eq. 5 compares with what was known "
+        "before, C_t = p(c | x_t), whatever that is.",
+        "d": "That is r = 0: there the prediction says as little of a dog as the one without "
+        "a prompt, along d.",
+    },
+)
 
 
-def check_rest(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_rest(seed: int) -> Trial:
     """Check rest(target, class_0, weight_sude, share): where s rests if the prior moves along.
 
     Descent on (s - target)^2 + w_s [(s - c_bar)^2 - s^2] with c = c_0 + share (s - c_0): eq. 10 of
     arXiv 2403.06775, untruncated, of one number a sample. It rests at
     (target + w_s (1 - share) c_0) / (1 - w_s share) if w_s share < 1, else never: inf. All (B,).
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     g = torch.Generator().manual_seed(seed)
     target, class_0 = uniform(g, 0.5, 2.0, 6), uniform(g, 0.5, 2.0, 6)
@@ -113,39 +93,32 @@ def check_rest(answer: Answer, *, seed: int = 0) -> None:
     through = (target + weight * (1 - share) ** 2 * class_0) / (
         1 + weight * (1 - share) ** 2 - weight
     )
-    judge(
-        ask(answer, target, class_0, weight, share),
-        unless_never(top / (1 - pull)),
-        {
-            "Where w_s kappa >= 1 your formula has a value, and descent never gets there: each "
-            "step makes the next one longer. Return inf.": top / (1 - pull),
-            "That is the pretrained prior, which stays at c_0: here c moves with s.": (
-                target + weight * class_0
-            ),
-            "That is the pretrained prior, which stays at c_0: here c moves with s. (Your inf are "
-            "in place.)": unless_never(target + weight * class_0),
-            "The bar over theta: c follows s, but the gradient treats it as a constant.": through,
-            "The bar over theta: c follows s, but the gradient treats it as a constant. (Your inf "
-            "are in place.)": unless_never(through),
-            "c is c_0 + kappa (s - c_0): of c_0 itself the share 1 - kappa stays.": unless_never(
-                (target + weight * class_0) / (1 - pull)
-            ),
-            "Check the sign in 1 - w_s kappa: a prior that moves along lets s run further.": (
-                unless_never(top / (1 + pull))
-            ),
-        },
-    )
+    slips = {
+        "Where w_s kappa >= 1 your formula has a value, and descent never gets there: each step "
+        "makes the next one longer. Return inf.": top / (1 - pull),
+        "The pretrained prior stays at c_0: here c moves with s.": target + weight * class_0,
+        "That is the pretrained prior, which stays at c_0: here c moves with s. (Your inf are in "
+        "place.)": unless_never(target + weight * class_0),
+        "The bar over theta: c follows s, but the gradient treats it as a constant.": through,
+        "The bar over theta: c follows s, but the gradient treats it as a constant. (Your inf are "
+        "in place.)": unless_never(through),
+        "c is c_0 + kappa (s - c_0): of c_0 itself the share 1 - kappa stays.": (
+            unless_never((target + weight * class_0) / (1 - pull))
+        ),
+        "Check the sign in 1 - w_s kappa: s runs further with such a prior.": (
+            unless_never(top / (1 + pull))
+        ),
+    }
+    return Trial((target, class_0, weight, share), unless_never(top / (1 - pull)), slips)
 
 
-def check_end_rho(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_end_rho(seed: int) -> Trial:
     """Check end_rho(rho, weight_sude, r): how far along a sample is when its tuning rests, (B,).
 
     rho + min(w_s, max(0, r - rho)), rho that of the picture's own target: derived from
     arXiv 2403.06775, eq. 10 in eps-space (weighting `simple`, prior `pretrained`), with a gate that
     shuts at r.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     g = torch.Generator().manual_seed(seed)
     rho = torch.tensor([-0.6, 0.1, 0.4, 0.9, 1.4]).double() + 0.05 * uniform(g, 0, 1, 5)
@@ -154,23 +127,19 @@ def check_end_rho(answer: Answer, *, seed: int = 0) -> None:
     def end(stop: float) -> Tensor:
         return rho + (stop - rho).clamp(min=0, max=weight)
 
-    judge(
-        ask(answer, rho, weight, r),
-        end(r),
-        {
-            "You stopped at rho = 1: here the gate shuts at r.": end(1.0),
-            "A sample that is past r is not pulled back: its gate is shut from the start.": (
-                rho + (r - rho).clamp(max=weight)
-            ),
-            "The picture holds s back: SuDe moves it by w_s at most.": torch.maximum(
-                rho, torch.tensor(r).double()
-            ),
-            "That is without truncation.": rho + weight,
-            "That is how far it moves: add where it started.": end(r) - rho,
-        },
-    )
+    slips = {
+        "You stopped at rho = 1: here the gate shuts at r.": end(1.0),
+        "A sample that is past r is not pulled back: its gate is shut from the start.": (
+            rho + (r - rho).clamp(max=weight)
+        ),
+        "SuDe moves it by w_s at most: L_sub pulls.": torch.maximum(rho, torch.tensor(r).double()),
+        "That is without truncation.": rho + weight,
+        "That is how far it moves: add where it started.": end(r) - rho,
+    }
+    return Trial((rho, weight, r), end(r), slips)
 
 
+@twice
 def check_tuned(answer: Answer, *, seed: int = 0) -> None:
     """Check tuned(target, class_0, weight_sude, share, num_steps, prior, truncated), (B, D).
 
@@ -178,9 +147,6 @@ def check_tuned(answer: Answer, *, seed: int = 0) -> None:
     c = class_0, with L_sude = ||s - c_bar||^2 - ||s||^2: arXiv 2403.06775, eq. 7-10, the null
     prediction at 0. Whenever s moves, the model's own c moves by `share` of it. prior: "current"
     asks that c, "pretrained" class_0; truncated: False leaves the gates open.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     g = torch.Generator().manual_seed(seed)
     class_0 = normal(g, 4, 2)
@@ -193,42 +159,25 @@ def check_tuned(answer: Answer, *, seed: int = 0) -> None:
     def all_four(how: Answer) -> Tensor:
         return torch.stack([torch.as_tensor(ask(how, *settings, *kind)) for kind in kinds])
 
+    slips = {
+        "turned": "`prior` is the wrong way round: current asks the moving c, pretrained class_0.",
+        "still": "c stays where it was: whenever s moves, its own c moves by `share` of it.",
+        "whole": "c moves as far as s: it is to move by `share` of that.",
+        "open": "The gates stand open although `truncated` is True.",
+        "once": "The gates were set before the first step and never looked at again.",
+        "old tau": "tau is that of class_0 throughout: with prior `current` it moves, like L_sude.",
+        "towards": "The push goes along s - c: write both squares out, s^2 cancels, and d = c is "
+        "left.",
+    }
     judge(
         all_four(answer),
         all_four(_tuned()),
-        {
-            "`prior` is the wrong way round: current asks the moving c, pretrained class_0.": (
-                all_four(_tuned(turned=True))
-            ),
-            "c stays where it was: whenever s moves, the model's own c moves by `share` of it.": (
-                all_four(_tuned(moves=False))
-            ),
-            "c moves as far as s: it is to move by `share` of that.": all_four(_tuned(whole=True)),
-            "The gates stand open although `truncated` is True.": all_four(_tuned(gated=False)),
-            "The gates were set before the first step and never looked at again.": (
-                all_four(_tuned(once=True))
-            ),
-            "tau is that of class_0 throughout: with prior `current` it moves, like L_sude.": (
-                all_four(_tuned(old_tau=True))
-            ),
-            "The push goes along s - c: write both squares out, s^2 cancels, and d = c is left.": (
-                all_four(_tuned(towards=True))
-            ),
-        },
+        {says: all_four(_tuned(slip)) for slip, says in slips.items()},
     )
 
 
-def _tuned(
-    *,
-    turned: bool = False,
-    moves: bool = True,
-    whole: bool = False,
-    gated: bool = True,
-    once: bool = False,
-    old_tau: bool = False,
-    towards: bool = False,
-) -> Answer:
-    """The descent, and by its switches the slips that are made of it."""
+def _tuned(slip: str = "") -> Answer:
+    """The descent, or a slip that is made of it."""
 
     def tuned(
         target: Tensor,
@@ -242,16 +191,17 @@ def _tuned(
         s = c = class_0
         first: Tensor | None = None
         for _ in range(num_steps):
-            d = c if (prior == "current") != turned else class_0
+            d = c if (prior == "current") != (slip == "turned") else class_0
             loss = (s - d).square().sum(1) - s.square().sum(1)
-            tau = -(class_0 if old_tau else d).square().sum(1)
-            gate = loss > tau if truncated and gated else torch.ones_like(loss, dtype=torch.bool)
+            tau = -(class_0 if slip == "old tau" else d).square().sum(1)
+            gate = (loss > tau) | (not truncated or slip == "open")
             first = gate if first is None else first
-            push = (d - s if towards else d) * (first if once else gate)[:, None]
+            push = (d - s if slip == "towards" else d) * (first if slip == "once" else gate)[
+                :, None
+            ]
             move = -LEARNING_RATE * (2 * (s - target) - 2 * weight_sude * push)
             s = s + move
-            if moves:
-                c = c + (1.0 if whole else share) * move
+            c = c + {"still": 0.0, "whole": 1.0}.get(slip, share) * move
         return s
 
     return tuned

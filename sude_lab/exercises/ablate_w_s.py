@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sude_lab.exercises.evaluating import bootstrap_quantiles
-from sude_lab.exercises.judging import Answer, Mistake, ask, interval_of, judge, judge_table
+from sude_lab.exercises.judging import Answer, Trial, ask, check, interval_of, judge, twice, two_of
 from sude_lab.exercises.worlds import normal, uniform
 
 # name: how many attributes it is asked for, alignment of plain tuning, how fast SuDe helps, what
@@ -49,77 +49,68 @@ def made_up_sweep(seed: int = 0) -> pd.DataFrame:
                 aligned = 1 - (1 - start) * np.exp(-gain * w_s) + luck
                 for attribute in (None, *(f"attribute {k + 1}" for k in range(count))):
                     of_picture = 0.03 * rng.standard_normal(3)
-                    asked = 0.95 if attribute is None else aligned
-                    values = np.clip(np.array([asked, look - cost * w_s, 0.9]) + of_picture, 0, 1)
+                    alignment = 0.95 if attribute is None else aligned
+                    values = np.clip(
+                        np.array([alignment, look - cost * w_s, 0.9]) + of_picture, 0, 1
+                    )
                     names = ("attribute_alignment", "subject_fidelity", "category_alignment")
                     measured = dict(zip(names, values.round(4).tolist(), strict=True))
                     rows.append(common | {"attribute": attribute} | measured)
     return pd.DataFrame(rows)
 
 
-def check_by_weight(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_by_weight(seed: int) -> list[Trial]:
     """Check by_weight(table, measure): means of a measure, subjects in rows, w_s in columns.
 
     Over the pictures that were asked for an attribute, and all seeds. No equation: the axes of
     Fig. 7 of arXiv 2403.06775.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     table, keys = made_up_sweep(seed), ["subject", "weight_sude"]
-    asked = table[table["attribute"].notna()]
+    changed, trials = table[table["attribute"].notna()], []
     for measure, other in (
         ("attribute_alignment", "subject_fidelity"),
         ("subject_fidelity", "attribute_alignment"),
     ):
-        groups = asked.groupby(keys)[measure]
-        judge_table(
-            ask(answer, table.copy(), measure),
-            groups.mean().unstack(),
-            {
-                "Rows without an attribute are pictures of the plain prompt: leave them out.": (
-                    table.groupby(keys)[measure].mean().unstack()
-                ),
-                "Those are sums: means are asked for.": groups.sum().unstack(),
-                "Those are medians: means are asked for.": groups.median().unstack(),
-                "That is the first seed alone: average over the seeds, too.": (
-                    asked[asked["seed"] == 0].groupby(keys)[measure].mean().unstack()
-                ),
-                "You took another column than `measure`.": (
-                    asked.groupby(keys)[other].mean().unstack()
-                ),
-                "Subjects go in rows, w_s in columns.": groups.mean().unstack().T,
-            },
-        )
+        groups = changed.groupby(keys)[measure]
+        right = groups.mean().unstack()
+        first = changed[changed["seed"] == 0]
+        slips = {
+            "Rows without an attribute are pictures of the plain prompt: leave them out.": (
+                table.groupby(keys)[measure].mean().unstack()
+            ),
+            "Those are sums: means are asked for.": groups.sum().unstack(),
+            "Those are medians: means are asked for.": groups.median().unstack(),
+            "That is the first seed alone: average all.": (
+                first.groupby(keys)[measure].mean().unstack()
+            ),
+            "You took another column than `measure`.": changed.groupby(keys)[other]
+            .mean()
+            .unstack(),
+            "Subjects go in rows, w_s in columns.": right.T,
+        }
+        trials.append(Trial((table, measure), right, slips))
+    return trials
 
 
-def check_paired_gains(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_paired_gains(seed: int) -> Trial:
     """Check paired_gains(means): what every w_s > 0 wins over w_s = 0, subject by subject.
 
     means: as `check_by_weight`. The result has the same rows, and no column 0. No equation.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
-    asked = made_up_sweep(seed).dropna(subset="attribute")
-    means = asked.groupby(["subject", "weight_sude"])["attribute_alignment"].mean().unstack()
+    changed = made_up_sweep(seed).dropna(subset="attribute")
+    means = changed.groupby(["subject", "weight_sude"])["attribute_alignment"].mean().unstack()
     plain, rest = means[0.0], means.drop(columns=0.0)
     right = rest.sub(plain, axis=0)
-    judge_table(
-        ask(answer, means.copy()),
-        right,
-        {
-            "Plain minus SuDe: a gain is SuDe minus plain.": -right,
-            "You subtracted the mean over all subjects: each subject is compared with itself.": (
-                rest - plain.mean()
-            ),
-            "Those are ratios: differences are asked for.": rest.div(plain, axis=0),
-            "Leave the column of w_s = 0 out: it is 0 by construction.": means.sub(plain, axis=0),
-            "You compared neighbouring w_s: every one is compared with w_s = 0.": (
-                means.diff(axis=1).drop(columns=0.0)
-            ),
-        },
-    )
+    slips = {
+        "Plain minus SuDe: a gain is SuDe minus plain.": -right,
+        "Not the mean over all subjects: each one is compared with itself.": rest - plain.mean(),
+        "Those are ratios: differences are asked for.": rest.div(plain, axis=0),
+        "Leave the column of w_s = 0 out: it is 0 by construction.": means.sub(plain, axis=0),
+        "Compare with w_s = 0, not with the w_s before.": means.diff(axis=1).drop(columns=0.0),
+    }
+    return Trial((means,), right, slips)
 
 
 def check_cluster_interval(answer: Answer, *, seed: int = 0) -> None:
@@ -129,9 +120,6 @@ def check_cluster_interval(answer: Answer, *, seed: int = 0) -> None:
     drawn ones, and their mean; the interval goes from the 2.5 % to the 97.5 % quantile. values:
     (N,); subjects: (N,), whose value each is. Right within 4 % of the interval's width. No
     equation; the studies use Student's t, `sude_lab.evaluate.statistics.mean_interval`.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     rng = np.random.default_rng(seed)
     own, counts = np.array([1.5, -0.5, 0.2, 0.0, -1.0, 0.4]), np.array([9, 2, 3, 2, 4, 2])
@@ -148,9 +136,7 @@ def check_cluster_interval(answer: Answer, *, seed: int = 0) -> None:
         interval_of(given),
         right,
         {
-            "You drew single values: pictures of one subject come together, or not at all.": (
-                interval(values)
-            ),
+            "You drew single values: one subject's come together, or not at all.": interval(values),
             "You averaged every subject first: take all values of those drawn, so that subjects "
             "with more of them count more.": interval(
                 np.array([values[subjects == name].mean() for name in "abcdef"])
@@ -164,14 +150,12 @@ def check_cluster_interval(answer: Answer, *, seed: int = 0) -> None:
     )
 
 
-def check_front(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_front(seed: int) -> Trial:
     """Check front(alignment, fidelity): which settings no other one beats, bool (N,).
 
     One beats another where it is at least as good in both and better in one (Pareto). Equal
     settings do not beat each other. alignment, fidelity: (N,), larger is better. No equation.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     g = torch.Generator().manual_seed(seed)
     x = torch.tensor([0.2, 0.4, 0.4, 0.6, 0.8, 0.8, 0.7, 0.9, 0.5]).double()
@@ -187,39 +171,26 @@ def check_front(answer: Answer, *, seed: int = 0) -> None:
     both = (x[None] > x[:, None]) & (y[None] > y[:, None])
     others = ~torch.eye(9, dtype=torch.bool)
     lower = (x[None] >= x[:, None]) & (y[None] <= y[:, None])
-    judge(
-        ask(answer, x, y),
-        ~beaten(as_good & better),
-        {
-            "Those are the ones that are beaten.": beaten(as_good & better),
-            "Equal in one and worse in the other is beaten, too: you asked for better in both.": (
-                ~beaten(both)
-            ),
-            "Two settings with the same two numbers do not beat each other.": (
-                ~beaten(as_good & others)
-            ),
-            "A setting compared with itself is as good in both: it does not beat itself.": (
-                ~beaten(as_good)
-            ),
-            "Larger is better in both columns: you looked for low fidelity.": (
-                ~beaten(lower & ((x[None] > x[:, None]) | (y[None] < y[:, None])))
-            ),
-            "That is the one with the largest sum: the front has all that are not beaten.": (
-                x + y == (x + y).max()
-            ),
-        },
-    )
+    slips = {
+        "Those are the ones that are beaten.": beaten(as_good & better),
+        "Equal in one and worse in one is beaten, too: not better in both.": ~beaten(both),
+        "Two settings with the same two numbers do not beat each other.": ~beaten(as_good & others),
+        "A setting is as good as itself in both: it does not beat itself.": ~beaten(as_good),
+        "Larger is better in both columns: you looked for low fidelity.": (
+            ~beaten(lower & ((x[None] > x[:, None]) | (y[None] < y[:, None])))
+        ),
+        "The largest sum is one of them: the front has all not beaten.": x + y == (x + y).max(),
+    }
+    return Trial((x, y), ~beaten(as_good & better), slips)
 
 
-def check_best_weight(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_best_weight(seed: int) -> Trial:
     """Check best_weight(alignment, fidelity, keep): a w_s for every subject, by a rule.
 
     Of the w_s whose fidelity is at least `keep` times that of w_s = 0, the one with the highest
     alignment; of equal ones the smallest. Tables as of `check_by_weight`; a Series by subject. No
     equation: arXiv 2403.06775, section 5, chooses by eye.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     weights, names = [0.0, 0.5, 1.0, 2.0, 4.0], ["dog", "cat", "candle", "bowl", "teapot"]
     aligned = [
@@ -250,28 +221,20 @@ def check_best_weight(answer: Answer, *, seed: int = 0) -> None:
     keep = 0.9
     allowed = fidelity.ge(keep * fidelity[0.0], axis=0)
     everything = fidelity > -1
-    judge_table(
-        ask(answer, alignment.copy(), fidelity.copy(), keep),
-        best(allowed),
-        {
-            "The rule is missing: a w_s may cost at most a tenth of the fidelity.": best(
-                everything
-            ),
-            "Compare with the subject's own fidelity at w_s = 0, not with the mean of all.": best(
-                fidelity >= keep * fidelity[0.0].mean()
-            ),
-            "Of equally good ones take the smallest w_s.": best(
-                allowed[weights[::-1]], alignment[weights[::-1]]
-            ),
-            "That is the largest w_s that the rule allows: the one with the best alignment is "
-            "asked for.": allowed.apply(lambda row: max(w for w in weights if row[w]), axis=1),
-            "That is the best alignment itself: its w_s is asked for.": alignment.where(
-                allowed
-            ).max(axis=1),
-        },
-    )
+    slips = {
+        "The rule is missing: a w_s may cost at most a tenth of the fidelity.": best(everything),
+        "Compare with the subject's own fidelity at w_s = 0, not with the mean of all.": (
+            best(fidelity >= keep * fidelity[0.0].mean())
+        ),
+        "Of equals take the smallest w_s.": best(allowed[weights[::-1]], alignment[weights[::-1]]),
+        "That is the largest w_s that the rule allows: the one with the best alignment is asked "
+        "for.": allowed.apply(lambda row: max(w for w in weights if row[w]), axis=1),
+        "That is the alignment: its w_s is asked for.": alignment.where(allowed).max(axis=1),
+    }
+    return Trial((alignment, fidelity, keep), best(allowed), slips)
 
 
+@twice
 def check_naive_and_honest(answer: Answer, *, seed: int = 0) -> None:
     """Check naive_and_honest(gains): what the chosen w_s wins, on the same data and on new data.
 
@@ -279,9 +242,6 @@ def check_naive_and_honest(answer: Answer, *, seed: int = 0) -> None:
     highest mean over its seeds, and that mean. Honest: leave a seed out, choose by the mean of the
     others, read off the seed left out; the mean over all seeds. Both: the mean over subjects. No
     equation.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     gains = normal(torch.Generator().manual_seed(seed), 5, 4, 3)
     subjects, number = torch.arange(5), gains.shape[2]
@@ -299,18 +259,15 @@ def check_naive_and_honest(answer: Answer, *, seed: int = 0) -> None:
 
     naive, honest = means.max(1).values.mean(), left_out("honest")
     given = ask(answer, gains)
-    if not isinstance(given, tuple | list) or len(given) != 2:
-        raise Mistake("Return two numbers, the naive gain and the honest one.")
+    two_of(given, "two numbers, the naive gain and the honest one")
     judge(
         given[0],
         naive,
         {
-            "Naive: average over the seeds before you choose: one w_s a subject, not one a run.": (
+            "Naive: average over the seeds before you choose, one w_s a subject.": (
                 gains.amax(1).mean()
             ),
-            "Naive: every subject chooses for itself: you chose one w_s for all.": (
-                means.mean(0).max()
-            ),
+            "Naive: each subject has a w_s: you chose one w_s for all.": means.mean(0).max(),
             "Naive: that is the best single run of each subject.": gains.flatten(1).amax(1).mean(),
             "Naive: that is the mean over all settings: nothing was chosen.": gains.mean(),
             "Naive and honest are exchanged: the naive one comes first.": honest,
@@ -321,14 +278,10 @@ def check_naive_and_honest(answer: Answer, *, seed: int = 0) -> None:
         honest,
         {
             "Honest: you chose with all seeds, also the one that is left out.": left_out("all"),
-            "Honest: you chose by the seed that is left out; choose by the others.": (
-                left_out("itself")
-            ),
-            "Honest: read the gain off the seed left out, not off the seeds you chose by.": (
+            "Honest: you chose by the seed that is left out, not the others.": left_out("itself"),
+            "Honest: read the gain off the seed left out, not the others.": (
                 left_out("read the others")
             ),
-            "Honest: every subject chooses for itself: you chose one w_s for all.": (
-                left_out("together")
-            ),
+            "Honest: each subject has a w_s: you chose one w_s for all.": left_out("together"),
         },
     )

@@ -8,20 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from sude_lab.evaluate.prompts import structured
-from sude_lab.exercises.judging import Answer, Mistake, ask, choose, judge, judge_words
+from sude_lab.exercises.judging import Answer, Mistake, Trial, ask, check, choice, judge, twice
 from sude_lab.exercises.worlds import short_schedule, uniform
 from sude_lab.prompts import STRUCTURES, article
 
 WORDS = (("dog", "running"), ("candle", "unlit"), ("cat", "open mouth"))
 
 
-def check_paper_prompt(answer: Answer, *, seed: int = 0) -> None:
-    """Check paper_prompt(structure, attribute, category): P1, P2, P3 of arXiv 2403.06775, Table 2.
-
-    Raises:
-        Mistake: the answer is wrong.
-    """
-    category = WORDS[seed % 3][0]
+@check
+def check_paper_prompt(seed: int) -> list[Trial]:
+    """Check paper_prompt(structure, attribute, category): P1-P3 of arXiv 2403.06775, Table 2."""
+    category, trials = WORDS[seed % 3][0], []
     for structure in STRUCTURES:
         for attribute in ("running", "open mouth"):
             right = structured(structure, category, attribute)
@@ -29,26 +26,23 @@ def check_paper_prompt(answer: Answer, *, seed: int = 0) -> None:
                 "“an” stands before a vowel: `article(words)` knows.": right.replace(
                     f"{article(attribute)} {attribute}", f"a {attribute}"
                 ),
-                "The subject is missing: {S*} stays in the prompt, for a run to fill in.": (
-                    right.replace("{S*} ", "")
-                ),
+                "The subject is missing: {S*} stays in the prompt.": right.replace("{S*} ", ""),
                 "The attribute is missing.": structured(structure, category),
             }
             for other in STRUCTURES:
                 says = f"That is {other}, and {structure} was asked for: where does each word go?"
                 slips[says] = structured(other, category, attribute)
             slips = {says: wrong for says, wrong in slips.items() if wrong != right}
-            judge_words(ask(answer, structure, attribute, category), right, slips)
+            trials.append(Trial((structure, attribute, category), right, slips))
+    return trials
 
 
-def check_combined(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_combined(seed: int) -> Trial:
     """Check combined(attributes, backgrounds, category): every attribute on every background.
 
     "photo of a running {S*} dog on the beach", the attributes in order, each with all backgrounds;
     the combinations of arXiv 2403.06775, section 5. A list of prompts.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     category, own = WORDS[seed % 3]
     attributes, backgrounds = (
@@ -61,43 +55,34 @@ def check_combined(answer: Answer, *, seed: int = 0) -> None:
         return f"photo of {a} {attribute} {{S*}} {category} {background}"
 
     pairs = [(a, b) for a in attributes for b in backgrounds]
-    judge_words(
-        ask(answer, list(attributes), list(backgrounds), category),
-        [prompt(*pair) for pair in pairs],
-        {
-            "You paired them off, the first with the first: every attribute goes with every "
-            "background.": [prompt(*pair) for pair in zip(attributes, backgrounds, strict=True)],
-            "All are there, in another order: the first attribute with all backgrounds, then the "
-            "second.": [prompt(a, b) for b in backgrounds for a in attributes],
-            "“an” stands before a vowel: `article(attribute)` knows.": [
-                prompt(*pair, "a") for pair in pairs
-            ],
-            "The subject is missing: {S*} stands before the category.": [
-                prompt(*pair).replace("{S*} ", "") for pair in pairs
-            ],
-            "The category is missing: it stands behind {S*}.": [
-                prompt(*pair).replace(f"{{S*}} {category}", "{S*}") for pair in pairs
-            ],
-        },
+    slips = {
+        "You paired them off, the first with the first: every attribute goes with every "
+        "background.": [prompt(*pair) for pair in zip(attributes, backgrounds, strict=True)],
+        "All are there, in another order: the first attribute with all backgrounds, then the "
+        "second.": [prompt(a, b) for b in backgrounds for a in attributes],
+        "“an” stands before a vowel: `article` knows.": [prompt(*pair, "a") for pair in pairs],
+        "The subject is missing: {S*} stands before the category.": (
+            [prompt(*pair).replace("{S*} ", "") for pair in pairs]
+        ),
+        "The category is missing: it stands behind {S*}.": (
+            [prompt(*pair).replace(f"{{S*}} {category}", "{S*}") for pair in pairs]
+        ),
+    }
+    return Trial(
+        (list(attributes), list(backgrounds), category), [prompt(*pair) for pair in pairs], slips
     )
 
 
-def check_must_know(letter: str) -> None:
-    """Check what SuDe has to know of a method to regularise it, arXiv 2403.06775, eq. 7-10.
-
-    Raises:
-        Mistake: the letter is wrong.
-    """
-    choose(
-        letter,
-        "b",
-        {
-            "a": "No: the gradient finds what is trained by itself, whatever that is.",
-            "c": "No: the method makes its prediction with its own prompt, and SuDe sees the "
-            "prediction.",
-            "d": "No: eq. 10 adds the losses, and none of them sees the others.",
-        },
-    )
+check_must_know = choice(
+    "b",
+    "what SuDe has to know of a method to regularise it, arXiv 2403.06775, eq. 7-10.",
+    {
+        "a": "No: the gradient finds what is trained by itself, whatever that is.",
+        "c": "No: the method makes its prediction with its own prompt, and SuDe sees the "
+        "prediction.",
+        "d": "No: eq. 10 adds the losses, and none of them sees the others.",
+    },
+)
 
 
 class TinyUNet(nn.Module):
@@ -130,9 +115,6 @@ def check_keys_and_values(answer: Answer, *, seed: int = 0) -> None:
 
     What Custom Diffusion trains (arXiv 2212.04488, section 3.1). Gradients are switched on and off
     in place; the answer returns how many numbers are trained.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     unet = TinyUNet(4 + seed)
     given = ask(answer, unet)
@@ -154,10 +136,8 @@ def check_keys_and_values(answer: Answer, *, seed: int = 0) -> None:
         "attn1 is self-attention, in which the picture reads itself: words come in by attn2.": (
             where("to_k", "to_v", within="attn")
         ),
-        "That is self-attention, attn1: words come in by attn2.": (
-            where("to_k", "to_v", within="attn1")
-        ),
-        "The queries learn, too: they ask from the picture's side; leave to_q out.": (
+        "That is attn1, self-attention: take attn2.": where("to_k", "to_v", within="attn1"),
+        "The queries learn, too, the picture's side: leave to_q out.": (
             where("to_q", "to_k", "to_v")
         ),
         "The whole cross-attention learns: K and V alone are asked for.": where(
@@ -171,41 +151,31 @@ def check_keys_and_values(answer: Answer, *, seed: int = 0) -> None:
     if not torch.equal(on, right):
         first = names[int((on != right).nonzero()[0, 0])]
         raise Mistake(f"{first} should {'learn' if right[names.index(first)] else 'stay'}.")
-    judge(
-        given,
-        (sizes * right).sum(),
-        {
-            "That is how many tensors are trained: count their numbers, `.numel()`.": (
-                right.double().sum()
-            ),
-            "That counts the whole UNet: what is trained alone.": sizes.sum(),
-        },
-    )
+    slips = {
+        "That is how many tensors are trained: count their numbers, `.numel()`.": right.sum(),
+        "That counts the whole UNet: what is trained alone.": sizes.sum(),
+    }
+    judge(given, (sizes * right).sum(), slips)
 
 
-def check_given_back(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_given_back(seed: int) -> Trial:
     """Check given_back(lost, gained): the share of what tuning lost that SuDe gave back.
 
     sum gained / sum lost over the subjects of a method, no unit. lost, gained: (S,). No equation.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     g = torch.Generator().manual_seed(seed)
     lost = torch.tensor([0.5, 0.4, 0.02, 0.6]).double() + 0.05 * uniform(g, 0, 1, 4)
     gained = torch.tensor([0.3, 0.1, -0.03, 0.5]).double() + 0.05 * uniform(g, 0, 1, 4)
-    judge(
-        ask(answer, lost, gained),
-        gained.sum() / lost.sum(),
-        {
-            "You averaged ratios: a subject that lost next to nothing decides then, whatever its "
-            "luck. Take the ratio of the sums.": (gained / lost).mean(),
-            "Upside down: gained over lost.": lost.sum() / gained.sum(),
-            "That is what was gained on average; relative to what was lost, please.": gained.mean(),
-            "One number for the method is asked for.": gained / lost,
-            "That is the share that is still lost.": 1 - gained.sum() / lost.sum(),
-        },
-    )
+    slips = {
+        "You averaged ratios: a subject that lost next to nothing decides then, whatever its "
+        "luck. Take the ratio of the sums.": (gained / lost).mean(),
+        "Upside down: gained over lost.": lost.sum() / gained.sum(),
+        "That is what was gained on average; relative to what was lost, please.": gained.mean(),
+        "One number for the method is asked for.": gained / lost,
+        "That is the share that is still lost.": 1 - gained.sum() / lost.sum(),
+    }
+    return Trial((lost, gained), gained.sum() / lost.sum(), slips)
 
 
 class TinyPlugUNet(nn.Module):
@@ -224,19 +194,17 @@ class TinyPlugUNet(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> object:
         """Return an object whose `sample` is the predicted noise, as diffusers' UNets do."""
-        said = self.words(encoder_hidden_states).mean(1)[..., None, None]
-        return SimpleNamespace(sample=self.picture(sample) * (1 + said) + said)
+        words = self.words(encoder_hidden_states).mean(1)[..., None, None]
+        return SimpleNamespace(sample=self.picture(sample) * (1 + words) + words)
 
 
+@twice
 def check_plug(answer: Answer, *, seed: int = 0) -> None:
     """Check plug(unet, x_t, t, model_pred, class_embeds, uncond_embeds): SuDe for any loop, (B,).
 
     lambda_tau L_sude of arXiv 2403.06775, eq. 7-9, in eps-space with the `simple` weighting and the
     prior `current`, squares as means over dimensions; compared with the library's
     `SudeRegularizer`, values and gradients of the UNet's weights. embeds: (B, L, D).
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     from sude_lab.sude import SudeRegularizer  # here: it imports diffusers, which is slow
 
@@ -261,22 +229,18 @@ def check_plug(answer: Answer, *, seed: int = 0) -> None:
             unet, schedule, nothing, dog, prior="current", weighting="simple"
         ).terms(x_t, t, pred)
     embeds = (dog.expand(6, -1, -1), nothing.expand(6, -1, -1))
-    mine = prediction()
-    value = ask(answer, unet, x_t, t, mine, *embeds)
+    model_pred = prediction()
+    value = ask(answer, unet, x_t, t, model_pred, *embeds)
     judge(
         value,
         terms.gated,
         {
             "The gate is missing: eq. 9 gives 0 where L_sude <= tau.": terms.loss,
-            "The gate is the wrong way round: it is open where L_sude > tau.": (
-                terms.loss * ~terms.gate
-            ),
+            "The gate is the wrong way round: open is L_sude > tau.": terms.loss * ~terms.gate,
             "Class and no prompt are exchanged.": swapped.gated,
             "You summed the squares: take their mean over the dimensions, as the MSE of the loop "
             "does.": 32 * terms.gated,
-            "That is the hinge; eq. 9 keeps L_sude itself, without - tau.": (
-                (terms.loss - terms.threshold) * terms.gate
-            ),
+            "That is the hinge: leave - tau out.": (terms.loss - terms.threshold) * terms.gate,
             "That is the gate: times L_sude.": terms.gate,
             "One number a sample is asked for; the loop averages them.": terms.gated.mean(),
         },

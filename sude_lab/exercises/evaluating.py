@@ -9,22 +9,20 @@ from torch import Tensor
 from sude_lab.evaluate.metrics import cosines, image_similarity
 from sude_lab.evaluate.prompts import caption
 from sude_lab.exercises.baselines import WORDS
-from sude_lab.exercises.judging import Answer, ask, choose, interval_of, judge, judge_words
+from sude_lab.exercises.judging import Answer, Trial, ask, check, choice, interval_of, judge
 from sude_lab.prompts import article
 
 STUDIES = 400
 
 
-def check_judged_text(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_judged_text(seed: int) -> list[Trial]:
     """Check judged_text(prompt, category): what CLIP-T compares a picture with.
 
     The subject's {S*}, which no encoder ever met, is dropped where its category stands behind it,
     and gives way to the category elsewhere; see `sude_lab.evaluate.prompts.caption`. No equation.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
-    category, attribute = WORDS[seed % 3]
+    (category, attribute), trials = WORDS[seed % 3], []
     for prompt in (
         f"photo of {article(attribute)} {attribute} {{S*}} {category}",
         "photo of a {S*} on the beach",
@@ -36,23 +34,22 @@ def check_judged_text(answer: Answer, *, seed: int = 0) -> None:
             "Now nobody says what it is: where no category stands behind {S*}, put it there.": (
                 " ".join(prompt.replace("{S*}", "").split())
             ),
-            "The category stands there twice: drop {S*} where the category follows.": (
+            "It stands there twice: drop {S*} before its category.": (
                 prompt.replace("{S*}", category)
             ),
             "Two spaces are left where {S*} was.": prompt.replace("{S*}", ""),
         }
         slips = {says: wrong for says, wrong in slips.items() if wrong != right}
-        judge_words(ask(answer, prompt, category), right, slips)
+        trials.append(Trial((prompt, category), right, slips))
+    return trials
 
 
-def check_image_score(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_image_score(seed: int) -> Trial:
     """Check image_score(pictures, references): CLIP-I or DINO-I of every picture, (N,).
 
     The mean of cos(p, r) = <p, r> / (|p| |r|) over the references r; numpy, features (N, D) and
     (M, D). Measures of arXiv 2403.06775, section 5; cosines lie between -1 and 1.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     rng = np.random.default_rng(seed)
     pictures, references = 0.5 + rng.standard_normal((4, 6)), 0.5 + rng.standard_normal((3, 6))
@@ -67,26 +64,21 @@ def check_image_score(answer: Answer, *, seed: int = 0) -> None:
     def of(values: np.ndarray) -> Tensor:
         return torch.as_tensor(np.array(values))
 
-    judge(
-        ask(answer, pictures.copy(), references.copy()),
-        of(image_similarity(pictures, references)),
-        {
-            "Those are inner products: divide by both lengths.": of(
-                (pictures @ references.T).mean(1)
-            ),
-            "You normalised the columns: every picture, a row, gets the length 1 (axis=1).": of(
-                (by_column[0] @ by_column[1].T).mean(1)
-            ),
-            "The references are not normalised.": of((table * lengths).mean(1)),
-            "That is the cosine with the mean reference: the mean of the cosines is asked.": of(
-                cosines(pictures, references.mean(0, keepdims=True))[:, 0]
-            ),
-            "That is the nearest reference: the mean over all is asked for.": of(table.max(1)),
-            "That is the whole table: average over the references.": of(table),
-            "One number a picture: you averaged over the pictures, too.": of(table.mean()),
-            "You averaged over the pictures: one number a picture is asked for.": of(table.mean(0)),
-        },
-    )
+    slips = {
+        "Those are inner products: divide by both lengths.": of((pictures @ references.T).mean(1)),
+        "You normalised the columns: every picture, a row, gets the length 1 (axis=1).": (
+            of((by_column[0] @ by_column[1].T).mean(1))
+        ),
+        "The references are not normalised.": of((table * lengths).mean(1)),
+        "That is the cosine with the mean reference: the mean of the cosines is asked.": (
+            of(cosines(pictures, references.mean(0, keepdims=True))[:, 0])
+        ),
+        "That is the nearest reference: the mean over all is asked for.": of(table.max(1)),
+        "That is the whole table: average over the references.": of(table),
+        "One number a picture: you averaged over the pictures, too.": of(table.mean()),
+        "You averaged over the pictures: one number a picture is asked for.": of(table.mean(0)),
+    }
+    return Trial((pictures, references), of(image_similarity(pictures, references)), slips)
 
 
 def bootstrap_quantiles(
@@ -111,9 +103,6 @@ def check_paired_interval(answer: Answer, *, seed: int = 0) -> None:
 
     10,000 resamples of the pairs; (low, high). a, b: (N,), the same subjects in the same order.
     Right within 5 % of the interval's width. No equation.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     rng = np.random.default_rng(seed)
     b = rng.uniform(0.2, 0.8, 12)
@@ -140,14 +129,12 @@ def check_paired_interval(answer: Answer, *, seed: int = 0) -> None:
     )
 
 
-def check_spearman(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_spearman(seed: int) -> Trial:
     """Check spearman(a, b): do two metrics order the runs alike?
 
     The correlation of the ranks, equal values sharing the mean of their ranks; between -1 and 1. No
     equation; `sude_lab.evaluate.metrics.rank_agreement` uses it.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     rng = np.random.default_rng(seed)
     a = np.array([0.2, 0.2, 0.5, 0.9, 0.9, 0.9, 0.4, 3.0])
@@ -169,81 +156,65 @@ def check_spearman(answer: Answer, *, seed: int = 0) -> None:
     agree = np.sign(a[i] - a[j]) * np.sign(b[i] - b[j])
     gap = ((ranks(a) - ranks(b)) ** 2).sum()
     slips = {
-        "That is the correlation of the values: one large value decides it. Take ranks first.": (
-            correlation(a, b)
-        ),
+        "That is the correlation of the values: take ranks first.": correlation(a, b),
         "`argsort` lists who comes first, and is not yet the rank of each.": correlation(
             a.argsort(kind="stable"), b.argsort(kind="stable")
         ),
         "Equal values must have equal ranks: their mean, as `pandas.Series.rank()` gives them.": (
             correlation(first_come(a), first_come(b))
         ),
-        "1 - 6 sum d^2 / (n^3 - n) holds only without equal values: correlate the ranks.": (
-            1 - 6 * gap / (8**3 - 8)
-        ),
+        "1 - 6 sum d^2 / (n^3 - n) holds without ties: correlate ranks.": 1 - 6 * gap / (8**3 - 8),
         "That is Kendall's tau, which counts pairs: correlate the ranks.": float(agree.mean()),
     }
-    judge(
-        ask(answer, a.copy(), b.copy()),
+    return Trial(
+        (a, b),
         torch.tensor(correlation(ranks(a), ranks(b))).double(),
         {says: torch.tensor(wrong).double() for says, wrong in slips.items()},
     )
 
 
-def check_fooled(letter: str) -> None:
-    """Check which metric praises a model that draws its one picture again, whatever it is asked.
-
-    Raises:
-        Mistake: the letter is wrong.
-    """
-    choose(
-        letter,
-        "b",
-        {
-            "a": "CLIP-T compares with the prompt: a sitting dog is no running dog.",
-            "c": "BLIP-T compares with the prompt, too, and was trained to notice small things.",
-            "d": "One of them is fooled completely: which compares with the pictures of the "
-            "subject, and with nothing else?",
-        },
-    )
+check_fooled = choice(
+    "b",
+    "which metric praises a model that draws its one picture again, whatever it is asked.",
+    {
+        "a": "CLIP-T compares with the prompt: a sitting dog is no running dog.",
+        "c": "BLIP-T compares with the prompt, too, and was trained to notice small things.",
+        "d": "One of them is fooled completely: which compares with the pictures of the "
+        "subject, and with nothing else?",
+    },
+)
 
 
-def check_detects(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_detects(seed: int) -> Trial:
     """Check detects(gain, between, within, subjects, seeds, rng): how often a study finds a gain.
 
     The share of 400 made-up studies whose interval, mean -+ 1.96 s / sqrt(subjects), lies above 0;
     s is the standard deviation (n - 1) of the subjects' means. Subject i gains gain + between z_i,
     its run k that plus within z_ik; all z_i are drawn first, (400, subjects), then all z_ik, (400,
     subjects, seeds), by rng.standard_normal. No equation.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     settings = (0.15, 0.2, 0.3, 5, 3)
 
-    def share(
-        *, ddof: int = 1, all_runs: bool = False, one_run: bool = False, root: bool = True
-    ) -> Tensor:
+    def share(slip: str = "") -> Tensor:
         gain, between, within, subjects, seeds = settings
         rng = np.random.default_rng(seed)
         own = gain + between * rng.standard_normal((STUDIES, subjects))
         runs = own[:, :, None] + within * rng.standard_normal((STUDIES, subjects, seeds))
-        means = runs.reshape(STUDIES, -1) if all_runs else runs.mean(2)
-        means = runs[:, :, 0] if one_run else means
-        error = means.std(1, ddof=ddof) / (np.sqrt(means.shape[1]) if root else 1)
+        means = runs.reshape(STUDIES, -1) if slip == "runs" else runs.mean(2)
+        means = runs[:, :, 0] if slip == "one seed" else means
+        error = means.std(1, ddof=0 if slip == "n" else 1)
+        error = error if slip == "spread" else error / np.sqrt(means.shape[1])
         return torch.tensor((means.mean(1) - 1.96 * error > 0).mean()).double()
 
     right = share()
-    judge(
-        ask(answer, *settings, np.random.default_rng(seed)),
-        right,
-        {
-            "You took the runs for independent: average the seeds of a subject first, then there "
-            "are `subjects` numbers.": share(all_runs=True),
-            "The standard deviation of few numbers divides by n - 1: `ddof=1`.": share(ddof=0),
-            "You used one seed of each subject: average over all of them.": share(one_run=True),
-            "s is the spread of subjects; the mean's is s / sqrt(subjects).": share(root=False),
-            "That is the share that finds nothing.": 1 - right,
-            "That is how many studies find it: their share is asked for.": STUDIES * right,
-        },
-    )
+    slips = {
+        "You took the runs for independent: average the seeds of a subject first, then there are "
+        "`subjects` numbers.": share("runs"),
+        "The standard deviation of few numbers divides by n - 1: `ddof=1`.": share("n"),
+        "You used one seed of each subject: average over all of them.": share("one seed"),
+        "s is the spread of subjects; the mean's is s / sqrt(subjects).": share("spread"),
+        "That is the share that finds nothing.": 1 - right,
+        "That is how many studies find it: their share is asked for.": STUDIES * right,
+    }
+    return Trial((*settings, np.random.default_rng(seed)), right, slips)

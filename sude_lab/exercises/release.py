@@ -21,9 +21,12 @@ from sude_lab.io.opening import data_folder
 
 COURSE = "sude_lab"
 # 30 seconds a cell, nbgrader's own limit, is little for a first `import torch` on a busy machine.
-SETTINGS = f"""c = get_config()
+SETTINGS = f"""from sude_lab.exercises.grading import guard
+
+c = get_config()
 c.CourseDirectory.course_id = "{COURSE}"
 c.Execute.timeout = 300
+guard(c)
 """
 
 
@@ -34,10 +37,10 @@ def exercise_sources() -> list[Path]:
         UserError: they are not where they should be.
     """
     folder = data_folder().parent / "notebooks" / "exercises"
-    found = sorted(folder.glob("ex_*.ipynb"))
-    if not found:
+    notebooks = sorted(folder.glob("ex_*.ipynb"))
+    if not notebooks:
         raise UserError(f"There are no exercises in {folder}: run from a clone of the repository.")
-    return found
+    return notebooks
 
 
 def release(folder: Path, course: Path | None = None) -> list[Path]:
@@ -89,8 +92,8 @@ def _generate(room: Path, assignments: list[str]) -> None:
         with _programs_of_this_python():
             done = capture_log(GenerateAssignment(coursedir=course))
         if not done["success"]:
-            said = done.get("log", "") + done.get("error", "")
-            reasons = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", said, re.M) or [said]
+            log = done.get("log", "") + done.get("error", "")
+            reasons = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", log, re.M) or [log]
             raise UserError(f"nbgrader cannot release {assignment}: {reasons[0]}")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sude_lab.diffusion import Schedule, add_noise, to_x_0
-from sude_lab.exercises.judging import Answer, ask, choose, judge
+from sude_lab.exercises.judging import Trial, check, choice, of_variance
 from sude_lab.exercises.worlds import normal, things, uniform
 from sude_lab.losses import guidance_projection, hinge_loss
 from sude_lab.world.mixture import GaussianMixture
@@ -24,14 +24,12 @@ def _at(along: list[float], g: torch.Generator, dims: int = 4) -> tuple[Tensor, 
     return a - (a * d).sum(1, keepdim=True) / d.square().sum(1, keepdim=True) * d + rho * d, d, rho
 
 
-def check_hinge_gradient(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_hinge_gradient(seed: int) -> Trial:
     """Check hinge_gradient(a, d, variance): the hinge's gradient with respect to a, (B, D).
 
     -d / sigma_t^2 where rho < 1, and 0 elsewhere: derived from arXiv 2403.06775, eq. 7-9. a, d:
     (B, D), measured from the null prediction; variance: sigma_t^2, (B,).
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     g = torch.Generator().manual_seed(seed)
     a, d, rho = _at([-0.5, 0.3, 1.4, 0.8], g)
@@ -39,88 +37,64 @@ def check_hinge_gradient(answer: Answer, *, seed: int = 0) -> None:
     leaf, v = a.clone().requires_grad_(), variance[:, None]
     loss = hinge_loss(leaf, d, torch.zeros_like(d), variance).sum()
     (slope,) = torch.autograd.grad(loss, leaf)
-    judge(
-        ask(answer, a, d, variance),
-        slope,
-        {
-            "That is where descent goes; the gradient points the other way.": -slope,
-            "Behind the gate, rho >= 1, the hinge is flat: its gradient is 0 there.": -d / v,
-            "It does not fade towards the gate: the hinge is a straight line there.": (
-                -(1 - rho).clamp(min=0) * d / v
-            ),
-            "Divide by sigma^2.": slope * v,
-            "You divided by sigma; the hinge has sigma^2, and `variance` is that.": slope
-            * v.sqrt(),
-            "The gate is the wrong way round: the hinge works where rho < 1.": (
-                torch.where(rho >= 1, -d / v, torch.zeros_like(d))
-            ),
-            "`variance` is one number a sample, and you spread it over the last axis: make it "
-            "(B, 1).": torch.where(rho < 1, -d / variance, torch.zeros_like(d)),
-            "That pulls a to d from all sides; the hinge pushes along d alone.": torch.where(
-                rho < 1, (a - d) / v, torch.zeros_like(d)
-            ),
-        },
-    )
+    slips = of_variance(slope, variance, "the hinge") | {
+        "That is where descent goes; the gradient points the other way.": -slope,
+        "Behind the gate, rho >= 1, the hinge is flat: its gradient is 0 there.": -d / v,
+        "It does not fade: the hinge is a straight line.": -(1 - rho).clamp(min=0) * d / v,
+        "The gate is the wrong way round: the hinge works where rho < 1.": (
+            torch.where(rho >= 1, -d / v, torch.zeros_like(d))
+        ),
+        "That pulls a to d from all sides; the hinge pushes along d alone.": (
+            torch.where(rho < 1, (a - d) / v, torch.zeros_like(d))
+        ),
+    }
+    return Trial((a, d, variance), slope, slips)
 
 
-def check_corrected(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_corrected(seed: int) -> Trial:
     """Check corrected(a, d, strength): a + g max(0, 1 - rho) d, (B, D).
 
     With g = 1 the projection onto the half-space rho >= 1, where the gate of arXiv 2403.06775,
     eq. 9, is shut; see `sude_lab.guidance`.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     g = torch.Generator().manual_seed(seed)
     a, d, rho = _at([-0.5, 0.3, 1.4, 0.8], g)
     strength = 0.8
     room = (1 - rho).clamp(min=0)
-    judge(
-        ask(answer, a, d, strength),
-        a + strength * room * d,
-        {
-            "Without the hinge that is plain composition: add only what is missing, "
-            "max(0, 1 - rho).": a + strength * d,
-            "A sample behind the gate was pulled back: max(0, ...).": a + strength * (1 - rho) * d,
-            "The strength is lost.": a + room * d,
-            "rho counts in lengths of d: multiply with d itself, not with d / ||d||.": (
-                a + strength * room * d / d.norm(dim=1, keepdim=True)
-            ),
-            "You walked towards the point d: the half-space rho >= 1 is nearer, along d.": (
-                torch.where(rho < 1, a + strength * (d - a), a)
-            ),
-            "That is the correction: add it to a.": strength * room * d,
-            "The sign is turned: towards the category, along + d.": a - strength * room * d,
-        },
-    )
+    slips = {
+        "That is plain composition: add only max(0, 1 - rho).": a + strength * d,
+        "A sample behind the gate was pulled back: max(0, ...).": a + strength * (1 - rho) * d,
+        "The strength is lost.": a + room * d,
+        "rho counts in lengths of d: multiply with d itself, not with d / ||d||.": (
+            a + strength * room * d / d.norm(dim=1, keepdim=True)
+        ),
+        "You walked towards the point d: the half-space rho >= 1 is nearer, along d.": (
+            torch.where(rho < 1, a + strength * (d - a), a)
+        ),
+        "That is the correction: add it to a.": strength * room * d,
+        "The sign is turned: towards the category, along + d.": a - strength * room * d,
+    }
+    return Trial((a, d, strength), a + strength * room * d, slips)
 
 
-def check_through_guidance(letter: str) -> None:
-    """Check what classifier-free guidance of scale w makes of a correction, u + w (u_sub - u).
-
-    Raises:
-        Mistake: the letter is wrong.
-    """
-    choose(
-        letter,
-        "b",
-        {
-            "a": "Guidance multiplies the conditional prediction by w, and with it what was added.",
-            "c": "u_neg + w (u_sub - u_neg) = (1 - w) u_neg + w u_sub: only u_sub is corrected.",
-            "d": "u_neg is in the result, but the *change* of the result does not know it.",
-        },
-    )
+check_through_guidance = choice(
+    "b",
+    "what classifier-free guidance of scale w makes of a correction, u + w (u_sub - u).",
+    {
+        "a": "Guidance multiplies the conditional prediction by w, and with it what was added.",
+        "c": "u_neg + w (u_sub - u_neg) = (1 - w) u_neg + w u_sub: only u_sub is corrected.",
+        "d": "u_neg is in the result, but the *change* of the result does not know it.",
+    },
+)
 
 
-def check_after_steps(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_after_steps(seed: int) -> Trial:
     """Check after_steps(rho, strength, n): rho after n corrections in a row, (B,).
 
     1 - (1 - g)^n (1 - rho) for rho < 1 and 0 < g <= 1, else rho: from `check_corrected`, which goes
     the share g of the way to the gate of arXiv 2403.06775, eq. 9.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     g = torch.Generator().manual_seed(seed)
     rho = torch.tensor([-0.6, 0.2, 0.7, 1.5]).double() + 0.1 * uniform(g, 0, 1, 4)
@@ -130,31 +104,24 @@ def check_after_steps(answer: Answer, *, seed: int = 0) -> None:
         end = 1 - share * (1 - rho)
         return end if everywhere else torch.where(rho < 1, end, rho)
 
-    judge(
-        ask(answer, rho, strength, n),
-        left((1 - strength) ** n),
-        {
-            "Each correction goes a share of what is *left*: multiply (1 - g) n times.": left(
-                1 - n * strength
-            ),
-            "What is left after a step is 1 - g of it, not g: (1 - g)^n.": left(strength**n),
-            "That is one correction; n of them are asked for.": left(1 - strength),
-            "A sample behind the gate is not corrected at all.": left((1 - strength) ** n, True),
-            "That is what is left to the gate: rho itself is asked for.": torch.where(
-                rho < 1, (1 - strength) ** n * (1 - rho), rho
-            ),
-        },
-    )
+    slips = {
+        "Each goes a share of what is *left*: multiply n times.": left(1 - n * strength),
+        "What is left after a step is 1 - g of it, not g: (1 - g)^n.": left(strength**n),
+        "That is one correction; n of them are asked for.": left(1 - strength),
+        "A sample behind the gate is not corrected at all.": left((1 - strength) ** n, True),
+        "That is what is left to the gate: rho itself is asked for.": (
+            torch.where(rho < 1, (1 - strength) ** n * (1 - rho), rho)
+        ),
+    }
+    return Trial((rho, strength, n), left((1 - strength) ** n), slips)
 
 
-def check_at_fidelity(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_at_fidelity(seed: int) -> Trial:
     """Check at_fidelity(alignment, fidelity, goal): a rule's alignment where it keeps `goal`.
 
     Read linearly between neighbouring strengths. alignment, fidelity: numpy, (N,), by growing
     strength; fidelity falls all the way, and `goal` lies within. No equation.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     rng = np.random.default_rng(seed)
     fidelity = np.array([0.8, 0.6, 0.4, 0.28, 0.2]) + 0.02 * rng.uniform(size=5)
@@ -168,21 +135,17 @@ def check_at_fidelity(answer: Answer, *, seed: int = 0) -> None:
         "That is the nearest strength that was tried: read between two of them.": alignment[
             abs(fidelity - goal).argmin()
         ],
-        "That is the next strength, which keeps less than `goal`: read between two of them.": (
-            alignment[2]
-        ),
+        "That keeps less than `goal`: read between two strengths.": alignment[2],
         "You began at the wrong end: the share is counted from the higher fidelity.": (
             alignment[2] + share * (alignment[1] - alignment[2])
         ),
         "You drew one line through first and last: read between the two neighbours.": float(
             np.interp(goal, fidelity[[4, 0]], alignment[[4, 0]])
         ),
-        "That is the best alignment of the rule, whatever it costs: where it keeps `goal`?": (
-            alignment.max()
-        ),
+        "That is the best alignment, whatever it costs.": alignment.max(),
     }
-    judge(
-        ask(answer, alignment.copy(), fidelity.copy(), goal),
+    return Trial(
+        (alignment, fidelity, goal),
         torch.tensor(alignment[1] + share * (alignment[2] - alignment[1])),
         {says: torch.tensor(float(wrong)).double() for says, wrong in slips.items()},
     )
@@ -215,68 +178,44 @@ def my_dog(schedule: Schedule) -> Predict:
     return predict
 
 
-def check_drawn(answer: Answer, *, seed: int = 0) -> None:
+@check
+def check_drawn(seed: int) -> Trial:
     """Check drawn(predict, x, schedule, strength): DDIM from x_T = x, corrected in every step.
 
     eps = eps_null + corrected(a, d, g), x_0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t),
     x_{t-1} = sqrt(abar_{t-1}) x_0 + sqrt(1 - abar_{t-1}) eps, for t = T - 1, ..., 0: arXiv
     2010.02502, eq. 12, without new noise. x: (B, D). Returns the x_0 of the last step.
-
-    Raises:
-        Mistake: the answer is wrong.
     """
     # Few steps and little noise: no slip may lead so far away that d is 0, where chance decides.
     schedule = Schedule(torch.linspace(0.95, 0.4, 4).double())
     predict = my_dog(schedule)
     x = normal(torch.Generator().manual_seed(seed), 5, 2)
-    judge(
-        ask(answer, predict, x, schedule, 0.5),
-        _drawn(predict, x, schedule),
-        {
-            "That is plain sampling: nothing is corrected.": _drawn(predict, x, schedule, 0.0),
-            "x_0 is computed from the prediction before its correction.": (
-                _drawn(predict, x, schedule, early=True)
-            ),
-            "The way back to x_{t-1} needs the corrected eps, too, not only x_0.": (
-                _drawn(predict, x, schedule, late=True)
-            ),
-            "a starts at “no prompt”: what is corrected has eps_null to be added again.": (
-                _drawn(predict, x, schedule, origin=False)
-            ),
-            "The steps run from T - 1 down to 0, you began at 0.": (
-                _drawn(predict, x, schedule, forward=True)
-            ),
-            "The noise stays: after a step the picture is at t - 1, not at t.": (
-                _drawn(predict, x, schedule, stay=True)
-            ),
-            "One step is missing: t = 0 gives the picture.": (_drawn(predict, x, schedule, last=1)),
-        },
-    )
+    slips = {
+        "plain": "That is plain sampling: nothing is corrected.",
+        "early": "x_0 is computed from the prediction before its correction.",
+        "late": "The way back to x_{t-1} needs the corrected eps, too, not only x_0.",
+        "origin": "a starts at “no prompt”: what is corrected has eps_null to be added again.",
+        "forward": "The steps run from T - 1 down to 0, you began at 0.",
+        "stay": "The noise stays: after a step the picture is at t - 1, not at t.",
+        "short": "One step is missing: t = 0 gives the picture.",
+    }
+    wrong = {says: _drawn(predict, x, schedule, slip) for slip, says in slips.items()}
+    return Trial((predict, x, schedule, 0.5), _drawn(predict, x, schedule), wrong)
 
 
-def _drawn(
-    predict: Predict,
-    x: Tensor,
-    schedule: Schedule,
-    strength: float = 0.5,
-    *,
-    early: bool = False,
-    late: bool = False,
-    origin: bool = True,
-    forward: bool = False,
-    stay: bool = False,
-    last: int = 0,
-) -> Tensor:
-    """The sampler, and by its switches the slips that are made of it."""
-    order = list(range(last, schedule.num_timesteps))
-    for k in order if forward else order[::-1]:
+def _drawn(predict: Predict, x: Tensor, schedule: Schedule, slip: str = "") -> Tensor:
+    """The sampler, or a slip that is made of it."""
+    strength = 0.0 if slip == "plain" else 0.5
+    order = list(range(int(slip == "short"), schedule.num_timesteps))
+    for k in order if slip == "forward" else order[::-1]:
         t = torch.full((len(x),), k)
         eps_sub, eps_class, eps_null = predict(x, t)
         room = (1 - guidance_projection(eps_sub, eps_class, eps_null)).clamp(min=0)
         eps = eps_sub + strength * room[:, None] * (eps_class - eps_null)
-        eps = eps if origin else eps - eps_null
-        x_0 = to_x_0(eps_sub if early else eps, x, t, schedule)
+        eps = eps - eps_null if slip == "origin" else eps
+        x_0 = to_x_0(eps_sub if slip == "early" else eps, x, t, schedule)
         before = torch.zeros_like(t) if k == 0 else t - 1
-        noisy = add_noise(x_0, eps_sub if late else eps, t if stay else before, schedule)
+        noise, at = eps_sub if slip == "late" else eps, t if slip == "stay" else before
+        noisy = add_noise(x_0, noise, at, schedule)
         x = noisy if k else x_0
     return x

@@ -98,7 +98,7 @@ class Run:
             )
         if not (folder / ENVIRONMENT).is_file():
             raise UserError(f"The run in {folder} is not finished: continue it with --resume.")
-        return cls(folder, _read_config(folder / CONFIG))
+        return cls(folder, read_config(folder / CONFIG))
 
     def metrics(self) -> pd.DataFrame:
         """Return the steps, one row each.
@@ -310,7 +310,7 @@ def run_tuning(
     state: dict[str, Any] | None = None
     rows: list[dict[str, float]] = []
     if resume and (out / CONFIG).is_file():
-        _check_same(_read_config(out / CONFIG), config, out)
+        _check_same(read_config(out / CONFIG), config, out)
         _check_same_pictures(pictures, config, out)
         if (out / CHECKPOINT).is_file():
             state = _read_checkpoint(out / CHECKPOINT)
@@ -450,7 +450,12 @@ def _check_folder(out: Path, resume: bool) -> None:
 # --- what a run began with -----------------------------------------------------------------------
 
 
-def _read_config(path: Path) -> CompleteConfig:
+def read_config(path: Path) -> CompleteConfig:
+    """Return the settings in a run's config.json.
+
+    Raises:
+        UserError: the file is damaged, or of another version.
+    """
     try:
         values = read_json(path)
         unknown = sorted(values.keys() - {f.name for f in fields(TuningConfig)} - RENAMED.keys())

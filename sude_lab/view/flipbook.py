@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import os
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
 import ipywidgets
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from sude_lab.errors import UserError
 from sude_lab.view import plots
+from sude_lab.view.shown import Shown, row, short, slider
 
-WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
-
-class Flipbook:
+class Flipbook(Shown):
     """Pages of pictures under one slider; where nothing slides, all pages below each other.
 
     Show it as the last line of a cell. Every page is drawn once, here: a move of the slider only
-    exchanges one finished picture for another. A page whose widgets do not run (a stored notebook,
-    a site) shows the strip of all pages instead; with the environment variable SUDE_LAB_STATIC=1
-    there is the strip alone: so notebooks are stored, because a widget needs the kernel that made
-    it.
+    exchanges one finished picture for another. What is stored is the last page, and on a static
+    page (see `sude_lab.view.shown`) the strip of all pages.
 
     Args:
         pages: the setting's value, and under it a column's name and its pictures; all of one size.
@@ -37,6 +31,8 @@ class Flipbook:
     Raises:
         UserError: there is no page, or a note is for a page that is not there.
     """
+
+    format = "jpeg"
 
     def __init__(
         self,
@@ -55,29 +51,35 @@ class Flipbook:
             raise UserError(f"There is a note for {name} = {lost[0]}, but no such page.")
         self.images = {value: self._drawn([value]) for value in self._pages}
         self.strip = self._drawn(list(self._pages))
-        self.slider = ipywidgets.SelectionSlider(
-            options=[(_short(value), value) for value in self._pages],
-            value=next(iter(self._pages)),
-            description=name,
-            layout={"width": "420px"},
-        )
-        self.image = ipywidgets.Image(format="jpeg")
+        values = [(short(value), value) for value in self._pages]
+        self.slider = slider(name, values, next(iter(self._pages)), "420px")
         self.note = ipywidgets.Label()
         self.slider.observe(self._follow, names="value")
         self._follow()
 
     def widget(self) -> Any:
-        """Return the slider with its page below."""
-        return ipywidgets.VBox([ipywidgets.HBox([self.slider, self.note]), self.image])
+        """Return the slider and its page's note."""
+        return row([self.slider, self.note])
+
+    def picture(self) -> bytes:
+        """Return the page at which the slider stands."""
+        return self.images[self.slider.value]
+
+    def still(self) -> bytes:
+        """Return all pages below each other."""
+        return self.strip
+
+    def __str__(self) -> str:
+        return "\n".join(self._title(value) for value in self._pages)
 
     def _follow(self, _: Any = None) -> None:
         """Turn to where the slider is."""
-        self.image.value = self.images[self.slider.value]
         self.note.value = self.notes.get(self.slider.value, "")
+        self.publish()
 
     def _title(self, value: Any, gap: str = ":  ") -> str:
         note = self.notes.get(value)
-        return f"{self.name} = {_short(value)}" + (f"{gap}{note}" if note else "")
+        return f"{self.name} = {short(value)}" + (f"{gap}{note}" if note else "")
 
     def _drawn(self, values: list[Any]) -> bytes:
         """Return some pages below each other, as a JPEG; a strip names them, a single page not."""
@@ -87,23 +89,9 @@ class Flipbook:
         side = min(1.2, 9 / across)  # inches; small pictures gain nothing from more, files grow
         size = (1.3 + side * across, 0.4 + 1.1 * side * len(rows))
         figure = Figure(figsize=size, dpi=80, layout="constrained")
-        FigureCanvasAgg(figure)
         plots.picture_table(figure.subplots(), rows, self.per_cell)
         file = BytesIO()
         # JPEG: a quarter of a PNG's size, and a notebook that stores it stays small.
         how = {"quality": 90, "subsampling": 0}
         figure.savefig(file, format="jpeg", bbox_inches="tight", pad_inches=0.05, pil_kwargs=how)
         return file.getvalue()
-
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        bundle: dict[str, Any] = {
-            "text/plain": "\n".join(self._title(value) for value in self._pages),
-            "image/jpeg": base64.b64encode(self.strip).decode("ascii"),
-        }
-        if os.environ.get("SUDE_LAB_STATIC", "0") in ("", "0"):
-            bundle[WIDGET_VIEW] = self.widget()._repr_mimebundle_()[WIDGET_VIEW]
-        return bundle
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -6,21 +6,21 @@ import time
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from sude_lab.errors import UserError
 from sude_lab.view import plots
+from sude_lab.view.shown import Shown
 
 if TYPE_CHECKING:
     from sude_lab.tuning import Step
 
 
-class LiveView:
+class LiveView(Shown):
     """Curves of a run, and its newest validation grid, redrawn in place while it tunes.
 
         with LiveView(config.max_train_steps, folder=out) as live:
@@ -28,7 +28,7 @@ class LiveView:
 
     Around `tune` call it in the loop: `live(step)`, or `live(step, grid)` with a picture of one's
     own. A page that updates outputs (JupyterLab, VS Code, Colab) shows one figure that moves; what
-    it shows last is what a notebook stores. Elsewhere nothing is shown: `figure`, `png()` and
+    it shows last is what a notebook stores. Elsewhere nothing is shown: `figure`, `picture()` and
     `save(file)` hold the same. A run that is stopped and goes on is shown as one: steps that are
     done again replace the first ones.
 
@@ -65,10 +65,8 @@ class LiveView:
         self.every, self.share, self.window = every, share, window
         self.rows: list[dict[str, float]] = []
         self.figure = Figure(figsize=(12, 2.9), dpi=80, layout="constrained")
-        FigureCanvasAgg(self.figure)
         self._axes = self.figure.subplots(1, 4)
         self._grid: tuple[str, Image.Image] | None = None
-        self._handle: Any = None
         self._took, self._ended = 0.0, float("-inf")
         self._began, self._seconds, self._steps = time.perf_counter(), 0.0, 0
 
@@ -104,19 +102,11 @@ class LiveView:
         """Redraw the figure now, and show it where something is listening."""
         started = time.perf_counter()
         self._redraw()
-        if _is_listening():
-            from IPython.display import Image as Shown
-            from IPython.display import display
-
-            shown = Shown(data=self.png(), format="png")
-            if self._handle is None:
-                self._handle = display(shown, display_id=True)
-            else:
-                self._handle.update(shown)
+        self.publish(first=self._handle is None)
         self._ended = time.perf_counter()
         self._took = self._ended - started
 
-    def png(self) -> bytes:
+    def picture(self) -> bytes:
         """Return the figure as it was drawn last."""
         file = BytesIO()
         self.figure.savefig(file, format="png")
@@ -156,6 +146,9 @@ class LiveView:
         name, picture = self._newest() or ("no pictures yet", None)
         plots.picture_grid(pictures, picture, self.labels, title=name)
 
+    def __str__(self) -> str:
+        return f"Tuning, live: {self._state()}"
+
     def _state(self) -> str:
         if not self.rows:
             return "waiting for the first step"
@@ -172,10 +165,3 @@ class LiveView:
             return None
         with Image.open(files[-1]) as picture:  # files of a run are written whole
             return f"step {int(files[-1].stem.removeprefix('step-'))}", picture.convert("RGB")
-
-
-def _is_listening() -> bool:
-    """Whether this is a notebook's kernel; a terminal would print an object's name each time."""
-    from IPython import get_ipython
-
-    return getattr(get_ipython(), "kernel", None) is not None

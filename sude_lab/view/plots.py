@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -24,12 +24,13 @@ def smooth(values: pd.Series, window: int = 25) -> pd.Series:
 
 def open_gates(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) -> Axes:
     """Draw the share of samples whose gate (eq. 9) is open, a line a run."""
-    for name, table in metrics.items():
-        ax.plot(table["step"], smooth(table["open_gates"], window), label=name, color=_colour(name))
-    ax.set(xlabel="step", ylabel="share of open gates", ylim=(-0.02, 1.02))
-    ax.set_title(f"Open gates, running mean of {window} steps", fontsize=10)
-    ax.legend(frameon=False)
-    return ax
+    _over_steps(ax, metrics, "open_gates", window)
+    labels: dict[str, Any] = {
+        "xlabel": "step",
+        "ylabel": "share of open gates",
+        "ylim": (-0.02, 1.02),
+    }
+    return _finish(ax, f"Open gates, running mean of {window} steps", **labels)
 
 
 def loss_against_threshold(ax: Axes, metrics: pd.DataFrame, window: int = 25) -> Axes:
@@ -38,34 +39,31 @@ def loss_against_threshold(ax: Axes, metrics: pd.DataFrame, window: int = 25) ->
     ax.plot(metrics["step"], loss, color=COLOURS["sude"], label="$L_{sude}$ (eq. 7)")
     ax.plot(metrics["step"], tau, color="black", ls="--", label=r"$\tau_t$ (eq. 8)")
     ax.fill_between(metrics["step"], tau, loss, where=loss > tau, color=COLOURS["sude"], alpha=0.15)
-    ax.set(xlabel="step", ylabel="per dimension")
-    ax.set_title(f"Loss against threshold, running mean of {window} steps", fontsize=10)
-    ax.legend(frameon=False)
-    return ax
+    title = f"Loss against threshold, running mean of {window} steps"
+    return _finish(ax, title, xlabel="step", ylabel="per dimension")
 
 
 def membership(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) -> Axes:
     """Draw rho, how far the subject follows the category's direction; 1 is where eq. 9 stops."""
-    for name, table in metrics.items():
-        ax.plot(table["step"], smooth(table["rho"], window), label=name, color=_colour(name))
-    ax.axhline(1.0, color="black", lw=0.8, ls="--")
-    ax.set(xlabel="step", ylabel=r"$\rho$")
-    ax.set_title(f"Category membership, running mean of {window} steps", fontsize=10)
-    ax.legend(frameon=False)
-    return ax
+    _over_steps(ax, metrics, "rho", window)
+    ax.axhline(1.0, **_EDGE)
+    title = f"Category membership, running mean of {window} steps"
+    return _finish(ax, title, xlabel="step", ylabel=r"$\rho$")
 
 
 def learning(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) -> Axes:
     """Draw L_sub over the steps, a line a run: single steps faint, their running mean strong."""
     for name, table in metrics.items():
-        loss, colour = table["loss_subject"], _colour(name)
-        ax.plot(table["step"], loss, ".", markersize=2, alpha=0.3, color=colour)
-        ax.plot(table["step"], smooth(loss, window), label=name, color=colour)
-    ax.set(xlabel="step", ylabel="$L_{sub}$ (eq. 3), per dimension")
-    ax.set_title(f"The subject's loss, running mean of {window} steps", fontsize=10)
-    if len(metrics) > 1:
-        ax.legend(frameon=False)
-    return ax
+        points: dict[str, Any] = {"markersize": 2, "alpha": 0.3, "color": _colour(name)}
+        ax.plot(table["step"], table["loss_subject"], ".", **points)
+        _over_steps(ax, {name: table}, "loss_subject", window)
+    return _finish(
+        ax,
+        f"The subject's loss, running mean of {window} steps",
+        legend=10 if len(metrics) > 1 else 0,
+        xlabel="step",
+        ylabel="$L_{sub}$ (eq. 3), per dimension",
+    )
 
 
 def membership_over_time(ax: Axes, samples: pd.DataFrame) -> Axes:
@@ -73,25 +71,17 @@ def membership_over_time(ax: Axes, samples: pd.DataFrame) -> Axes:
 
     `samples` has the columns t, rho and gate (bool). The axis shows the middle 98 % of rho.
     """
-    for name, mine in (("open", samples["gate"]), ("shut", ~samples["gate"])):
-        face = _SAFE[1] if name == "open" else "none"
-        part = samples[mine]
-        ax.scatter(
-            part["t"],
-            part["rho"],
-            s=10,
-            facecolors=face,
-            edgecolors=_SAFE[1 if name == "open" else 0],
-            linewidths=0.6,
-            label=f"gate {name}: {len(part) / max(1, len(samples)):.0%} of the samples",
-        )
-    ax.axhline(1.0, color="black", lw=0.8, ls="--")
+    for name, face, edge in (("open", _SAFE[1], _SAFE[1]), ("shut", "none", _SAFE[0])):
+        part = samples[samples["gate"] == (name == "open")]
+        label = f"gate {name}: {len(part) / max(1, len(samples)):.0%} of the samples"
+        look: dict[str, Any] = {"s": 10, "facecolors": face, "edgecolors": edge, "linewidths": 0.6}
+        ax.scatter(part["t"], part["rho"], label=label, **look)
+    ax.axhline(1.0, **_EDGE)
     low, high = np.nanquantile(samples["rho"], [0.01, 0.99])
     margin = 0.1 * max(high - low, 0.1)
     ax.set_ylim(min(low, 1.0) - margin, max(high, 1.0) + margin)
-    ax.set(xlabel="timestep t", ylabel=r"$\rho$ of a sample")
-    ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-    return ax
+    labels: dict[str, Any] = {"xlabel": "timestep t", "ylabel": r"$\rho$ of a sample"}
+    return _finish(ax, legend=9, beside=True, **labels)
 
 
 def picture_grid(
@@ -99,10 +89,8 @@ def picture_grid(
 ) -> Axes:
     """Draw a grid of pictures that is one picture already, with names beside its equal rows."""
     ax.set_title(title, fontsize=9)
-    ax.set_xticks([])
-    ax.set_yticks([])
-    for spine in ax.spines.values():
-        spine.set_visible(False)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
     if picture is not None:
         ax.imshow(np.asarray(picture.convert("RGB")), interpolation="lanczos")
         height = picture.height / max(1, len(rows))
@@ -139,8 +127,7 @@ def picture_table(
     ax.set_yticks([i * (side + gap) + side / 2 for i in range(len(rows))], list(rows))
     ax.tick_params(length=0, labelsize=10)
     ax.xaxis.tick_top()
-    for spine in ax.spines.values():
-        spine.set_visible(False)
+    ax.spines[:].set_visible(False)
     return ax
 
 
@@ -154,18 +141,17 @@ def measures(ax: Axes, table: pd.DataFrame, names: Sequence[str]) -> Axes:
     """Draw the means of measures by variant with their intervals (`name_low`, `name_high`)."""
     width = 0.8 / len(table)
     for i, row in enumerate(table.to_dict("records")):
-        means = np.array([row[n] for n in names])
-        low = means - np.array([row[f"{n}_low"] for n in names])
-        high = np.array([row[f"{n}_high"] for n in names]) - means
-        ax.bar(
-            np.arange(len(names)) + (i - (len(table) - 1) / 2) * width,
-            means,
-            width * 0.92,
-            yerr=np.vstack([low, high]),
-            capsize=3,
-            color=_colour(str(row["variant"])),
-            label=row["variant"],
+        low, means, high = (
+            np.array([row[n + end] for n in names]) for end in ("_low", "", "_high")
         )
+        x = np.arange(len(names)) + (i - (len(table) - 1) / 2) * width
+        ends = np.vstack([means - low, high - means])
+        look: dict[str, Any] = {
+            "capsize": 3,
+            "color": _colour(str(row["variant"])),
+            "label": row["variant"],
+        }
+        ax.bar(x, means, width * 0.92, yerr=ends, **look)
     ax.set_xticks(np.arange(len(names)), [n.replace("_", " ") for n in names])
     ax.set_ylim(0, 1.05)
     ax.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.14))
@@ -193,9 +179,8 @@ def paired_runs(
         ax.plot(*start, "o", color=colour, markersize=4)
     for k, subject in enumerate(subjects):
         ax.plot([], [], "-", color=f"C{k % 10}", label=subject)
-    ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "), xlim=(0, 1), ylim=(0, 1.02))
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return ax
+    ax.set(xlim=(0, 1), ylim=(0, 1.02))
+    return _finish(ax, legend=8, beside=True, xlabel=_words(x), ylabel=_words(y))
 
 
 def half_space(
@@ -213,7 +198,7 @@ def half_space(
     across, far = np.array([-d[1], d[0]]), 20.0
     corners = d + far * np.array([across, -across, d - across, d + across])
     ax.fill(*corners.T, color="#dddddd", lw=0, label=r"$\rho\geq 1$: gate shut")
-    ax.plot(*corners[:2].T, color="black", lw=0.8, ls="--")
+    ax.plot(*corners[:2].T, **_EDGE)
     tip = (float(d[0]), float(d[1]))
     ax.annotate("", tip, (0, 0), arrowprops={"arrowstyle": "->", "lw": 1.6})
     ax.annotate("d", (tip[0] / 2, tip[1] / 2), (4, -12), textcoords="offset points")
@@ -224,13 +209,15 @@ def half_space(
         ax.plot(*points.T, mark, color=colour, markersize=5, alpha=0.85, label=name)
         for start, end in zip(before, points, strict=True):
             ax.plot(*np.stack([start, end]).T, color=colour, lw=0.9, alpha=0.6)
-    seen = np.concatenate([before, *after.values(), [d, 0 * d]])
-    low, high = seen.min(0), seen.max(0)
+    everything = np.concatenate([before, *after.values(), [d, 0 * d]])
+    low, high = everything.min(0), everything.max(0)
     margin = 0.15 * (high - low).max()
     ax.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
-    ax.set(aspect="equal", xlabel="prediction, first number", ylabel="prediction, second number")
-    ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-    return ax
+    labels: dict[str, Any] = {
+        "xlabel": "prediction, first number",
+        "ylabel": "prediction, second number",
+    }
+    return _finish(ax, legend=9, beside=True, aspect="equal", **labels)
 
 
 def rule_lines(
@@ -262,9 +249,7 @@ def rule_lines(
                 fontsize=8,
             )
     ax.plot(first[x], first[y], "o", color="black", markersize=8, label=start)
-    ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
-    ax.legend(frameon=False, fontsize=9)
-    return ax
+    return _finish(ax, legend=9, xlabel=_words(x), ylabel=_words(y))
 
 
 def response(
@@ -286,11 +271,10 @@ def response(
     ends = [mean_interval(change[value].dropna()) for value in change]
     spread = np.nan_to_num([end.high - end.mean for end in ends])
     ax.errorbar(places, mean, yerr=spread, color="black", lw=2, capsize=4, label="mean")
-    ax.axhline(0.0, color="black", lw=0.8, ls="--")
+    ax.axhline(0.0, **_EDGE)
     ax.set_xticks(places, [f"{value:g}{unit}" for value in change])
-    ax.set(xlabel=x.replace("_", " "), ylabel=f"change of {measure.replace('_', ' ')}")
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return ax
+    labels: dict[str, Any] = {"xlabel": _words(x), "ylabel": f"change of {_words(measure)}"}
+    return _finish(ax, legend=8, beside=True, **labels)
 
 
 def curves(
@@ -316,11 +300,7 @@ def curves(
         ax.set_xscale("log")
     if "y" in log:
         ax.set_yscale("log")
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.set_title(title, fontsize=10)
-    if len(lines) > 1:
-        ax.legend(frameon=False, fontsize=9)
-    return ax
+    return _finish(ax, title, legend=9 * (len(lines) > 1), xlabel=xlabel, ylabel=ylabel)
 
 
 def samples(
@@ -343,8 +323,7 @@ def samples(
         if name in drawn:
             ax.hist(np.asarray(drawn[name]), list(edges), density=True, color=colour, alpha=0.25)
         ax.plot(x, np.asarray(densities[name]), color=colour, ls=_DASHES[k % 4], label=name)
-    ax.set(xlabel=xlabel, ylabel="density")
-    ax.set_title(title, fontsize=10)
+    _finish(ax, title, legend=0, xlabel=xlabel, ylabel="density")
     ax.legend(frameon=False, fontsize=9, loc="upper right")
     return ax
 
@@ -365,11 +344,7 @@ def agreement(
         points = np.asarray(values)
         ax.plot(exact, points, color=colour, marker=mark, ls="", ms=3, alpha=0.6, label=name)
     ax.axline((float(exact.mean()), float(exact.mean())), slope=1, color="black", lw=0.7)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.set_title(title, fontsize=10)
-    if len(estimates) > 1:
-        ax.legend(frameon=False, fontsize=9)
-    return ax
+    return _finish(ax, title, legend=9 * (len(estimates) > 1), xlabel=xlabel, ylabel=ylabel)
 
 
 def gate_over_time(
@@ -394,9 +369,8 @@ def gate_over_time(
     ax.axhline(0, color="black", lw=0.5)
     if now is not None:
         ax.axvline(now, color=_SAFE[0], lw=1.2)
-    ax.set(xlabel="timestep t", ylabel="per dimension, in thousandths")
-    ax.legend(frameon=False, fontsize=8)
-    return ax
+    labels: dict[str, Any] = {"xlabel": "timestep t", "ylabel": "per dimension, in thousandths"}
+    return _finish(ax, legend=8, **labels)
 
 
 def confusion(ax: Axes, counts: np.ndarray, names: Sequence[str]) -> Axes:
@@ -409,8 +383,7 @@ def confusion(ax: Axes, counts: np.ndarray, names: Sequence[str]) -> Axes:
             ax.text(j, i, str(int(counts[i, j])), ha="center", va="center", color=tone, fontsize=8)
     ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
     ax.set_yticks(range(len(names)), names)
-    ax.set(xlabel="what the model calls it", ylabel="what it is")
-    return ax
+    return _finish(ax, legend=0, xlabel="what the model calls it", ylabel="what it is")
 
 
 def gains(ax: Axes, table: pd.DataFrame, measure: str, *, rows: str = "method") -> Axes:
@@ -420,27 +393,24 @@ def gains(ax: Axes, table: pd.DataFrame, measure: str, *, rows: str = "method") 
     a mark a variant, told apart by colour and by shape. Where there is no interval, the mark stands
     alone.
     """
-    mine = table[(table["measure"] == measure) & table["gain"].notna()]
-    names = list(dict.fromkeys(mine[rows]))
-    variants = ["all"] if rows == "variant" else list(dict.fromkeys(mine["variant"]))
+    drawn = table[(table["measure"] == measure) & table["gain"].notna()]
+    names = list(dict.fromkeys(drawn[rows]))
+    variants = ["all"] if rows == "variant" else list(dict.fromkeys(drawn["variant"]))
     for k, variant in enumerate(variants):
-        part = mine if rows == "variant" else mine[mine["variant"] == variant]
+        part = drawn if rows == "variant" else drawn[drawn["variant"] == variant]
         y = [names.index(n) + 0.24 * (k - (len(variants) - 1) / 2) for n in part[rows]]
         ends = np.vstack([part["gain"] - part["low"], part["high"] - part["gain"]])
-        ax.errorbar(
-            part["gain"],
-            y,
-            xerr=np.nan_to_num(ends).clip(min=0),
-            fmt=_MARKS[k % len(_MARKS)],
-            color=_SAFE[k % len(_SAFE)],
-            capsize=3,
-            label=variant,
-        )
-    ax.axvline(0.0, color="black", lw=0.8, ls="--")
+        look: dict[str, Any] = {
+            "fmt": _MARKS[k % len(_MARKS)],
+            "color": _SAFE[k % len(_SAFE)],
+            "capsize": 3,
+        }
+        ax.errorbar(part["gain"], y, xerr=np.nan_to_num(ends).clip(min=0), label=variant, **look)
+    ax.axvline(0.0, **_EDGE)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)  # the first on top
     ax.locator_params(axis="x", nbins=6)
-    ax.set_xlabel(f"change of {measure.replace('_', ' ')}")
+    ax.set_xlabel(f"change of {_words(measure)}")
     if len(variants) > 1:
         ax.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return ax
@@ -458,19 +428,40 @@ def scatter(
         ax.plot(part[x], part[y], mark, color=colour, label=name, alpha=0.8)
     ax.axhline(0.0, color="black", lw=0.8)
     if diagonal:
-        ax.axline((0, 0), slope=1, color="black", lw=0.8, ls="--")
+        ax.axline((0, 0), slope=1, **_EDGE)
     ax.locator_params(nbins=6)
-    ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
-    if table[group].nunique() > 1:
-        ax.legend(frameon=False, fontsize=9)
-    return ax
+    size = 9 if table[group].nunique() > 1 else 0
+    return _finish(ax, legend=size, xlabel=_words(x), ylabel=_words(y))
 
 
 _SAFE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours, which the colour-blind tell apart."""
 _DASHES = ("-", "--", "-.", ":")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
+_EDGE: dict[str, Any] = {"color": "black", "lw": 0.8, "ls": "--"}
 
 
 def _colour(name: str) -> str | None:
     return COLOURS.get(name, "#059669" if name.startswith("untuned") else None)
+
+
+def _words(column: str) -> str:
+    return column.replace("_", " ")
+
+
+def _over_steps(ax: Axes, metrics: Mapping[str, pd.DataFrame], column: str, window: int) -> None:
+    for name, table in metrics.items():
+        ax.plot(table["step"], smooth(table[column], window), label=name, color=_colour(name))
+
+
+def _finish(
+    ax: Axes, title: str | None = None, *, legend: int = 10, beside: bool = False, **labels: Any
+) -> Axes:
+    """Set labels, the title, and a legend of that size (0: none), perhaps beside the axis."""
+    ax.set(**labels)
+    if title is not None:
+        ax.set_title(title, fontsize=10)
+    if legend:
+        place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if beside else {}
+        ax.legend(frameon=False, fontsize=legend, **place)
+    return ax

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import os
 from collections.abc import Callable, Sequence
-from io import BytesIO
 from typing import Any
 
 import ipywidgets
@@ -19,20 +16,18 @@ from PIL import Image
 
 from sude_lab.errors import UserError
 from sude_lab.view import plots
+from sude_lab.view.shown import Shown, png, short
 
-WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
-
-class RunExplorer:
+class RunExplorer(Shown):
     """A button a run, coloured by a measure; a click marks the run in the plane and draws it.
 
-    Show it as the last line of a cell. A page whose widgets do not run (a stored notebook, a site)
-    shows the present state instead; with the environment variable SUDE_LAB_STATIC=1 there is that
-    picture alone: so notebooks are stored, because a widget needs the kernel that made it.
+    Show it as the last line of a cell; what is stored is its last picture, see
+    `sude_lab.view.shown`.
 
     Args:
         runs: a row a run.
-        pictures: gives a run's pictures by what was asked for; asked at the first click on it.
+        pictures: gives a run's pictures by their prompts; called at the first click on the run.
         row, column: the columns of `runs` that say where its button stands.
         x, y: the measures of the plane, between 0 and 1; buttons show and are coloured by y.
         at: the (row, column) to begin with.
@@ -64,7 +59,6 @@ class RunExplorer:
         self._plane, self._right = (
             self.figure.add_axes(box) for box in ((0.06, 0.17, 0.24, 0.72), (0.34, 0.02, 0.65, 0.9))
         )
-        self.image = ipywidgets.Image(format="png")
         self.buttons = self._make_buttons()
         self._prepare()
         self.show(*(at or self.runs.index[0]))
@@ -84,31 +78,33 @@ class RunExplorer:
             self._move_mark()
             self._draw_pictures()
             self.canvas.draw()
-            file, pixels = BytesIO(), np.asarray(self.canvas.buffer_rgba())
-            Image.fromarray(pixels).save(file, "png", compress_level=1)
-            self._drawn[self.at] = file.getvalue()
-        self.image.value = self._drawn[self.at]
-        return self.image.value
+            self._drawn[self.at] = png(self.canvas)
+        self.publish()
+        return self.picture()
+
+    def picture(self) -> bytes:
+        """Return the plane and the pictures of the marked run."""
+        return self._drawn[self.at]
 
     def widget(self) -> Any:
-        """Return the table of buttons with the figure below."""
+        """Return the table of buttons."""
         columns = list(dict.fromkeys(self.runs.index.get_level_values(1)))
         rows = list(dict.fromkeys(self.runs[self.row]))
         width = {"width": "190px"}
         lines = [[ipywidgets.Label(f"{self.row} \\ {self.column}", layout=width)]]
-        lines[0] += [ipywidgets.Label(_short(c), layout={"width": "70px"}) for c in columns]
+        lines[0] += [ipywidgets.Label(short(c), layout={"width": "70px"}) for c in columns]
         for row in rows:
             line = [ipywidgets.Label(str(row), layout=width)]
             for column in columns:
                 gap = ipywidgets.Label("", layout={"width": "70px"})
                 line.append(self.buttons.get((row, column), gap))
             lines.append(line)
-        return ipywidgets.VBox([*(ipywidgets.HBox(line) for line in lines), self.image])
+        return ipywidgets.VBox([ipywidgets.HBox(line) for line in lines])
 
     def __str__(self) -> str:
         run = self.runs.loc[self.at]
         return (
-            f"{self.at[0]}, {self.column} {_short(self.at[1])}: "
+            f"{self.at[0]}, {self.column} {short(self.at[1])}: "
             f"{_named(self.y)} {run[self.y]:.2f}, {_named(self.x)} {run[self.x]:.2f}"
         )
 
@@ -119,7 +115,7 @@ class RunExplorer:
             value = float(run[self.y])
             button = ipywidgets.Button(
                 description=f"{value:.2f}",
-                tooltip=f"{place[0]}, {self.column} {_short(place[1])}",
+                tooltip=f"{place[0]}, {self.column} {short(place[1])}",
                 layout={"width": "70px"},
             )
             button.style.button_color = to_hex(shades(value))
@@ -140,8 +136,8 @@ class RunExplorer:
         right.set_axis_off()
 
     def _move_mark(self) -> None:
-        mine = self.runs[self.runs[self.row] == self.at[0]]
-        self._line.set_data(mine[self.x], mine[self.y])
+        of_row = self.runs[self.runs[self.row] == self.at[0]]
+        self._line.set_data(of_row[self.x], of_row[self.y])
         run = self.runs.loc[self.at]
         self._mark.set_data([run[self.x]], [run[self.y]])
         self._title.set_text(str(self))
@@ -165,19 +161,6 @@ class RunExplorer:
         self._canvas.set_data(whole)
         self._canvas.set_extent((0, whole.shape[1], whole.shape[0], 0))
         self._right.set(xlim=(0, whole.shape[1]), ylim=(whole.shape[0], 0))
-
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        bundle: dict[str, Any] = {
-            "text/plain": str(self),
-            "image/png": base64.b64encode(self.image.value).decode("ascii"),
-        }
-        if os.environ.get("SUDE_LAB_STATIC", "0") in ("", "0"):
-            bundle[WIDGET_VIEW] = self.widget()._repr_mimebundle_()[WIDGET_VIEW]
-        return bundle
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _named(measure: str) -> str:

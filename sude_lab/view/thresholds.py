@@ -1,22 +1,14 @@
 """Explorers: move a slider, and pictures and numbers of a lesson follow at once.
 
-The models are asked once, on a grid (`ask`); a move of a slider only looks up what they said. An
-explorer shows itself as sliders where a notebook's page can draw widgets, and as a picture of its
-present state everywhere else. With the environment variable SUDE_LAB_STATIC=1 it is the picture
-alone: so notebooks are stored, because a widget needs the kernel that made it.
+The models are called once, on a grid (`ask`); a move of a slider only looks up their answers.
 """
 
 from __future__ import annotations
 
-import base64
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from typing import Any
 
-import ipywidgets
-import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -32,8 +24,7 @@ from sude_lab.losses import guidance_projection, sude_weight
 from sude_lab.prompts import photo_of
 from sude_lab.sude import sude_terms
 from sude_lab.view import plots
-
-WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+from sude_lab.view.shown import Shown, png, row, short, slider
 
 
 def sude_move(
@@ -64,7 +55,7 @@ def sude_move(
 
 @dataclass(frozen=True)
 class Grid:
-    """What two models say of one picture under N noises at M timesteps, and K categories.
+    """The answers of two models about one picture under N noises at M timesteps, and K categories.
 
     `x_t`, `subject`, `uncond`: (N, M, C, h, w); `category`: (N, M, K, C, h, w). All but x_t are
     predicted noise.
@@ -99,29 +90,29 @@ def ask(
     if not categories or not seeds:
         raise UserError("Give at least one category and one seed.")
     prompts = ["", *(photo_of(category) for category in categories)]
-    noised, of_judge, of_subject = [], [], []
+    noised, judged, tuned_eps = [], [], []
     for seed in seeds:
         parts = [p[1:5] for p in answers(judge, [picture], prompts, times, seed=seed)]
-        x_t, guess = (torch.cat([part[k] for part in parts]).cpu() for k in (0, 3))
+        x_t, eps = (torch.cat([part[k] for part in parts]).cpu() for k in (0, 3))
         noised.append(x_t.unflatten(0, (len(times), -1))[:, 0])
-        of_judge.append(guess.unflatten(0, (len(times), -1)))
-        asked = answers(tuned, [picture], [subject_prompt], times, seed=seed)
-        of_subject.append(torch.cat([part[4] for part in asked]).cpu())
-    said = torch.stack(of_judge)
+        judged.append(eps.unflatten(0, (len(times), -1)))
+        batches = answers(tuned, [picture], [subject_prompt], times, seed=seed)
+        tuned_eps.append(torch.cat([batch[4] for batch in batches]).cpu())
+    by_judge = torch.stack(judged)
     return Grid(
         tuple(times),
         tuple(categories),
         tuple(seeds),
         torch.stack(noised),
-        torch.stack(of_subject),
-        said[:, :, 0],
-        said[:, :, 1:],
+        torch.stack(tuned_eps),
+        by_judge[:, :, 0],
+        by_judge[:, :, 1:],
     )
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one position of the sliders says; losses are means over the latent's dimensions."""
+    """The numbers at one position of the sliders; losses are means over the latent's dimensions."""
 
     t: int
     category: str
@@ -146,12 +137,12 @@ class Reading:
         )
 
 
-class ThresholdExplorer:
+class ThresholdExplorer(Shown):
     """Sliders for t, category, noise and w_s over x_t, the push, and L_sude against tau_t.
 
     The push is where SuDe, arXiv 2403.06775, eq. 7-10, moves the tuned model's answer when moving
     costs what eq. 3 would charge for it: e_sub + s d with s of `sude_move`. Show it
-    as the last line of a cell; `update` and `png` do the same without a page.
+    as the last line of a cell; `update` and `picture` do the same without a page.
 
     Args:
         judge: the model whose autoencoder shows latents as pictures.
@@ -188,7 +179,7 @@ class ThresholdExplorer:
             x.reshape(shape) for x in (terms.loss, terms.threshold, terms.gate, terms.rho)
         )
         self._pictures: dict[tuple[object, ...], Image.Image] = {}
-        self._see_all()
+        self._draw_all()
         self.figure = Figure(figsize=(11.5, 3.0), dpi=72)
         self.canvas = FigureCanvasAgg(self.figure)
         places = self.figure.add_gridspec(
@@ -205,7 +196,6 @@ class ThresholdExplorer:
             (n, k): self._background(n, k) for n in range(shape[0]) for k in range(shape[2])
         }
         self.sliders = self._make_sliders()
-        self.image = ipywidgets.Image(format="png")
         self._follow()
 
     def read(self, t: int, category: str, seed: int, weight_sude: float) -> Reading:
@@ -239,25 +229,16 @@ class ThresholdExplorer:
         self.figure.draw_artist(self._title)
         return reading
 
-    def png(self) -> bytes:
+    def picture(self) -> bytes:
         """Return the figure as it is now."""
-        file = BytesIO()
-        Image.fromarray(np.asarray(self.canvas.buffer_rgba())).save(file, "png", compress_level=1)
-        return file.getvalue()
+        return png(self.canvas)
 
     def widget(self) -> Any:
-        """Return the sliders with the figure below them."""
-        return ipywidgets.VBox([ipywidgets.HBox(list(self.sliders.values())), self.image])
+        """Return the sliders, in two lines on a narrow page."""
+        return row(self.sliders.values())
 
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        values = {name: slider.value for name, slider in self.sliders.items()}
-        bundle: dict[str, Any] = {
-            "text/plain": str(self.read(**values)),
-            "image/png": base64.b64encode(self.png()).decode("ascii"),
-        }
-        if os.environ.get("SUDE_LAB_STATIC", "0") in ("", "0"):
-            bundle[WIDGET_VIEW] = self.widget()._repr_mimebundle_()[WIDGET_VIEW]
-        return bundle
+    def __str__(self) -> str:
+        return str(self.read(**self._position()))
 
     def _make_sliders(self) -> dict[str, Any]:
         grid = self.grid
@@ -269,18 +250,18 @@ class ThresholdExplorer:
             "weight_sude": ("w_s", self.weights, self.weights[len(self.weights) // 2]),
         }
         sliders = {}
-        for name, (label, options, value) in wanted.items():
-            slider = ipywidgets.SelectionSlider(
-                options=options, value=value, description=label, layout={"width": "280px"}
-            )
-            slider.observe(self._follow, names="value")
-            sliders[name] = slider
+        for name, (label, values, value) in wanted.items():
+            sliders[name] = slider(label, [(short(v), v) for v in values], value)
+            sliders[name].observe(self._follow, names="value")
         return sliders
+
+    def _position(self) -> dict[str, Any]:
+        return {name: slider.value for name, slider in self.sliders.items()}
 
     def _follow(self, _: Any = None) -> None:
         """Bring the figure to where the sliders are."""
-        self.update(**{name: slider.value for name, slider in self.sliders.items()})
-        self.image.value = self.png()
+        self.update(**self._position())
+        self.publish()
 
     def _index(self, t: int, category: str, seed: int) -> tuple[int, int, int]:
         grid = self.grid
@@ -340,8 +321,8 @@ class ThresholdExplorer:
         x_0 = to_x_0(eps, self.grid.x_t[n, m].expand_as(eps), t, self._schedule)
         return decode(self.judge, x_0)
 
-    def _see_all(self) -> None:
-        """Draw every picture that does not hang on w_s."""
+    def _draw_all(self) -> None:
+        """Draw every picture that does not depend on w_s."""
         for n in range(len(self.grid.seeds)):
             noisy = decode(self.judge, self.grid.x_t[n])
             for m, picture in enumerate(noisy):
@@ -349,5 +330,5 @@ class ThresholdExplorer:
                 eps = torch.cat([self.grid.subject[n, m : m + 1], self.grid.category[n, m]])
                 subject, *categories = self._believed(eps, n, m)
                 self._pictures["subject", n, m] = subject
-                for k, seen in enumerate(categories):
-                    self._pictures["category", n, m, k] = seen
+                for k, category in enumerate(categories):
+                    self._pictures["category", n, m, k] = category

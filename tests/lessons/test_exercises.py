@@ -59,7 +59,7 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ('means["sude"] - means["plain"]', 'means["plain"] - means["sude"]', "Plain minus SuDe"),
         ('["subject", "variant"]', '["subject", "seed", "variant"]', "Seeds of one subject"),
         ('["attribute_alignment"]', '["subject_fidelity"]', "fidelity"),
-        ('["sude"] - means["plain"]', '["sude"].mean()', "A pandas Series by subject"),
+        ('["sude"] - means["plain"]', '["sude"].mean()', "A pandas Series is expected"),
     ],
     "training_step": [
         ("    optimizer.zero_grad()\n", "", "optimizer.zero_grad()"),
@@ -68,6 +68,7 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ("generator=generator)\n    eps", "generator=generator) * 0 + 1\n    eps", "should be"),
         ("(len(x_0),), generator=generator)", "(1,), generator=generator).expand(8)", "its own"),
         ("square().mean()", "square().sum()", "summed the squares"),
+        ("loss.backward()", "(-loss).backward()", "It climbs"),
     ],
     "log_density": [
         ("squares.sum(1) / (2 * variance)", "squares.sum(1) / (2 * variance.sqrt())", "its square"),
@@ -76,11 +77,22 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ("squares.sum(1) / (2 * variance)", "squares.sum(1) / variance", "your 2 is missing"),
         ("squares.sum(1)", "squares.mean(1)", "averaged the squares"),
         ("squares.sum(1) / (2 * variance)", "squares.sum(1) / (2 * variance**2)", "once more"),
+        ("squares.shape[1]", "squares.shape[0]", "you took it B times"),
+        ("squares.shape[1]", "x_prev.shape[1]", "each of the C channels"),
+        ("return -squares", "return squares", "less likely: its sign"),
+        (" - dims / 2", " + dims / 2", "a wide density lower"),
+        ("squares.sum(1) / (2", "squares.sum(1).sqrt() / (2", "not the distance"),
+        ("dims / 2 *", "dims *", "-D/2, not -D"),
+        ("return -squares", "return 0 * squares.sum(1)  # -squares", "Nothing but zeros"),
     ],
     "log_ratio": [
         ("return under_class - ", "return -under_class + ", "sign is turned"),
         (" - log_density(x_prev, mean_uncond, variance)", "", "numerator alone"),
         ("variance)\n    return", "variance.sqrt())\n    return", "should be"),
+        ("under_class - ", "under_class / ", "You divided the logarithms"),
+        ("under_class - ", "under_class + ", "You added the logarithms"),
+        ("return under_class - ", "return 2 * under_class - 2 * ", "your 2 is missing"),
+        ("return under_class - ", "return 0 * under_class + ", "denominator alone"),
     ],
     "normaliser": [
         ('"c"', '"a"', "number of dimensions"),
@@ -101,10 +113,12 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ("last + ", "", "add what was known of x_T"),
         ("cumsum(0).flip(0)", "cumsum(0)", "wrong order"),
         ("news.flip(0).cumsum(0).flip(0)", "news.sum(0)", "the whole way"),
+        (".cumsum(0).flip(0)", ".cumsum(0).flip(0).clamp(max=-last)", "You cut at 0"),
+        ("last + news", "last - news", "The news is turned"),
     ],
     "noise_errors": [
         ("(eps - guess)", "(x_0 - guess)", "compared with x_0"),
-        ("schedule, c)", "schedule)", "classes are not told"),
+        ("schedule, c)", "schedule)", "The model gets no class"),
         ("dim=1)", "dim=0)", "stand in the rows"),
         (
             "        guess =",
@@ -115,6 +129,10 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
             "noise of its own",
         ),
         (".square().sum(1)", ".square().mean(1)", "averaged over the dimensions"),
+        ("(eps - guess)", "(x_t - guess)", "compared with x_t"),
+        ("(x_t, t, schedule, c)", "(x_t, t + 1, schedule, c)", "one too late"),
+        ("(x_t, t, schedule, c)", "(x_t, t - 1, schedule, c)", "one too early"),
+        (".square().sum(1)", ".norm(dim=1)", "squared length"),
     ],
     "sude": [
         ("to_class - to_uncond", "to_uncond - to_class", "sign is turned"),
@@ -130,7 +148,7 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ("mean_class - mean_uncond", "mean_class - x_sub", "x_sub is not in the gradient"),
         ("variance[:, None]", "variance", "(B, 1)"),
         ("variance[:, None]", "variance[:, None].sqrt()", "its square"),
-        (" / variance[:, None]", "", "not divided by sigma^2"),
+        (" / variance[:, None]", "", "Divide by sigma^2"),
     ],
     "along": [
         ("d.square().sum(1, keepdim=True)", "d.norm(dim=1, keepdim=True)", "square of d's length"),
@@ -168,6 +186,11 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         (" / (2 * variance)", " / variance", "your 2 is missing"),
         (".square().sum(1)", ".norm(dim=1)", "squared length"),
         ("sum(1)", "mean(1)", "averaged over the dimensions"),
+        ("(2 * variance)", "(2 * variance**2)", "squared it once more"),
+        ("(2 * variance)", "2", "Divide by sigma^2"),
+        (".square().sum(1)", ".sum(1).square()", "squares first"),
+        (".square().sum(1)", ".abs().sum(1)", "absolute values"),
+        ("(2 * variance)", "(2 * variance.sqrt())", "divided by sigma"),
     ],
     "truncated": [
         ("(loss > tau)", "(loss.mean() > tau.mean())", "averaged over the batch"),
@@ -176,12 +199,20 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ("loss > tau", "loss >= tau", "eq. 9 says <="),
         ("loss * (loss > tau)", "(loss > tau)", "That is the gate"),
         ("loss * (loss", "(loss - tau) * (loss", "you also subtracted tau"),
+        ("loss * (", "loss.detach() * (", "no gradient reaches loss"),
+        ("(loss > tau)", "(loss > 0)", "not with 0"),
+        ("(loss > tau)", "(loss > tau.mean())", "averaged tau"),
+        ("(loss > tau)", "(loss > -tau)", "turned its sign"),
     ],
     "rho": [
         ("d.square().sum(1)", "(a.norm(dim=1) * d.norm(dim=1))", "cosine"),
         ("d.square().sum(1)", "d.norm(dim=1)", "not by its length"),
         ("(x_sub - mean_uncond)", "x_sub", "Subtract mean_uncond from x_sub"),
         (" / d.square().sum(1)", "", "Not divided yet"),
+        ("(x_sub - mean_uncond)", "(x_sub - mean_class)", "measured it from the class"),
+        ("(mean_class - mean_uncond)", "(mean_uncond - mean_class)", "reversed"),
+        ("d.square().sum(1)", "a.square().sum(1)", "the ruler is d"),
+        ("(a * d).sum(1) / d.square().sum(1)", "(a * d).sum() / d.square().sum()", "whole batch"),
     ],
     "rho_depends": [
         ('"d"', '"a"', "both have 1 / (2 sigma_t^2)"),
@@ -194,6 +225,9 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         (".clamp(min=0)", "", "Without max"),
         ("1 - rho", "rho - 1", "wrong side"),
         ("-2 * tau", "2 * tau", "sign is turned"),
+        ("(1 - rho).clamp(min=0)", "(1 - rho).clamp(min=0) ** 2", "You squared it"),
+        ("(1 - rho).clamp(min=0)", "(rho < 1)", "how far it is"),
+        ("-2 * tau * ", "", "tau is lost"),
     ],
     "settle": [
         ("(loss > tau)[:, None]", "1", "It never stops"),
@@ -210,6 +244,12 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ("- 2 * weight_sude", "+ 2 * weight_sude", "wrong way"),
         ("2 * (s - eps_target) - ", "-", "all the way to rho = 1"),
         ("(s - eps_target)", "(s - eps_class)", "moved across d"),
+        ("2 * weight_sude", "2 * 0.8", "your number stands"),
+        ("2 * weight_sude * ", "2 * ", "w_s is not used"),
+        ("2 * weight_sude", "4 * weight_sude", "w_s counts twice"),
+        ("2 * weight_sude", "weight_sude", "w_s counts half"),
+        ("(loss > tau)[:, None]", "loss.mean() > tau.mean()", "averaged over the batch"),
+        ("s = s - 0.02", "s = s + 0.02", "It runs away"),
     ],
     "lora_count": [
         ("rank * (out + into)", "out * into", "Those are the layers themselves"),
@@ -257,6 +297,7 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ("eps, weight_sude)", "eps, 0.0)", "SuDe does nothing here"),
         ("    optimizer.zero_grad()\n", "", "optimizer.zero_grad()"),
         ("    optimizer.step()\n", "", "Nothing moved"),
+        ("loss.backward()", "(-loss).backward()", "It climbs"),
     ],
     "by_weight": [
         ('table[table["attribute"].notna()]', "table", "Rows without an attribute"),
@@ -395,7 +436,7 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ("with torch.no_grad()", "with torch.enable_grad()", "flows through the predictions"),
         (".mean(1)", ".sum(1)", "You summed the squares"),
         ("return loss *", "return (loss - tau) *", "That is the hinge"),
-        ("(x_t, t, class_embeds)", "(x_t, t, uncond_embeds + 0 * class_embeds)", "at [0] is 0"),
+        ("(x_t, t, class_embeds)", "(x_t, t, uncond_embeds + 0 * class_embeds)", "but zeros"),
     ],
     "judged_text": [
         ('.replace("{S*}", category)', "", "{S*} is still there"),
@@ -605,10 +646,10 @@ def test_slips_are_told_apart(
         seen.append(([], 0.0))
 
     home = sys.modules[getattr(exercises, f"check_{task}").__module__]
-    monkeypatch.setattr(judging, "judge", record)  # by way of `judge_table`
     for name, recorder in (("judge", record), ("judge_words", record_words)):
-        if hasattr(home, name):
-            monkeypatch.setattr(home, name, recorder)
+        for module in (judging, home):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, recorder)
     hand_in(before[task])
     for values, tolerance in seen:
         values = [torch.as_tensor(value).double() for value in values]
@@ -656,7 +697,8 @@ def test_an_answer_cannot_spoil_what_it_is_given() -> None:
         (lambda x: None, "returns nothing"),
         (3, "the function itself"),
         (lambda x: "three", "a str"),
-        (lambda x: x.sum(), "The shape (3,) is expected, yours is ()"),
+        (lambda x: x[:2], "The shape (3,) is expected, yours is (2,)"),
+        (lambda x: x.sum(), "You summed over the batch"),
         (lambda x: x + torch.tensor([0.0, 0.0, 0.5]), "at [2] is 1.5 and should be 1"),
         (lambda x: x * float("nan"), "at [0] is nan"),
     ],
@@ -927,31 +969,69 @@ def test_released_copies_are_the_sources_emptied(released: tuple[Path, Path]) ->
 def test_nbgrader_grades_what_is_handed_in(
     released: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A solved copy gets every point, one with a slip loses that task's, a fresh copy has none."""
+    """Points for what is right, none for tricks; copies and downloads stop nobody's grading."""
     from nbgrader.api import Gradebook
 
     (copies, course), name = released, "ex_03_truncation_thresholds"
     fresh = json.loads((copies / f"{name}.ipynb").read_text(encoding="utf-8"))
-    solved, slipped = copy.deepcopy(fresh), copy.deepcopy(fresh)
-    for cell, mine, original in zip(solved["cells"], slipped["cells"], read(name), strict=True):
+    points = sum(info(check)["points"] for _, _, check in tasks(read(name)))
+    solved = copy.deepcopy(fresh)
+    for cell, original in zip(solved["cells"], read(name), strict=True):
         if info(cell).get("solution"):
-            cell["source"] = mine["source"] = source(original)
-        if info(mine).get("grade_id") == "threshold":
-            mine["source"] = mine["source"].replace("(2 * variance)", "variance")
-    for student, notebook in (("ada", solved), ("ben", slipped), ("cy", fresh)):
-        place = course / "submitted" / student / name
+            cell["source"] = source(original)
+
+    def cell_of(notebook: Notebook, grade_id: str) -> Notebook:
+        return next(c for c in notebook["cells"] if info(c).get("grade_id") == grade_id)
+
+    def spoil(book: Notebook, grade_id: str, trick: str = "") -> None:
+        cell = cell_of(book, grade_id)
+        cell["source"] += f"\n{grade_id} = lambda *_: torch.zeros(())\n{trick}"
+
+    def ben(book: Notebook) -> None:
+        cell = cell_of(book, "threshold")
+        cell["source"] = cell["source"].replace("(2 * variance)", "variance")
+        book["cells"].remove(cell_of(book, "rho_depends-check"))
+
+    def copies_cells(book: Notebook) -> None:
+        book["cells"].insert(4, copy.deepcopy(cell_of(book, "rho")))
+        book["cells"].append(copy.deepcopy(cell_of(book, "rho-check")))
+        info(cell_of(book, "threshold")).update(schema_version=1)
+
+    def tricks(book: Notebook) -> None:
+        spoil(book, "threshold", "exercises.check_threshold = lambda *_, **__: None")
+        for part in ("exercises.judging", "sude_lab.exercises.truncation"):
+            trick = f"import sude_lab.exercises.truncation\n{part}.judge = lambda *_, **__: None"
+            spoil(book, "truncated", trick)
+        cell_of(book, "truncated-check")["source"] = "print('Right.')"
+        spoil(book, "rho")
+        cell_of(book, "rho-check")["source"] = ""
+        info(cell_of(book, "rho-check")).update(locked=False, solution=True, points=99)
+        spoil(book, "hinge")
+        cell_of(book, "hinge-check")["metadata"]["tags"] = ["skip-execution"]
+
+    hand_ins: dict[str, tuple[Callable[[Notebook], Any], float]] = {
+        "ben": (ben, points - 2),
+        "copy": (copies_cells, points),
+        "fresh": (lambda book: book.update(copy.deepcopy(fresh)), 0),
+        "tricks": (tricks, points - 6),
+    }
+    for student, (change, _) in hand_ins.items():
+        place, book = course / "submitted" / student / name, copy.deepcopy(solved)
+        change(book)
         place.mkdir(parents=True)
-        (place / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+        file = f"{name} (1).ipynb" if student == "copy" else f"{name}.ipynb"
+        (place / file).write_text(json.dumps(book), encoding="utf-8")
     # As in a shell with the environment activated, where nbgrader finds its own programs.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     monkeypatch.setenv("PATH", path)
     autograde = [sys.executable, "-m", "nbgrader", "autograde", name]
     done = subprocess.run(autograde, cwd=course, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
     scores = {}
     with Gradebook(f"sqlite:///{course / 'gradebook.db'}", "sude_lab") as book:
-        for student in ("ada", "ben", "cy"):
+        for student in hand_ins:
             submission = book.find_submission(name, student)
-            scores[student] = submission.score, submission.max_score
-    points = sum(info(check)["points"] for _, _, check in tasks(read(name)))
-    assert scores == {"ada": (points, points), "ben": (points - 1, points), "cy": (0, points)}
+            scores[student] = submission.score
+            assert submission.max_score == points
+    assert scores == {student: score for student, (_, score) in hand_ins.items()}

@@ -1,4 +1,4 @@
-"""The explorer of lesson 03 as a reader meets it: JupyterLab, a real browser, the arrow keys.
+"""Explorers as a reader meets them: JupyterLab, a real browser, the arrow keys, a second visit.
 
 Needs playwright (the extra `browser`) and a Chromium, the system's or one that
 `playwright install chromium` fetched; without them it is skipped and says why.
@@ -32,7 +32,8 @@ playwright = pytest.importorskip(
 
 ROOT = Path(__file__).resolve().parents[2]
 START, RUN, MOVE = 120, 240, 60  # seconds of patience: a server, a cell, a slider on a busy machine
-IMAGE = ".jupyter-widgets.widget-image"
+IMAGE = ".sude-lab-shown img"
+DEAD = "Error displaying widget"
 SLIDERS = ("t", "category", "noise", "w_s")
 CELLS = (
     "from PIL import Image\nfrom sude_lab.view import thresholds as explorers\n"
@@ -42,6 +43,15 @@ CELLS = (
     "categories, times, seeds = ('dog', 'candle'), (50, 400, 900), (3, 4)\n"
     "grid = explorers.ask(model, model, picture, prompt, categories, times, seeds)\n"
     "explorers.ThresholdExplorer(model, grid)",
+)
+OTHERS = (
+    "import pandas as pd\nfrom PIL import Image\nfrom sude_lab.view.flipbook import Flipbook\n"
+    "from sude_lab.view.runs import RunExplorer\n"
+    "def pictures(name): return {{'running': [Image.new('RGB', (32, 32), name)] * 2}}",
+    "Flipbook({{0: pictures('red'), 1: pictures('blue')}}, name='g')",
+    "runs = pd.DataFrame({{'subject': 'dog', 'factor': [0.0, 1.0, 2.0, 4.0, 8.0]}})\n"
+    "runs = runs.assign(subject_fidelity=0.4, attribute_alignment=[0.1, 0.3, 0.5, 0.7, 0.9])\n"
+    "RunExplorer(runs, lambda run: pictures('red' if run['factor'] else 'blue'))",
 )
 
 
@@ -70,14 +80,23 @@ def ask_server(url: str, token: str, method: str = "GET") -> Any:
         return json.loads(answer.read() or b"null")
 
 
+def stop_kernels(lab: str) -> None:
+    """End the sessions, and their kernels, of a JupyterLab by the address of its notebook."""
+    url, token = lab.split("/lab/")[0], lab.split("token=")[1]
+    for session in ask_server(f"{url}/api/sessions", token):
+        ask_server(f"{url}/api/sessions/{session['id']}", token, "DELETE")
+
+
 @pytest.fixture
 def lab(tiny_folder: Path, tmp_path: Path) -> Iterator[str]:
     """The address of a notebook in a JupyterLab of its own, with settings of its own."""
     (tmp_path / "books").mkdir()
-    cells = [nbformat.v4.new_code_cell(cell.format(folder=str(tiny_folder))) for cell in CELLS]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    book = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
-    nbformat.write(book, tmp_path / "books" / "explorer.ipynb")
+    for name, sources in (("explorer", CELLS), ("others", OTHERS)):
+        texts = [source.format(folder=str(tiny_folder)) for source in sources]
+        cells = [nbformat.v4.new_code_cell(text) for text in texts]
+        book = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
+        nbformat.write(book, tmp_path / "books" / f"{name}.ipynb")
     # Else a first start asks whether it may fetch news.
     news = tmp_path / "config/lab/user-settings/@jupyterlab/apputils-extension"
     news.mkdir(parents=True)
@@ -117,8 +136,7 @@ def lab(tiny_folder: Path, tmp_path: Path) -> Iterator[str]:
                 assert server.poll() is None and time.monotonic() < until, log_path.read_text()
                 time.sleep(0.5)
             yield f"{url}/lab/tree/explorer.ipynb?token={token}"
-            for kernel in ask_server(f"{url}/api/kernels", token):
-                ask_server(f"{url}/api/kernels/{kernel['id']}", token, "DELETE")
+            stop_kernels(f"{url}/lab/tree/explorer.ipynb?token={token}")
         finally:
             server.terminate()
             try:
@@ -148,20 +166,58 @@ def press(page: Any, slider: Any, key: str) -> float:
     return time.perf_counter() - started
 
 
-def test_the_arrow_keys_move_the_explorer(browser: Any, lab: str, tmp_path: Path) -> None:
-    page = browser.new_page(viewport={"width": 1500, "height": 1000})
+def open_book(page: Any, address: str) -> None:
     page.set_default_timeout(1000 * START)
+    page.goto(address)
+    page.locator(".jp-NotebookPanel .jp-CodeCell .cm-content").first.wait_for()
+    # Before its kernel is there, JupyterLab forgets what it is asked to run.
+    page.get_by_text(re.compile(r"\| Idle$")).wait_for()
+
+
+def run_all(page: Any, address: str, cells: tuple[str, ...]) -> None:
+    open_book(page, address)
+    page.locator(".jp-NotebookPanel .jp-CodeCell .cm-content").first.click()
+    for number, _ in enumerate(cells, 1):
+        page.keyboard.press("Shift+Enter")
+        done = page.locator(".jp-InputPrompt", has_text=f"[{number}]:")
+        done.wait_for(timeout=1000 * RUN)
+
+
+def visit_again(browser: Any, page: Any, address: str, width: int, shot: Path) -> None:
+    """Save, stop the kernel, open the book anew: the same pictures, and no dead widget."""
+    images = page.locator(IMAGE).all()
+    before = [(image.get_attribute("alt"), image.get_attribute("src")) for image in images]
+    page.keyboard.press("Control+s")
+    page.locator(".jp-mod-dirty").wait_for(state="detached")
+    page.close()
+    stop_kernels(address)
+    page = browser.new_page(viewport={"width": width, "height": 1000})
+    open_book(page, address)
+    page.locator(IMAGE).last.wait_for()
+    page.wait_for_timeout(3000)  # the manager of widgets looks for those that are gone
+    page.screenshot(path=shot)
+    images = page.locator(IMAGE).all()
+    assert before == [(image.get_attribute("alt"), image.get_attribute("src")) for image in images]
+    assert all(image.is_visible() for image in images)
+    assert not any(place.is_visible() for place in page.get_by_text(DEAD).all())
+    page.close()
+
+
+def inside(page: Any, *elements: Any) -> None:
+    """No element is wider than the output it stands in."""
+    outer = page.locator(".jp-NotebookPanel .jp-OutputArea-output").first.bounding_box()
+    for element in elements:
+        box = element.bounding_box()
+        assert box["x"] + box["width"] <= outer["x"] + outer["width"] + 1, box
+
+
+@pytest.mark.parametrize("width", [1400, 1024])
+def test_the_arrow_keys_move_the_explorer_which_outlives_its_kernel(
+    width: int, browser: Any, lab: str, tmp_path: Path
+) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 1000})
     try:
-        page.goto(lab)
-        editor = page.locator(".jp-NotebookPanel .jp-CodeCell .cm-content").first
-        editor.wait_for()
-        # Before its kernel is there, JupyterLab forgets what it is asked to run.
-        page.get_by_text(re.compile(r"\| Idle$")).wait_for()
-        editor.click()
-        for number, _ in enumerate(CELLS, 1):
-            page.keyboard.press("Shift+Enter")
-            done = page.locator(".jp-InputPrompt", has_text=f"[{number}]:")
-            done.wait_for(timeout=1000 * RUN)
+        run_all(page, lab, CELLS)
         image = page.locator(IMAGE)
         image.wait_for(timeout=1000 * RUN)
         sliders = page.get_by_role("slider")
@@ -172,6 +228,11 @@ def test_the_arrow_keys_move_the_explorer(browser: Any, lab: str, tmp_path: Path
         assert image.count() == 1
         assert page.locator(".jp-RenderedImage").count() == 0  # the static figure stays away
         assert page.locator(".jp-OutputArea-output[data-mime-type*=error]").count() == 0
+        tracks = page.locator(".widget-hslider .noUi-base").all()
+        assert min(track.bounding_box()["width"] for track in tracks) > 90
+        inside(page, image, page.locator(".widget-hslider").last)
+        readouts = page.locator(".widget-hslider .widget-readout").all_inner_texts()
+        assert readouts[1:] == ["dog", "3", "1"]
         start = pixels(image)
         for label, slider in zip(SLIDERS, sliders.all(), strict=True):
             now, last = (float(slider.get_attribute(f"aria-value{k}")) for k in ("now", "max"))
@@ -182,10 +243,40 @@ def test_the_arrow_keys_move_the_explorer(browser: Any, lab: str, tmp_path: Path
             assert np.abs(moved - start).max() > 50, f"{label} changed nothing that one sees"
             back = press(page, slider, keys[1])
             assert np.array_equal(pixels(image), start), f"{label} did not lead back"
+            words = f"{label}: {readouts[SLIDERS.index(label)]}"
+            page.wait_for_function(
+                "([at, words]) => { const it = document.querySelectorAll('[role=slider]')[at];"
+                " return it.ariaLabel + ': ' + it.ariaValueText === words }",
+                arg=[SLIDERS.index(label), words],
+                timeout=10_000,
+            )
             print(f"{label}: {1000 * there:.0f} ms there, {1000 * back:.0f} ms back")
+        press(page, sliders.last, "ArrowLeft")
+        page.screenshot(path=tmp_path / f"live-{width}.png")
+        visit_again(browser, page, lab, width, tmp_path / f"again-{width}.png")
     except BaseException:
-        page.screenshot(path=tmp_path / "page.png")
+        if not page.is_closed():
+            page.screenshot(path=tmp_path / "page.png")
         print(f"The page as it was: {tmp_path / 'page.png'}")
         raise
     finally:
         page.close()
+
+
+def test_flipbook_and_runs_outlive_their_kernel(browser: Any, lab: str, tmp_path: Path) -> None:
+    address = lab.replace("explorer.ipynb", "others.ipynb")
+    page = browser.new_page(viewport={"width": 1024, "height": 1000})
+    run_all(page, address, OTHERS)
+    images, buttons = page.locator(IMAGE), page.locator(".jupyter-widgets.widget-button")
+    images.nth(1).wait_for(timeout=1000 * RUN)
+    buttons.last.wait_for()
+    before = images.nth(1).get_attribute("src")
+    buttons.last.click()
+    page.wait_for_function(
+        "([where, old]) => document.querySelectorAll(where)[1].src !== old",
+        arg=[IMAGE, before],
+        timeout=1000 * MOVE,
+    )
+    inside(page, *images.all(), buttons.last, page.locator(".widget-hslider").first)
+    page.screenshot(path=tmp_path / "others.png")
+    visit_again(browser, page, address, 1024, tmp_path / "others-again.png")

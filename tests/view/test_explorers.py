@@ -1,6 +1,5 @@
 """The explorer of lesson 03 without a browser: its grid, its numbers, its figure, its sliders."""
 
-import base64
 import time
 from collections.abc import Callable
 from io import BytesIO
@@ -14,7 +13,7 @@ from sude_lab.backbone import Backbone
 from sude_lab.classify.probe import decode
 from sude_lab.diffusion import add_noise, to_x_0
 from sude_lab.errors import UserError
-from sude_lab.view.thresholds import WIDGET_VIEW, Grid, ThresholdExplorer, ask
+from sude_lab.view.thresholds import Grid, ThresholdExplorer, ask
 
 CATEGORIES, TIMES, SEEDS = ("dog", "candle"), (50, 400, 900), (3, 4)
 PICTURE = Image.new("RGB", (32, 32), "olive")
@@ -102,14 +101,13 @@ def test_every_slider_changes_the_figure(explorer: ThresholdExplorer) -> None:
     start = {"t": t, "category": category, "seed": seed, "weight_sude": 0.25}
     for name, slider in explorer.sliders.items():
         slider.value = start[name]
-    before = explorer.image.value
-    assert before == explorer.png()
+    before = explorer.picture()
     others = {"t": TIMES, "category": CATEGORIES, "seed": SEEDS, "weight_sude": (0.0, 0.25)}
     for name, options in others.items():
         explorer.sliders[name].value = next(x for x in options if x != start[name])
-        assert np.abs(pixels(explorer.image.value) - pixels(before)).max() > 50, name
+        assert np.abs(pixels(explorer.picture()) - pixels(before)).max() > 50, name
         explorer.sliders[name].value = start[name]
-        assert explorer.image.value == before, name
+        assert explorer.picture() == before, name
 
 
 def test_the_pictures_are_beliefs_and_the_push_is_their_difference(
@@ -157,23 +155,10 @@ def test_a_move_of_a_slider_takes_less_than_a_fifth_of_a_second(
     assert sorted(taken)[len(taken) // 2] < 2 * 0.2  # two moves each
 
 
-def test_it_shows_itself_as_sliders_and_as_a_picture(
-    explorer: ThresholdExplorer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("SUDE_LAB_STATIC", raising=False)
-    bundle = explorer._repr_mimebundle_()
-    assert set(bundle) == {"text/plain", "image/png", WIDGET_VIEW}
-    assert base64.b64decode(bundle["image/png"]) == explorer.png()
-    assert "L_sude" in bundle["text/plain"] and "gate" in bundle["text/plain"]
-    assert bundle[WIDGET_VIEW]["model_id"]
-    monkeypatch.setenv("SUDE_LAB_STATIC", "1")
-    assert set(explorer._repr_mimebundle_()) == {"text/plain", "image/png"}
-
-
 def test_the_sliders_stand_in_the_widget(explorer: ThresholdExplorer) -> None:
-    row, image = explorer.widget().children
-    assert [slider.description for slider in row.children] == ["t", "category", "noise", "w_s"]
-    assert image is explorer.image and image.value[:4] == b"\x89PNG"
+    sliders = explorer.widget().children
+    assert [slider.description for slider in sliders] == ["t", "category", "noise", "w_s"]
+    assert explorer.picture()[:4] == b"\x89PNG"
 
 
 def test_it_opens_where_the_gate_is_widest_open(explorer: ThresholdExplorer) -> None:

@@ -1,6 +1,5 @@
 """A click on a run shows that run, and nothing else."""
 
-import base64
 from io import BytesIO
 
 import numpy as np
@@ -49,8 +48,8 @@ def test_a_click_draws_the_pictures_of_its_run(explorer: RunExplorer) -> None:
     for place, colour in COLOURS.items():
         explorer.buttons[place].click()
         assert explorer.at == place
-        assert share(explorer.image.value, colour) > 0.02
-        others = [share(explorer.image.value, c) for p, c in COLOURS.items() if p != place]
+        assert share(explorer.picture(), colour) > 0.02
+        others = [share(explorer.picture(), c) for p, c in COLOURS.items() if p != place]
         assert max(others) < 0.002  # marks in the plane at most
         marked = [p for p, b in explorer.buttons.items() if "black" in b.layout.border_top]
         assert marked == [place]
@@ -80,8 +79,7 @@ def test_a_run_is_drawn_once(explorer: RunExplorer, asked: list[tuple[str, float
 
 
 def test_buttons_stand_in_rows_and_columns_and_say_their_number(explorer: RunExplorer) -> None:
-    *lines, image = explorer.widget().children
-    assert image is explorer.image
+    lines = explorer.widget().children
     words = [[getattr(c, "value", None) or c.description for c in line.children] for line in lines]
     assert words[0] == ["subject \\ factor", "0", "2"]
     assert ["dog", "0.10", "0.90"] in words
@@ -89,18 +87,6 @@ def test_buttons_stand_in_rows_and_columns_and_say_their_number(explorer: RunExp
     light, dark = explorer.buttons["dog", 2.0].style, explorer.buttons["dog", 0.0].style
     assert light.button_color != dark.button_color
     assert (light.text_color, dark.text_color) == ("black", "white")
-
-
-def test_without_widgets_there_is_a_picture(
-    explorer: RunExplorer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kind = "application/vnd.jupyter.widget-view+json"
-    monkeypatch.setenv("SUDE_LAB_STATIC", "1")
-    bundle = explorer._repr_mimebundle_()
-    assert kind not in bundle and "dog, factor 0" in bundle["text/plain"]
-    assert base64.b64decode(bundle["image/png"]) == explorer.image.value
-    monkeypatch.setenv("SUDE_LAB_STATIC", "0")
-    assert kind in explorer._repr_mimebundle_()
 
 
 def test_what_cannot_be_shown_is_refused(explorer: RunExplorer) -> None:

@@ -1,0 +1,134 @@
+"""A picture with controls in a notebook: the notebook keeps the picture, the kernel the controls.
+
+An explorer shows two outputs: its controls, and below them its picture, which follows them in
+place. What is stored is therefore always the last picture. A control dies with the kernel that made
+it, and JupyterLab would show "Error displaying widget" in its place; the style beside the picture
+replaces that by a sentence. With the environment variable SUDE_LAB_STATIC=1, and outside a
+notebook, there is the picture alone: so the lessons are stored.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import os
+from io import BytesIO
+from typing import Any
+
+import ipywidgets
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+GONE = "Run this cell again to bring its controls back."
+# An output before ours without any element in it is a view whose widget is gone.
+_DEAD = (
+    ".jp-OutputArea-child:has(+ .jp-OutputArea-child .sude-lab-shown) "
+    "> .jp-OutputArea-output:not(:has(*))"
+)
+_STYLE = (
+    f"<style>{_DEAD} {{ visibility: hidden }} {_DEAD}::before {{ visibility: visible; "
+    f"content: '{GONE}'; display: block }}</style>"
+)
+# ipywidgets gives the place of a slider's value for the value, and gives it no name.
+_NAMED = (
+    "setTimeout(() => document.querySelectorAll('.widget-hslider').forEach(one => {"
+    "const [it, name, value] = ['[role=slider]', '.widget-label', '.widget-readout']"
+    ".map(part => one.querySelector(part)); if (!it || !name || !value) return;"
+    "it.setAttribute('aria-label', name.textContent);"
+    "it.setAttribute('aria-valuetext', value.textContent)}), 300)"
+)
+
+
+class Shown:
+    """Mixin of all that a notebook shows: one output with a picture that is updated in place.
+
+    A class gives `picture()`, the bytes of what it shows now, and `str(self)`, which says the same
+    in words and is the picture's alternative text; one with controls gives `widget()`, too. After a
+    change it calls `publish()`.
+    """
+
+    format = "png"
+    _handle: Any = None
+
+    def picture(self) -> bytes:
+        """Return the picture as it is now, in `format`."""
+        raise NotImplementedError
+
+    def still(self) -> bytes:
+        """Return the picture for pages on which nothing moves."""
+        return self.picture()
+
+    def widget(self) -> Any:
+        """Return the controls, without the picture."""
+        raise NotImplementedError
+
+    def publish(self, *, first: bool = False) -> None:
+        """Bring the picture on the page up to date; with `first` put it there."""
+        if first and is_listening():
+            from IPython.display import display
+
+            self._handle = display(self._page(), raw=True, display_id=True)
+        elif self._handle is not None:
+            self._handle.update(self._page(), raw=True)
+
+    def _page(self) -> dict[str, str]:
+        source = f"data:image/{self.format};base64,{_base64(self.picture())}"
+        image = (
+            f'<img src="{source}" alt="{html.escape(str(self))}" style="max-width: 100%" '
+            f'onload="{_NAMED}">'
+        )
+        return {
+            "text/plain": str(self),
+            "text/html": f'{_STYLE}<div class="sude-lab-shown">{image}</div>',
+        }
+
+    def _ipython_display_(self) -> None:
+        if os.environ.get("SUDE_LAB_STATIC", "0") not in ("", "0") or not is_listening():
+            raise NotImplementedError  # IPython then asks `_repr_mimebundle_`
+        from IPython.display import display
+
+        view = self.widget()._repr_mimebundle_()[WIDGET_VIEW]
+        display({"text/plain": "", WIDGET_VIEW: view}, raw=True)
+        self.publish(first=True)
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
+        mime = f"image/{self.format}"
+        data = {"text/plain": str(self), mime: _base64(self.still())}
+        return data, {mime: {"alt": str(self)}}
+
+
+def is_listening() -> bool:
+    """Whether this is a notebook's kernel; a terminal would print an object's name each time."""
+    from IPython import get_ipython
+
+    return getattr(get_ipython(), "kernel", None) is not None
+
+
+def png(canvas: FigureCanvasAgg) -> bytes:
+    """Return what was drawn on a canvas as a PNG, packed quickly rather than tightly."""
+    file = BytesIO()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).save(file, "png", compress_level=1)
+    return file.getvalue()
+
+
+def slider(name: str, options: Any, value: Any, width: str = "300px") -> Any:
+    """Return a slider over given values, which are shown as text beside it."""
+    return ipywidgets.SelectionSlider(
+        options=options, value=value, description=name, layout={"width": width}
+    )
+
+
+def row(children: Any) -> Any:
+    """Return controls side by side, in as many lines as a narrow page needs."""
+    return ipywidgets.HBox(list(children), layout={"flex_flow": "row wrap"})
+
+
+def short(value: Any) -> str:
+    """Return a setting's value as a label."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
