@@ -16,7 +16,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -513,6 +513,21 @@ def _check_paths(command: Any) -> None:
                     ) from None
 
 
+def _sole(command: Any) -> AbstractContextManager[None]:
+    """Let no second command write where this one does; tune and export see to it themselves."""
+    from sude_lab.io.files import sole_writer
+
+    if isinstance(command, Generate):
+        return sole_writer(command.out)
+    if isinstance(command, Demo):
+        return sole_writer(command.out, inside=True)
+    if isinstance(command, Evaluate) and (command.out or command.runs):
+        from sude_lab.evaluate.evaluate import FOLDER
+
+        return sole_writer(command.out or command.runs[0] / FOLDER, inside=True)
+    return nullcontext()
+
+
 def _kept(command: Any) -> str:
     """Say what an interrupted command leaves, and how it is continued."""
     if isinstance(command, Tune):
@@ -543,7 +558,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = _parse([word for word in given if word != "--debug"])
         _check_paths(command)
-        return _COMMANDS[type(command)](command) or 0
+        with _sole(command):
+            return _COMMANDS[type(command)](command) or 0
     except BrokenPipeError:  # whoever read the output, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -16,7 +16,7 @@ from sude_lab import __version__
 from sude_lab.backbone import EMBEDDED, FACTS_FILE, Backbone, hub_id
 from sude_lab.errors import UserError
 from sude_lab.generation import sampling_settings
-from sude_lab.io.files import atomic_folder, atomic_write, save_tensors
+from sude_lab.io.files import atomic_folder, atomic_write, save_tensors, sole_writer
 from sude_lab.methods import get_method
 from sude_lab.methods.base import EMBEDDINGS, shared_name
 from sude_lab.methods.dreambooth import LORA_FILE
@@ -313,7 +313,7 @@ def write_kohya(weights: Path, path: Path | str, dtype: Precision = "float16") -
         "ss_network_alpha": str(max(ranks)),
         "ss_output_name": path.stem,
     }
-    with atomic_write(path) as unfinished:
+    with sole_writer(path), atomic_write(path) as unfinished:
         save_tensors(tensors, unfinished, metadata=about)
     return path
 
@@ -338,7 +338,7 @@ def export_pipeline(run: Run, out: Path | str, dtype: Precision = "float32") -> 
             f"A pipeline folder has no place for what {run.config.method} adds to the UNet: draw "
             "with `sude-lab generate`."
         )
-    with atomic_folder(out) as folder:
+    with sole_writer(out), atomic_folder(out) as folder:
         backbone = run.load("cpu")
         pipeline = backbone.pipeline
         if (weights / LORA_FILE).is_file():

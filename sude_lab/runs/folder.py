@@ -26,7 +26,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from itertools import chain
@@ -44,7 +44,14 @@ from tqdm.auto import tqdm
 from sude_lab.backbone import Backbone, open_backbone, pick_device
 from sude_lab.errors import UserError, machine_failure
 from sude_lab.generation import generate
-from sude_lab.io.files import PARTIAL, atomic_folder, atomic_write, remove_partials
+from sude_lab.io.files import (
+    LOCK,
+    PARTIAL,
+    atomic_folder,
+    atomic_write,
+    remove_partials,
+    sole_writer,
+)
 from sude_lab.io.pictures import load_picture, open_picture
 from sude_lab.io.reading import read_json
 from sude_lab.methods import get_method
@@ -255,120 +262,123 @@ def run_tuning(
     trackers = _Trackers(report_to)
     accelerator = launched(config.device)
     main = accelerator is None or accelerator.is_main_process
-    _check_folder(out, resume)
-    if (out / ENVIRONMENT).is_file():
+    if (out / ENVIRONMENT).is_file() and (out / CONFIG).is_file():
         if resume:
             if main:
                 tqdm.write(f"The run in {out} is already finished.")
             return Run.open(out)
         raise UserError(f"{out} already holds a finished run: choose another --out.")
-    # Bad input is found before the model is opened and before anything is written.
-    for subject in config.subjects:
-        load_picture(subject.image, resolution=64)
-    if validation_every and not num_samples:
-        raise UserError(
-            "--validation-every draws --num-samples pictures a prompt: give at least 1."
-        )
-    backbone = backbone or _open_backbone(config, accelerator)
-    config = resolve(config, backbone)
-    if config.class_images is not None and not config.prior_loss_weight:
-        raise UserError(
-            "--class-images is of no use where --prior-loss-weight is 0: add "
-            "--prior-loss-weight 1, or leave it out."
-        )
-    samples = [_filled(p, config) for p in sample_prompts or default_prompts(config)]
-    validated = [_filled(p, config) for p in validation_prompts or []] or samples
-    if kohya:
-        _check_lora(config)
-    assert config.resolution is not None and config.max_train_steps is not None
-    loaded = [load_picture(s.image, resolution=config.resolution) for s in config.subjects]
-    for note in [note for picture in loaded for note in picture.notes if main]:
-        tqdm.write(note)
-    pictures = [picture.image for picture in loaded]
-
-    state: dict[str, Any] | None = None
-    rows: list[dict[str, float]] = []
-    if resume and (out / CONFIG).is_file():
-        _check_same(_read_config(out / CONFIG), config, out)
-        _check_same_pictures(pictures, config, out)
-        if (out / CHECKPOINT).is_file():
-            state = _read_checkpoint(out / CHECKPOINT)
-            if not 0 < state["step"] < config.max_train_steps:
-                raise UserError(
-                    f"{out / CHECKPOINT} is of step {state['step']} and the run has "
-                    f"{config.max_train_steps}: delete it, and --resume starts anew."
-                )
-            rows = state.pop("rows")
-
-    started = time.time()
-    done = state["step"] if state else 0
-    steps = (tuner or tune)(config, backbone, pictures, state=state, accelerator=accelerator)
-    steps = _keeping(steps, out, accelerator)
-    # Before the bar: what is wrong with the settings shows here, and is one sentence then.
-    first = next(steps)
-    if main:
-        remove_partials(out)
-        if not done:
-            _begin(out, config, pictures)
-        trackers.begin(out / LOGS, config, first.number)
-    try:
-        with tqdm(
-            total=config.max_train_steps,
-            initial=done,
-            desc=label,
-            unit="step",
-            disable=not (progress and main),
-        ) as bar:
-            for step in chain([first], steps):
-                rows.append(step.row())
-                bar.update()
-                bar.set_postfix(
-                    loss=f"{rows[-1]['loss_subject']:.4f}",
-                    gates=f"{rows[-1]['open_gates']:.2f}",
-                    refresh=False,
-                )
-                if on_step:
-                    on_step(step)
-                if not main:
-                    continue
-                trackers.log(rows[-1])
-                if step.number % checkpoint_every == 0 and step.number < config.max_train_steps:
-                    with atomic_write(out / CHECKPOINT) as path:
-                        torch.save(step.state_dict() | {"rows": rows}, path)
-                if validation_every and step.number % validation_every == 0:
-                    file = out / VALIDATION / f"step-{step.number:06d}.png"
-                    try:
-                        grid = _draw_grid(file, config, backbone, validated, num_samples)
-                    except UserError as error:
-                        raise _told(error, out, step) from error
-                    trackers.picture(grid, step.number)
-    finally:
-        trackers.finish()
-    if main:
-        _keep_weights(out / WEIGHTS, step)
-        with atomic_write(out / METRICS) as path:
-            pd.DataFrame(rows).to_csv(path, index=False)
-        seconds = time.time() - started
-        if num_samples:
-            _draw_grid(out / SAMPLES, config, backbone, samples, num_samples, progress)
+    if resume and not out.exists():
+        raise UserError(f"There is no run to resume in {out}: leave --resume out to start one.")
+    with sole_writer(out, inside=True) if main else nullcontext():
+        _check_folder(out, resume)
+        # Bad input is found before the model is opened and before anything is written.
+        for subject in config.subjects:
+            load_picture(subject.image, resolution=64)
+        if validation_every and not num_samples:
+            raise UserError(
+                "--validation-every draws --num-samples pictures a prompt: give at least 1."
+            )
+        backbone = backbone or _open_backbone(config, accelerator)
+        config = resolve(config, backbone)
+        if config.class_images is not None and not config.prior_loss_weight:
+            raise UserError(
+                "--class-images is of no use where --prior-loss-weight is 0: add "
+                "--prior-loss-weight 1, or leave it out."
+            )
+        samples = [_filled(p, config) for p in sample_prompts or default_prompts(config)]
+        validated = [_filled(p, config) for p in validation_prompts or []] or samples
         if kohya:
-            name = f"{out.resolve().name}_kohya.safetensors"
-            (out / name).unlink(missing_ok=True)  # of a run stopped at this very point
-            write_kohya(out / WEIGHTS, out / name, kohya)
-        grid_name = SAMPLES if num_samples else None
-        card = model_card(config, backbone, out / WEIGHTS, samples, grid=grid_name)
-        with atomic_write(out / CARD) as path:
-            path.write_text(card, encoding="utf-8")
-        for folder in out.glob("weights-step-*"):  # of a failure before the resume
-            shutil.rmtree(folder)
-        # Written last: its presence says that the run is finished.
-        with atomic_write(out / ENVIRONMENT) as path:
-            about = _environment(backbone, seconds, rows, accelerator)
-            path.write_text(json.dumps(about, indent=2))
-        (out / CHECKPOINT).unlink(missing_ok=True)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
-    return Run.open(out)
+            _check_lora(config)
+        assert config.resolution is not None and config.max_train_steps is not None
+        loaded = [load_picture(s.image, resolution=config.resolution) for s in config.subjects]
+        for note in [note for picture in loaded for note in picture.notes if main]:
+            tqdm.write(note)
+        pictures = [picture.image for picture in loaded]
+
+        state: dict[str, Any] | None = None
+        rows: list[dict[str, float]] = []
+        if resume and (out / CONFIG).is_file():
+            _check_same(_read_config(out / CONFIG), config, out)
+            _check_same_pictures(pictures, config, out)
+            if (out / CHECKPOINT).is_file():
+                state = _read_checkpoint(out / CHECKPOINT)
+                if not 0 < state["step"] < config.max_train_steps:
+                    raise UserError(
+                        f"{out / CHECKPOINT} is of step {state['step']} and the run has "
+                        f"{config.max_train_steps}: delete it, and --resume starts anew."
+                    )
+                rows = state.pop("rows")
+
+        started = time.time()
+        done = state["step"] if state else 0
+        steps = (tuner or tune)(config, backbone, pictures, state=state, accelerator=accelerator)
+        steps = _keeping(steps, out, accelerator)
+        # Before the bar: what is wrong with the settings shows here, and is one sentence then.
+        first = next(steps)
+        if main:
+            remove_partials(out)
+            if not done:
+                _begin(out, config, pictures)
+            trackers.begin(out / LOGS, config, first.number)
+        try:
+            with tqdm(
+                total=config.max_train_steps,
+                initial=done,
+                desc=label,
+                unit="step",
+                disable=not (progress and main),
+            ) as bar:
+                for step in chain([first], steps):
+                    rows.append(step.row())
+                    bar.update()
+                    bar.set_postfix(
+                        loss=f"{rows[-1]['loss_subject']:.4f}",
+                        gates=f"{rows[-1]['open_gates']:.2f}",
+                        refresh=False,
+                    )
+                    if on_step:
+                        on_step(step)
+                    if not main:
+                        continue
+                    trackers.log(rows[-1])
+                    if step.number % checkpoint_every == 0 and step.number < config.max_train_steps:
+                        with atomic_write(out / CHECKPOINT) as path:
+                            torch.save(step.state_dict() | {"rows": rows}, path)
+                    if validation_every and step.number % validation_every == 0:
+                        file = out / VALIDATION / f"step-{step.number:06d}.png"
+                        try:
+                            grid = _draw_grid(file, config, backbone, validated, num_samples)
+                        except UserError as error:
+                            raise _told(error, out, step) from error
+                        trackers.picture(grid, step.number)
+        finally:
+            trackers.finish()
+        if main:
+            _keep_weights(out / WEIGHTS, step)
+            with atomic_write(out / METRICS) as path:
+                pd.DataFrame(rows).to_csv(path, index=False)
+            seconds = time.time() - started
+            if num_samples:
+                _draw_grid(out / SAMPLES, config, backbone, samples, num_samples, progress)
+            if kohya:
+                name = f"{out.resolve().name}_kohya.safetensors"
+                (out / name).unlink(missing_ok=True)  # of a run stopped at this very point
+                write_kohya(out / WEIGHTS, out / name, kohya)
+            grid_name = SAMPLES if num_samples else None
+            card = model_card(config, backbone, out / WEIGHTS, samples, grid=grid_name)
+            with atomic_write(out / CARD) as path:
+                path.write_text(card, encoding="utf-8")
+            for folder in out.glob("weights-step-*"):  # of a failure before the resume
+                shutil.rmtree(folder)
+            # Written last: its presence says that the run is finished.
+            with atomic_write(out / ENVIRONMENT) as path:
+                about = _environment(backbone, seconds, rows, accelerator)
+                path.write_text(json.dumps(about, indent=2))
+            (out / CHECKPOINT).unlink(missing_ok=True)
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+        return Run.open(out)
 
 
 def _open_backbone(config: TuningConfig, accelerator: Any) -> Backbone:
@@ -395,18 +405,15 @@ def _check_lora(config: TuningConfig) -> None:
 
 
 def _check_folder(out: Path, resume: bool) -> None:
-    if out.is_file():
-        raise UserError(f"{out} is a file: --out takes a folder.")
     # What a process was killed at before it had written anything whole is no content.
-    if out.is_dir() and any(not p.name.startswith(PARTIAL) for p in out.iterdir()):
+    written = [p for p in out.iterdir() if p.name != LOCK] if out.is_dir() else []
+    if any(not p.name.startswith(PARTIAL) for p in written):
         if not (out / CONFIG).is_file():
             raise UserError(
                 f"The folder {out} is not empty and holds no run: choose another --out."
             )
         if not resume and not (out / ENVIRONMENT).is_file():
             raise UserError(f"{out} holds an unfinished run: continue it with --resume.")
-    elif resume and not out.exists():
-        raise UserError(f"There is no run to resume in {out}: leave --resume out to start one.")
 
 
 # --- what a run began with -----------------------------------------------------------------------

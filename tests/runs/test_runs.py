@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import say
 from safetensors.torch import load_file, save_file
 
 from sude_lab import tuning
 from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError
+from sude_lab.io.files import sole_writer
 from sude_lab.io.pictures import load_picture
 from sude_lab.runs import folder as runs
 from sude_lab.runs.export import CARD
@@ -799,3 +801,46 @@ def test_processes_that_cannot_be_set_up_are_one_sentence(
     with pytest.raises(UserError, match=r"set the processes up \(no precision of that name\)"):
         run_tuning(config, tmp_path / "run", progress=False)
     assert names(tmp_path) == set()
+
+
+# --- two commands on one folder ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_commands_never_tune_into_one_folder(
+    resume: bool, config: TuningConfig, tune_in: Callable[..., Run], tmp_path: Path
+) -> None:
+    """The second is refused at once, in the midst of the first, which notices nothing."""
+    out = tmp_path / "run"
+    words = ["tune", config.image, "--category", "dog", "--backbone", config.backbone]
+    words += ["--seed", 4, "--device", "cpu", "--out", out, *(["--resume"] if resume else [])]
+
+    def second(step: Step) -> None:
+        before = content(out)
+        assert str(out) in say(*words).sentence and "Another command" in say(*words).sentence
+        assert content(out) == before
+
+    run = tune_in(config, out, on_step=second)
+    assert names(out) == FINISHED and run.config.seed == 3
+    assert names(tmp_path) == {"run"}
+
+
+def test_every_command_that_writes_is_alone(
+    config: TuningConfig, tune_in: Callable[..., Run], tmp_path: Path
+) -> None:
+    config = replace(config, train="lora", max_train_steps=1, weight_sude=0.0)
+    run, out = tune_in(config, tmp_path / "run", num_samples=0).folder, tmp_path / "out"
+    here = ("--device", "cpu", "--out", out)
+    with sole_writer(out, inside=True):
+        commands = [("demo", "--out", out), ("evaluate", run, *here)]
+        assert all("Another command" in say(*words).sentence for words in commands)
+    with sole_writer(run / "evaluation", inside=True):
+        assert "Another command" in say("evaluate", run, "--device", "cpu").sentence
+    file = tmp_path / "lora.safetensors"
+    with sole_writer(out), sole_writer(file):
+        commands = [("generate", run, "a {S*}", *here), ("export", run, "--out", out)]
+        commands.append(("export", run, "--format", "kohya", "--out", file))
+        assert all("Another command" in say(*words).sentence for words in commands)
+    assert names(tmp_path) == {"run"}
+    assert say("export", run, "--format", "kohya", "--out", file).code == 0
+    assert names(tmp_path) == {"run", file.name}
