@@ -57,7 +57,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, dataloader
 
-from sude_lab.backbone import EMBEDDED, open_backbone, resolve_source
+from sude_lab.config import EMBEDDED
+from sude_lab.io.opening import open_backbone, resolve_source
 from sude_lab.tuning import TuningConfig, tune
 from sude_lab.world import subjects as study
 

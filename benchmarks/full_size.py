@@ -42,9 +42,10 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from real_configs import REAL, build, shrink
 
-from sude_lab.backbone import Backbone, pick_device
+from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError
 from sude_lab.io.files import atomic_write
+from sude_lab.io.opening import pick_device
 from sude_lab.tuning import TuningConfig, tune
 
 METHODS: dict[str, dict[str, Any]] = {

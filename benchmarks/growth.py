@@ -33,10 +33,12 @@ import torch
 import tyro
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
+from sude_lab.backbone import Backbone
+from sude_lab.config import EMBEDDED
 from sude_lab.generation import generate
 from sude_lab.implicit import ImplicitClassifier
 from sude_lab.io.files import atomic_write
+from sude_lab.io.opening import open_backbone
 from sude_lab.tuning import TuningConfig, tune
 from sude_lab.world import drawing as world
 from sude_lab.world import subjects as study

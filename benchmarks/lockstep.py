@@ -26,7 +26,9 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
+from sude_lab.backbone import Backbone
+from sude_lab.config import EMBEDDED
+from sude_lab.io.opening import open_backbone
 from sude_lab.sweep.lockstep import tune_together
 from sude_lab.tuning import Step, TuningConfig, tune
 from sude_lab.world import subjects as study

@@ -30,7 +30,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from sude_lab.backbone import EMBEDDED, open_backbone
+from sude_lab.config import EMBEDDED
+from sude_lab.io.opening import open_backbone
 from sude_lab.runs.prior_bank import PAIRS_AT_ONCE, PriorBank, open_bank
 from sude_lab.tuning import Step, TuningConfig, resolve, tune
 from sude_lab.world import subjects as study

@@ -34,12 +34,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
+from sude_lab.backbone import Backbone
 from sude_lab.classifier import class_log_posterior, squared_distance
+from sude_lab.config import EMBEDDED
 from sude_lab.diffusion import posterior_mean, posterior_variance, reverse_mean
 from sude_lab.errors import UserError
 from sude_lab.implicit import ImplicitClassifier, ask_in_rounds, posterior, spread_times
 from sude_lab.io.files import atomic_write
+from sude_lab.io.opening import open_backbone
 from sude_lab.probe import ask, encode_all, latents_of, noise_generator
 from sude_lab.prompts import photo_of
 from sude_lab.world import drawing as world

@@ -33,11 +33,13 @@ import tyro
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
+from sude_lab.backbone import Backbone
+from sude_lab.config import EMBEDDED
 from sude_lab.errors import UserError
 from sude_lab.evaluate.metrics import per_run, summarize
 from sude_lab.guidance import sude_guidance
 from sude_lab.io.files import atomic_write
+from sude_lab.io.opening import open_backbone
 from sude_lab.prompts import photo_of
 from sude_lab.tuning import TuningConfig, resolve, tune
 from sude_lab.world import subjects as study

@@ -26,11 +26,11 @@ import torch
 import tyro
 from PIL import Image
 
-from sude_lab.backbone import data_folder
 from sude_lab.errors import UserError
 from sude_lab.evaluate.evaluate import FOLDER, SCORES
 from sude_lab.evaluate.metrics import MEASURES, bootstrap_interval, gains
 from sude_lab.io.files import atomic_write
+from sude_lab.io.opening import data_folder
 from sude_lab.runs.folder import Run
 from sude_lab.sweep.grid import Job, Plan, make_plan, read_grid
 from sude_lab.sweep.sweep import sweep

@@ -19,9 +19,9 @@ from typing import Annotated
 import pandas as pd
 import tyro
 
-from sude_lab.backbone import data_folder
 from sude_lab.evaluate.metrics import per_run, summarize
 from sude_lab.io.files import atomic_write
+from sude_lab.io.opening import data_folder
 from sude_lab.view import plots
 
 WATCHED = ("open_gates", "rho")

@@ -303,8 +303,8 @@ def _evaluate(args: Evaluate) -> None:
 
 
 def _classify(args: Classify) -> None:
-    from sude_lab.backbone import open_backbone
     from sude_lab.implicit import ImplicitClassifier, checked_prompts
+    from sude_lab.io.opening import open_backbone
     from sude_lab.io.pictures import load_picture, open_picture
 
     # What is wrong with these is said before a large model is opened.
@@ -402,7 +402,7 @@ def _export(args: Export) -> None:
 
 
 def _lab(args: Lab) -> None:
-    from sude_lab.backbone import data_folder
+    from sude_lab.io.opening import data_folder
 
     notebooks = data_folder().parent / "notebooks"
     if not notebooks.is_dir():

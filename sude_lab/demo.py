@@ -15,11 +15,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sude_lab import __version__
-from sude_lab.backbone import open_backbone
 from sude_lab.errors import UserError
 from sude_lab.evaluate.metrics import MEASURES, bootstrap_interval
 from sude_lab.generation import MOST
 from sude_lab.io.files import atomic_write, require_own
+from sude_lab.io.opening import open_backbone
 from sude_lab.io.reading import read_json
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, _read_config, run_tuning
 from sude_lab.tuning import TuningConfig, resolve

@@ -58,14 +58,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor, nn
 
-from sude_lab.backbone import (
-    Backbone,
-    Condition,
-    concatenate,
-    open_backbone,
-    without_adapters,
-)
+from sude_lab.backbone import Backbone, Condition, concatenate, without_adapters
 from sude_lab.errors import UserError
+from sude_lab.io.opening import open_backbone
 from sude_lab.losses import guidance_projection
 from sude_lab.prompts import article, placeholder
 

@@ -21,13 +21,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sude_lab.backbone import Backbone, Condition, concatenate, hub_id
+from sude_lab.backbone import Backbone, Condition, concatenate
 from sude_lab.config import PRESETS as PRESETS
 from sude_lab.config import Subject as Subject
 from sude_lab.config import TuningConfig
 from sude_lab.config import with_preset as with_preset
 from sude_lab.diffusion import add_noise, training_target
 from sude_lab.errors import UserError, machine_failure
+from sude_lab.io.opening import hub_id
 from sude_lab.losses import class_regularizer, subject_loss, total_loss
 from sude_lab.methods import Method, get_method
 from sude_lab.prompts import photo_of
@@ -53,7 +54,7 @@ def with_defaults(config: TuningConfig, facts: Mapping[str, Any]) -> TuningConfi
 
     Args:
         config: The settings of a run.
-        facts: `Backbone.facts`, or what `backbone.read_facts` returns.
+        facts: `Backbone.facts`, or what `opening.read_facts` returns.
 
     Raises:
         UserError: there is no such method, or a prior bank is of no use to the prior.

@@ -45,7 +45,7 @@ def build_pipeline(folder: Path, *, text_width: int = 32) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from studies.embedded.train import MAX_TOKENS, build_scheduler, build_tokenizer
-    from sude_lab.backbone import FACTS_FILE
+    from sude_lab.io.opening import FACTS_FILE
 
     tokenizer = build_tokenizer(folder.with_name(f"{folder.name}-words"))
     with torch.random.fork_rng(devices=[]):
@@ -146,7 +146,7 @@ def wider_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def _opened(tiny_folder: Path) -> Any:
-    from sude_lab.backbone import open_backbone
+    from sude_lab.io.opening import open_backbone
 
     return open_backbone(tiny_folder, device="cpu")
 

@@ -14,9 +14,9 @@ import tyro
 from tqdm.auto import tqdm
 
 from studies.classify import share_interval
-from sude_lab.backbone import data_folder, open_backbone
 from sude_lab.generation import generate, sampling_settings
 from sude_lab.io.files import atomic_write
+from sude_lab.io.opening import data_folder, open_backbone
 from sude_lab.io.reading import read_json
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import ALL_ATTRIBUTES, HEADS, labels, load_oracle

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sude_lab.backbone import FACTS_FILE
+from sude_lab.io.opening import FACTS_FILE
 from sude_lab.runs.export import open_to_earlier_versions, write_vocabulary
 from sude_lab.world import dataset
 from sude_lab.world import drawing as world

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import yaml
 
-from sude_lab.backbone import data_folder
 from sude_lab.errors import UserError
+from sude_lab.io.opening import data_folder
 from sude_lab.io.reading import read_text
 from sude_lab.prompts import PLACEHOLDER, Prompt, caption
 

@@ -24,9 +24,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import pick_device, quiet
 from sude_lab.errors import UserError
 from sude_lab.io.files import atomic_write
+from sude_lab.io.opening import pick_device, quiet
 from sude_lab.runs.class_images import cache_folder
 
 Triple = tuple[float, float, float]

@@ -26,7 +26,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import EMBEDDED, Backbone, read_facts, resolve_source
+from sude_lab.backbone import Backbone
+from sude_lab.config import EMBEDDED
 from sude_lab.errors import UserError
 from sude_lab.evaluate import metrics as m
 from sude_lab.evaluate.dreambench import (
@@ -39,6 +40,7 @@ from sude_lab.evaluate.dreambench import (
 from sude_lab.evaluate.encoders import ENCODERS, Encoder, open_encoder
 from sude_lab.generation import MOST, generate, sampling_settings
 from sude_lab.io.files import atomic_write, require_own
+from sude_lab.io.opening import read_facts, resolve_source
 from sude_lab.io.pictures import open_picture
 from sude_lab.io.reading import is_file
 from sude_lab.methods import get_method

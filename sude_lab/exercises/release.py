@@ -15,9 +15,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sude_lab.backbone import data_folder
 from sude_lab.errors import UserError
 from sude_lab.io.files import atomic_folder
+from sude_lab.io.opening import data_folder
 
 COURSE = "sude_lab"
 # 30 seconds a cell, nbgrader's own limit, is little for a first `import torch` on a busy machine.

@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sude_lab import __version__
-from sude_lab.backbone import EMBEDDED, FACTS_FILE, Backbone, hub_id
+from sude_lab.backbone import Backbone
+from sude_lab.config import EMBEDDED
 from sude_lab.errors import UserError
 from sude_lab.generation import sampling_settings
 from sude_lab.io.files import atomic_folder, atomic_write, save_tensors, sole_writer
+from sude_lab.io.opening import FACTS_FILE, hub_id
 from sude_lab.methods import get_method
 from sude_lab.methods.base import EMBEDDINGS, shared_name
 from sude_lab.methods.dreambooth import LORA_FILE

@@ -41,7 +41,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import Backbone, open_backbone, pick_device
+from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError, machine_failure
 from sude_lab.generation import generate
 from sude_lab.io.files import (
@@ -52,6 +52,7 @@ from sude_lab.io.files import (
     remove_partials,
     sole_writer,
 )
+from sude_lab.io.opening import open_backbone, pick_device
 from sude_lab.io.pictures import load_picture, open_picture
 from sude_lab.io.reading import read_json
 from sude_lab.methods import get_method

@@ -25,10 +25,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from sude_lab.backbone import EMBEDDED, hub_id, read_facts, resolve_source
+from sude_lab.config import EMBEDDED
 from sude_lab.errors import UserError
 from sude_lab.evaluate.dreambench import load_dreambench
 from sude_lab.evaluate.evaluate import FOLDER, prompts_of, settings_and_variants, subject_name
+from sude_lab.io.opening import hub_id, read_facts, resolve_source
 from sude_lab.io.pictures import load_picture
 from sude_lab.io.reading import is_file, kinds_of, read_text, read_yaml, taken
 from sude_lab.tuning import TuningConfig, with_defaults

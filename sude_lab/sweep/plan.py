@@ -16,8 +16,8 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import resolve_source
 from sude_lab.generation import generate
+from sude_lab.io.opening import resolve_source
 from sude_lab.sweep.grid import Grid, Job, Plan, kind_of
 from sude_lab.sweep.sweep import TIMING, fresh_backbone, megabytes, timing
 from sude_lab.tuning import TuningConfig, tune

@@ -41,7 +41,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import Backbone, open_backbone, resolve_source
+from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError, one_line
 from sude_lab.evaluate.encoders import Encoder
 from sude_lab.evaluate.evaluate import FOLDER, PICTURES, evaluate
@@ -54,6 +54,7 @@ from sude_lab.io.files import (
     remove_partials,
     require_own,
 )
+from sude_lab.io.opening import open_backbone, resolve_source
 from sude_lab.io.reading import read_json
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, run_tuning
 from sude_lab.sweep.grid import Job, Plan, is_known, kind_of, make_plan, read_grid

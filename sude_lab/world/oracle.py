@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import data_folder
 from sude_lab.errors import UserError
 from sude_lab.io.files import replaced_folder, save_tensors
+from sude_lab.io.opening import data_folder
 from sude_lab.world import dataset
 from sude_lab.world import drawing as world
 

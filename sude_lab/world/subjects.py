@@ -32,11 +32,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sude_lab.backbone import EMBEDDED, Backbone, open_backbone
+from sude_lab.backbone import Backbone
+from sude_lab.config import EMBEDDED
 from sude_lab.diffusion import add_noise, training_target
 from sude_lab.errors import UserError
 from sude_lab.generation import generate
 from sude_lab.io.files import atomic_write
+from sude_lab.io.opening import open_backbone
 from sude_lab.losses import subject_loss
 from sude_lab.methods import get_method
 from sude_lab.prompts import STRUCTURES, fill, fill_words, photo_of, with_attribute

@@ -11,17 +11,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from sude_lab import backbone as module
-from sude_lab.backbone import (
-    FACTS_FILE,
-    PIPELINES,
-    Backbone,
-    Condition,
-    concatenate,
-    data_folder,
-    open_backbone,
-    pick_device,
-)
+from sude_lab.backbone import Backbone, Condition, concatenate
 from sude_lab.errors import UserError
+from sude_lab.io.opening import FACTS_FILE, PIPELINES, data_folder, open_backbone, pick_device
 from sude_lab.io.pictures import to_tensor
 
 ROOT = Path(module.__file__).parent

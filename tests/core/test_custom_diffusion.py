@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sude_lab.backbone import Backbone, open_backbone
+from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError
 from sude_lab.generation import generate
+from sude_lab.io.opening import open_backbone
 from sude_lab.methods import get_method
 from sude_lab.methods.custom_diffusion import CustomDiffusion
 from sude_lab.tuning import Step, TuningConfig, resolve, tune

@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from sude_lab.backbone import Backbone, open_backbone
+from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError
+from sude_lab.io.opening import open_backbone
 from sude_lab.methods import METHODS, get_method
 from sude_lab.tuning import Step, TuningConfig, resolve, tune
 

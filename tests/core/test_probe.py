@@ -135,7 +135,7 @@ def test_a_timestep_out_of_range_is_an_error(
 def test_the_embedded_model_names_its_own_drawings(fresh: Callable[[], Backbone]) -> None:
     import random
 
-    from sude_lab.backbone import open_backbone
+    from sude_lab.io.opening import open_backbone
     from sude_lab.world import drawing as world
 
     base, rng = open_backbone(device="cpu"), random.Random("to be named")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken
 
-from sude_lab.backbone import open_backbone
 from sude_lab.errors import UserError
+from sude_lab.io.opening import open_backbone
 from sude_lab.methods import METHODS
 from sude_lab.prompts import (
     PLACEHOLDER,

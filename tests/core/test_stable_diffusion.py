@@ -31,10 +31,11 @@ from real_configs import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sude_lab.backbone import Backbone, Condition, concatenate, open_backbone
+from sude_lab.backbone import Backbone, Condition, concatenate
 from sude_lab.diffusion import add_noise
 from sude_lab.errors import UserError
 from sude_lab.generation import generate
+from sude_lab.io.opening import open_backbone
 from sude_lab.io.pictures import to_tensor
 from sude_lab.methods import METHODS, Method, get_method
 from sude_lab.sude import SudeRegularizer, sude_terms

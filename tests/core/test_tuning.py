@@ -16,9 +16,10 @@ from torch import Tensor
 
 from sude_lab import sude as regularizer
 from sude_lab import tuning
-from sude_lab.backbone import Backbone, Condition, open_backbone
+from sude_lab.backbone import Backbone, Condition
 from sude_lab.diffusion import add_noise, posterior_variance, reverse_mean
 from sude_lab.errors import UserError
+from sude_lab.io.opening import open_backbone
 from sude_lab.losses import sude_loss, sude_threshold, sude_weight
 from sude_lab.methods import METHODS, DreamBooth
 from sude_lab.tuning import PRESETS, Step, TuningConfig, resolve, step_generator, tune, with_preset

@@ -15,9 +15,10 @@ from real_configs import REAL, build, build_parts, shrink
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sude_lab.backbone import Backbone, Condition, concatenate, open_backbone
+from sude_lab.backbone import Backbone, Condition, concatenate
 from sude_lab.errors import UserError
 from sude_lab.generation import generate
+from sude_lab.io.opening import open_backbone
 from sude_lab.methods import get_method
 from sude_lab.methods.vico import (
     ImageAttention,

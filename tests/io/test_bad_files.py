@@ -13,10 +13,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from refusals import content, generated, say
 
-from sude_lab.backbone import FACTS_FILE, read_facts
 from sude_lab.errors import UserError
 from sude_lab.evaluate.dreambench import load_dreambench
 from sude_lab.generation import sampling_settings
+from sude_lab.io.opening import FACTS_FILE, read_facts
 from sude_lab.io.reading import MOST_BYTES, read_yaml
 from sude_lab.prompts import PLACEHOLDER, read_prompts
 from sude_lab.sweep.grid import make_plan, read_grid

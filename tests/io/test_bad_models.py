@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from refusals import content, generated, say
 from safetensors.torch import load_file, save_file
 
-from sude_lab.backbone import FACTS_FILE, Backbone, open_backbone
+from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError
+from sude_lab.io.opening import FACTS_FILE, open_backbone
 from sude_lab.runs.folder import CHECKPOINT, Run, _read_checkpoint, run_tuning
 from sude_lab.tuning import TuningConfig
 

@@ -19,11 +19,12 @@ from PIL import Image
 from refusals import content, generated, say
 
 from sude_lab import demo
-from sude_lab.backbone import Backbone, hub_id, open_backbone
+from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError
 from sude_lab.evaluate import evaluate
 from sude_lab.evaluate.encoders import ENCODERS
 from sude_lab.evaluate.metrics import MEASURES
+from sude_lab.io.opening import hub_id, open_backbone
 from sude_lab.prompts import Prompt
 from sude_lab.runs.folder import Run, run_tuning
 from sude_lab.sweep import sweep
@@ -116,7 +117,7 @@ def test_every_model_is_opened_from_safetensors() -> None:
             models = ("Tokenizer", "Scheduler", "Config", "Processor")
             if last == "from_pretrained" and not owner.endswith(models):
                 safe = keywords.get("use_safetensors") is True
-                assert safe or (path.name == "backbone.py" and "apart" in path.read_text()), path
+                assert safe or (path.name == "opening.py" and "apart" in path.read_text()), path
 
 
 def test_encoders_are_pinned_to_a_commit() -> None:

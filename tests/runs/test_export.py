@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sude_lab.backbone import FACTS_FILE, Backbone, open_backbone
+from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError
 from sude_lab.generation import generate
+from sude_lab.io.opening import FACTS_FILE, open_backbone
 from sude_lab.methods.dreambooth import LORA_FILE
 from sude_lab.runs.export import (
     CARD,

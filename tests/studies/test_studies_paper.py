@@ -11,8 +11,8 @@ import yaml
 from PIL import Image
 
 from studies import paper
-from sude_lab.backbone import open_backbone
 from sude_lab.errors import UserError
+from sude_lab.io.opening import open_backbone
 from sude_lab.sweep.grid import make_plan, read_grid
 from sude_lab.tuning import TuningConfig
 from sude_lab.world.oracle import load_oracle

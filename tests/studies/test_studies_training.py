@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from studies.embedded import card, train
-from sude_lab.backbone import FACTS_FILE, data_folder, open_backbone
+from sude_lab.io.opening import FACTS_FILE, data_folder, open_backbone
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import HEADS, LOOK, OracleConfig, load_oracle, train_oracle
 

@@ -36,7 +36,7 @@ IMAGE = ".jupyter-widgets.widget-image"
 SLIDERS = ("t", "category", "noise", "w_s")
 CELLS = (
     "from PIL import Image\nfrom sude_lab.view import thresholds as explorers\n"
-    "from sude_lab.backbone import open_backbone",
+    "from sude_lab.io.opening import open_backbone",
     "model = open_backbone({folder!r}, device='cpu')\n"
     "picture, prompt = Image.new('RGB', (32, 32), 'olive'), 'photo of a running dog'\n"
     "categories, times, seeds = ('dog', 'candle'), (50, 400, 900), (3, 4)\n"

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from studies import gallery
 from studies.embedded.card import held_out_table
-from sude_lab.backbone import Backbone, open_backbone
+from sude_lab.backbone import Backbone
 from sude_lab.generation import generate
+from sude_lab.io.opening import open_backbone
 from sude_lab.methods import METHODS
 from sude_lab.tuning import TuningConfig, resolve
 from sude_lab.world import drawing as world

@@ -1,0 +1,358 @@
+"""Open a pipeline: embedded, a local folder, or a hub id; check it before anything of it is used.
+
+A pipeline folder may carry a `sude_lab.json` beside its `model_index.json`, with what is known of
+that model: the words it was trained on, and the settings that suit it for tuning and for drawing.
+The embedded model has one; without it the settings of the methods' papers apply.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from sude_lab.backbone import Backbone
+from sude_lab.config import EMBEDDED
+from sude_lab.diffusion import Schedule
+from sude_lab.errors import UserError
+from sude_lab.io.reading import is_dir, is_file, read_json
+
+FACTS_FILE = "sude_lab.json"
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
+"""Whose classes a pipeline's index may name: a folder must not say which code is imported."""
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+
+
+def data_folder() -> Path:
+    """Return the folder `data/`: SUDE_LAB_DATA's, the checkout's, or the installed package's."""
+    named = os.environ.get("SUDE_LAB_DATA")
+    if named:
+        return Path(named)
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "data"
+    return installed if installed.is_dir() else package.parent / "data"
+
+
+def resolve_source(source: str | Path) -> str:
+    """Return the folder or hub id that `source` means; "embedded" is the model in `data/`.
+
+    Raises:
+        UserError: the embedded model is not where it should be.
+    """
+    if str(source) != EMBEDDED:
+        return str(source)
+    folder = data_folder() / "embedded"
+    if not (folder / "model_index.json").exists():
+        raise UserError(
+            f"The embedded model is not in {folder}: install the package anew, or set "
+            "SUDE_LAB_DATA to the data folder of a clone of the repository."
+        )
+    return str(folder)
+
+
+def hub_id(source: str | Path) -> tuple[str, str | None] | None:
+    """Return a hub id and its revision (None: the newest) of "owner/name@revision"; None: a folder.
+
+    A revision is a commit, a tag or a branch; only a commit is the same for ever.
+    """
+    found = _HUB_ID.fullmatch(str(source))
+    if found is None or is_dir(source):
+        return None
+    return found["id"], found["revision"]
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the device a name means; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device).cpu()  # "meta" holds nothing that could be read back
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(
+            f"The device {name!r} is not available here: use cpu, or auto to take what is there."
+        ) from error
+    return device
+
+
+def open_backbone(
+    source: str | Path = EMBEDDED, *, device: str = "auto", dtype: str = "auto"
+) -> Backbone:
+    """Open a Stable Diffusion pipeline: "embedded", a local folder, or a hub id.
+
+    A hub id may name its revision, "owner/name@commit"; without one it is the newest, and
+    `Backbone.commit` says which one that was. Nothing that a folder holds is run: weights are
+    safetensors, and classes are those of diffusers and transformers.
+
+    `dtype` auto computes in bfloat16 on a CUDA card that has it and in float32 elsewhere.
+
+    Raises:
+        UserError: there is no such pipeline, it is not a Stable Diffusion text-to-image pipeline,
+            its weights are not safetensors or not whole, its parts do not fit each other, or the
+            device is not there.
+    """
+    with quiet():  # the first import hints at packages that are not needed
+        from diffusers import DiffusionPipeline
+
+    folder = resolve_source(source)
+    where = pick_device(device)
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise UserError(f"There is no dtype {dtype!r}: use auto, float32, bfloat16 or float16.")
+    told = hub_id(folder)
+    if told is None:
+        _check_source(folder)
+    apart: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+    apart["use_safetensors"] = True
+    try:
+        with quiet():
+            if told is not None:
+                name, revision = told
+                folder = str(DiffusionPipeline.download(name, revision=revision, **apart))
+                _check_source(folder)
+            facts = _read_facts(Path(folder) / FACTS_FILE)
+            encoders = _text_encoders(Path(folder))
+            pipeline = DiffusionPipeline.from_pretrained(folder, **apart, **encoders)
+        if type(pipeline).__name__ not in PIPELINES:
+            raise ValueError(f"it is a {type(pipeline).__name__}")
+    except UserError:
+        raise
+    except Exception as error:  # loaders, and the client of the hub, fail with errors of any class
+        raise UserError(
+            f"{source} could not be opened as a Stable Diffusion pipeline "
+            f"({type(error).__name__}: {str(error)[:160]}): name a complete pipeline folder with "
+            "safetensors weights, or a hub id that this machine can reach."
+        ) from error
+    _check_parts(pipeline, str(source))
+    pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+    if dtype == "auto":
+        bf16 = where.type == "cuda" and torch.cuda.is_bf16_supported()
+        precision = torch.bfloat16 if bf16 else torch.float32
+    else:
+        precision = getattr(torch, dtype)
+    pipeline.to(where)
+    commit = Path(folder).name if told else None  # the folder of a snapshot is named by its commit
+    return Backbone(pipeline, str(source), where, precision, facts, commit)
+
+
+def _text_encoders(folder: Path) -> dict[str, Any]:
+    """Open the text encoders of a pipeline folder, whole.
+
+    Left to the pipeline, a tensor that the file lacks would be drawn at random, without a word.
+    """
+    import transformers
+
+    index = read_json(folder / "model_index.json")
+    found: dict[str, Any] = {}
+    for part in ("text_encoder", "text_encoder_2"):
+        if not (folder / part).is_dir():
+            continue
+        kind = index[part][1]
+        if kind not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+            raise ValueError(f"its {part} is a {kind}")
+        found[part], report = getattr(transformers, kind).from_pretrained(
+            folder / part, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+        if report["missing_keys"]:
+            raise ValueError(f"its {part} lacks the tensor {min(report['missing_keys'])}")
+    return found
+
+
+def _check_parts(pipeline: Any, source: str) -> None:
+    """Check that the parts of a pipeline are whole and fit each other, before they are used."""
+    wrong = next(_misfits(pipeline), None)
+    if wrong:
+        raise UserError(
+            f"{source} is no Stable Diffusion pipeline that works: {wrong}. Name a complete one, "
+            "as diffusers' save_pretrained wrote it."
+        )
+
+
+def _misfits(pipeline: Any) -> Iterator[str]:
+    """Yield what is wrong with a pipeline, part by part."""
+    for name, part in pipeline.components.items():
+        if not isinstance(part, nn.Module):
+            continue
+        tensors = dict(part.named_parameters())
+        if lacking := [n for n, p in tensors.items() if p.is_meta]:
+            yield f"its {name} lacks the tensor {lacking[0]}"
+        # A sum is finite only where all that it adds is.
+        sums = torch.stack([p.detach().float().sum() for p in tensors.values()])
+        if bad := [n for n, ok in zip(tensors, sums.isfinite().tolist(), strict=True) if not ok]:
+            yield f"its {name} holds values that are not finite, in {bad[0]}"
+    try:
+        Schedule.from_scheduler(pipeline.scheduler)
+    except ValueError as error:
+        yield str(error).rstrip(".")
+    unet, channels = pipeline.unet.config, pipeline.vae.config.latent_channels
+    if not isinstance(unet.sample_size, int) or unet.sample_size < 1:
+        yield f"its UNet's sample_size is {unet.sample_size}, which must be a whole number"
+    if (unet.in_channels, unet.out_channels) != (channels, channels):
+        yield (
+            f"its UNet takes {unet.in_channels} channels and gives {unet.out_channels}, its VAE "
+            f"has {channels}"
+        )
+    width = 0
+    for end in ("", "_2"):
+        encoder = getattr(pipeline, f"text_encoder{end}", None)
+        tokenizer = getattr(pipeline, f"tokenizer{end}", None)
+        if encoder is None or tokenizer is None:
+            continue
+        width += encoder.config.hidden_size
+        length, most = tokenizer.model_max_length, encoder.config.max_position_embeddings
+        if length > most:
+            yield f"its tokenizer{end} has no model_max_length of at most {most}"
+        rows = encoder.get_input_embeddings().num_embeddings
+        if len(tokenizer) > rows:
+            yield f"its tokenizer{end} knows {len(tokenizer)} words, its text_encoder{end} {rows}"
+    across = unet.cross_attention_dim
+    for one in across if isinstance(across, list | tuple) else [across]:
+        if one != width:
+            yield f"its UNet attends to words of width {one}, its text encoder makes {width}"
+
+
+def read_facts(source: str | Path) -> dict[str, Any]:
+    """Return what a pipeline's folder says of its model, without opening the model.
+
+    Raises:
+        UserError: the file is damaged, or the embedded model is not where it should be.
+    """
+    return _read_facts(Path(resolve_source(source)) / FACTS_FILE)
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    if not is_file(path):
+        return {}
+    try:
+        facts = read_json(path)
+        lists = [facts.get("words", []), facts.get("categories", [])]
+        tuning, drawing = facts.get("tuning", {}), facts.get("generation", {})
+        if (
+            all(isinstance(x, list) and all(isinstance(y, str) for y in x) for x in lists)
+            and isinstance(tuning, dict)
+            and all(isinstance(settings, dict) for settings in tuning.values())
+            and set(drawing) <= {"num_inference_steps", "guidance_scale"}
+            and type(drawing.get("num_inference_steps", 1)) is int
+            and type(drawing.get("guidance_scale", 1.0)) in (int, float)
+        ):
+            return facts
+    except (ValueError, AttributeError, TypeError):
+        pass
+    raise UserError(f"{path} does not hold a model's facts: the file is damaged.")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide the loaders' progress bars and hints for a moment; a small model loads at once."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    modules = (diffusers_logging, transformers_logging)
+    kept = [(m, m.get_verbosity(), m.is_progress_bar_enabled()) for m in modules]
+    for module in modules:
+        module.set_verbosity_error()
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module, level, bars in kept:
+            module.set_verbosity(level)
+            if bars:
+                module.enable_progress_bar()
+
+
+def _check_source(folder: str) -> None:
+    if not folder.strip():
+        raise UserError("--backbone is empty: name a pipeline folder, a hub id, or embedded.")
+    path = Path(folder)
+    if is_file(path):
+        raise UserError(f"{folder} is a file: --backbone takes a pipeline folder or a hub id.")
+    if not is_dir(path):
+        raise UserError(
+            f"There is no pipeline folder {folder[:200]}: name a folder, a hub id such as "
+            "stable-diffusion-v1-5/stable-diffusion-v1-5, or embedded."
+        )
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise UserError(
+            f"{folder} has no model_index.json: name a folder that diffusers' save_pretrained "
+            "wrote, or a hub id."
+        )
+    try:
+        content = read_json(index)
+        name = content.get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{index} is not a pipeline's index: the folder is damaged.") from error
+    if name not in PIPELINES:
+        raise UserError(
+            f"{folder} holds a {str(name)[:80]}: it must be one of {', '.join(PIPELINES)}."
+        )
+    for part, value in content.items():
+        if isinstance(value, list) and not (len(value) == 2 and value[0] in LIBRARIES):
+            raise UserError(
+                f"{index} takes its {part} from {str(value)[:80]}: only classes of diffusers and "
+                "transformers are opened."
+            )
+        # An AutoTokenizer, say, would read in the folder which code of its own it is to run.
+        if isinstance(value, list) and re.match("Auto(?!encoder)", str(value[1])):
+            raise UserError(
+                f"{index} takes its {part} from {str(value[1])[:80]}: name the class itself, as "
+                "diffusers' save_pretrained does."
+            )
+    # Looked for here, because transformers makes an empty tokenizer where there is none.
+    parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
+    if name == "StableDiffusionXLPipeline":
+        parts += ["text_encoder_2", "tokenizer_2"]
+    for part in parts:
+        if not (path / part).is_dir():
+            raise UserError(f"{folder} lacks the folder {part}: the pipeline is not complete.")
+        if part.startswith("tokenizer"):
+            vocabularies = ("tokenizer.json", "vocab.json")
+            if not any((path / part / name).is_file() for name in vocabularies):
+                raise UserError(
+                    f"{folder}/{part} has no {' or '.join(vocabularies)}: the pipeline is not "
+                    "complete."
+                )
+        elif part != "scheduler":
+            _check_weights(path / part)
+
+
+def _check_weights(folder: Path) -> None:
+    """Look at the headers of the weights: whole numbers would be taken for weights, without a word.
+
+    Raises:
+        UserError: there are no safetensors, or weights that are no floating-point numbers.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        lacking = "config.json" if files else "safetensors, the only weights that are opened"
+        raise UserError(f"{folder} has no {lacking}: the pipeline is not complete.")
+    for file in files:
+        try:
+            with safe_open(file, "pt") as weights:
+                kinds = {n: weights.get_slice(n).get_dtype() for n in weights.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{file} could not be opened as safetensors ({error}): take the file anew."
+            ) from error
+        for name, kind in kinds.items():
+            if name.endswith("weight") and not kind.startswith(("F", "BF")):
+                raise UserError(
+                    f"{file} holds {name} as {kind}: its weights must be floating-point numbers."
+                )
