@@ -96,6 +96,8 @@ class Generate:
     sude_guidance: float = 0.0
     """SuDe without training: strength g of the pull back to the category; 1 meets it, 0 is none."""
     device: str = "auto"
+    trust_backbone: bool = False
+    """Open a model that lies in the run's folder or beside it, as whoever sent both may want."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,8 @@ class Evaluate:
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     device: str = "auto"
+    trust_backbone: bool = False
+    """Open a model that lies in the run's folder or beside it, as whoever sent both may want."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +195,8 @@ class Export:
     """pipeline: a whole diffusers pipeline folder; kohya: a LoRA for the web UIs."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Precision of the weights; none: float32 for a pipeline, float16 for kohya."""
+    trust_backbone: bool = False
+    """Open a model that lies in the run's folder or beside it, as whoever sent both may want."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +268,7 @@ def _generate(args: Generate) -> None:
     if not args.prompt.strip():
         raise UserError('The prompt is empty: for example "photo of a {S*}".')
     checked(args.negative_prompt or "")
-    backbone = run.load(args.device)
+    backbone = run.load(args.device, trust_backbone=args.trust_backbone)
     prompt = run.prompt(args.prompt)
     rest = backbone.beyond_reach(prompt, *run.tokens)
     if rest:
@@ -297,7 +303,10 @@ def _generate(args: Generate) -> None:
 def _evaluate(args: Evaluate) -> None:
     from sude_lab.evaluate.evaluate import SCORES, TABLE, evaluate
 
-    found = evaluate(**vars(args))
+    settings = {name: value for name, value in vars(args).items() if name != "trust_backbone"}
+    if args.trust_backbone:
+        settings["load"] = lambda run: run.load(args.device, trust_backbone=True)
+    found = evaluate(**settings)
     print(found.text)
     print(f"The table is in {found.out / TABLE}, a row a picture in {found.out / SCORES}.")
 
@@ -397,7 +406,8 @@ def _export(args: Export) -> None:
         write_kohya(run.weights, args.out, args.dtype or "float16")
         print(f"The LoRA is {args.out}.")
     else:
-        export_pipeline(run, args.out, args.dtype or "float32")
+        trusted = args.trust_backbone
+        export_pipeline(run, args.out, args.dtype or "float32", trust_backbone=trusted)
         print(f"The pipeline is in {args.out}.")
 
 

@@ -26,8 +26,19 @@ from sude_lab.io.reading import is_dir, is_file, read_json
 
 FACTS_FILE = "sude_lab.json"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
-"""Whose classes a pipeline's index may name: a folder must not say which code is imported."""
+CLASSES = {
+    "unet": r"diffusers UNet2DConditionModel",
+    "vae": r"diffusers AutoencoderKL",
+    "text_encoder": r"transformers CLIPTextModel(WithProjection)?",
+    "tokenizer": r"transformers CLIPTokenizer(Fast)?",
+    "scheduler": r"diffusers \w+Scheduler",
+    "safety_checker": r"stable_diffusion StableDiffusionSafetyChecker",
+    "feature_extractor": r"transformers CLIP(ImageProcessor|FeatureExtractor)",
+    "image_encoder": r"transformers CLIPVisionModelWithProjection",
+}
+"""The classes that a part of a pipeline may have: a folder must not say which code is run."""
+_CODE = (".py", ".pyc", ".pyd", ".so")
+_ATTENTION = (None, "eager", "sdpa")  # whose code is installed; others are fetched from the hub
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
@@ -304,17 +315,15 @@ def _check_source(folder: str) -> None:
             f"{folder} holds a {str(name)[:80]}: it must be one of {', '.join(PIPELINES)}."
         )
     for part, value in content.items():
-        if isinstance(value, list) and not (len(value) == 2 and value[0] in LIBRARIES):
+        if not isinstance(value, list) or value == [None, None]:
+            continue
+        allowed = CLASSES.get(part.removesuffix("_2"), "$^")
+        if not re.fullmatch(allowed, " ".join(map(str, value))):
             raise UserError(
-                f"{index} takes its {part} from {str(value)[:80]}: only classes of diffusers and "
-                "transformers are opened."
+                f"{index} takes its {part} from {str(value)[:80]}: only the classes that a Stable "
+                "Diffusion has there are opened."
             )
-        # An AutoTokenizer, say, would read in the folder which code of its own it is to run.
-        if isinstance(value, list) and re.match("Auto(?!encoder)", str(value[1])):
-            raise UserError(
-                f"{index} takes its {part} from {str(value[1])[:80]}: name the class itself, as "
-                "diffusers' save_pretrained does."
-            )
+    _check_harmless(path)
     # Looked for here, because transformers makes an empty tokenizer where there is none.
     parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
     if name == "StableDiffusionXLPipeline":
@@ -331,6 +340,61 @@ def _check_source(folder: str) -> None:
                 )
         elif part != "scheduler":
             _check_weights(path / part)
+
+
+def _check_harmless(folder: Path) -> None:
+    """Refuse what could make a loader run code, or open a model from elsewhere.
+
+    Some loaders do it on their own: for a file that is named like the library of a part, for a
+    pipeline in place of a part, for an entry of a configuration.
+    """
+    for file in _files(folder, set()):
+        if file.suffix in _CODE:
+            raise UserError(
+                f"{folder} holds a program, {file.relative_to(folder)}, which a loader might run: "
+                "if you trust the model, open a copy of the folder without it."
+            )
+        nested = file.name == "model_index.json" and file.parent != folder
+        if nested or file.name == "adapter_config.json":
+            raise UserError(
+                f"{folder} holds {file.relative_to(folder)}, with which a part would be opened as "
+                "a model of its own: take it out."
+            )
+        if file.suffix == ".json" and "config" in file.name:
+            for name, value in _entries(file):
+                foreign = "attn_implementation" in name and value not in _ATTENTION
+                if name == "auto_map" or foreign:
+                    raise UserError(
+                        f"{file} says {name} {str(value)[:80]!r}, which would run code from "
+                        "elsewhere: take the line out."
+                    )
+
+
+def _files(folder: Path, passed: set[Path]) -> Iterator[Path]:
+    """Yield every file below a folder, also behind links to other folders, each folder once."""
+    if folder.resolve() in passed:
+        return
+    passed.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _files(path, passed)
+        else:
+            yield path
+
+
+def _entries(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield every name and value of a JSON file, however deep."""
+    try:
+        left = [read_json(file)]
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} cannot be read as JSON: the folder is damaged.") from error
+    while left:
+        node = left.pop()
+        if isinstance(node, list):
+            left += node
+        elif isinstance(node, dict):
+            left += node.values()
+            yield from node.items()
 
 
 def _check_weights(folder: Path) -> None:

@@ -323,7 +323,9 @@ def write_kohya(weights: Path, path: Path | str, dtype: Precision = "float16") -
 # --- a whole pipeline ----------------------------------------------------------------------------
 
 
-def export_pipeline(run: Run, out: Path | str, dtype: Precision = "float32") -> Path:
+def export_pipeline(
+    run: Run, out: Path | str, dtype: Precision = "float32", *, trust_backbone: bool = False
+) -> Path:
     """Write a run as a complete diffusers pipeline folder; return the folder.
 
     `DiffusionPipeline.from_pretrained(out)` needs nothing else: the tokens are in the tokenizers
@@ -341,7 +343,7 @@ def export_pipeline(run: Run, out: Path | str, dtype: Precision = "float32") -> 
             "with `sude-lab generate`."
         )
     with sole_writer(out), atomic_folder(out) as folder:
-        backbone = run.load("cpu")
+        backbone = run.load("cpu", trust_backbone=trust_backbone)
         pipeline = backbone.pipeline
         if (weights / LORA_FILE).is_file():
             pipeline.fuse_lora(components=["unet"])

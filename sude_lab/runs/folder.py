@@ -42,6 +42,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
+from sude_lab.config import EMBEDDED
 from sude_lab.errors import UserError, machine_failure
 from sude_lab.generation import generate
 from sude_lab.io.files import (
@@ -52,7 +53,7 @@ from sude_lab.io.files import (
     remove_partials,
     sole_writer,
 )
-from sude_lab.io.opening import open_backbone, pick_device
+from sude_lab.io.opening import hub_id, open_backbone, pick_device
 from sude_lab.io.pictures import load_picture, open_picture
 from sude_lab.io.reading import read_json
 from sude_lab.methods import get_method
@@ -129,16 +130,31 @@ class Run:
             )
         return folder
 
-    def load(self, device: str = "auto", backbone: Backbone | None = None) -> Backbone:
+    def load(
+        self,
+        device: str = "auto",
+        backbone: Backbone | None = None,
+        *,
+        trust_backbone: bool = False,
+    ) -> Backbone:
         """Open the backbone with the run's weights in it, or put them into an opened `backbone`.
 
+        A run says itself which model it was tuned on. One that came along with it, in its folder or
+        beside it, is opened only with `trust_backbone`.
+
         Raises:
-            UserError: the weights are missing, damaged, or not those of this model and method.
+            UserError: the weights are missing, damaged, or not those of this model and method, or
+                the model came along with the run.
         """
         weights, method = self.weights, get_method(self.config.method)
-        backbone = backbone or open_backbone(
-            self.config.backbone, device=device, dtype=self.config.dtype
-        )
+        if backbone is None:
+            if not trust_backbone and _came_along(self.folder, self.config.backbone):
+                raise UserError(
+                    f"The run in {self.folder} names as its model {self.config.backbone}, which "
+                    "may have come along with it: if you trust whoever made both, add "
+                    "--trust-backbone (in Python, trust_backbone=True)."
+                )
+            backbone = open_backbone(self.config.backbone, device=device, dtype=self.config.dtype)
         try:
             method.load(backbone, weights)
         except UserError:
@@ -162,6 +178,16 @@ class Run:
             UserError: the text names a subject that the run does not have.
         """
         return _filled(text, self.config)
+
+
+def _came_along(run: Path, source: str) -> bool:
+    """Whether a model is a folder in that of a run, or beside it."""
+    if source == EMBEDDED or hub_id(source) is not None:
+        return False
+    folder, run = Path(source).resolve(), run.resolve()
+    # Whole paths are of this machine. What is not whole fits wherever a folder was unpacked.
+    beside = folder.parent == run.parent or not Path(source).is_absolute()
+    return folder.is_relative_to(run) or (beside and folder.is_relative_to(run.parent))
 
 
 def picture_name(number: int) -> str:

@@ -24,7 +24,7 @@ from sude_lab.errors import UserError
 from sude_lab.evaluate import evaluate
 from sude_lab.evaluate.encoders import ENCODERS
 from sude_lab.evaluate.metrics import MEASURES
-from sude_lab.io.opening import hub_id, open_backbone
+from sude_lab.io.opening import CLASSES, hub_id, open_backbone
 from sude_lab.prompts import Prompt
 from sude_lab.runs.folder import Run, run_tuning
 from sude_lab.sweep import sweep
@@ -122,6 +122,119 @@ def test_every_model_is_opened_from_safetensors() -> None:
 
 def test_encoders_are_pinned_to_a_commit() -> None:
     assert all(re.fullmatch("[0-9a-f]{40}", pinned.revision) for pinned in ENCODERS.values())
+
+
+# --- hostile folders -----------------------------------------------------------------------------
+
+
+def program(folder: Path, name: str) -> None:
+    """A file of Python that leaves a trace beside the folder where it is run."""
+    (folder / name).parent.mkdir(exist_ok=True)
+    trace = str(folder.parent / "was-run")
+    (folder / name).write_text(f"import pathlib; pathlib.Path({trace!r}).touch()\n")
+
+
+def say_in(folder: Path, name: str, **values: Any) -> None:
+    told = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(told | values))
+
+
+def linked(folder: Path) -> None:
+    program(folder.parent / "elsewhere", "diffusers.py")
+    (folder / "unet" / "more").symlink_to(folder.parent / "elsewhere")
+
+
+def nested(folder: Path, index: list[str]) -> None:
+    shutil.copytree(folder, folder.parent / "inner")
+    program(folder.parent / "inner", "unet/diffusers.py")
+    (folder.parent / "inner").rename(folder / "feature_extractor")
+    say_in(folder, "model_index.json", feature_extractor=index)
+
+
+ENCODER, WORDS = "text_encoder/config.json", "tokenizer/tokenizer_config.json"
+KERNEL = "someone/kernel"
+HOSTILE: dict[str, tuple[Any, str]] = {
+    "a part's library": (lambda f: program(f, "unet/diffusers.py"), "unet/diffusers.py"),
+    "the words' library": (lambda f: program(f, "tokenizer/transformers.py"), "transformers.py"),
+    "a pipeline's own": (lambda f: program(f, "pipeline.py"), "pipeline.py"),
+    "somewhere below": (lambda f: program(f, "vae/custom_generate/generate.py"), "generate.py"),
+    "compiled": (lambda f: program(f, "unet/diffusers.pyc"), "diffusers.pyc"),
+    "behind a link": (linked, "more/diffusers.py"),
+    "a pipeline in it": (lambda f: nested(f, ["diffusers", "StableDiffusionPipeline"]),
+                         "feature_extractor from"),
+    "a pipeline under a name": (lambda f: nested(f, ["transformers", "CLIPImageProcessor"]),
+                                "feature_extractor/"),
+    "a part of its own": (lambda f: say_in(f, "model_index.json", more=["diffusers", "UNet"]),
+                          "its more from"),
+    "a class of our own": (lambda f: say_in(f, "model_index.json", vae=["diffusers", "AutoModel"]),
+                           "its vae from"),
+    "auto_map": (lambda f: say_in(f, ENCODER, auto_map={"AutoModel": "x.Y"}), "auto_map"),
+    "auto_map of the words": (lambda f: say_in(f, WORDS, auto_map={"AutoTokenizer": [None, "x"]}),
+                              "auto_map"),
+    "auto_map within": (lambda f: say_in(f, ENCODER, a=[{"b": {"auto_map": "x"}}]), "auto_map"),
+    "a kernel": (lambda f: say_in(f, ENCODER, attn_implementation=KERNEL), KERNEL),
+    "a kernel within": (lambda f: say_in(f, ENCODER, a={"_attn_implementation": KERNEL}), KERNEL),
+    "a kernel by default": (lambda f: say_in(f, ENCODER, attn_implementation="flash_attention_2"),
+                            "flash_attention_2"),
+    "another model's weights": (lambda f: (f / "text_encoder/adapter_config.json").write_text("{}"),
+                                "adapter_config.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_folder_is_refused_before_anything_is_opened(
+    name: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+
+    change, told = HOSTILE[name]
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    change(folder)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", None)
+    with pytest.raises(UserError, match=re.escape(told)):
+        open_backbone(folder, device="cpu")
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_published_parts_are_no_hostile_ones(tiny_folder: Path, tmp_path: Path) -> None:
+    """The index of a published Stable Diffusion names a checker, which is not opened."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    reader = ["transformers", "CLIPImageProcessor"]
+    say_in(
+        folder, "model_index.json", safety_checker=checker, scheduler=["diffusers", "PNDMScheduler"]
+    )
+    say_in(folder, ENCODER, attn_implementation="sdpa")
+    open_backbone(folder, device="cpu")
+    from sude_lab.io.opening import CLASSES
+
+    assert re.fullmatch(CLASSES["feature_extractor"], " ".join(reader))
+
+
+@pytest.mark.parametrize("where", ["inside", "beside", "by a relative path"])
+def test_a_model_that_came_along_with_a_run_is_asked_about(
+    where: str, finished: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "unpacked" / "run"
+    shutil.copytree(finished.folder, run)
+    folder = {"inside": run / "model", "beside": run.with_name("model")}.get(
+        where, run.parent / "deep" / "model"
+    )
+    shutil.copytree(tiny_folder, folder)
+    monkeypatch.chdir(run.parent)
+    named = folder.relative_to(run.parent) if "relative" in where else folder
+    say_in(run, "config.json", backbone=str(named))
+    here = ("--device", "cpu", "--num-images", 1)
+    out = tmp_path / "out"
+    commands: list[tuple[Any, ...]] = [("generate", run, "a {S*}", *here), ("export", run)]
+    for words in commands:
+        assert "--trust-backbone" in say(*words, "--out", out).sentence and not out.exists()
+    assert say(*commands[0], "--trust-backbone", "--out", out).code == 0
+    monkeypatch.undo()
+    say_in(run, "config.json", backbone=str(tiny_folder))  # somewhere else on this machine
+    Run.open(run).load("cpu")
 
 
 # --- hub ids -------------------------------------------------------------------------------------
