@@ -148,6 +148,7 @@ def open_backbone(
             "safetensors weights, or a hub id that this machine can reach."
         ) from error
     _check_parts(pipeline, str(source))
+    _pool_at_the_end(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
@@ -183,6 +184,24 @@ def _text_encoders(folder: Path) -> dict[str, Any]:
         if report["missing_keys"]:
             raise ValueError(f"its {part} lacks the tensor {min(report['missing_keys'])}")
     return found
+
+
+def _pool_at_the_end(pipeline: Any) -> None:
+    """Let the CLIPs read a whole prompt at its first end mark, which is where they learned to.
+
+    Published configurations say `eos_token_id` 2, for which transformers reads at the highest id:
+    the end mark's, until a word is added. The configurations are set right, too, and with them what
+    is saved.
+    """
+    for name in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(pipeline, name, None)
+        if encoder is None:
+            continue
+        end = getattr(pipeline, name.replace("text_encoder", "tokenizer")).eos_token_id
+        encoder.config.eos_token_id = end
+        for module in encoder.modules():  # one of them has its own copy
+            if hasattr(module, "eos_token_id"):
+                module.eos_token_id = end
 
 
 def _check_parts(pipeline: Any, source: str) -> None:

@@ -68,6 +68,14 @@ def loading_lines(config: TuningConfig, weights: Path, *, is_xl: bool) -> list[s
     each of them.
     """
     lines = []
+    if is_xl:
+        lines += [
+            "# The prompt as a whole is read at its end mark, not at a word that is added.",
+            "for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):",
+            "    for module in encoder.modules():",
+            '        if hasattr(module, "eos_token_id"):',
+            "            module.eos_token_id = pipeline.tokenizer.eos_token_id",
+        ]
     for number, subject in enumerate(config.subjects):
         name = EMBEDDINGS.replace("*", f"-{number + 1}" if number else "")
         if not (weights / name).is_file():

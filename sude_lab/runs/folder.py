@@ -27,7 +27,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -190,6 +190,21 @@ def _came_along(run: Path, source: str) -> bool:
     return folder.is_relative_to(run) or (beside and folder.is_relative_to(run.parent))
 
 
+def _whole_path(source: str) -> str:
+    """Return a folder's path from the root: a run is opened from other working folders, too."""
+    if source == EMBEDDED or hub_id(source) is not None or not source.strip():
+        return source
+    return os.path.abspath(source)
+
+
+def _portable(config: TuningConfig, out: Path) -> TuningConfig:
+    """Return the settings for a run's folder, which may be moved: a model in it is "./model"."""
+    folder, whole = Path(config.backbone), Path(os.path.abspath(out))
+    if folder.is_absolute() and folder.is_relative_to(whole):
+        return replace(config, backbone=f"./{folder.relative_to(whole).as_posix()}")
+    return config
+
+
 def picture_name(number: int) -> str:
     """Return the name of the file of subject `number`'s picture: picture.png, picture-2.png, ..."""
     return PICTURE if number == 0 else f"picture-{number + 1}.png"
@@ -286,6 +301,7 @@ def run_tuning(
             while tuning (the checkpoint, and the weights after the last finished step, stay).
     """
     out = Path(out)
+    config = replace(config, backbone=_whole_path(config.backbone))
     trackers = _Trackers(report_to)
     accelerator = launched(config.device)
     main = accelerator is None or accelerator.is_main_process
@@ -393,7 +409,8 @@ def run_tuning(
                 (out / name).unlink(missing_ok=True)  # of a run stopped at this very point
                 write_kohya(out / WEIGHTS, out / name, kohya)
             grid_name = SAMPLES if num_samples else None
-            card = model_card(config, backbone, out / WEIGHTS, samples, grid=grid_name)
+            settings = _portable(config, out)
+            card = model_card(settings, backbone, out / WEIGHTS, samples, grid=grid_name)
             with atomic_write(out / CARD) as path:
                 path.write_text(card, encoding="utf-8")
             for folder in out.glob("weights-step-*"):  # of a failure before the resume
@@ -463,6 +480,8 @@ def _read_config(path: Path) -> TuningConfig:
         for name in ("image", "class_images", "more_subjects"):
             if "\0" in str(values.get(name)):
                 raise ValueError(name)
+        if str(values.get("backbone")).startswith("./"):
+            values["backbone"] = os.path.abspath(path.parent / values["backbone"])
         try:
             config = TuningConfig(**values)
         except UserError as error:
@@ -519,7 +538,8 @@ def _check_same_pictures(pictures: list[Image.Image], config: TuningConfig, out:
 
 def _begin(out: Path, config: TuningConfig, pictures: list[Image.Image]) -> None:
     with atomic_write(out / CONFIG) as path:
-        path.write_text(json.dumps(asdict(config), indent=2, default=str), encoding="utf-8")
+        text = json.dumps(asdict(_portable(config, out)), indent=2, default=str)
+        path.write_text(text, encoding="utf-8")
     for number, picture in enumerate(pictures):
         with atomic_write(out / picture_name(number)) as path:
             picture.save(path)

@@ -29,6 +29,7 @@ from sude_lab.runs.export import (
     export_pipeline,
     is_plain,
     kohya_weights,
+    loading_lines,
     model_card,
     write_kohya,
 )
@@ -174,7 +175,7 @@ def test_what_plain_diffusers_cannot_hold_is_loaded_with_sude_lab(
     first = np.int16(Image.open(run.folder / SAMPLES).crop((0, 0, 32, 32)))
     assert np.abs(first - np.int16(found["image"])).max() <= 1
     with pytest.raises(UserError, match="has no place for what vico adds"):
-        export_pipeline(run, tmp_path / "pipeline")
+        export_pipeline(run, tmp_path / "pipeline", trust_backbone=True)
     assert not (tmp_path / "pipeline").exists()
 
 
@@ -220,7 +221,7 @@ def test_everything_a_run_writes_is_loaded_into_models_of_the_published_make(
         exec(way, found)
         assert np.abs(samples - np.int16(found["image"])).max() <= 1
     assert len(set(ways)) == len(ways)
-    export_pipeline(run, tmp_path / "pipeline")
+    export_pipeline(run, tmp_path / "pipeline", trust_backbone=True)
     monkeypatch.chdir(tmp_path / "pipeline")
     found = {}
     exec(code(tmp_path / "pipeline" / CARD), found)
@@ -230,6 +231,39 @@ def test_everything_a_run_writes_is_loaded_into_models_of_the_published_make(
     plain.add_token("<sks>", "sks")
     (untuned,) = generate(plain, "photo of a <sks> dog", num_images=1, seed=0)
     assert np.abs(samples - np.int16(untuned)).max() > 8
+
+
+def test_the_words_after_the_subjects_have_a_say_in_the_whole_prompt(
+    subject_picture: Path, tmp_path: Path
+) -> None:
+    """SDXL's pooled condition is read at the first end mark, in plain diffusers and here alike."""
+    folder, dtype = tmp_path / "model", torch.float32
+    build(shrink(REAL["sdxl"])[0], tmp_path).save_pretrained(folder, safe_serialization=True)
+    config = TuningConfig(
+        subject_picture, "dog", str(folder), "textual_inversion", max_train_steps=1,
+        weight_sude=0.0, device="cpu",
+    )  # fmt: skip
+    quiet: dict[str, Any] = {"num_samples": 0, "progress": False, "report_to": "none"}
+    run = run_tuning(config, tmp_path / "run", **quiet)
+    export_pipeline(run, tmp_path / "pipeline", trust_backbone=True)
+    prompts = ["photo of a <sks> dog", "photo of a <sks> cat on the beach"]
+    backbone = run.load("cpu", trust_backbone=True)
+    with torch.no_grad():
+        ours = backbone.encode_prompts(prompts).pooled
+        ids = backbone.tokenize(prompts, backbone.tokenizers[1])
+        encoder = backbone.text_encoders["text_encoder_2"]
+        end = (ids == backbone.tokenizers[1].eos_token_id).int().argmax(dim=1)
+        hidden = encoder(ids).last_hidden_state[[0, 1], end]
+        assert (ids.max(dim=1).values > backbone.tokenizers[1].eos_token_id).all()
+        torch.testing.assert_close(ours, encoder.text_projection(hidden))
+    assert ours is not None and (ours[0] - ours[1]).abs().max() > 0.1
+    exported = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=dtype)
+    found: dict[str, Any] = {"pipeline": DiffusionPipeline.from_pretrained(folder)}
+    lines = "\n".join(loading_lines(config, run.weights, is_xl=True))
+    exec(lines.replace('"weights/', f'"{run.weights}/'), found | {"load_file": load_file})
+    for pipeline in (exported, found["pipeline"]):
+        _, _, pooled, _ = pipeline.encode_prompt(prompts, negative_prompt=["", ""])
+        torch.testing.assert_close(pooled, ours)
 
 
 # --- LoRA for the web UIs ------------------------------------------------------------------------

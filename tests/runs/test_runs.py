@@ -1,6 +1,7 @@
 """A run's folder is whole or a checkpoint, and an interrupted run ends as an unbroken one."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -801,6 +802,50 @@ def test_processes_that_cannot_be_set_up_are_one_sentence(
     with pytest.raises(UserError, match=r"set the processes up \(no precision of that name\)"):
         run_tuning(config, tmp_path / "run", progress=False)
     assert names(tmp_path) == set()
+
+
+# --- where its model is --------------------------------------------------------------------------
+
+
+def test_a_run_finds_its_model_from_any_working_folder(
+    config: TuningConfig, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "models").mkdir(parents=True)
+    (tmp_path / "here" / "models" / "tiny").symlink_to(tiny_folder)
+    monkeypatch.chdir(tmp_path / "here")
+    config = replace(config, backbone="models/tiny", max_train_steps=1, weight_sude=0.0)
+    quiet: dict[str, Any] = {"progress": False, "num_samples": 0, "report_to": "none"}
+    run = run_tuning(config, "../runs/one", **quiet)
+    # A namesake, which is no model.
+    (tmp_path / "there" / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "there")
+    whole = str(tmp_path / "here" / "models" / "tiny")
+    run = Run.open("../runs/one")
+    assert run.config.backbone == whole == json.loads((run.folder / CONFIG).read_text())["backbone"]
+    run.load("cpu")
+    (run.folder / ENVIRONMENT).unlink()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run_tuning(config, tmp_path / "runs" / "one", resume=True, **quiet).config == run.config
+
+
+def test_a_model_in_the_runs_folder_moves_with_it(
+    config: TuningConfig, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    config = replace(config, backbone=str(out / "model"), max_train_steps=1, weight_sude=0.0)
+    quiet: dict[str, Any] = {"progress": False, "num_samples": 0, "report_to": "none"}
+    (tmp_path / "new").mkdir()
+    run = run_tuning(replace(config, backbone=str(tiny_folder)), out, **quiet)
+    shutil.copytree(tiny_folder, out / "model")
+    (out / ENVIRONMENT).unlink()
+    (out / CONFIG).unlink()
+    runs._begin(out, replace(run.config, backbone=config.backbone), [])
+    (out / ENVIRONMENT).touch()
+    assert json.loads((out / CONFIG).read_text())["backbone"] == "./model"
+    out.rename(tmp_path / "new" / "moved")
+    moved = Run.open(tmp_path / "new" / "moved")
+    assert moved.config.backbone == str(moved.folder / "model")
+    assert moved.load("cpu", trust_backbone=True).source == moved.config.backbone
 
 
 # --- two commands on one folder ------------------------------------------------------------------
