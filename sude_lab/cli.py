@@ -73,6 +73,9 @@ class Tune(TuningConfig):
     kohya: bool = False
     """With --train lora: write the LoRA in kohya's format, too, for the web UIs."""
     kohya_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    push_to_hub: tuple[str, ...] | None = None
+    """Upload the finished run to the Hub, without the picture; REPO is name or owner/name, none:
+    the name of --out."""
 
     def __post_init__(self) -> None:
         """Leave the checks to the `TuningConfig` that is made of this, outside the parser."""
@@ -189,12 +192,16 @@ class Export:
 
     run: Positional[Path]
     """The folder that `sude-lab tune` wrote."""
-    out: Path
+    out: Path | None = None
     """A new folder for a pipeline, a new .safetensors file for kohya."""
     format: Literal["pipeline", "kohya"] = "pipeline"
     """pipeline: a whole diffusers pipeline folder; kohya: a LoRA for the web UIs."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Precision of the weights; none: float32 for a pipeline, float16 for kohya."""
+    share: Path | None = None
+    """A new folder for others: card, weights and samples, and no photo of the subject."""
+    push_to_hub: tuple[str, ...] | None = None
+    """Upload what --share writes to the Hub; REPO is name or owner/name, none: the run's name."""
     trust_backbone: bool = False
     """Open a model that lies in the run's folder or beside it, as whoever sent both may want."""
 
@@ -237,6 +244,7 @@ def _tune(args: Tune) -> None:
         raise UserError("--num-samples must be at most 1,000 pictures a prompt.")
     if args.validation_every < 0:
         raise UserError("--validation-every must be at least 0; 0 draws no grids.")
+    repository = _repository(args.push_to_hub)  # what is wrong with it is said before the work
     run = run_tuning(
         with_preset(config, args.preset),
         args.out,
@@ -254,6 +262,7 @@ def _tune(args: Tune) -> None:
     if _process():
         return
     print(f"The run is in {run.folder}.")
+    _push(run, args.push_to_hub, repository)
     print(f'Draw with it: sude-lab generate {run.folder} "photo of a {{S*}}" --out pictures')
 
 
@@ -398,17 +407,38 @@ def _sweep(args: Sweep) -> int:
 
 
 def _export(args: Export) -> None:
-    from sude_lab.runs.export import export_pipeline, write_kohya
+    from sude_lab.runs.export import export_pipeline, share, write_kohya
     from sude_lab.runs.folder import Run
 
-    run = Run.open(args.run)
-    if args.format == "kohya":
+    if args.out is None and args.share is None and args.push_to_hub is None:
+        raise UserError("Name what to write: --out, --share or --push-to-hub.")
+    run, repository = Run.open(args.run), _repository(args.push_to_hub)
+    if args.out is not None and args.format == "kohya":
         write_kohya(run.weights, args.out, args.dtype or "float16")
         print(f"The LoRA is {args.out}.")
-    else:
+    elif args.out is not None:
         trusted = args.trust_backbone
         export_pipeline(run, args.out, args.dtype or "float32", trust_backbone=trusted)
         print(f"The pipeline is in {args.out}.")
+    if args.share is not None:
+        share(run, args.share)
+        print(f"What can be shared is in {args.share}.")
+    _push(run, args.push_to_hub, repository)
+
+
+def _repository(words: tuple[str, ...] | None) -> str | None:
+    """Return the repository that a flag names; None: it names none."""
+    if words and (len(words) > 1 or not re.fullmatch(r"([\w.-]+/)?[\w.-]+", words[0])):
+        raise UserError(f"--push-to-hub {' '.join(words)!r} must be name or owner/name.")
+    return words[0] if words else None
+
+
+def _push(run: Any, flag: tuple[str, ...] | None, repository: str | None) -> None:
+    if flag is None:
+        return
+    from sude_lab.runs.export import push
+
+    print(f"The run is on the Hub as {push(run, repository)}; a new repository is private.")
 
 
 def _lab(args: Lab) -> None:

@@ -5,6 +5,7 @@
     DIR/metrics.csv        one row a step
     DIR/samples.png        rows: prompts, columns: seeds
     DIR/weights/           safetensors
+    DIR/pytorch_lora_weights.safetensors   a LoRA once more, where plain diffusers looks for it
     DIR/README.md          the model card: what this is, and how to load it elsewhere
     DIR/environment.json   versions, device, seconds
 and, where it was asked for,
@@ -58,7 +59,8 @@ from sude_lab.io.pictures import load_picture, open_picture
 from sude_lab.io.reading import read_json
 from sude_lab.methods import get_method
 from sude_lab.prompts import PLACEHOLDER, checked, fill, placeholder
-from sude_lab.runs.export import CARD, Precision, model_card, write_kohya
+from sude_lab.runs.card import CARD, model_card
+from sude_lab.runs.export import LORA_FILE, Precision, base_version, write_kohya
 from sude_lab.tuning import Step, TuningConfig, resolve, tune
 
 CONFIG, PICTURE, METRICS = "config.json", "picture.png", "metrics.csv"
@@ -401,13 +403,16 @@ def run_tuning(
             _keep_weights(out / WEIGHTS, step)
             with atomic_write(out / METRICS) as path:
                 pd.DataFrame(rows).to_csv(path, index=False)
+            if (out / WEIGHTS / LORA_FILE).is_file():  # where `load_lora_weights(out)` looks for it
+                with atomic_write(out / LORA_FILE) as path:
+                    shutil.copyfile(out / WEIGHTS / LORA_FILE, path)
             seconds = time.time() - started
             if num_samples:
                 _draw_grid(out / SAMPLES, config, backbone, samples, num_samples, progress)
             if kohya:
                 name = f"{out.resolve().name}_kohya.safetensors"
                 (out / name).unlink(missing_ok=True)  # of a run stopped at this very point
-                write_kohya(out / WEIGHTS, out / name, kohya)
+                write_kohya(out / WEIGHTS, out / name, kohya, base_version(backbone))
             grid_name = SAMPLES if num_samples else None
             settings = _portable(config, out)
             card = model_card(settings, backbone, out / WEIGHTS, samples, grid=grid_name)
@@ -738,6 +743,7 @@ def _environment(
         "python": platform.python_version(),
         "machine": platform.machine(),
         **({"backbone_commit": backbone.commit} if backbone.commit else {}),
+        "base_version": base_version(backbone),
         "device": str(backbone.device),
         "precision": str(backbone.dtype).removeprefix("torch."),
         "processes": 1 if accelerator is None else accelerator.num_processes,

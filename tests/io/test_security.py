@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -512,12 +513,16 @@ def test_the_page_of_a_sweep_escapes_every_text(tmp_path: Path) -> None:
 def test_the_card_of_a_run_quotes_what_it_says(finished: Run, tiny: Backbone) -> None:
     import yaml
 
-    from sude_lab.runs.export import model_card
+    from sude_lab.runs.card import model_card
 
     prompt = 'a {S*}"\n---\nlicense: mit\n'
-    card = model_card(finished.config, tiny, finished.weights, [prompt])
+    config = replace(finished.config, category="<img src=x onerror=alert(1)> [a](b) dog")
+    card = model_card(config, tiny, finished.weights, [prompt])
     head = yaml.safe_load(card.split("---\n")[1])
-    assert head["instance_prompt"] == prompt and "license" not in head
+    assert head["instance_prompt"] == " ".join(prompt.split()) and "license" not in head
+    assert head["widget"] == [{"text": head["instance_prompt"], "output": {"url": "samples.png"}}]
+    assert not re.search(r"(?<!\\)<img", card)
+    assert r"\<img src=x onerror=alert\(1\)\> \[a\]\(b\) dog" in card
 
 
 def test_a_message_moves_no_cursor(tmp_path: Path) -> None:
