@@ -26,6 +26,7 @@ from tyro.conf import Positional
 
 from sude_lab.config import TuningConfig, with_preset
 from sude_lab.errors import UserError, machine_failure, one_line
+from sude_lab.io.files import process_number, sole_writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +260,7 @@ def _tune(args: Tune) -> None:
     )
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
-    if _process():
+    if process_number():
         return
     print(f"The run is in {run.folder}.")
     _push(run, args.push_to_hub, repository)
@@ -270,21 +271,26 @@ def _generate(args: Generate) -> None:
     from sude_lab.generation import generate
     from sude_lab.guidance import guidance_for
     from sude_lab.io.files import atomic_folder
-    from sude_lab.prompts import PLACEHOLDER, checked
+    from sude_lab.prompts import PLACEHOLDER
     from sude_lab.runs.folder import Run
 
     run = Run.open(args.run)
     if not args.prompt.strip():
         raise UserError('The prompt is empty: for example "photo of a {S*}".')
-    checked(args.negative_prompt or "")
+    prompt, negative = run.prompt(args.prompt), run.prompt(args.negative_prompt or "")
     backbone = run.load(args.device, trust_backbone=args.trust_backbone)
-    prompt = run.prompt(args.prompt)
-    rest = backbone.beyond_reach(prompt, *run.tokens)
-    if rest:
-        print(f"The prompt is too long for the model, which leaves out {rest!r}.", file=sys.stderr)
-    if prompt == args.prompt:
+    for text in (prompt, negative):
+        if rest := backbone.beyond_reach(text, *run.tokens):
+            print(
+                f"The prompt is too long for the model, which leaves out {rest!r}.",
+                file=sys.stderr,
+            )
+    words = prompt
+    for token in run.tokens:
+        words = words.replace(token, " ")
+    if words == prompt:
         print(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.", file=sys.stderr)
-    unknown = backbone.unknown_words(args.prompt)
+    unknown = backbone.unknown_words(words)
     if unknown:
         print(
             f"The model has never met {', '.join(map(repr, unknown))}; it knows: "
@@ -300,7 +306,7 @@ def _generate(args: Generate) -> None:
             seed=args.seed,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
-            negative_prompt=args.negative_prompt,
+            negative_prompt=negative or None,
             progress=True,
         )
         for k, image in enumerate(images):
@@ -342,6 +348,13 @@ def _classify(args: Classify) -> None:
     )
     picture = load_picture(args.image, resolution=backbone.resolution)
     notes = list(picture.notes)
+    notes += [
+        f"The prompt is too long for the model, which leaves out {rest!r}."
+        for text in args.prompt
+        if (rest := backbone.beyond_reach(text))
+    ]
+    if len({tuple(row.tolist()) for row in backbone.tokenize([*args.prompt])}) < len(args.prompt):
+        raise UserError("Two prompts are the same as far as the model reads them: change one.")
     unknown = backbone.unknown_words(" ".join(args.prompt))
     if unknown:
         notes.append(
@@ -529,12 +542,6 @@ def _from_box(said: str) -> str:
     return f"{text or 'These arguments cannot be read.'} See sude-lab --help."
 
 
-def _process() -> int:
-    """The number of this process among those that were launched together; 0 is the main one."""
-    told = (os.environ.get(name) for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
-    return next((int(rank) for rank in told if rank), 0)
-
-
 def _check_paths(command: Any) -> None:
     """Say in one sentence which argument can be the name of no file, before anything is done."""
     for f in fields(command):
@@ -555,8 +562,6 @@ def _check_paths(command: Any) -> None:
 
 def _sole(command: Any) -> AbstractContextManager[None]:
     """Let no second command write where this one does; tune and export see to it themselves."""
-    from sude_lab.io.files import sole_writer
-
     if isinstance(command, Generate):
         return sole_writer(command.out)
     if isinstance(command, Demo):
@@ -586,8 +591,9 @@ def _kept(command: Any) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what goes wrong is one sentence on stderr.
 
-    2: a `UserError`, or what the system refuses; 130: Ctrl-C; 1: a run of a sweep that failed, or
-    an error that nobody thought of, a bug. With --debug the traceback comes first.
+    2: a `UserError`, or what the system refuses; 130: Ctrl-C; 143: SIGTERM while tuning; 1: a run
+    of a sweep that failed, or an error that nobody thought of, a bug. With --debug the traceback
+    comes first.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -608,7 +614,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exception(error)
         code, told = _answer(error, command)
         # The main process speaks for all; what one knows alone is told with its number.
-        who = f" (process {_process()})" if _process() else ""
+        who = f" (process {process_number()})" if process_number() else ""
         print(f"sude-lab{who}: {one_line(told)}", file=sys.stderr)
         return code
 
@@ -616,7 +622,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _answer(error: BaseException, command: Any) -> tuple[int, str]:
     """Return the exit code of an error, and the sentence that tells of it."""
     if isinstance(error, KeyboardInterrupt):
-        return 130, f"stopped; {_kept(command)}."
+        code = 143 if type(error).__name__ == "Terminated" else 130  # as the shell counts signals
+        return code, f"stopped; {_kept(command)}."
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, OSError) and error.errno is not None:

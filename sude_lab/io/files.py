@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from sude_lab.errors import UserError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NEARLY_FULL = 1 << 20  # bytes
 PARTIAL = ".partial-"
 """How the names of files and folders begin that are being written."""
@@ -22,7 +22,7 @@ LOCK = ".writing.lock"
 
 
 class DiskFullError(UserError):
-    """The disk is full: whatever is tried next will fail, too."""
+    """The disk is full, or the share of it that one may use: what is tried next fails, too."""
 
 
 @contextmanager
@@ -224,6 +224,12 @@ def sole_writer(path: Path | str, *, inside: bool = False) -> Iterator[None]:
         yield
 
 
+def process_number() -> int:
+    """The number of this process among those that were launched together; 0 is the main one."""
+    numbers = (os.environ.get(name) for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
+    return next((int(number) for number in numbers if number), 0)
+
+
 def save_tensors(
     tensors: Mapping[str, Any], path: Path | str, metadata: dict[str, str] | None = None
 ) -> None:
@@ -301,6 +307,10 @@ def _make_folder(folder: Path) -> None:
 
 
 def _require_free(path: Path) -> None:
+    if path.is_symlink():
+        raise UserError(f"{path} is a link, which is not replaced: name the folder itself.")
+    if os.path.ismount(path):
+        raise UserError(f"{path} is a mount point, which is not replaced: name a folder in it.")
     if path.is_dir():
         if path == Path.cwd():  # replacing it would leave the shell in a folder that is gone
             raise UserError(f"{path} is the current folder: name a new folder in it.")
@@ -322,7 +332,7 @@ def _means_full_disk(error: BaseException, folder: Path) -> bool:
     if not isinstance(error, Exception):
         return False
     # safetensors and pyarrow report it in the words of the system, in classes of their own.
-    if os.strerror(errno.ENOSPC) in str(error):
+    if any(os.strerror(number) in str(error) for number in _FULL):
         return True
     # numpy ("100 requested and 7 written") and torch.save ("unexpected pos") do not say: look.
     if isinstance(error, OSError | RuntimeError) and folder.is_dir():

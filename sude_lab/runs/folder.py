@@ -25,16 +25,18 @@ import os
 import platform
 import re
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import wraps
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
-import numpy as np
 import pandas as pd
 import torch
 from diffusers.utils import make_image_grid
@@ -51,6 +53,7 @@ from sude_lab.io.files import (
     PARTIAL,
     atomic_folder,
     atomic_write,
+    process_number,
     remove_partials,
     sole_writer,
 )
@@ -61,6 +64,7 @@ from sude_lab.methods import get_method
 from sude_lab.prompts import PLACEHOLDER, checked, fill, placeholder
 from sude_lab.runs.card import CARD, model_card
 from sude_lab.runs.export import LORA_FILE, Precision, base_version, write_kohya
+from sude_lab.runs.trackers import Trackers
 from sude_lab.tuning import Step, TuningConfig, resolve, tune
 
 CONFIG, PICTURE, METRICS = "config.json", "picture.png", "metrics.csv"
@@ -71,6 +75,7 @@ SAMPLES, WEIGHTS, ENVIRONMENT, CHECKPOINT = (
     "checkpoint.pt",
 )
 LOGS, VALIDATION = "logs", "validation"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -221,6 +226,18 @@ def default_prompts(config: TuningConfig) -> list[str]:
     ]
 
 
+def _check_length(text: str, config: TuningConfig, backbone: Backbone) -> None:
+    """Refuse a prompt whose end the text encoder would not read, before a word of it is tuned."""
+    word = " ".join(["a"] * (config.num_vectors or 1))  # as many pieces as the subject's word has
+    ids = backbone.tokenizer(fill(text, *(word for _ in config.subjects))).input_ids
+    most = backbone.tokenizer.model_max_length
+    if len(ids) > most:
+        raise UserError(
+            f"The prompt {text[:80]!r} has {len(ids) - 2} pieces of words, and the model reads "
+            f"{most - 2}: make it shorter."
+        )
+
+
 def _filled(text: str, config: TuningConfig) -> str:
     filled = fill(checked(text), *(s.token for s in config.subjects))
     left = re.search(r"\{S\*\d*\}", filled)
@@ -230,6 +247,30 @@ def _filled(text: str, config: TuningConfig) -> str:
             f"{len(config.subjects)} subject(s): the first is {PLACEHOLDER}."
         )
     return filled
+
+
+class Terminated(KeyboardInterrupt):
+    """The system asked this process to end (SIGTERM), and its run is ready to be continued."""
+
+
+@contextmanager
+def _until_terminated() -> Iterator[Callable[[], bool]]:
+    """Let a step be finished after SIGTERM; yields a function that says whether it came.
+
+    Clusters and notebooks in a cloud send it some seconds before they end a process by force.
+    """
+    came: list[int] = []
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )
+    if ours:
+        signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        yield lambda: bool(came)
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def launched(device: str) -> Any:
@@ -256,6 +297,21 @@ def launched(device: str) -> Any:
         ) from error
 
 
+def _alone(run: _Function) -> _Function:
+    """Let one process at a time write a run's folder: of those launched together, the main one."""
+
+    @wraps(run)
+    def alone(config: TuningConfig, out: Path | str, **settings: Any) -> Run:
+        if settings.get("resume") and not Path(out).exists():
+            raise UserError(f"There is no run to resume in {out}: leave --resume out to start one.")
+        ours = process_number() == 0 and not (Path(out) / ENVIRONMENT).is_file()
+        with sole_writer(out, inside=True) if ours else nullcontext():
+            return run(config, out, **settings)
+
+    return cast(_Function, alone)
+
+
+@_alone
 def run_tuning(
     config: TuningConfig,
     out: Path | str,
@@ -304,130 +360,138 @@ def run_tuning(
     """
     out = Path(out)
     config = replace(config, backbone=_whole_path(config.backbone))
-    trackers = _Trackers(report_to)
+    trackers = Trackers(report_to)
     accelerator = launched(config.device)
     main = accelerator is None or accelerator.is_main_process
-    if (out / ENVIRONMENT).is_file() and (out / CONFIG).is_file():
+    _check_folder(out, resume)
+    if (out / ENVIRONMENT).is_file():
         if resume:
             if main:
                 tqdm.write(f"The run in {out} is already finished.")
             return Run.open(out)
         raise UserError(f"{out} already holds a finished run: choose another --out.")
-    if resume and not out.exists():
-        raise UserError(f"There is no run to resume in {out}: leave --resume out to start one.")
-    with sole_writer(out, inside=True) if main else nullcontext():
-        _check_folder(out, resume)
-        # Bad input is found before the model is opened and before anything is written.
-        for subject in config.subjects:
-            load_picture(subject.image, resolution=64)
-        if validation_every and not num_samples:
-            raise UserError(
-                "--validation-every draws --num-samples pictures a prompt: give at least 1."
-            )
-        backbone = backbone or _open_backbone(config, accelerator)
-        config = resolve(config, backbone)
-        if config.class_images is not None and not config.prior_loss_weight:
-            raise UserError(
-                "--class-images is of no use where --prior-loss-weight is 0: add "
-                "--prior-loss-weight 1, or leave it out."
-            )
-        samples = [_filled(p, config) for p in sample_prompts or default_prompts(config)]
-        validated = [_filled(p, config) for p in validation_prompts or []] or samples
-        if kohya:
-            _check_lora(config)
-        assert config.resolution is not None and config.max_train_steps is not None
-        loaded = [load_picture(s.image, resolution=config.resolution) for s in config.subjects]
-        for note in [note for picture in loaded for note in picture.notes if main]:
-            tqdm.write(note)
-        pictures = [picture.image for picture in loaded]
+    # Bad input is found before the model is opened and before anything is written.
+    for subject in config.subjects:
+        load_picture(subject.image, resolution=64)
+    if validation_every and not num_samples:
+        raise UserError(
+            "--validation-every draws --num-samples pictures a prompt: give at least 1."
+        )
+    backbone = backbone or _open_backbone(config, accelerator)
+    config = resolve(config, backbone)
+    if config.class_images is not None and not config.prior_loss_weight:
+        raise UserError(
+            "--class-images is of no use where --prior-loss-weight is 0: add "
+            "--prior-loss-weight 1, or leave it out."
+        )
+    prompts = [*default_prompts(config), *(sample_prompts or []), *(validation_prompts or [])]
+    for prompt in prompts:
+        _check_length(prompt, config, backbone)
+    samples = [_filled(p, config) for p in sample_prompts or default_prompts(config)]
+    validated = [_filled(p, config) for p in validation_prompts or []] or samples
+    if kohya:
+        _check_lora(config)
+    assert config.resolution is not None and config.max_train_steps is not None
+    loaded = [load_picture(s.image, resolution=config.resolution) for s in config.subjects]
+    for note in [note for picture in loaded for note in picture.notes if main]:
+        tqdm.write(note)
+    pictures = [picture.image for picture in loaded]
 
-        state: dict[str, Any] | None = None
-        rows: list[dict[str, float]] = []
-        if resume and (out / CONFIG).is_file():
-            _check_same(_read_config(out / CONFIG), config, out)
-            _check_same_pictures(pictures, config, out)
-            if (out / CHECKPOINT).is_file():
-                state = _read_checkpoint(out / CHECKPOINT)
-                if not 0 < state["step"] < config.max_train_steps:
-                    raise UserError(
-                        f"{out / CHECKPOINT} is of step {state['step']} and the run has "
-                        f"{config.max_train_steps}: delete it, and --resume starts anew."
-                    )
-                rows = state.pop("rows")
+    state: dict[str, Any] | None = None
+    rows: list[dict[str, float]] = []
+    if resume and (out / CONFIG).is_file():
+        _check_same(_read_config(out / CONFIG), config, out)
+        _check_same_pictures(pictures, config, out)
+        if (out / CHECKPOINT).is_file():
+            state = _read_checkpoint(out / CHECKPOINT)
+            if not 0 < state["step"] < config.max_train_steps:
+                raise UserError(
+                    f"{out / CHECKPOINT} is of step {state['step']} and the run has "
+                    f"{config.max_train_steps}: delete it, and --resume starts anew."
+                )
+            rows = state.pop("rows")
 
-        started = time.time()
-        done = state["step"] if state else 0
-        steps = (tuner or tune)(config, backbone, pictures, state=state, accelerator=accelerator)
-        steps = _keeping(steps, out, accelerator)
-        # Before the bar: what is wrong with the settings shows here, and is one sentence then.
-        first = next(steps)
-        if main:
-            remove_partials(out)
-            if not done:
-                _begin(out, config, pictures)
-            trackers.begin(out / LOGS, config, first.number)
-        try:
-            with tqdm(
+    started = time.time()
+    done = state["step"] if state else 0
+    steps = (tuner or tune)(config, backbone, pictures, state=state, accelerator=accelerator)
+    steps = _keeping(steps, out, accelerator)
+    # Before the bar: what is wrong with the settings shows here, and is one sentence then.
+    first = next(steps)
+    if main:
+        remove_partials(out)
+        if not done:
+            _begin(out, config, pictures)
+        trackers.begin(out / LOGS, config, first.number)
+    try:
+        with (
+            _until_terminated() as terminated,
+            tqdm(
                 total=config.max_train_steps,
                 initial=done,
                 desc=label,
                 unit="step",
                 disable=not (progress and main),
-            ) as bar:
-                for step in chain([first], steps):
-                    rows.append(step.row())
-                    bar.update()
-                    bar.set_postfix(
-                        loss=f"{rows[-1]['loss_subject']:.4f}",
-                        gates=f"{rows[-1]['open_gates']:.2f}",
-                        refresh=False,
-                    )
-                    if on_step:
-                        on_step(step)
-                    if not main:
-                        continue
+            ) as bar,
+        ):
+            for step in chain([first], steps):
+                rows.append(step.row())
+                bar.update()
+                bar.set_postfix(
+                    loss=f"{rows[-1]['loss_subject']:.4f}",
+                    gates=f"{rows[-1]['open_gates']:.2f}",
+                    refresh=False,
+                )
+                if on_step:
+                    on_step(step)
+                last = step.number >= config.max_train_steps
+                if main:
                     trackers.log(rows[-1])
-                    if step.number % checkpoint_every == 0 and step.number < config.max_train_steps:
+                    due = step.number % checkpoint_every == 0 or terminated()
+                    if due and not last:
                         with atomic_write(out / CHECKPOINT) as path:
                             torch.save(step.state_dict() | {"rows": rows}, path)
-                    if validation_every and step.number % validation_every == 0:
-                        file = out / VALIDATION / f"step-{step.number:06d}.png"
-                        try:
-                            grid = _draw_grid(file, config, backbone, validated, num_samples)
-                        except UserError as error:
-                            raise _told(error, out, step) from error
-                        trackers.picture(grid, step.number)
-        finally:
-            trackers.finish()
-        if main:
-            _keep_weights(out / WEIGHTS, step)
-            with atomic_write(out / METRICS) as path:
-                pd.DataFrame(rows).to_csv(path, index=False)
-            if (out / WEIGHTS / LORA_FILE).is_file():  # where `load_lora_weights(out)` looks for it
-                with atomic_write(out / LORA_FILE) as path:
-                    shutil.copyfile(out / WEIGHTS / LORA_FILE, path)
-            seconds = time.time() - started
-            if num_samples:
-                _draw_grid(out / SAMPLES, config, backbone, samples, num_samples, progress)
-            if kohya:
-                name = f"{out.resolve().name}_kohya.safetensors"
-                (out / name).unlink(missing_ok=True)  # of a run stopped at this very point
-                write_kohya(out / WEIGHTS, out / name, kohya, base_version(backbone))
-            grid_name = SAMPLES if num_samples else None
-            settings = _portable(config, out)
-            card = model_card(settings, backbone, out / WEIGHTS, samples, grid=grid_name)
-            with atomic_write(out / CARD) as path:
-                path.write_text(card, encoding="utf-8")
-            for folder in out.glob("weights-step-*"):  # of a failure before the resume
-                shutil.rmtree(folder)
-            # Written last: its presence says that the run is finished.
-            with atomic_write(out / ENVIRONMENT) as path:
-                about = _environment(backbone, seconds, rows, accelerator)
-                path.write_text(json.dumps(about, indent=2))
-            (out / CHECKPOINT).unlink(missing_ok=True)
-        if accelerator is not None:
-            accelerator.wait_for_everyone()
-        return Run.open(out)
+                if terminated() and not last:
+                    raise Terminated
+                if not main:
+                    continue
+                if validation_every and step.number % validation_every == 0:
+                    file = out / VALIDATION / f"step-{step.number:06d}.png"
+                    try:
+                        grid = _draw_grid(file, config, backbone, validated, num_samples)
+                    except UserError as error:
+                        raise _told(error, out, step) from error
+                    trackers.picture(grid, step.number)
+    finally:
+        trackers.finish()
+    if main:
+        _keep_weights(out / WEIGHTS, step)
+        with atomic_write(out / METRICS) as path:
+            pd.DataFrame(rows).to_csv(path, index=False)
+        if (out / WEIGHTS / LORA_FILE).is_file():  # where `load_lora_weights(out)` looks for it
+            with atomic_write(out / LORA_FILE) as path:
+                shutil.copyfile(out / WEIGHTS / LORA_FILE, path)
+        seconds = time.time() - started
+        if num_samples:
+            _draw_grid(out / SAMPLES, config, backbone, samples, num_samples, progress)
+        if kohya:
+            name = f"{out.resolve().name}_kohya.safetensors"
+            (out / name).unlink(missing_ok=True)  # of a run stopped at this very point
+            write_kohya(out / WEIGHTS, out / name, kohya, base_version(backbone))
+        grid_name = SAMPLES if num_samples else None
+        settings = _portable(config, out)
+        card = model_card(settings, backbone, out / WEIGHTS, samples, grid=grid_name)
+        with atomic_write(out / CARD) as path:
+            path.write_text(card, encoding="utf-8")
+        for folder in out.glob("weights-step-*"):  # of a failure before the resume
+            shutil.rmtree(folder)
+        # Written last: its presence says that the run is finished.
+        with atomic_write(out / ENVIRONMENT) as path:
+            about = _environment(backbone, seconds, rows, accelerator)
+            path.write_text(json.dumps(about, indent=2))
+        (out / CHECKPOINT).unlink(missing_ok=True)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    return Run.open(out)
 
 
 def _open_backbone(config: TuningConfig, accelerator: Any) -> Backbone:
@@ -643,90 +707,6 @@ def _draw_grid(
     with atomic_write(file) as path:
         grid.save(path)
     return grid
-
-
-class _Trackers:
-    """The trackers of a run, by accelerate's names and classes; nothing is imported for none."""
-
-    def __init__(self, report_to: str) -> None:
-        self.names = _tracker_names(report_to)
-        self.begun: list[Any] = []
-
-    def begin(self, folder: Path, config: TuningConfig, first: int) -> None:
-        """Start the trackers; what they write on this machine goes into `folder`."""
-        if not self.names:
-            return
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-        folder.mkdir(exist_ok=True)
-        own: dict[str, dict[str, Any]] = {
-            # What was logged after the checkpoint of a run that is resumed is hidden.
-            "tensorboard": {"purge_step": first},
-            "wandb": {"dir": str(folder), "name": folder.parent.name},
-        }
-        settings = {
-            name: value if isinstance(value, bool | int | float | str) else str(value)
-            for name, value in asdict(config).items()
-        }
-        for name in self.names:
-            kind = LOGGER_TYPE_TO_CLASS[name]
-            where = [str(folder)] if kind.requires_logging_directory else []
-            try:
-                tracker = kind("sude_lab", *where, **own.get(name, {}))
-                tracker.start()
-                tracker.store_init_configuration(settings)
-            except Exception as error:  # each tracker fails in its own way: no account, no network
-                raise UserError(
-                    f"The tracker {name} could not be started ({type(error).__name__}: "
-                    f"{str(error)[:160]}): set it up, or --resume with --report-to none."
-                ) from error
-            self.begun.append(tracker)
-
-    def log(self, row: dict[str, float]) -> None:
-        """Log one step."""
-        values = {name: value for name, value in row.items() if name != "step"}
-        for tracker in self.begun:
-            tracker.log(values, step=int(row["step"]))
-
-    def picture(self, grid: Image.Image, step: int) -> None:
-        """Show a validation grid, where the tracker can."""
-        for tracker in self.begun:
-            if tracker.name == "tensorboard":
-                batch = np.asarray(grid)[None]
-                tracker.log_images({"validation": batch}, step=step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({"validation": [grid]}, step=step)
-
-    def finish(self) -> None:
-        """Let the trackers write what they still hold."""
-        for tracker in self.begun:
-            tracker.finish()
-
-
-def _tracker_names(report_to: str) -> list[str]:
-    """Return accelerate's names of the trackers.
-
-    Raises:
-        UserError: accelerate knows none of that name, or its package is not installed.
-    """
-    if report_to == "none":
-        return []
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-    from accelerate.utils import LoggerType
-
-    here = [str(name) for name in get_available_trackers()]
-    if report_to == "all":
-        return here
-    if report_to not in LOGGER_TYPE_TO_CLASS:
-        known = ", ".join(["none", "all", *LOGGER_TYPE_TO_CLASS])
-        raise UserError(f"There is no tracker {report_to!r}: choose --report-to among {known}.")
-    # A class that was registered with accelerate by hand is in no list of packages.
-    if report_to in LoggerType.list() and report_to not in here:
-        raise UserError(
-            f"--report-to {report_to} needs the package {report_to}: pip install {report_to}, or "
-            "use --report-to none."
-        )
-    return [report_to]
 
 
 def _environment(

@@ -214,6 +214,29 @@ def test_folder_that_cannot_be_replaced(tmp_path: Path) -> None:
     assert everything(tmp_path) == ["link", "real"]
 
 
+@pytest.mark.parametrize("kind", ["link", "dangling link", "mount"])
+def test_what_cannot_be_replaced_is_refused_before_the_work(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    out = tmp_path / "out"
+    if kind == "mount":
+        out.mkdir()
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    else:
+        out.symlink_to(tmp_path / ("gone" if "dangling" in kind else "real"))
+    with pytest.raises(UserError, match="not replaced") as error, atomic_folder(out):
+        pytest.fail("the body must not run")
+    assert_one_sentence(error, "out")
+    assert everything(tmp_path) == ["out", "real"]
+
+
+def test_a_limit_of_a_files_size_is_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No space"), atomic_write(tmp_path / "weights"):
+        raise RuntimeError(f"I/O error: {os.strerror(errno.EFBIG)} (os error 27)")
+    assert everything(tmp_path) == []
+
+
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     for text in ("first", "second"):
         with replaced_folder(tmp_path / "kept") as folder:

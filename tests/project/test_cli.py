@@ -70,6 +70,20 @@ def test_tune_then_generate(tune: Tune, tmp_path: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr()
     assert "'okapi'" in said.err and "no {S*}" in said.err
 
+    words[0] = "photo of a running <sks> dog"  # the word itself asks for the subject, too
+    assert main(["generate", str(out), *words, "--out", str(tmp_path / "word")]) == 0
+    said = capsys.readouterr()
+    assert "never met" not in said.err and "no {S*}" not in said.err
+    alike = ["--negative-prompt", "a {S*}"], ["--negative-prompt", "a <sks>"]
+    for k, negative in enumerate(alike):
+        assert main(["generate", str(out), *words, *negative, "--out", str(tmp_path / f"{k}")]) == 0
+    pictures = [(tmp_path / name / "000.png").read_bytes() for name in ("0", "1", "word")]
+    assert pictures[0] == pictures[1] != pictures[2]
+    long = " ".join(["a running dog on the"] * 20)
+    negative = ["--negative-prompt", long, "--num-images", "1", "--out", str(tmp_path / "long")]
+    assert main(["generate", str(out), words[0], *negative, "--device", "cpu"]) == 0
+    assert "too long" in capsys.readouterr().err
+
     words[0] = "photo of a {S*} and a {S*2}"
     refusal = main(["generate", str(out), *words, "--out", str(tmp_path / "two")])
     assert "asks for {S*2}" in refused(refusal, capsys)
@@ -248,6 +262,18 @@ def test_what_cannot_be_classified_is_refused(
     where = [] if "--backbone" in flags else ["--backbone", str(tiny_folder)]
     command = ["classify", str(subject_picture), *where, "--device", "cpu", *flags]
     assert expected in refused(main(command), capsys)
+
+
+def test_prompts_that_the_model_cannot_tell_apart_are_not_judged(
+    subject_picture: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = " ".join(["a running dog on the"] * 20)
+    command = ["classify", str(subject_picture), "--backbone", str(tiny_folder), "--device", "cpu"]
+    alike = ["--prompt", f"{long} dog", "--prompt", f"{long} cat"]
+    assert "as far as the model reads" in refused(main([*command, *alike]), capsys)
+    few = ["--num-pairs", "2", "--prompt", f"dog {long}", "--prompt", f"cat {long}"]
+    assert main([*command, *few]) == 0
+    assert "too long" in capsys.readouterr().err
 
 
 def test_no_picture_to_classify_is_refused(

@@ -553,7 +553,7 @@ def test_what_is_shared_draws_and_shows_no_photo(
 
 
 def test_a_photo_within_the_weights_is_not_shared(tuned: Tuned, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds"):
+    with pytest.raises(UserError, match="photo itself"):
         share(tuned("vico"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert "--out, --share or" in say("export", tuned("lora").folder).sentence

@@ -1,7 +1,9 @@
 """A run's folder is whole or a checkpoint, and an interrupted run ends as an unbroken one."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -206,6 +208,60 @@ def test_a_resumed_run_is_the_unbroken_one_byte_for_byte(
     )
     assert seen == ([3, 4] if stopped > 2 else [1, 2, 3, 4])
     assert content(out) == content(whole.folder)
+
+
+def test_a_run_that_the_system_ends_is_continued_from_its_last_step(
+    config: TuningConfig, tune_in: Callable[..., Run], tmp_path: Path
+) -> None:
+    def terminate(step: Step) -> None:
+        if step.number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole, out = tune_in(config, tmp_path / "whole"), tmp_path / "broken"
+    with pytest.raises(runs.Terminated):
+        tune_in(config, out, on_step=terminate)  # no checkpoint was due
+    assert runs._read_checkpoint(out / CHECKPOINT)["step"] == 3
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert content(tune_in(config, out, resume=True).folder) == content(whole.folder)
+
+
+def test_the_command_says_how_a_run_that_was_ended_goes_on(
+    config: TuningConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Step.row
+
+    def terminate(step: Step) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return row(step)
+
+    monkeypatch.setattr(Step, "row", terminate)
+    words = ["tune", config.image, "--category", "dog", "--backbone", config.backbone]
+    said = say(*words, "--device", "cpu", "--num-samples", 0, "--out", tmp_path / "run")
+    assert said.code == 143 and "--resume" in said.err and "checkpoint" in said.err
+
+
+LONG = " ".join(["a running dog on the"] * 20)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"prompt": f"photo of a {{S*}} {LONG}"}, {}),
+        ({"prompt": "a {S*}", "num_vectors": 64}, {}),
+        ({}, {"sample_prompts": ["a {S*}", f"{LONG} {{S*}}"]}),
+        ({}, {"validation_prompts": [LONG]}),
+    ],
+)
+def test_a_prompt_that_is_not_read_to_its_end_is_refused(
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    config: TuningConfig,
+    tune_in: Callable[..., Run],
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UserError, match="pieces of words"):
+        tune_in(replace(config, **settings), tmp_path / "run", **options)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
