@@ -285,7 +285,7 @@ def test_a_hub_id_is_opened_at_its_revision_and_the_commit_is_kept(
     main.write_text(OTHER)
     assert run_tuning(config, run.folder, resume=True, **quiet).config == run.config
     card = (run.folder / "README.md").read_text()
-    assert f'base_model: "{hub}"' in card
+    assert f"base_model: {hub}\n" in card
     assert f'from_pretrained("{hub}", revision="{OTHER}")' in card
     assert backbone_identity(hub) == f"{hub}@{OTHER}" and is_known(hub)
     assert backbone_identity(f"{hub}@{COMMIT}") == f"{hub}@{COMMIT}" and is_known(f"{hub}@{COMMIT}")
