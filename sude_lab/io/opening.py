@@ -74,10 +74,10 @@ def hub_id(source: str | Path) -> tuple[str, str | None] | None:
 
     A revision is a commit, a tag or a branch; only a commit is the same for ever.
     """
-    found = _HUB_ID.fullmatch(str(source))
-    if found is None or is_dir(source):
+    parts = _HUB_ID.fullmatch(str(source))
+    if parts is None or is_dir(source):
         return None
-    return found["id"], found["revision"]
+    return parts["id"], parts["revision"]
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -123,15 +123,15 @@ def open_backbone(
     where = pick_device(device)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"There is no dtype {dtype!r}: use auto, float32, bfloat16 or float16.")
-    told = hub_id(folder)
-    if told is None:
+    hub = hub_id(folder)
+    if hub is None:
         _check_source(folder)
     apart: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     apart["use_safetensors"] = True
     try:
         with quiet():
-            if told is not None:
-                name, revision = told
+            if hub is not None:
+                name, revision = hub
                 folder = str(DiffusionPipeline.download(name, revision=revision, **apart))
                 _check_source(folder)
             facts = _read_facts(Path(folder) / FACTS_FILE)
@@ -159,7 +159,7 @@ def open_backbone(
     else:
         precision = getattr(torch, dtype)
     pipeline.to(where)
-    commit = Path(folder).name if told else None  # the folder of a snapshot is named by its commit
+    commit = Path(folder).name if hub else None  # the folder of a snapshot is named by its commit
     return Backbone(pipeline, str(source), where, precision, facts, commit)
 
 
@@ -171,19 +171,19 @@ def _text_encoders(folder: Path) -> dict[str, Any]:
     import transformers
 
     index = read_json(folder / "model_index.json")
-    found: dict[str, Any] = {}
+    encoders: dict[str, Any] = {}
     for part in ("text_encoder", "text_encoder_2"):
         if not (folder / part).is_dir():
             continue
         kind = index[part][1]
         if kind not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
             raise ValueError(f"its {part} is a {kind}")
-        found[part], report = getattr(transformers, kind).from_pretrained(
+        encoders[part], report = getattr(transformers, kind).from_pretrained(
             folder / part, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
         if report["missing_keys"]:
             raise ValueError(f"its {part} lacks the tensor {min(report['missing_keys'])}")
-    return found
+    return encoders
 
 
 def _pool_at_the_end(pipeline: Any) -> None:
@@ -342,7 +342,7 @@ def _check_source(folder: str) -> None:
                 f"{index} takes its {part} from {str(value)[:80]}: only the classes that a Stable "
                 "Diffusion has there are opened."
             )
-    _check_harmless(path)
+    check_harmless(path)
     # Looked for here, because transformers makes an empty tokenizer where there is none.
     parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
     if name == "StableDiffusionXLPipeline":
@@ -361,11 +361,14 @@ def _check_source(folder: str) -> None:
             _check_weights(path / part)
 
 
-def _check_harmless(folder: Path) -> None:
+def check_harmless(folder: Path) -> None:
     """Refuse what could make a loader run code, or open a model from elsewhere.
 
     Some loaders do it on their own: for a file that is named like the library of a part, for a
     pipeline in place of a part, for an entry of a configuration.
+
+    Raises:
+        UserError: the folder holds such a file or entry, or a configuration that cannot be read.
     """
     for file in _files(folder, set()):
         if file.suffix in _CODE:

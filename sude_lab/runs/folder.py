@@ -281,8 +281,8 @@ def launched(device: str) -> Any:
     Raises:
         UserError: accelerate cannot set the processes up.
     """
-    told = ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-    if not any(name in os.environ for name in told):
+    marks = ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    if not any(name in os.environ for name in marks):
         return None
     from accelerate import Accelerator
 
@@ -459,7 +459,7 @@ def run_tuning(
                     try:
                         grid = _draw_grid(file, config, backbone, validated, num_samples)
                     except UserError as error:
-                        raise _told(error, out, step) from error
+                        raise _with_kept(error, out, step) from error
                     trackers.picture(grid, step.number)
     finally:
         trackers.finish()
@@ -502,9 +502,9 @@ def _open_backbone(config: TuningConfig, accelerator: Any) -> Backbone:
             # accelerate numbers CPUs, too: cpu:0, cpu:1.
             device = "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
         if dtype == "auto":
-            told = {"bf16": "bfloat16", "fp16": "float16"}
+            names = {"bf16": "bfloat16", "fp16": "float16"}
             return open_backbone(
-                config.backbone, device=device, dtype=told.get(accelerator.mixed_precision, "auto")
+                config.backbone, device=device, dtype=names.get(accelerator.mixed_precision, "auto")
             )
     return open_backbone(config.backbone, device=device, dtype=dtype)
 
@@ -625,20 +625,20 @@ def _keeping(steps: Iterator[Step], out: Path, accelerator: Any) -> Iterator[Ste
             last = step
             yield step
     except UserError as error:
-        told: UserError = error
+        with_kept: UserError = error
         if accelerator is None or accelerator.is_main_process:
-            told = _told(error, out, last)
+            with_kept = _with_kept(error, out, last)
         # All fail alike and wait until the weights are kept: the first process that ends ends all.
         # Where the memory of one ran out the others know nothing of it, and waiting has no end.
         alone = error.__cause__ is not None and machine_failure(error.__cause__)
         if accelerator is not None and not alone:
             accelerator.wait_for_everyone()
-        if told is error:
+        if with_kept is error:
             raise
-        raise told from error
+        raise with_kept from error
 
 
-def _told(error: UserError, out: Path, last: Step | None) -> UserError:
+def _with_kept(error: UserError, out: Path, last: Step | None) -> UserError:
     """Keep the weights after the step `last`; return the error with where they are."""
     kept = []
     if last is not None and (out / CONFIG).is_file():
@@ -698,11 +698,12 @@ def _draw_grid(
             ):
                 images += generate(backbone, prompt, num_images=number, seed=config.seed)
     except (RuntimeError, MemoryError) as error:
-        told = machine_failure(error)
-        if told is None:
+        failure = machine_failure(error)
+        if failure is None:
             raise
-        advice = "use a smaller --num-samples" if "memory" in told else "see whether it is there"
-        raise UserError(f"{told} while {file.name} was drawn: {advice}.") from error
+        memory = "memory" in failure
+        advice = "use a smaller --num-samples" if memory else "see whether it is there"
+        raise UserError(f"{failure} while {file.name} was drawn: {advice}.") from error
     grid = make_image_grid(images, len(prompts), number)
     with atomic_write(file) as path:
         grid.save(path)

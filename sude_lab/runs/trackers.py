@@ -86,8 +86,8 @@ def tracker_names(report_to: str) -> list[str]:
     if report_to == "all":
         return here
     if report_to not in LOGGER_TYPE_TO_CLASS:
-        known = ", ".join(["none", "all", *LOGGER_TYPE_TO_CLASS])
-        raise UserError(f"There is no tracker {report_to!r}: choose --report-to among {known}.")
+        choices = ", ".join(["none", "all", *LOGGER_TYPE_TO_CLASS])
+        raise UserError(f"There is no tracker {report_to!r}: choose --report-to among {choices}.")
     # A class that was registered with accelerate by hand is in no list of packages.
     if report_to in LoggerType.list() and report_to not in here:
         raise UserError(
