@@ -100,6 +100,8 @@ class Generate:
     sude_guidance: float = 0.0
     """SuDe without training: strength g of the pull back to the category; 1 meets it, 0 is none."""
     device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Precision of drawing; none: that of the tuning."""
     trust_backbone: bool = False
     """Open a model that lies in the run's folder or beside it, as whoever sent both may want."""
 
@@ -132,6 +134,8 @@ class Evaluate:
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Precision of drawing; none: that of the tuning."""
     trust_backbone: bool = False
     """Open a model that lies in the run's folder or beside it, as whoever sent both may want."""
 
@@ -278,7 +282,7 @@ def _generate(args: Generate) -> None:
     if not args.prompt.strip():
         raise UserError('The prompt is empty: for example "photo of a {S*}".')
     prompt, negative = run.prompt(args.prompt), run.prompt(args.negative_prompt or "")
-    backbone = run.load(args.device, trust_backbone=args.trust_backbone)
+    backbone = run.load(args.device, dtype=args.dtype, trust_backbone=args.trust_backbone)
     for text in (prompt, negative):
         if rest := backbone.beyond_reach(text, *run.tokens):
             print(
@@ -318,9 +322,9 @@ def _generate(args: Generate) -> None:
 def _evaluate(args: Evaluate) -> None:
     from sude_lab.evaluate.evaluate import SCORES, TABLE, evaluate
 
-    settings = {name: value for name, value in vars(args).items() if name != "trust_backbone"}
-    if args.trust_backbone:
-        settings["load"] = lambda run: run.load(args.device, trust_backbone=True)
+    settings = dict(vars(args))
+    opening = {name: settings.pop(name) for name in ("dtype", "trust_backbone")}
+    settings["load"] = lambda run: run.load(args.device, **opening)
     found = evaluate(**settings)
     print(found.text)
     print(f"The table is in {found.out / TABLE}, a row a picture in {found.out / SCORES}.")

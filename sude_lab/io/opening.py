@@ -148,7 +148,7 @@ def open_backbone(
             "safetensors weights, or a hub id that this machine can reach."
         ) from error
     _check_parts(pipeline, str(source))
-    _pool_at_the_end(pipeline)
+    pool_at_the_end(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
@@ -186,7 +186,7 @@ def _text_encoders(folder: Path) -> dict[str, Any]:
     return encoders
 
 
-def _pool_at_the_end(pipeline: Any) -> None:
+def pool_at_the_end(pipeline: Any) -> None:
     """Let the CLIPs read a whole prompt at its first end mark, which is where they learned to.
 
     Published configurations say `eos_token_id` 2, for which transformers reads at the highest id:

@@ -142,12 +142,19 @@ class Run:
         device: str = "auto",
         backbone: Backbone | None = None,
         *,
+        dtype: str | None = None,
         trust_backbone: bool = False,
     ) -> Backbone:
         """Open the backbone with the run's weights in it, or put them into an opened `backbone`.
 
         A run says itself which model it was tuned on. One that came along with it, in its folder or
         beside it, is opened only with `trust_backbone`.
+
+        Args:
+            device: Where to compute.
+            backbone: The model, opened and untuned; None: the run's own is opened.
+            dtype: The precision to draw in, as of `open_backbone`; None: the run's own.
+            trust_backbone: Whether a model that came along with the run may be opened.
 
         Raises:
             UserError: the weights are missing, damaged, or not those of this model and method, or
@@ -161,7 +168,8 @@ class Run:
                     "may have come along with it: if you trust whoever made both, add "
                     "--trust-backbone (in Python, trust_backbone=True)."
                 )
-            backbone = open_backbone(self.config.backbone, device=device, dtype=self.config.dtype)
+            dtype = dtype or self.config.dtype
+            backbone = open_backbone(self.config.backbone, device=device, dtype=dtype)
         try:
             method.load(backbone, weights)
         except UserError:

@@ -84,6 +84,12 @@ def test_tune_then_generate(tune: Tune, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["generate", str(out), words[0], *negative, "--device", "cpu"]) == 0
     assert "too long" in capsys.readouterr().err
 
+    half = ["--dtype", "bfloat16", "--num-images", "1", "--out", str(tmp_path / "half")]
+    assert main(["generate", str(out), words[0], *half, "--device", "cpu"]) == 0
+    capsys.readouterr()
+    drawn_in_half = (tmp_path / "half" / "000.png").read_bytes()
+    assert drawn_in_half != (tmp_path / "word" / "000.png").read_bytes()
+
     words[0] = "photo of a {S*} and a {S*2}"
     refusal = main(["generate", str(out), *words, "--out", str(tmp_path / "two")])
     assert "asks for {S*2}" in refused(refusal, capsys)
