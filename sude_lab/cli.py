@@ -635,6 +635,13 @@ def _answer(error: BaseException, command: Any) -> tuple[int, str]:
         return 2, f"{name} cannot be read or written ({error.strerror})."
     if machine := machine_failure(error):
         return 2, f"{machine}: ask for less at once, or for another --device; {_kept(command)}."
+    if isinstance(error, UnicodeEncodeError):  # as the system hands over a name of other bytes
+        return 2, f"The name {error.object[:200]!r} is not UTF-8: rename the file."
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return (
+            2,
+            "This system names no home folder: set SUDE_LAB_CACHE to a folder to keep files in.",
+        )
     said = f": {str(error).rstrip('.')}" if str(error) else ""
     told = f"{type(error).__name__}{said}; this is a bug: run again with --debug and report it."
     return 1, told

@@ -1,8 +1,11 @@
 """The command line does the whole job, and answers bad input with one sentence and exit code 2."""
 
+import errno
 import json
 import math
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -513,3 +516,44 @@ def test_the_configuration_of_a_run_is_readable(tune: Tune, tmp_path: Path) -> N
     assert tune("--out", tmp_path / "run") == 0
     values = json.loads((tmp_path / "run" / "config.json").read_text())
     assert values["category"] == "dog" and values["token"] == "<sks>"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (UnicodeEncodeError("utf-8", "dog-\udcff.png", 4, 5, "surrogates"), "rename the file"),
+        (RuntimeError("Could not determine home directory."), "set SUDE_LAB_CACHE"),
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG), "weights"), "weights cannot be"),
+    ],
+)
+def test_what_the_machine_or_a_name_is_to_blame_for_is_no_bug(
+    error: Exception,
+    told: str,
+    subject_picture: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("sude_lab.runs.folder.run_tuning", fail)
+    command = ["tune", str(subject_picture), "--category", "dog", "--out", str(tmp_path / "run")]
+    said = refused(main(command), capsys)
+    assert told in said and "bug" not in said and said.isprintable()
+
+
+def test_an_interruption_while_it_is_imported_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "sude_lab.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "sude_lab.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    from sude_lab.__main__ import main as command
+
+    assert command() == 130
+    assert capsys.readouterr().err.splitlines() == ["sude-lab: stopped; nothing was written."]

@@ -52,7 +52,7 @@ def test_extras() -> None:
 
 
 def test_command_line_entry() -> None:
-    assert PROJECT["scripts"] == {"sude-lab": "sude_lab.cli:main"}
+    assert PROJECT["scripts"] == {"sude-lab": "sude_lab.__main__:main"}
 
 
 @pytest.mark.parametrize("folder", ["notebooks", "sude_lab", "data", "tests"])
