@@ -16,6 +16,9 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    except KeyboardInterrupt:  # while it was being imported
+        print("sude-lab: stopped; nothing was written.", file=sys.stderr)
+        return 130
     return command_line()
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +26,7 @@ from tyro.conf import Positional
 
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError, machine_failure, one_line
+from sude_lab.io.files import process_number, sole_writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,9 @@ class Tune(TuningConfig):
     kohya: bool = False
     """With --train lora: write the LoRA in kohya's format, too, for the web UIs."""
     kohya_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    push_to_hub: tuple[str, ...] | None = None
+    """Upload the finished run to the Hub, without the picture; REPO is name or owner/name, none:
+    the name of --out."""
 
     def __post_init__(self) -> None:
         """Leave the checks to the `TuningConfig` that is made of this, outside the parser."""
@@ -96,6 +100,10 @@ class Generate:
     sude_guidance: float = 0.0
     """SuDe without training: strength g of the pull back to the category; 1 meets it, 0 is none."""
     device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Precision of drawing; none: that of the tuning."""
+    trust_backbone: bool = False
+    """Open a model that lies in the run's folder or beside it, as whoever sent both may want."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +134,10 @@ class Evaluate:
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Precision of drawing; none: that of the tuning."""
+    trust_backbone: bool = False
+    """Open a model that lies in the run's folder or beside it, as whoever sent both may want."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,12 +199,18 @@ class Export:
 
     run: Positional[Path]
     """The folder that `sude-lab tune` wrote."""
-    out: Path
+    out: Path | None = None
     """A new folder for a pipeline, a new .safetensors file for kohya."""
     format: Literal["pipeline", "kohya"] = "pipeline"
     """pipeline: a whole diffusers pipeline folder; kohya: a LoRA for the web UIs."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Precision of the weights; none: float32 for a pipeline, float16 for kohya."""
+    share: Path | None = None
+    """A new folder for others: card, weights and samples, and no photo of the subject."""
+    push_to_hub: tuple[str, ...] | None = None
+    """Upload what --share writes to the Hub; REPO is name or owner/name, none: the run's name."""
+    trust_backbone: bool = False
+    """Open a model that lies in the run's folder or beside it, as whoever sent both may want."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +251,7 @@ def _tune(args: Tune) -> None:
         raise UserError("--num-samples must be at most 1,000 pictures a prompt.")
     if args.validation_every < 0:
         raise UserError("--validation-every must be at least 0; 0 draws no grids.")
+    repository = _repository(args.push_to_hub)  # what is wrong with it is said before the work
     run = run_tuning(
         config,
         args.out,
@@ -248,31 +267,37 @@ def _tune(args: Tune) -> None:
     )
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
-    if _process():
+    if process_number():
         return
     print(f"The run is in {run.folder}.")
+    _push(run, args.push_to_hub, repository)
     print(f'Draw with it: sude-lab generate {run.folder} "photo of a {{S*}}" --out pictures')
 
 
 def _generate(args: Generate) -> None:
     from sude_lab.generation import generate
     from sude_lab.io.files import atomic_folder
-    from sude_lab.prompts import PLACEHOLDER, checked
+    from sude_lab.prompts import PLACEHOLDER
     from sude_lab.runs.folder import Run
     from sude_lab.runs.guided import guidance_for
 
     run = Run.open(args.run)
     if not args.prompt.strip():
         raise UserError('The prompt is empty: for example "photo of a {S*}".')
-    checked(args.negative_prompt or "")
-    backbone = run.load(args.device)
-    prompt = run.prompt(args.prompt)
-    rest = backbone.beyond_reach(prompt, *run.tokens)
-    if rest:
-        print(f"The prompt is too long for the model, which leaves out {rest!r}.", file=sys.stderr)
-    if prompt == args.prompt:
+    prompt, negative = run.prompt(args.prompt), run.prompt(args.negative_prompt or "")
+    backbone = run.load(args.device, dtype=args.dtype, trust_backbone=args.trust_backbone)
+    for text in (prompt, negative):
+        if rest := backbone.beyond_reach(text, *run.tokens):
+            print(
+                f"The prompt is too long for the model, which leaves out {rest!r}.",
+                file=sys.stderr,
+            )
+    words = prompt
+    for token in run.tokens:
+        words = words.replace(token, " ")
+    if words == prompt:
         print(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.", file=sys.stderr)
-    unknown = backbone.unknown_words(args.prompt)
+    unknown = backbone.unknown_words(words)
     if unknown:
         print(
             f"The model has never met {', '.join(map(repr, unknown))}; it knows: "
@@ -288,7 +313,7 @@ def _generate(args: Generate) -> None:
             seed=args.seed,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
-            negative_prompt=args.negative_prompt,
+            negative_prompt=negative or None,
             progress=True,
         )
         for k, image in enumerate(images):
@@ -301,7 +326,10 @@ def _evaluate(args: Evaluate) -> None:
     from sude_lab.evaluate.evaluate import SCORES, TABLE, evaluate
     from sude_lab.world.judging import drawn_judge
 
-    done = evaluate(**vars(args), judges=drawn_judge)
+    settings = dict(vars(args))
+    opening = {name: settings.pop(name) for name in ("dtype", "trust_backbone")}
+    settings["load"] = lambda run: run.load(args.device, **opening)
+    done = evaluate(**settings, judges=drawn_judge)
     print(done.text)
     print(f"The table is in {done.out / TABLE}, a row a picture in {done.out / SCORES}.")
 
@@ -328,6 +356,13 @@ def _classify(args: Classify) -> None:
     )
     picture = load_picture(args.image, resolution=backbone.resolution)
     notes = list(picture.notes)
+    notes += [
+        f"The prompt is too long for the model, which leaves out {rest!r}."
+        for text in args.prompt
+        if (rest := backbone.beyond_reach(text))
+    ]
+    if len({tuple(row.tolist()) for row in backbone.tokenize([*args.prompt])}) < len(args.prompt):
+        raise UserError("Two prompts are the same as far as the model reads them: change one.")
     unknown = backbone.unknown_words(" ".join(args.prompt))
     if unknown:
         notes.append(
@@ -394,16 +429,38 @@ def _sweep(args: Sweep) -> int:
 
 
 def _export(args: Export) -> None:
-    from sude_lab.runs.export import export_pipeline, write_kohya
+    from sude_lab.runs.export import export_pipeline, share, write_kohya
     from sude_lab.runs.folder import Run
 
-    run = Run.open(args.run)
-    if args.format == "kohya":
+    if args.out is None and args.share is None and args.push_to_hub is None:
+        raise UserError("Name what to write: --out, --share or --push-to-hub.")
+    run, repository = Run.open(args.run), _repository(args.push_to_hub)
+    if args.out is not None and args.format == "kohya":
         write_kohya(run.weights, args.out, args.dtype or "float16")
         print(f"The LoRA is {args.out}.")
-    else:
-        export_pipeline(run, args.out, args.dtype or "float32")
+    elif args.out is not None:
+        trusted = args.trust_backbone
+        export_pipeline(run, args.out, args.dtype or "float32", trust_backbone=trusted)
         print(f"The pipeline is in {args.out}.")
+    if args.share is not None:
+        share(run, args.share)
+        print(f"What can be shared is in {args.share}.")
+    _push(run, args.push_to_hub, repository)
+
+
+def _repository(words: tuple[str, ...] | None) -> str | None:
+    """Return the repository that a flag names; None: it names none."""
+    if words and (len(words) > 1 or not re.fullmatch(r"([\w.-]+/)?[\w.-]+", words[0])):
+        raise UserError(f"--push-to-hub {' '.join(words)!r} must be name or owner/name.")
+    return words[0] if words else None
+
+
+def _push(run: Any, flag: tuple[str, ...] | None, repository: str | None) -> None:
+    if flag is None:
+        return
+    from sude_lab.runs.export import push
+
+    print(f"The run is on the Hub as {push(run, repository)}; a new repository is private.")
 
 
 def _lab(args: Lab) -> None:
@@ -494,12 +551,6 @@ def _from_box(said: str) -> str:
     return f"{text or 'These arguments cannot be read.'} See sude-lab --help."
 
 
-def _process() -> int:
-    """The number of this process among those that were launched together; 0 is the main one."""
-    told = (os.environ.get(name) for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
-    return next((int(rank) for rank in told if rank), 0)
-
-
 def _check_paths(command: Any) -> None:
     """Say in one sentence which argument can be the name of no file, before anything is done."""
     for f in fields(command):
@@ -516,6 +567,19 @@ def _check_paths(command: Any) -> None:
                     raise UserError(
                         f"The {flag} {str(path)[:80]!r} names no file ({why})."
                     ) from None
+
+
+def _sole(command: Any) -> AbstractContextManager[None]:
+    """Let no second command write where this one does; tune and export see to it themselves."""
+    if isinstance(command, Generate):
+        return sole_writer(command.out)
+    if isinstance(command, Demo):
+        return sole_writer(command.out, inside=True)
+    if isinstance(command, Evaluate) and (command.out or command.runs):
+        from sude_lab.evaluate.evaluate import FOLDER
+
+        return sole_writer(command.out or command.runs[0] / FOLDER, inside=True)
+    return nullcontext()
 
 
 def _kept(command: Any) -> str:
@@ -536,8 +600,9 @@ def _kept(command: Any) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what goes wrong is one sentence on stderr.
 
-    2: a `UserError`, or what the system refuses; 130: Ctrl-C; 1: a run of a sweep that failed, or
-    an error that nobody thought of, a bug. With --debug the traceback comes first.
+    2: a `UserError`, or what the system refuses; 130: Ctrl-C; 143: SIGTERM while tuning; 1: a run
+    of a sweep that failed, or an error that nobody thought of, a bug. With --debug the traceback
+    comes first.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -548,7 +613,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = _parse([word for word in given if word != "--debug"])
         _check_paths(command)
-        return _COMMANDS[type(command)](command) or 0
+        with _sole(command):
+            return _COMMANDS[type(command)](command) or 0
     except BrokenPipeError:  # whoever read the output, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -557,7 +623,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exception(error)
         code, told = _answer(error, command)
         # The main process speaks for all; what one knows alone is told with its number.
-        who = f" (process {_process()})" if _process() else ""
+        who = f" (process {process_number()})" if process_number() else ""
         print(f"sude-lab{who}: {one_line(told)}", file=sys.stderr)
         return code
 
@@ -565,7 +631,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _answer(error: BaseException, command: Any) -> tuple[int, str]:
     """Return the exit code of an error, and the sentence that tells of it."""
     if isinstance(error, KeyboardInterrupt):
-        return 130, f"stopped; {_kept(command)}."
+        code = 143 if type(error).__name__ == "Terminated" else 130  # as the shell counts signals
+        return code, f"stopped; {_kept(command)}."
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("sude_lab"):
@@ -578,6 +645,13 @@ def _answer(error: BaseException, command: Any) -> tuple[int, str]:
         return 2, f"{name} cannot be read or written ({error.strerror})."
     if machine := machine_failure(error):
         return 2, f"{machine}: ask for less at once, or for another --device; {_kept(command)}."
+    if isinstance(error, UnicodeEncodeError):  # as the system hands over a name of other bytes
+        return 2, f"The name {error.object[:200]!r} is not UTF-8: rename the file."
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return (
+            2,
+            "This system names no home folder: set SUDE_LAB_CACHE to a folder to keep files in.",
+        )
     said = f": {str(error).rstrip('.')}" if str(error) else ""
     told = f"{type(error).__name__}{said}; this is a bug: run again with --debug and report it."
     return 1, told

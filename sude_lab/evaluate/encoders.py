@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from sude_lab.errors import UserError
 from sude_lab.io.files import atomic_write
-from sude_lab.io.opening import pick_device, quiet
+from sude_lab.io.opening import check_harmless, pick_device, quiet
 from sude_lab.runs.class_images import cache_folder
 
 Triple = tuple[float, float, float]
@@ -264,6 +264,8 @@ def open_encoder(
             f"There is no {name} encoder in {folder}: name a folder with config.json and "
             "safetensors, as transformers' save_pretrained writes it."
         )
+    if folder is not None:
+        check_harmless(folder)
     where = pick_device(device)
     if dtype == "auto":
         bf16 = where.type == "cuda" and torch.cuda.is_bf16_supported()

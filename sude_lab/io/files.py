@@ -13,14 +13,16 @@ from uuid import uuid4
 
 from sude_lab.errors import UserError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NEARLY_FULL = 1 << 20  # bytes
 PARTIAL = ".partial-"
 """How the names of files and folders begin that are being written."""
+LOCK = ".writing.lock"
+"""The file in a folder that is being filled, while it is."""
 
 
 class DiskFullError(UserError):
-    """The disk is full: whatever is tried next will fail, too."""
+    """The disk is full, or the share of it that one may use: what is tried next fails, too."""
 
 
 @contextmanager
@@ -139,46 +141,41 @@ def require_own(folder: Path | str, mark: str, beginning: str, others: Sequence[
 def locked(path: Path | str, *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock that the file `path` stands for, for the body; yields whether it is held.
 
-    Without `wait` it yields False at once where another process holds it. The lock is the system's
-    (flock): it ends with the process that holds it, however that ends, so that no lock is ever
-    stale and none is to be deleted by hand. The file stays; in it stands who held it last. Between
-    machines it works where the shared disk knows flock: Linux's NFS and most cluster disks do.
+    Without `wait` it yields False at once where another process holds it. The lock is the system's:
+    it ends with the process that holds it, however that ends, so that no lock is ever stale and
+    none is to be deleted by hand. In the file stands who holds it.
 
     Raises:
-        UserError: the file cannot be written, or the disk or the system knows no flock.
+        UserError: the file cannot be written, or its disk knows no locks.
         DiskFullError: there is no space for the file.
     """
-    try:
-        import fcntl
-    except ImportError as error:
-        raise UserError("Locks need Linux or macOS: on Windows run this in WSL.") from error
+    from filelock import FileLock, Timeout
+
     path = Path(path)
+    lock = FileLock(path, timeout=-1 if wait else 0)
     try:
         _make_folder(path.parent)
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        if error.errno in _FULL:
+        lock.acquire()
+    except Timeout:
+        pass
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", None) in _FULL:
             raise DiskFullError(
                 f"No space is left on the disk to write {path}: free some and run again."
             ) from error
-        raise UserError(f"{path} cannot be written ({error.strerror}).") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be locked ({reason}): name another folder.") from error
+    if not lock.is_locked:
+        yield False
+        return
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be locked ({error.strerror}): name a folder on a disk that knows "
-                "flock."
-            ) from error
         with suppress(OSError):  # on a full disk the lock counts without its words
-            os.ftruncate(file, 0)
-            os.write(file, f"{socket.gethostname()} {os.getpid()} {time.time():.0f}\n".encode())
+            path.write_text(f"{socket.gethostname()} {os.getpid()} {time.time():.0f}\n")
         yield True
     finally:
-        os.close(file)  # which ends the lock
+        with suppress(OSError):  # before the release: whoever waits takes a file that is there
+            path.unlink()
+        lock.release()
 
 
 def lock_holder(path: Path | str) -> str | None:
@@ -186,19 +183,51 @@ def lock_holder(path: Path | str) -> str | None:
 
     `since` is in seconds since 1970.
     """
-    import fcntl
+    from filelock import FileLock, Timeout
 
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except OSError:
+    path = Path(path)
+    if not path.is_file():
         return None
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return os.read(file, 1000).decode().strip()
-    finally:
-        os.close(file)
+        with FileLock(path, timeout=0):
+            return None
+    except Timeout:
+        with suppress(OSError):
+            return path.read_text(encoding="utf-8").strip() or "?"
+    except OSError:
+        pass
     return None
+
+
+@contextmanager
+def sole_writer(path: Path | str, *, inside: bool = False) -> Iterator[None]:
+    """Let nobody else write `path` as long as the body takes.
+
+    Args:
+        path: A file or folder that the body writes whole.
+        inside: It is a folder that the body fills bit by bit: it is made here, and removed again
+            where the body leaves it empty.
+
+    Raises:
+        UserError: another process is writing there, or nobody can.
+    """
+    path = Path(os.path.abspath(path))
+    if inside and path.is_file():
+        raise UserError(f"{path} is a file: --out takes a folder.")
+    lock = path / LOCK if inside else path.with_name(f".{_end(path.name)}{LOCK}")
+    with _removed_if_empty(lock.parent), locked(lock, wait=False) as held:
+        if not held:
+            raise UserError(
+                f"Another command is writing {path} at this moment: wait until it has ended, or "
+                "name another --out."
+            )
+        yield
+
+
+def process_number() -> int:
+    """The number of this process among those that were launched together; 0 is the main one."""
+    numbers = (os.environ.get(name) for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
+    return next((int(number) for number in numbers if number), 0)
 
 
 def save_tensors(
@@ -228,24 +257,40 @@ def remove_partials(folder: Path | str) -> None:
 def _temporary_sibling(path: Path) -> Iterator[Path]:
     """A fresh name in the folder of `path`; on failure nothing of it stays."""
     # Not `tempfile`: its files and folders are closed to everyone but their owner, and stay so.
-    end = os.fsdecode(os.fsencode(path.name)[-200:])  # the longest name has 255 bytes as it is
-    temporary = path.with_name(f"{PARTIAL}{uuid4().hex[:8]}-{end}")
-    created = [folder for folder in path.parents if not folder.exists()]
+    temporary = path.with_name(f"{PARTIAL}{uuid4().hex[:8]}-{_end(path.name)}")
+    with _removed_if_empty(path.parent):
+        try:
+            _make_folder(path.parent)
+            yield temporary
+        except BaseException as error:  # KeyboardInterrupt too: nothing half-written stays
+            full = _means_full_disk(error, path.parent)  # before the clean-up frees some
+            with suppress(OSError):  # a failing clean-up must not hide the first error
+                if temporary.is_dir():
+                    shutil.rmtree(temporary)
+                else:
+                    temporary.unlink(missing_ok=True)
+            if full:
+                raise DiskFullError(
+                    f"No space is left on the disk to write {path}: free some and run again."
+                ) from error
+            raise
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """Remove what the body made of the folder and its parents, where it is empty afterwards."""
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        _make_folder(path.parent)
-        yield temporary
-    except BaseException as error:  # KeyboardInterrupt too: nothing half-written stays
-        full = _means_full_disk(error, path.parent)  # before the clean-up frees some
-        with suppress(OSError):  # a failing clean-up must not hide the first error
-            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-        for folder in created:
+        yield
+    finally:
+        for path in created:
             with suppress(OSError):
-                folder.rmdir()
-        if full:
-            raise DiskFullError(
-                f"No space is left on the disk to write {path}: free some and run again."
-            ) from error
-        raise
+                path.rmdir()
+
+
+def _end(name: str) -> str:
+    """Return the end of a file's name, so that more fits before it: the longest has 255 bytes."""
+    return os.fsdecode(os.fsencode(name)[-200:])
 
 
 def _make_folder(folder: Path) -> None:
@@ -262,6 +307,10 @@ def _make_folder(folder: Path) -> None:
 
 
 def _require_free(path: Path) -> None:
+    if path.is_symlink():
+        raise UserError(f"{path} is a link, which is not replaced: name the folder itself.")
+    if os.path.ismount(path):
+        raise UserError(f"{path} is a mount point, which is not replaced: name a folder in it.")
     if path.is_dir():
         if path == Path.cwd():  # replacing it would leave the shell in a folder that is gone
             raise UserError(f"{path} is the current folder: name a new folder in it.")
@@ -283,7 +332,7 @@ def _means_full_disk(error: BaseException, folder: Path) -> bool:
     if not isinstance(error, Exception):
         return False
     # safetensors and pyarrow report it in the words of the system, in classes of their own.
-    if os.strerror(errno.ENOSPC) in str(error):
+    if any(os.strerror(number) in str(error) for number in _FULL):
         return True
     # numpy ("100 requested and 7 written") and torch.save ("unexpected pos") do not say: look.
     if isinstance(error, OSError | RuntimeError) and folder.is_dir():

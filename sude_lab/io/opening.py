@@ -26,8 +26,19 @@ from sude_lab.io.reading import is_dir, is_file, read_json
 
 FACTS_FILE = "sude_lab.json"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
-"""Whose classes a pipeline's index may name: a folder must not say which code is imported."""
+CLASSES = {
+    "unet": r"diffusers UNet2DConditionModel",
+    "vae": r"diffusers AutoencoderKL",
+    "text_encoder": r"transformers CLIPTextModel(WithProjection)?",
+    "tokenizer": r"transformers CLIPTokenizer(Fast)?",
+    "scheduler": r"diffusers \w+Scheduler",
+    "safety_checker": r"stable_diffusion StableDiffusionSafetyChecker",
+    "feature_extractor": r"transformers CLIP(ImageProcessor|FeatureExtractor)",
+    "image_encoder": r"transformers CLIPVisionModelWithProjection",
+}
+"""The classes that a part of a pipeline may have: a folder must not say which code is run."""
+_CODE = (".py", ".pyc", ".pyd", ".so")
+_ATTENTION = (None, "eager", "sdpa")  # whose code is installed; others are fetched from the hub
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
@@ -63,10 +74,10 @@ def hub_id(source: str | Path) -> tuple[str, str | None] | None:
 
     A revision is a commit, a tag or a branch; only a commit is the same for ever.
     """
-    found = _HUB_ID.fullmatch(str(source))
-    if found is None or is_dir(source):
+    parts = _HUB_ID.fullmatch(str(source))
+    if parts is None or is_dir(source):
         return None
-    return found["id"], found["revision"]
+    return parts["id"], parts["revision"]
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -112,15 +123,15 @@ def open_backbone(
     where = pick_device(device)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"There is no dtype {dtype!r}: use auto, float32, bfloat16 or float16.")
-    told = hub_id(folder)
-    if told is None:
+    hub = hub_id(folder)
+    if hub is None:
         _check_source(folder)
     apart: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     apart["use_safetensors"] = True
     try:
         with quiet():
-            if told is not None:
-                name, revision = told
+            if hub is not None:
+                name, revision = hub
                 folder = str(DiffusionPipeline.download(name, revision=revision, **apart))
                 _check_source(folder)
             facts = _read_facts(Path(folder) / FACTS_FILE)
@@ -137,6 +148,7 @@ def open_backbone(
             "safetensors weights, or a hub id that this machine can reach."
         ) from error
     _check_parts(pipeline, str(source))
+    pool_at_the_end(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
@@ -147,7 +159,7 @@ def open_backbone(
     else:
         precision = getattr(torch, dtype)
     pipeline.to(where)
-    commit = Path(folder).name if told else None  # the folder of a snapshot is named by its commit
+    commit = Path(folder).name if hub else None  # the folder of a snapshot is named by its commit
     return Backbone(pipeline, str(source), where, precision, facts, commit)
 
 
@@ -159,19 +171,37 @@ def _text_encoders(folder: Path) -> dict[str, Any]:
     import transformers
 
     index = read_json(folder / "model_index.json")
-    found: dict[str, Any] = {}
+    encoders: dict[str, Any] = {}
     for part in ("text_encoder", "text_encoder_2"):
         if not (folder / part).is_dir():
             continue
         kind = index[part][1]
         if kind not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
             raise ValueError(f"its {part} is a {kind}")
-        found[part], report = getattr(transformers, kind).from_pretrained(
+        encoders[part], report = getattr(transformers, kind).from_pretrained(
             folder / part, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
         if report["missing_keys"]:
             raise ValueError(f"its {part} lacks the tensor {min(report['missing_keys'])}")
-    return found
+    return encoders
+
+
+def pool_at_the_end(pipeline: Any) -> None:
+    """Let the CLIPs read a whole prompt at its first end mark, which is where they learned to.
+
+    Published configurations say `eos_token_id` 2, for which transformers reads at the highest id:
+    the end mark's, until a word is added. The configurations are set right, too, and with them what
+    is saved.
+    """
+    for name in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(pipeline, name, None)
+        if encoder is None:
+            continue
+        end = getattr(pipeline, name.replace("text_encoder", "tokenizer")).eos_token_id
+        encoder.config.eos_token_id = end
+        for module in encoder.modules():  # one of them has its own copy
+            if hasattr(module, "eos_token_id"):
+                module.eos_token_id = end
 
 
 def _check_parts(pipeline: Any, source: str) -> None:
@@ -304,17 +334,15 @@ def _check_source(folder: str) -> None:
             f"{folder} holds a {str(name)[:80]}: it must be one of {', '.join(PIPELINES)}."
         )
     for part, value in content.items():
-        if isinstance(value, list) and not (len(value) == 2 and value[0] in LIBRARIES):
+        if not isinstance(value, list) or value == [None, None]:
+            continue
+        allowed = CLASSES.get(part.removesuffix("_2"), "$^")
+        if not re.fullmatch(allowed, " ".join(map(str, value))):
             raise UserError(
-                f"{index} takes its {part} from {str(value)[:80]}: only classes of diffusers and "
-                "transformers are opened."
+                f"{index} takes its {part} from {str(value)[:80]}: only the classes that a Stable "
+                "Diffusion has there are opened."
             )
-        # An AutoTokenizer, say, would read in the folder which code of its own it is to run.
-        if isinstance(value, list) and re.match("Auto(?!encoder)", str(value[1])):
-            raise UserError(
-                f"{index} takes its {part} from {str(value[1])[:80]}: name the class itself, as "
-                "diffusers' save_pretrained does."
-            )
+    check_harmless(path)
     # Looked for here, because transformers makes an empty tokenizer where there is none.
     parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
     if name == "StableDiffusionXLPipeline":
@@ -331,6 +359,64 @@ def _check_source(folder: str) -> None:
                 )
         elif part != "scheduler":
             _check_weights(path / part)
+
+
+def check_harmless(folder: Path) -> None:
+    """Refuse what could make a loader run code, or open a model from elsewhere.
+
+    Some loaders do it on their own: for a file that is named like the library of a part, for a
+    pipeline in place of a part, for an entry of a configuration.
+
+    Raises:
+        UserError: the folder holds such a file or entry, or a configuration that cannot be read.
+    """
+    for file in _files(folder, set()):
+        if file.suffix in _CODE:
+            raise UserError(
+                f"{folder} holds a program, {file.relative_to(folder)}, which a loader might run: "
+                "if you trust the model, open a copy of the folder without it."
+            )
+        nested = file.name == "model_index.json" and file.parent != folder
+        if nested or file.name == "adapter_config.json":
+            raise UserError(
+                f"{folder} holds {file.relative_to(folder)}, with which a part would be opened as "
+                "a model of its own: take it out."
+            )
+        if file.suffix == ".json" and "config" in file.name:
+            for name, value in _entries(file):
+                foreign = "attn_implementation" in name and value not in _ATTENTION
+                if name == "auto_map" or foreign:
+                    raise UserError(
+                        f"{file} says {name} {str(value)[:80]!r}, which would run code from "
+                        "elsewhere: take the line out."
+                    )
+
+
+def _files(folder: Path, passed: set[Path]) -> Iterator[Path]:
+    """Yield every file below a folder, also behind links to other folders, each folder once."""
+    if folder.resolve() in passed:
+        return
+    passed.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _files(path, passed)
+        else:
+            yield path
+
+
+def _entries(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield every name and value of a JSON file, however deep."""
+    try:
+        left = [read_json(file)]
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} cannot be read as JSON: the folder is damaged.") from error
+    while left:
+        node = left.pop()
+        if isinstance(node, list):
+            left += node
+        elif isinstance(node, dict):
+            left += node.values()
+            yield from node.items()
 
 
 def _check_weights(folder: Path) -> None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 
 from sude_lab.errors import UserError
 
@@ -48,12 +48,17 @@ class Picture:
     source: Path
 
 
-def load_picture(path: Path | str, *, resolution: int) -> Picture:
+def load_picture(path: Path | str | Image.Image | np.ndarray, *, resolution: int) -> Picture:
     """Read one picture as an upright RGB square of `resolution` pixels.
 
     In this order: the first frame (a note says so), EXIF orientation, 16-bit and floating-point
-    values scaled to 8 bit, CMYK to RGB by the embedded ICC profile where there is one,
+    values scaled to 8 bit, colours to sRGB by the embedded ICC profile where there is one,
     transparency over white, centre crop, Lanczos resize (a note says so where it enlarges).
+
+    Args:
+        path: A file; or a picture in memory, of Pillow or as an array (H, W) or (H, W, C) of 8-bit,
+            16-bit or floating-point values, the latter from 0 to 1.
+        resolution: The side in pixels.
 
     Raises:
         PictureError: the file does not exist, is a folder or empty, is not a picture, is damaged,
@@ -62,10 +67,8 @@ def load_picture(path: Path | str, *, resolution: int) -> Picture:
     """
     if resolution < 1:
         raise UserError(f"The resolution must be at least 1 pixel, not {resolution}.")
-    path = Path(path)
-    _require_file(path)
     notes: list[str] = []
-    image = _decode(path, notes)
+    image, path = _read(path, notes)
     width, height = image.size
     if max(image.size) == 1:
         raise PictureError(f"{path} is a single pixel: use a larger picture.")
@@ -82,14 +85,43 @@ def load_picture(path: Path | str, *, resolution: int) -> Picture:
     return Picture(image=square, notes=tuple(notes), source=path)
 
 
-def open_picture(path: Path | str) -> Image.Image:
+def open_picture(path: Path | str | Image.Image | np.ndarray) -> Image.Image:
     """Read one picture as `load_picture` does, upright and RGB, but whole and in its own size.
 
     Raises:
         PictureError: as `load_picture`, but for the shape.
     """
-    _require_file(Path(path))
-    return _decode(Path(path), [])
+    return _read(path, [])[0]
+
+
+def _read(
+    source: Path | str | Image.Image | np.ndarray, notes: list[str]
+) -> tuple[Image.Image, Path]:
+    """Return a picture as RGB, and the name by which sentences speak of it."""
+    if isinstance(source, Image.Image | np.ndarray):
+        name = Path(getattr(source, "filename", "") or "The picture")
+        image = _from_array(source) if isinstance(source, np.ndarray) else source
+        return _to_rgb(ImageOps.exif_transpose(image), name, notes), name
+    path = Path(source)
+    _require_file(path)
+    return _decode(path, notes), path
+
+
+def _from_array(values: np.ndarray) -> Image.Image:
+    if values.ndim == 3 and values.shape[-1] == 1:
+        values = values[..., 0]
+    right = values.ndim == 2 or (values.ndim == 3 and values.shape[-1] in (3, 4))
+    if not right or not values.size or values.dtype.kind not in "uf":
+        raise PictureError(
+            f"The picture is an array of the shape {values.shape} and type {values.dtype}: it must "
+            "be (H, W), (H, W, 3) or (H, W, 4), of uint8, uint16, or float from 0 to 1."
+        )
+    if values.dtype != np.uint8:
+        white = 1.0 if values.dtype.kind == "f" else float(np.iinfo(values.dtype).max)
+        if not (values.min() >= 0 and values.max() <= white):  # so that NaN is refused, too
+            raise PictureError(f"The picture's values must lie between 0 and {white:g}.")
+        values = (values * (255 / white)).round().astype(np.uint8)
+    return Image.fromarray(values)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
@@ -179,13 +211,15 @@ def _note_frames(file: Image.Image, path: Path, notes: list[str]) -> None:
 def _to_rgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         image = _to_8_bit(image, path, notes)
-    if image.mode == "CMYK":
-        return _from_cmyk(image, path, notes)
     if image.has_transparency_data:
         image = image.convert("RGBA")
+        colours = _to_srgb(image.convert("RGB"), image.info, path, notes)
+        colours.putalpha(image.getchannel("A"))
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        return Image.alpha_composite(white, colours).convert("RGB")
+    if image.mode not in ("CMYK", "L", "RGB"):
+        image = image.convert("RGB")
+    return _to_srgb(image, image.info, path, notes)
 
 
 def _to_8_bit(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
@@ -203,8 +237,11 @@ def _to_8_bit(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
     return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
 
 
-def _from_cmyk(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
-    profile = image.info.get("icc_profile")
+def _to_srgb(
+    image: Image.Image, about: dict[Any, Any], path: Path, notes: list[str]
+) -> Image.Image:
+    """Turn the colours of a picture into those of sRGB, by the profile that came with it."""
+    profile = about.get("icc_profile")
     if profile:
         try:
             converted = ImageCms.profileToProfile(
@@ -214,5 +251,8 @@ def _from_cmyk(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
             notes.append(f"{path.name} has a colour profile that cannot be used: it is ignored.")
         else:
             assert converted is not None  # it is None only when converting in place
-            return converted
+            plain = image.convert("RGB")
+            # A profile that says sRGB changes nothing but its rounding.
+            difference = ImageChops.difference(plain, converted).getextrema()
+            return converted if max(high for _, high in difference) > 1 else plain  # type: ignore[misc]
     return image.convert("RGB")

@@ -1,272 +1,80 @@
-"""What a run is for other programs: a model card, a LoRA for the web UIs, a pipeline folder."""
+"""What a run is for other programs: a LoRA for the web UIs, a pipeline, a folder to share."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sude_lab import __version__
 from sude_lab.backbone import Backbone
-from sude_lab.config import EMBEDDED, TuningConfig
 from sude_lab.errors import UserError
-from sude_lab.generation import sampling_settings
-from sude_lab.io.files import atomic_folder, atomic_write, save_tensors
-from sude_lab.io.opening import FACTS_FILE, hub_id
-from sude_lab.io.weights import EMBEDDINGS, LORA_FILE, shared_name
+from sude_lab.io.files import atomic_folder, atomic_write, save_tensors, sole_writer
+from sude_lab.io.opening import FACTS_FILE
+from sude_lab.io.reading import read_json
+from sude_lab.io.weights import EMBEDDINGS, LORA_FILE, VICO_FILE, XL_KEYS, shared_name
 from sude_lab.methods import get_method
-from sude_lab.prompts import fill, placeholder
+from sude_lab.prompts import fill
+from sude_lab.runs.card import CARD, PARTS, is_plain, model_card
 
 if TYPE_CHECKING:
     from sude_lab.runs.folder import Run
 
-CARD = "README.md"
 Precision = Literal["float32", "bfloat16", "float16"]
-
-_PARTS = ("unet", "text_encoder", "text_encoder_2")
-_PAPERS = {
-    "dreambooth": "DreamBooth (arXiv 2208.12242)",
-    "custom_diffusion": "Custom Diffusion (arXiv 2212.04488)",
-    "vico": "ViCo (arXiv 2306.00971)",
-    "textual_inversion": "Textual Inversion (arXiv 2208.01618)",
-}
-_TOLD = (
-    *("method", "train", "train_text_encoder", "lora_rank", "weight_sude", "prior", "weighting"),
-    *(
-        "truncate",
-        "truncate_at",
-        "prior_bank",
-        "prior_loss_weight",
-        "prior_preservation",
-        "num_class_images",
-        "max_train_steps",
-    ),
-    *("train_batch_size", "gradient_accumulation_steps", "learning_rate", "token_learning_rate"),
-    *("lr_warmup_steps", "optimizer", "horizontal_flip", "resolution", "seed"),
-)
-"""The settings of a card's table; all of them are in config.json."""
-
-
-def is_plain(weights: Path) -> bool:
-    """Whether plain diffusers has a place for everything in a run's folder of weights."""
-    known = {LORA_FILE, *(f"{part}.safetensors" for part in _PARTS)}
-    return all(p.match(EMBEDDINGS) or p.name in known for p in weights.iterdir())
-
-
-def loading_lines(config: TuningConfig, weights: Path, *, is_xl: bool) -> list[str]:
-    """Return the lines of Python that put a run's weights into `pipeline`, in plain diffusers.
-
-    They stand in the run's folder. The tokens come first: a trained text encoder has a row for
-    each of them.
-    """
-    lines = []
-    for number, subject in enumerate(config.subjects):
-        name = EMBEDDINGS.replace("*", f"-{number + 1}" if number else "")
-        if not (weights / name).is_file():
-            continue
-        token = json.dumps(subject.token)
-        if is_xl:
-            lines.append(f'vectors = load_file("weights/{name}")')
-            for key, ending in (("clip_l", ""), ("clip_g", "_2")):
-                lines += [
-                    "pipeline.load_textual_inversion(",
-                    f'    vectors["{key}"],',
-                    f"    token={token},",
-                    f"    text_encoder=pipeline.text_encoder{ending},",
-                    f"    tokenizer=pipeline.tokenizer{ending},",
-                    ")",
-                ]
-        else:
-            lines.append(f'pipeline.load_textual_inversion("weights", weight_name="{name}")')
-    for part in _PARTS:
-        if (weights / f"{part}.safetensors").is_file():
-            lines.append(f'weights = load_file("weights/{part}.safetensors")')
-            if part != "unet":
-                prefix = 'removeprefix("text_model.")'
-                lines += [
-                    "# transformers 4 has text_model. before its names, 5 has not.",
-                    f"own = {{n.{prefix}: n for n in pipeline.{part}.state_dict()}}",
-                    f"weights = {{own[n.{prefix}]: weight for n, weight in weights.items()}}",
-                ]
-            lines += [
-                f"told = pipeline.{part}.load_state_dict(weights, strict=False)",
-                "assert not told.unexpected_keys",
-            ]
-    if (weights / LORA_FILE).is_file():
-        lines.append(f'pipeline.load_lora_weights("weights", weight_name="{LORA_FILE}")')
-    return lines
-
-
-def _drawing_lines(config: TuningConfig, backbone: Backbone, prompt: str) -> list[str]:
-    """The lines that draw the upper left picture of samples.png, as `generate` does."""
-    sampling = sampling_settings(backbone)
-    clip = bool(backbone.pipeline.scheduler.config.get("clip_sample", False))
-    return [
-        "pipeline.scheduler = DDIMScheduler.from_config(",
-        f"    pipeline.scheduler.config, clip_sample={clip}",
-        ")",
-        "image = pipeline(",
-        f"    {json.dumps(prompt, ensure_ascii=False)},",
-        f"    num_inference_steps={sampling['num_inference_steps']},",
-        f"    guidance_scale={sampling['guidance_scale']},",
-        f"    generator=torch.Generator().manual_seed({config.seed * 100_003}),",
-        ").images[0]",
-    ]
-
-
-def _code(text: str) -> str:
-    """Return a text as code in Markdown: between more backticks than it has in a row."""
-    text = " ".join(text.split())
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
-
-
-def _base(config: TuningConfig) -> str:
-    # The path of the embedded model differs from machine to machine: in a clone it is this one.
-    return "data/embedded" if config.backbone == EMBEDDED else config.backbone
-
-
-def _source(config: TuningConfig, backbone: Backbone) -> str:
-    """The arguments that open the base model in plain diffusers, at the commit that was tuned."""
-    told = hub_id(config.backbone)
-    if told is None:
-        return json.dumps(_base(config))
-    name, revision = json.dumps(told[0]), backbone.commit or told[1]
-    return f"{name}, revision={json.dumps(revision)}" if revision else name
-
-
-def model_card(
-    config: TuningConfig,
-    backbone: Backbone,
-    weights: Path,
-    prompts: Sequence[str],
-    *,
-    grid: str | None = "samples.png",
-    pipeline: bool = False,
-) -> str:
-    """Return the model card of a run: what it is, how it is loaded, how it was made, its licence.
-
-    It depends on the settings alone: two equal runs have equal cards.
-
-    Args:
-        config: The run's settings, resolved.
-        backbone: The model it was tuned on.
-        weights: The run's folder of weights.
-        prompts: The prompts of the grid, with the tokens filled in.
-        grid: The file of the sample grid, beside the card; None: there is none.
-        pipeline: The card is for a whole pipeline in the card's folder, in place of the weights.
-    """
-    prompt = prompts[0]
-    base = _base(config)
-    hub = hub_id(config.backbone)
-    lora = (weights / LORA_FILE).is_file()
-    head = [
-        "---",
-        "library_name: diffusers",
-        "pipeline_tag: text-to-image",
-        *([f"base_model: {json.dumps(hub[0])}"] if hub else []),
-        *(["license: apache-2.0"] if config.backbone == EMBEDDED else []),
-        f"instance_prompt: {json.dumps(prompt, ensure_ascii=False)}",
-        "tags:",
-        *(f"- {tag}" for tag in ("text-to-image", "sude", config.method.replace("_", "-"))),
-        *(["- lora"] if lora and not pipeline else []),
-        "---",
-    ]
-    names = ", ".join(f"{_code(s.token)} (a {s.category})" for s in config.subjects)
-    paper = _PAPERS.get(config.method, config.method)
-    sude = (
-        f"with SuDe (arXiv 2403.06775), w_s = {config.weight_sude:g}"
-        if config.weight_sude
-        else "without SuDe (w_s = 0)"
-    )
-    about = [
-        f"# {', '.join(s.category for s in config.subjects)}: learned from one picture",
-        "",
-        f"{paper}, {sude}, tuned on one picture of each subject. In a prompt, say {names}.",
-    ]
-    if grid:
-        rows = "; ".join(f"“{_code(p)}”" for p in prompts)
-        about += ["", f"![the subject, drawn]({grid})", "", f"Rows: {rows}. Columns: seeds."]
-    return "\n".join(
-        [
-            *head,
-            "",
-            *about,
-            "",
-            "## Draw with it",
-            *_how_to_draw(config, backbone, weights, prompt, pipeline),
-            "",
-            "## How it was tuned",
-            f"Base model: `{base}`. sude_lab {__version__}; every setting is in `config.json`."
-            if not pipeline
-            else f"Base model: `{base}`. sude_lab {__version__}.",
-            "",
-            "| setting | value |",
-            "|---|---|",
-            *(f"| {name} | {getattr(config, name)} |" for name in _TOLD),
-            "",
-            "## Licence",
-            "Apache-2.0, as the embedded model."
-            if config.backbone == EMBEDDED
-            else f"What was tuned derives from `{base}`: the licence of that model applies.",
-            "Whoever shares it needs the rights in the pictures it was tuned on.",
-            "",
-        ]
-    )
-
-
-def _how_to_draw(
-    config: TuningConfig,
-    backbone: Backbone,
-    weights: Path,
-    prompt: str,
-    pipeline: bool,
-) -> list[str]:
-    draw = _drawing_lines(config, backbone, prompt)
-    imports = ["import torch", "from diffusers import DDIMScheduler, DiffusionPipeline"]
-    own = f'`sude-lab generate . "photo of a {placeholder(0)}" --out pictures` draws with it, too.'
-    if pipeline:
-        lines = [*imports, "", 'pipeline = DiffusionPipeline.from_pretrained(".")', *draw]
-        return ["In plain diffusers, from this folder:", "```python", *lines, "```"]
-    if not is_plain(weights):
-        lines = [
-            "import torch",
-            "from diffusers import DDIMScheduler",
-            "from sude_lab.runs.folder import Run",
-            "",
-            'pipeline = Run.open(".").load().pipeline',
-            *draw,
-        ]
-        why = "Plain diffusers has no place for what this method adds to the UNet."
-        return [why, "From this folder:", "```python", *lines, "```", "", own]
-    lines = [
-        *imports,
-        "from safetensors.torch import load_file",
-        "",
-        f"pipeline = DiffusionPipeline.from_pretrained({_source(config, backbone)})",
-        *loading_lines(config, weights, is_xl=backbone.is_xl),
-        *draw,
-    ]
-    what = "In plain diffusers, from this folder; it draws the first picture of the grid:"
-    if config.backbone == EMBEDDED:
-        what = f"{what[:-1]} (`data/embedded` is in a clone of sude_lab):"
-    return [what, "```python", *lines, "```", "", own]
-
 
 # --- LoRA for the web UIs ------------------------------------------------------------------------
 
 
-def kohya_weights(lora: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+_ARCHITECTURES = {
+    "sd_v1": "stable-diffusion-v1",
+    "sd_v2": "stable-diffusion-v2-512",
+    "sd_v2_v": "stable-diffusion-v2-768-v",
+    "sdxl_base_v1-0": "stable-diffusion-xl-v1-base",
+}
+"""sd-scripts' names of base models, and those of the model specification."""
+XL = "sdxl_base_v1-0"
+
+
+def base_version(backbone: Backbone) -> str:
+    """Return sd-scripts' name of the kind of model that a backbone is."""
+    if backbone.is_xl:
+        return XL
+    predicts_v = backbone.pipeline.scheduler.config.get("prediction_type") == "v_prediction"
+    width = backbone.text_encoder.config.hidden_size
+    return f"sd_v{2 if width == 1024 else 1}{'_v' if predicts_v and width == 1024 else ''}"
+
+
+def _run_version(weights: Path) -> str:
+    """Return the same for a run's weights; runs of earlier versions do not say it themselves."""
+    try:
+        version = read_json(weights.parent / "environment.json")["base_version"]
+        if version in _ARCHITECTURES:
+            return str(version)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    tokens = next(iter(weights.glob(EMBEDDINGS)), None)
+    tensors = load_file(tokens) if tokens else {}
+    if XL_KEYS["text_encoder_2"] in tensors:
+        return XL
+    return "sd_v2" if any(rows.shape[-1] == 1024 for rows in tensors.values()) else "sd_v1"
+
+
+def kohya_weights(
+    lora: dict[str, Tensor], dtype: torch.dtype, version: str = "sd_v1"
+) -> dict[str, Tensor]:
     """Return LoRA weights of diffusers or peft under the names of kohya's scripts.
 
     `unet.` is put before every name first: without it diffusers' converter writes names that no
-    program knows, and says nothing. `alpha` is the rank, as it was in tuning: a scale of 1.
+    program knows, and says nothing. `alpha` is the rank, as it was in tuning: a scale of 1. The
+    scripts name the blocks of SDXL's UNet as its authors did, those of the others as diffusers
+    does.
 
     Raises:
         UserError: the weights are no LoRA.
@@ -278,17 +86,40 @@ def kohya_weights(lora: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
         for name, value in lora.items()
     }
     try:
-        found = convert_state_dict_to_kohya(convert_all_state_dict_to_peft(named))
+        tensors = convert_state_dict_to_kohya(convert_all_state_dict_to_peft(named))
     except (ValueError, KeyError) as error:
         raise UserError("These weights are no LoRA: tune with --train lora.") from error
-    return {name: value.to(dtype).contiguous() for name, value in found.items()}
+    if version == XL:
+        ups = [int(m[1]) for n in tensors if (m := re.match(r".*up_blocks_\d_attentions_(\d)", n))]
+        tensors = {sgm_name(n, max(ups, default=2)): value for n, value in tensors.items()}
+    return {name: value.to(dtype).contiguous() for name, value in tensors.items()}
 
 
-def write_kohya(weights: Path, path: Path | str, dtype: Precision = "float16") -> Path:
+def sgm_name(name: str, layers_per_block: int = 2) -> str:
+    """Return a kohya name of an attention in SDXL's UNet with its authors' name of the block.
+
+    diffusers counts layers block by block, the authors all the layers on one way through; each
+    block below the last ends in a layer that halves the side.
+    """
+
+    def renamed(match: re.Match[str]) -> str:
+        way, block, layer = match["way"], int(match["block"] or 0), int(match["layer"])
+        number = block * (layers_per_block + 1) + layer
+        blocks = {"down": f"input_blocks_{number + 1}", "up": f"output_blocks_{number}"}
+        return f"lora_unet_{blocks.get(way, 'middle_block')}_1_"
+
+    pattern = r"lora_unet_(?P<way>down|mid|up)_blocks?_((?P<block>\d+)_)?attentions_(?P<layer>\d+)_"
+    return re.sub(pattern, renamed, name)
+
+
+def write_kohya(
+    weights: Path, path: Path | str, dtype: Precision = "float16", version: str | None = None
+) -> Path:
     """Write the LoRA of a run's folder of weights as one file for the web UIs; return its path.
 
     The subject's token is not in it: it is `learned_embeds.safetensors`, which the web UIs read as
-    an embedding, under its file's name.
+    an embedding, under its file's name. `version` is `base_version` of the model; None: what the
+    run says.
 
     Raises:
         UserError: the run is no LoRA, or its text encoder was trained, which a LoRA cannot hold.
@@ -300,28 +131,107 @@ def write_kohya(weights: Path, path: Path | str, dtype: Precision = "float16") -
         raise UserError(f"{path} exists already: name a new file.")
     if not (weights / LORA_FILE).is_file():
         raise UserError("The run holds no LoRA: tune with --train lora, or export the pipeline.")
-    if any((weights / f"{part}.safetensors").is_file() for part in _PARTS):
+    if any((weights / f"{part}.safetensors").is_file() for part in PARTS):
         raise UserError(
             "The run's text encoder was trained, too, which a LoRA file cannot hold: export the "
             "pipeline."
         )
-    tensors = kohya_weights(load_file(weights / LORA_FILE), getattr(torch, dtype))
+    version = version or _run_version(weights)
+    tensors = kohya_weights(load_file(weights / LORA_FILE), getattr(torch, dtype), version)
     ranks = {len(value) for name, value in tensors.items() if name.endswith("lora_down.weight")}
+    with_v = version.endswith("_v")
     about = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(ranks)),
         "ss_network_alpha": str(max(ranks)),
         "ss_output_name": path.stem,
+        # By these the web UIs file a LoRA, and offer it for models of its kind alone.
+        "ss_base_model_version": version,
+        "ss_v2": str(version.startswith("sd_v2")),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{_ARCHITECTURES[version]}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": path.stem,
+        **({"modelspec.prediction_type": "v"} if with_v else {}),
     }
-    with atomic_write(path) as unfinished:
+    with sole_writer(path), atomic_write(path) as unfinished:
         save_tensors(tensors, unfinished, metadata=about)
     return path
+
+
+# --- a folder to share ---------------------------------------------------------------------------
+
+
+def share(run: Run, out: Path | str) -> Path:
+    """Write what of a run is for others: card, weights and samples, no photo; return the folder.
+
+    What names this machine's folders is left out. `Run.open` reads the folder, plain diffusers
+    loads what the card says, and the Hub finds a LoRA where it looks for one.
+
+    Raises:
+        UserError: `out` is a folder that is not empty, or cannot be written, or the weights hold
+            the photo.
+    """
+    source, weights = run.config.backbone, run.weights
+    if (weights / VICO_FILE).is_file():
+        raise UserError(
+            "ViCo draws with the photo itself, which its weights hold: share the run's folder as "
+            "it is, if you may."
+        )
+    config = asdict(replace(run.config, image=Path(run.config.image.name), class_images=None))
+    config["more_subjects"] = [
+        f"{s.category}={s.token}={s.image.name}" for s in run.config.subjects[1:]
+    ]
+    with sole_writer(out), atomic_folder(out) as folder:
+        shutil.copytree(weights, folder / weights.name)
+        for name in (LORA_FILE, "samples.png", "environment.json", CARD):
+            if (run.folder / name).is_file():
+                shutil.copy(run.folder / name, folder)
+        if Path(source).is_absolute():
+            config["backbone"] = Path(source).name
+            card = (run.folder / CARD).read_text(encoding="utf-8")
+            quoted = json.dumps(source)[1:-1]
+            for text in (quoted, source):
+                card = card.replace(text, Path(source).name)
+            (folder / CARD).write_text(card, encoding="utf-8")
+        text = json.dumps(config, indent=2, default=str)
+        (folder / "config.json").write_text(text, encoding="utf-8")
+    return Path(out)
+
+
+def push(run: Run, repository: str | None = None) -> str:
+    """Upload what `share` writes to the Hub, into a private repository where it is new.
+
+    Args:
+        run: A finished run.
+        repository: "name" or "owner/name"; None: the name of the run's folder.
+
+    Raises:
+        UserError: nobody is logged in, there is no network, or the Hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    name = repository or re.sub(r"[^\w.-]+", "-", run.folder.resolve().name)
+    with TemporaryDirectory() as room:
+        folder = share(run, Path(room) / "share")
+        try:
+            api: Any = HfApi()
+            name = api.create_repo(name, exist_ok=True, private=True).repo_id
+            api.upload_folder(repo_id=name, folder_path=folder, commit_message="A run of sude_lab")
+        except Exception as error:  # the client fails with errors of many classes
+            raise UserError(
+                f"{name} could not be uploaded ({type(error).__name__}: {str(error)[:160]}): log "
+                f"in with `hf auth login`, and give `sude-lab export {run.folder} --push-to-hub`."
+            ) from error
+    return str(name)
 
 
 # --- a whole pipeline ----------------------------------------------------------------------------
 
 
-def export_pipeline(run: Run, out: Path | str, dtype: Precision = "float32") -> Path:
+def export_pipeline(
+    run: Run, out: Path | str, dtype: Precision = "float32", *, trust_backbone: bool = False
+) -> Path:
     """Write a run as a complete diffusers pipeline folder; return the folder.
 
     `DiffusionPipeline.from_pretrained(out)` needs nothing else: the tokens are in the tokenizers
@@ -338,8 +248,8 @@ def export_pipeline(run: Run, out: Path | str, dtype: Precision = "float32") -> 
             f"A pipeline folder has no place for what {run.config.method} adds to the UNet: draw "
             "with `sude-lab generate`."
         )
-    with atomic_folder(out) as folder:
-        backbone = run.load("cpu")
+    with sole_writer(out), atomic_folder(out) as folder:
+        backbone = run.load("cpu", trust_backbone=trust_backbone)
         pipeline = backbone.pipeline
         if (weights / LORA_FILE).is_file():
             pipeline.fuse_lora(components=["unet"])

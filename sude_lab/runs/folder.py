@@ -5,6 +5,7 @@
     DIR/metrics.csv        one row a step
     DIR/samples.png        rows: prompts, columns: seeds
     DIR/weights/           safetensors
+    DIR/pytorch_lora_weights.safetensors   a LoRA once more, where plain diffusers looks for it
     DIR/README.md          the model card: what this is, and how to load it elsewhere
     DIR/environment.json   versions, device, seconds
 and, where it was asked for,
@@ -26,17 +27,18 @@ import os
 import platform
 import re
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial, wraps
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -44,6 +46,7 @@ from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
 from sude_lab.config import (
+    EMBEDDED,
     RENAMED,
     CompleteConfig,
     TuningConfig,
@@ -53,15 +56,25 @@ from sude_lab.config import (
 from sude_lab.draws import side_of
 from sude_lab.errors import UserError, machine_failure
 from sude_lab.generation import generate
-from sude_lab.io.files import PARTIAL, atomic_folder, atomic_write, remove_partials
+from sude_lab.io.files import (
+    LOCK,
+    PARTIAL,
+    atomic_folder,
+    atomic_write,
+    process_number,
+    remove_partials,
+    sole_writer,
+)
 from sude_lab.io.opening import hub_id, open_backbone, pick_device, resolve_source
 from sude_lab.io.pictures import load_picture, open_picture
 from sude_lab.io.reading import read_json
 from sude_lab.io.weights import load_weights, save_weights
 from sude_lab.methods import configure, get_method
 from sude_lab.prompts import PLACEHOLDER, checked, fill, placeholder
-from sude_lab.runs.export import CARD, Precision, model_card, write_kohya
+from sude_lab.runs.card import CARD, model_card
+from sude_lab.runs.export import LORA_FILE, Precision, base_version, write_kohya
 from sude_lab.runs.prepare import prepared_tuning
+from sude_lab.runs.trackers import Trackers
 from sude_lab.tuning import Step
 
 if TYPE_CHECKING:
@@ -75,6 +88,7 @@ SAMPLES, WEIGHTS, ENVIRONMENT, CHECKPOINT = (
     "checkpoint.pt",
 )
 LOGS, VALIDATION = "logs", "validation"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -138,16 +152,39 @@ class Run:
             )
         return folder
 
-    def load(self, device: str = "auto", backbone: Backbone | None = None) -> Backbone:
+    def load(
+        self,
+        device: str = "auto",
+        backbone: Backbone | None = None,
+        *,
+        dtype: str | None = None,
+        trust_backbone: bool = False,
+    ) -> Backbone:
         """Open the backbone with the run's weights in it, or put them into an opened `backbone`.
 
+        A run says itself which model it was tuned on. One that came along with it, in its folder or
+        beside it, is opened only with `trust_backbone`.
+
+        Args:
+            device: Where to compute.
+            backbone: The model, opened and untuned; None: the run's own is opened.
+            dtype: The precision to draw in, as of `open_backbone`; None: the run's own.
+            trust_backbone: Whether a model that came along with the run may be opened.
+
         Raises:
-            UserError: the weights are missing, damaged, or not those of this model and method.
+            UserError: the weights are missing, damaged, or not those of this model and method, or
+                the model came along with the run.
         """
         weights = self.weights
-        backbone = backbone or open_backbone(
-            self.config.backbone, device=device, dtype=self.config.dtype
-        )
+        if backbone is None:
+            if not trust_backbone and _came_along(self.folder, self.config.backbone):
+                raise UserError(
+                    f"The run in {self.folder} names as its model {self.config.backbone}, which "
+                    "may have come along with it: if you trust whoever made both, add "
+                    "--trust-backbone (in Python, trust_backbone=True)."
+                )
+            dtype = dtype or self.config.dtype
+            backbone = open_backbone(self.config.backbone, device=device, dtype=dtype)
         try:
             load_weights(self.config.method, backbone, weights)
         except UserError:
@@ -173,6 +210,31 @@ class Run:
         return _filled(text, self.config)
 
 
+def _came_along(run: Path, source: str) -> bool:
+    """Whether a model is a folder in that of a run, or beside it."""
+    if source == EMBEDDED or hub_id(source) is not None:
+        return False
+    folder, run = Path(source).resolve(), run.resolve()
+    # Whole paths are of this machine. What is not whole fits wherever a folder was unpacked.
+    beside = folder.parent == run.parent or not Path(source).is_absolute()
+    return folder.is_relative_to(run) or (beside and folder.is_relative_to(run.parent))
+
+
+def _whole_path(source: str) -> str:
+    """Return a folder's path from the root: a run is opened from other working folders, too."""
+    if source == EMBEDDED or hub_id(source) is not None or not source.strip():
+        return source
+    return os.path.abspath(source)
+
+
+def _portable(config: TuningConfig, out: Path) -> TuningConfig:
+    """Return the settings for a run's folder, which may be moved: a model in it is "./model"."""
+    folder, whole = Path(config.backbone), Path(os.path.abspath(out))
+    if folder.is_absolute() and folder.is_relative_to(whole):
+        return replace(config, backbone=f"./{folder.relative_to(whole).as_posix()}")
+    return config
+
+
 def picture_name(number: int) -> str:
     """Return the name of the file of subject `number`'s picture: picture.png, picture-2.png, ..."""
     return PICTURE if number == 0 else f"picture-{number + 1}.png"
@@ -187,6 +249,18 @@ def default_prompts(config: TuningConfig) -> list[str]:
     ]
 
 
+def _check_length(text: str, config: TuningConfig, backbone: Backbone) -> None:
+    """Refuse a prompt whose end the text encoder would not read, before a word of it is tuned."""
+    word = " ".join(["a"] * (config.num_vectors or 1))  # as many pieces as the subject's word has
+    ids = backbone.tokenizer(fill(text, *(word for _ in config.subjects))).input_ids
+    most = backbone.tokenizer.model_max_length
+    if len(ids) > most:
+        raise UserError(
+            f"The prompt {text[:80]!r} has {len(ids) - 2} pieces of words, and the model reads "
+            f"{most - 2}: make it shorter."
+        )
+
+
 def _filled(text: str, config: TuningConfig) -> str:
     filled = fill(checked(text), *(s.token for s in config.subjects))
     left = re.search(r"\{S\*\d*\}", filled)
@@ -198,6 +272,30 @@ def _filled(text: str, config: TuningConfig) -> str:
     return filled
 
 
+class Terminated(KeyboardInterrupt):
+    """The system asked this process to end (SIGTERM), and its run is ready to be continued."""
+
+
+@contextmanager
+def _until_terminated() -> Iterator[Callable[[], bool]]:
+    """Let a step be finished after SIGTERM; yields a function that says whether it came.
+
+    Clusters and notebooks in a cloud send it some seconds before they end a process by force.
+    """
+    came: list[int] = []
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )
+    if ours:
+        signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        yield lambda: bool(came)
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def launched(device: str) -> Any:
     """Return the Accelerator of the processes that `accelerate launch` started; None without it.
 
@@ -206,8 +304,8 @@ def launched(device: str) -> Any:
     Raises:
         UserError: accelerate cannot set the processes up.
     """
-    told = ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-    if not any(name in os.environ for name in told):
+    marks = ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    if not any(name in os.environ for name in marks):
         return None
     from accelerate import Accelerator
 
@@ -222,6 +320,21 @@ def launched(device: str) -> Any:
         ) from error
 
 
+def _alone(run: _Function) -> _Function:
+    """Let one process at a time write a run's folder: of those launched together, the main one."""
+
+    @wraps(run)
+    def alone(config: TuningConfig, out: Path | str, **settings: Any) -> Run:
+        if settings.get("resume") and not Path(out).exists():
+            raise UserError(f"There is no run to resume in {out}: leave --resume out to start one.")
+        ours = process_number() == 0 and not (Path(out) / ENVIRONMENT).is_file()
+        with sole_writer(out, inside=True) if ours else nullcontext():
+            return run(config, out, **settings)
+
+    return cast(_Function, alone)
+
+
+@_alone
 def run_tuning(
     config: TuningConfig,
     out: Path | str,
@@ -271,7 +384,8 @@ def run_tuning(
             while tuning (the checkpoint, and the weights after the last finished step, stay).
     """
     out = Path(out)
-    trackers = _Trackers(report_to)
+    config = replace(config, backbone=_whole_path(config.backbone))
+    trackers = Trackers(report_to)
     accelerator = launched(config.device)
     main = accelerator is None or accelerator.is_main_process
     _check_folder(out, resume)
@@ -297,6 +411,9 @@ def run_tuning(
             "--class-images is of no use where --prior-loss-weight is 0: add "
             "--prior-loss-weight 1, or leave it out."
         )
+    prompts = [*default_prompts(config), *(sample_prompts or []), *(validation_prompts or [])]
+    for prompt in prompts:
+        _check_length(prompt, config, backbone)
     samples = [_filled(p, config) for p in sample_prompts or default_prompts(config)]
     validated = [_filled(p, config) for p in validation_prompts or []] or samples
     if kohya:
@@ -334,13 +451,16 @@ def run_tuning(
             _begin(out, config, pictures)
         trackers.begin(out / LOGS, config, first.number)
     try:
-        with tqdm(
-            total=config.max_train_steps,
-            initial=done,
-            desc=label,
-            unit="step",
-            disable=not (progress and main),
-        ) as bar:
+        with (
+            _until_terminated() as terminated,
+            tqdm(
+                total=config.max_train_steps,
+                initial=done,
+                desc=label,
+                unit="step",
+                disable=not (progress and main),
+            ) as bar,
+        ):
             for step in chain([first], steps):
                 rows.append(step.row())
                 bar.update()
@@ -351,18 +471,23 @@ def run_tuning(
                 )
                 if on_step:
                     on_step(step)
+                last = step.number >= config.max_train_steps
+                if main:
+                    trackers.log(rows[-1])
+                    due = step.number % checkpoint_every == 0 or terminated()
+                    if due and not last:
+                        with atomic_write(out / CHECKPOINT) as path:
+                            torch.save(step.state_dict() | {"rows": rows}, path)
+                if terminated() and not last:
+                    raise Terminated
                 if not main:
                     continue
-                trackers.log(rows[-1])
-                if step.number % checkpoint_every == 0 and step.number < config.max_train_steps:
-                    with atomic_write(out / CHECKPOINT) as path:
-                        torch.save(step.state_dict() | {"rows": rows}, path)
                 if validation_every and step.number % validation_every == 0:
                     file = out / VALIDATION / f"step-{step.number:06d}.png"
                     try:
                         grid = _draw_grid(file, config, backbone, validated, num_samples)
                     except UserError as error:
-                        raise _told(error, out, step) from error
+                        raise _with_kept(error, out, step) from error
                     trackers.picture(grid, step.number)
     finally:
         trackers.finish()
@@ -370,15 +495,19 @@ def run_tuning(
         _keep_weights(out / WEIGHTS, step)
         with atomic_write(out / METRICS) as path:
             _write_rows(path, rows)
+        if (out / WEIGHTS / LORA_FILE).is_file():  # where `load_lora_weights(out)` looks for it
+            with atomic_write(out / LORA_FILE) as path:
+                shutil.copyfile(out / WEIGHTS / LORA_FILE, path)
         seconds = time.time() - started
         if num_samples:
             _draw_grid(out / SAMPLES, config, backbone, samples, num_samples, progress)
         if kohya:
             name = f"{out.resolve().name}_kohya.safetensors"
             (out / name).unlink(missing_ok=True)  # of a run stopped at this very point
-            write_kohya(out / WEIGHTS, out / name, kohya)
+            write_kohya(out / WEIGHTS, out / name, kohya, base_version(backbone))
         grid_name = SAMPLES if num_samples else None
-        card = model_card(config, backbone, out / WEIGHTS, samples, grid=grid_name)
+        settings = _portable(config, out)
+        card = model_card(settings, backbone, out / WEIGHTS, samples, grid=grid_name)
         with atomic_write(out / CARD) as path:
             path.write_text(card, encoding="utf-8")
         for folder in out.glob("weights-step-*"):  # of a failure before the resume
@@ -401,9 +530,9 @@ def _open_backbone(config: TuningConfig, accelerator: Any) -> Backbone:
             # accelerate numbers CPUs, too: cpu:0, cpu:1.
             device = "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
         if dtype == "auto":
-            told = {"bf16": "bfloat16", "fp16": "float16"}
+            names = {"bf16": "bfloat16", "fp16": "float16"}
             return open_backbone(
-                config.backbone, device=device, dtype=told.get(accelerator.mixed_precision, "auto")
+                config.backbone, device=device, dtype=names.get(accelerator.mixed_precision, "auto")
             )
     return open_backbone(config.backbone, device=device, dtype=dtype)
 
@@ -433,18 +562,15 @@ def _check_lora(config: TuningConfig) -> None:
 
 
 def _check_folder(out: Path, resume: bool) -> None:
-    if out.is_file():
-        raise UserError(f"{out} is a file: --out takes a folder.")
     # What a process was killed at before it had written anything whole is no content.
-    if out.is_dir() and any(not p.name.startswith(PARTIAL) for p in out.iterdir()):
+    written = [p for p in out.iterdir() if p.name != LOCK] if out.is_dir() else []
+    if any(not p.name.startswith(PARTIAL) for p in written):
         if not (out / CONFIG).is_file():
             raise UserError(
                 f"The folder {out} is not empty and holds no run: choose another --out."
             )
         if not resume and not (out / ENVIRONMENT).is_file():
             raise UserError(f"{out} holds an unfinished run: continue it with --resume.")
-    elif resume and not out.exists():
-        raise UserError(f"There is no run to resume in {out}: leave --resume out to start one.")
 
 
 # --- what a run began with -----------------------------------------------------------------------
@@ -468,6 +594,8 @@ def read_config(path: Path) -> CompleteConfig:
         get_method(settings["method"])
         if any("\0" in str(settings.get(name)) for name in fields_of("place")):
             raise ValueError(path)
+        if str(settings.get("backbone")).startswith("./"):
+            settings["backbone"] = os.path.abspath(path.parent / settings["backbone"])
         try:
             config = CompleteConfig(**settings)
         except UserError as error:
@@ -523,7 +651,8 @@ def _check_same_pictures(pictures: list[Image.Image], config: TuningConfig, out:
 
 def _begin(out: Path, config: TuningConfig, pictures: list[Image.Image]) -> None:
     with atomic_write(out / CONFIG) as path:
-        path.write_text(json.dumps(asdict(config), indent=2, default=str), encoding="utf-8")
+        text = json.dumps(asdict(_portable(config, out)), indent=2, default=str)
+        path.write_text(text, encoding="utf-8")
     for number, picture in enumerate(pictures):
         with atomic_write(out / picture_name(number)) as path:
             picture.save(path)
@@ -540,20 +669,20 @@ def _keeping(begin: Callable[[], Iterator[Step]], out: Path, accelerator: Any) -
             last = step
             yield step
     except UserError as error:
-        told: UserError = error
+        with_kept: UserError = error
         if accelerator is None or accelerator.is_main_process:
-            told = _told(error, out, last)
+            with_kept = _with_kept(error, out, last)
         # All fail alike and wait until the weights are kept: the first process that ends ends all.
         # Where the memory of one ran out the others know nothing of it, and waiting has no end.
         alone = error.__cause__ is not None and machine_failure(error.__cause__)
         if accelerator is not None and not alone:
             accelerator.wait_for_everyone()
-        if told is error:
+        if with_kept is error:
             raise
-        raise told from error
+        raise with_kept from error
 
 
-def _told(error: UserError, out: Path, last: Step | None) -> UserError:
+def _with_kept(error: UserError, out: Path, last: Step | None) -> UserError:
     """Keep the weights after the step `last`; return the error with where they are."""
     kept = []
     if last is not None and (out / CONFIG).is_file():
@@ -621,101 +750,18 @@ def _draw_grid(
             ):
                 images += generate(backbone, prompt, num_images=number, seed=config.seed)
     except (RuntimeError, MemoryError) as error:
-        told = machine_failure(error)
-        if told is None:
+        failure = machine_failure(error)
+        if failure is None:
             raise
-        advice = "use a smaller --num-samples" if "memory" in told else "see whether it is there"
-        raise UserError(f"{told} while {file.name} was drawn: {advice}.") from error
+        memory = "memory" in failure
+        advice = "use a smaller --num-samples" if memory else "see whether it is there"
+        raise UserError(f"{failure} while {file.name} was drawn: {advice}.") from error
     from diffusers.utils import make_image_grid  # here: it takes longer to import than torch
 
     grid = make_image_grid(images, len(prompts), number)
     with atomic_write(file) as path:
         grid.save(path)
     return grid
-
-
-class _Trackers:
-    """The trackers of a run, by accelerate's names and classes; nothing is imported for none."""
-
-    def __init__(self, report_to: str) -> None:
-        self.names = _tracker_names(report_to)
-        self.begun: list[Any] = []
-
-    def begin(self, folder: Path, config: TuningConfig, first: int) -> None:
-        """Start the trackers; what they write on this machine goes into `folder`."""
-        if not self.names:
-            return
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-        folder.mkdir(exist_ok=True)
-        own: dict[str, dict[str, Any]] = {
-            # What was logged after the checkpoint of a run that is resumed is hidden.
-            "tensorboard": {"purge_step": first},
-            "wandb": {"dir": str(folder), "name": folder.parent.name},
-        }
-        settings = {
-            name: value if isinstance(value, bool | int | float | str) else str(value)
-            for name, value in asdict(config).items()
-        }
-        for name in self.names:
-            kind = LOGGER_TYPE_TO_CLASS[name]
-            where = [str(folder)] if kind.requires_logging_directory else []
-            try:
-                tracker = kind("sude_lab", *where, **own.get(name, {}))
-                tracker.start()
-                tracker.store_init_configuration(settings)
-            except Exception as error:  # each tracker fails in its own way: no account, no network
-                raise UserError(
-                    f"The tracker {name} could not be started ({type(error).__name__}: "
-                    f"{str(error)[:160]}): set it up, or --resume with --report-to none."
-                ) from error
-            self.begun.append(tracker)
-
-    def log(self, row: dict[str, float]) -> None:
-        """Log one step."""
-        values = {name: value for name, value in row.items() if name != "step"}
-        for tracker in self.begun:
-            tracker.log(values, step=int(row["step"]))
-
-    def picture(self, grid: Image.Image, step: int) -> None:
-        """Show a validation grid, where the tracker can."""
-        for tracker in self.begun:
-            if tracker.name == "tensorboard":
-                batch = np.asarray(grid)[None]
-                tracker.log_images({"validation": batch}, step=step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({"validation": [grid]}, step=step)
-
-    def finish(self) -> None:
-        """Let the trackers write what they still hold."""
-        for tracker in self.begun:
-            tracker.finish()
-
-
-def _tracker_names(report_to: str) -> list[str]:
-    """Return accelerate's names of the trackers.
-
-    Raises:
-        UserError: accelerate knows none of that name, or its package is not installed.
-    """
-    if report_to == "none":
-        return []
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-    from accelerate.utils import LoggerType
-
-    here = [str(name) for name in get_available_trackers()]
-    if report_to == "all":
-        return here
-    if report_to not in LOGGER_TYPE_TO_CLASS:
-        known = ", ".join(["none", "all", *LOGGER_TYPE_TO_CLASS])
-        raise UserError(f"There is no tracker {report_to!r}: choose --report-to among {known}.")
-    # A class that was registered with accelerate by hand is in no list of packages.
-    if report_to in LoggerType.list() and report_to not in here:
-        raise UserError(
-            f"--report-to {report_to} needs the package {report_to}: pip install {report_to}, or "
-            "use --report-to none."
-        )
-    return [report_to]
 
 
 def _environment(
@@ -732,6 +778,7 @@ def _environment(
         "python": platform.python_version(),
         "machine": platform.machine(),
         **({"backbone_commit": backbone.commit} if backbone.commit else {}),
+        "base_version": base_version(backbone),
         "device": str(backbone.device),
         "precision": str(backbone.dtype).removeprefix("torch."),
         "processes": 1 if accelerator is None else accelerator.num_processes,

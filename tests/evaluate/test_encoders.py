@@ -323,6 +323,14 @@ def test_code_that_a_folder_brings_is_not_run_whoever_says_yes(
     assert not ran.exists()
 
 
+def test_an_encoder_fetches_no_code_from_elsewhere(tmp_path: Path) -> None:
+    folder = build_encoder("clip", tmp_path / "clip")
+    about = json.loads((folder / "config.json").read_text())
+    about["vision_config"]["_attn_implementation"] = "someone/kernel"
+    (folder / "config.json").write_text(json.dumps(about))
+    assert "someone/kernel" in refused("clip", folder)
+
+
 def test_a_size_of_pictures_that_is_no_number_is_refused(tmp_path: Path) -> None:
     folder = build_encoder("dino", tmp_path / "dino")
     about = json.loads((folder / "config.json").read_text())

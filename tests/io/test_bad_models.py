@@ -95,10 +95,10 @@ PIPELINES: dict[str, tuple[Change, str]] = {
     "code of the system": (settings(INDEX, unet=["os", "system"]), "takes its unet from"),
     "code of the folder": (settings(INDEX, unet=["unet_code", "UNet"]), "takes its unet from"),
     "code by a tokenizer": (settings(INDEX, tokenizer=["transformers", "AutoTokenizer"]),
-                            "AutoTokenizer: name the class itself"),
-    "code by a model": (settings(INDEX, unet=["diffusers", "AutoModel"]), "name the class itself"),
+                            "takes its tokenizer from"),
+    "code by a model": (settings(INDEX, unet=["diffusers", "AutoModel"]), "takes its unet from"),
     "another text encoder": (settings(INDEX, text_encoder=["transformers", "T5EncoderModel"]),
-                             "its text_encoder is a T5EncoderModel"),
+                             "takes its text_encoder from"),
     "words without end": (settings(TOKENIZER, model_max_length=10**30), "model_max_length"),
     "deep index": (written(INDEX, b"[" * 10**5), "the folder is damaged"),
     "deep facts": (written(FACTS_FILE, b"[" * 10**5), "the file is damaged"),
@@ -115,9 +115,10 @@ def test_a_pipeline_that_is_not_whole_is_refused(
     change, told = PIPELINES[name]
     folder = tmp_path / "pipeline"
     shutil.copytree(tiny_folder, folder)
-    (folder / "unet_code.py").write_text(
-        f"import pathlib; pathlib.Path({str(tmp_path / 'run-by-import')!r}).touch()"
-    )
+    if name == "code of the folder":
+        (folder / "unet_code.py").write_text(
+            f"import pathlib; pathlib.Path({str(tmp_path / 'run-by-import')!r}).touch()"
+        )
     change(folder)
     before = content(tmp_path)
     command = ("tune", subject_picture, "--category", "dog", "--backbone", folder)

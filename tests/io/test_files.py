@@ -2,6 +2,12 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +20,12 @@ from sude_lab.io import files
 from sude_lab.io.files import (
     atomic_folder,
     atomic_write,
+    lock_holder,
+    locked,
     replaced_folder,
     require_own,
     save_tensors,
+    sole_writer,
 )
 
 
@@ -205,6 +214,29 @@ def test_folder_that_cannot_be_replaced(tmp_path: Path) -> None:
     assert everything(tmp_path) == ["link", "real"]
 
 
+@pytest.mark.parametrize("kind", ["link", "dangling link", "mount"])
+def test_what_cannot_be_replaced_is_refused_before_the_work(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    out = tmp_path / "out"
+    if kind == "mount":
+        out.mkdir()
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    else:
+        out.symlink_to(tmp_path / ("gone" if "dangling" in kind else "real"))
+    with pytest.raises(UserError, match="not replaced") as error, atomic_folder(out):
+        pytest.fail("the body must not run")
+    assert_one_sentence(error, "out")
+    assert everything(tmp_path) == ["out", "real"]
+
+
+def test_a_limit_of_a_files_size_is_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No space"), atomic_write(tmp_path / "weights"):
+        raise RuntimeError(f"I/O error: {os.strerror(errno.EFBIG)} (os error 27)")
+    assert everything(tmp_path) == []
+
+
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     for text in ("first", "second"):
         with replaced_folder(tmp_path / "kept") as folder:
@@ -246,3 +278,87 @@ def test_nobody_elses_results_are_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read") as error:
         check(tmp_path)
     assert_one_sentence(error, "first.csv")
+
+
+# --- one writer at a time ------------------------------------------------------------------------
+
+
+@contextmanager
+def elsewhere(call: str, path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process, in the middle of a `with` of io.files; it is killed, not ended."""
+    code = f"import sys, time; from sude_lab.io.files import *\nwith {call}:\n"
+    code += "    print('held', flush=True); time.sleep(600)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "held\n"
+            yield other
+        finally:
+            other.kill()
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "run.lock"
+    with elsewhere("locked(sys.argv[1])", path) as other:
+        with locked(path, wait=False) as held:
+            assert not held
+        holder = lock_holder(path)
+        assert holder is not None and holder.split()[1] == str(other.pid)
+        waited = threading.Timer(0.2, other.kill)
+        waited.start()
+        with locked(path) as held:  # waits until the process is dead
+            assert held and other.wait() == -signal.SIGKILL
+            with locked(path, wait=False) as twice:  # nor twice in one process
+                assert not twice
+            assert (lock_holder(path) or "").split()[1] == str(os.getpid())
+    assert lock_holder(path) is None and everything(tmp_path) == ["new"]
+    path.write_text("host 1 0")  # what a killed process leaves
+    assert lock_holder(path) is None
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_there_is_one_writer_until_it_ends(tmp_path: Path, inside: bool) -> None:
+    path = tmp_path / "deep" / "run"
+    with elsewhere(f"sole_writer(sys.argv[1], inside={inside})", path) as other:
+        with pytest.raises(UserError, match="writing") as error, sole_writer(path, inside=inside):
+            pytest.fail("the body must not run")
+        assert_one_sentence(error, "run")
+        if inside:  # by whatever name
+            (tmp_path / "link").symlink_to(path)
+            with pytest.raises(UserError), sole_writer(tmp_path / "link", inside=True):
+                pytest.fail("the body must not run")
+            (tmp_path / "link").unlink()
+        other.kill()
+        assert other.wait() == -signal.SIGKILL
+        with sole_writer(path, inside=inside):
+            (tmp_path / "deep" / "beside.txt").write_text("")
+    assert "beside.txt" in everything(tmp_path / "deep")
+    assert not [name for name in everything(tmp_path) if "lock" in name]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_writer_leaves_nothing_of_its_lock(tmp_path: Path, inside: bool) -> None:
+    for name in ("run", "x" * 255):
+        with pytest.raises(RuntimeError), sole_writer(tmp_path / "a" / name, inside=inside):
+            raise RuntimeError
+        assert everything(tmp_path) == []
+    (tmp_path / "kept").mkdir()
+    with sole_writer(tmp_path / "kept", inside=inside):
+        pass
+    assert everything(tmp_path) == ["kept"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError), sole_writer(tmp_path / "file" / "run", inside=inside):
+        pytest.fail("the body must not run")
+
+
+def test_a_disk_that_knows_no_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with pytest.raises(UserError, match="cannot be locked") as error, locked(tmp_path / "x.lock"):
+        pytest.fail("the body must not run")
+    assert_one_sentence(error, "x.lock")

@@ -230,6 +230,70 @@ def test_cmyk_with_a_profile(tmp_path: Path) -> None:
     assert all(distance(seen, RED) < 12 for seen in corners(picture.image))
 
 
+def display_p3() -> bytes:
+    """The profile of a phone's camera: Pillow's sRGB with the primaries of Display P3 (D50)."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    primaries = {
+        b"rXYZ": (0.51512, 0.24120, -0.00105),
+        b"gXYZ": (0.29198, 0.69225, 0.04189),
+        b"bXYZ": (0.15710, 0.06657, 0.78407),
+    }
+    (count,) = struct.unpack_from(">I", data, 128)
+    for k in range(count):
+        name, offset, _ = struct.unpack_from(">4sII", data, 132 + 12 * k)
+        if name in primaries:
+            values = (round(v * 65536) for v in primaries[name])
+            struct.pack_into(">3i", data, offset + 8, *values)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_the_colours_of_a_phone_become_those_of_the_model(mode: str, tmp_path: Path) -> None:
+    colour = (220, 110, 40, 255)[: len(mode)]
+    Image.new(mode, (64, 64), colour).save(tmp_path / "phone.png", icc_profile=display_p3())
+    picture = load_picture(tmp_path / "phone.png", resolution=32)
+    found = picture.image.getpixel((5, 5))
+    assert isinstance(found, tuple)
+    assert np.abs(np.subtract(found, (237, 102, 0))).max() <= 2 and not picture.notes
+
+
+def test_a_profile_of_srgb_changes_no_bit(tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    values = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.png", icc_profile=profile)
+    assert np.array_equal(np.asarray(load_picture(tmp_path / "a.png", resolution=64).image), values)
+
+
+def test_a_picture_in_memory_gets_the_care_of_one_in_a_file(tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    hidden = np.zeros((64, 64, 4), np.uint8)
+    hidden[..., 0] = 200  # red that nobody sees
+    wide = Image.linear_gradient("L").resize((320, 64))
+    for name, source in {"grey": grey, "hidden": hidden, "wide": np.asarray(wide)}.items():
+        image = Image.fromarray(source)
+        image.save(tmp_path / f"{name}.png")
+        expected = load_picture(tmp_path / f"{name}.png", resolution=64).image
+        for given in (source, image):
+            assert load_picture(given, resolution=64).image.tobytes() == expected.tobytes(), name
+    bright = load_picture(np.full((64, 64, 3), 0.5, np.float32), resolution=64).image
+    assert bright.getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *(np.zeros(shape, np.uint8) for shape in ((3, 64, 64), (64,), (0, 64), (1, 64, 64, 3))),
+        *(np.full((64, 64), value, np.float32) for value in (1.5, -0.1, np.nan)),
+        np.zeros((64, 64), np.int64),
+    ],
+    ids=lambda x: f"{x.shape} {x.dtype} {x.max() if x.size else 0}",
+)
+def test_an_array_that_is_no_picture_is_refused(values: np.ndarray) -> None:
+    with pytest.raises(PictureError) as error:
+        load_picture(values, resolution=32)
+    assert str(error.value).startswith("The picture") and str(error.value).endswith(".")
+
+
 @pytest.mark.parametrize(
     "profile", [b"nonsense", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()]
 )

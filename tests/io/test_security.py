@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from sude_lab.evaluate.encoders import ENCODERS
 from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.evaluate.prompts import Prompt
 from sude_lab.io.identity import backbone_identity, is_known
-from sude_lab.io.opening import hub_id, open_backbone
+from sude_lab.io.opening import CLASSES, hub_id, open_backbone
 from sude_lab.io.weights import load_weights, save_weights
 from sude_lab.runs.folder import Run, run_tuning
 from sude_lab.sweep import sweep
@@ -125,6 +126,116 @@ def test_encoders_are_pinned_to_a_commit() -> None:
     assert all(re.fullmatch("[0-9a-f]{40}", pinned.revision) for pinned in ENCODERS.values())
 
 
+# --- hostile folders -----------------------------------------------------------------------------
+
+
+def program(folder: Path, name: str) -> None:
+    """A file of Python that leaves a trace beside the folder where it is run."""
+    (folder / name).parent.mkdir(exist_ok=True)
+    trace = str(folder.parent / "was-run")
+    (folder / name).write_text(f"import pathlib; pathlib.Path({trace!r}).touch()\n")
+
+
+def say_in(folder: Path, name: str, **values: Any) -> None:
+    told = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(told | values))
+
+
+def linked(folder: Path) -> None:
+    program(folder.parent / "elsewhere", "diffusers.py")
+    (folder / "unet" / "more").symlink_to(folder.parent / "elsewhere")
+
+
+def nested(folder: Path, index: list[str]) -> None:
+    shutil.copytree(folder, folder.parent / "inner")
+    program(folder.parent / "inner", "unet/diffusers.py")
+    (folder.parent / "inner").rename(folder / "feature_extractor")
+    say_in(folder, "model_index.json", feature_extractor=index)
+
+
+ENCODER, WORDS = "text_encoder/config.json", "tokenizer/tokenizer_config.json"
+KERNEL = "someone/kernel"
+HOSTILE: dict[str, tuple[Any, str]] = {
+    "a part's library": (lambda f: program(f, "unet/diffusers.py"), "unet/diffusers.py"),
+    "the words' library": (lambda f: program(f, "tokenizer/transformers.py"), "transformers.py"),
+    "a pipeline's own": (lambda f: program(f, "pipeline.py"), "pipeline.py"),
+    "somewhere below": (lambda f: program(f, "vae/custom_generate/generate.py"), "generate.py"),
+    "compiled": (lambda f: program(f, "unet/diffusers.pyc"), "diffusers.pyc"),
+    "behind a link": (linked, "more/diffusers.py"),
+    "a pipeline in it": (lambda f: nested(f, ["diffusers", "StableDiffusionPipeline"]),
+                         "feature_extractor from"),
+    "a pipeline under a name": (lambda f: nested(f, ["transformers", "CLIPImageProcessor"]),
+                                "feature_extractor/"),
+    "a part of its own": (lambda f: say_in(f, "model_index.json", more=["diffusers", "UNet"]),
+                          "its more from"),
+    "a class of our own": (lambda f: say_in(f, "model_index.json", vae=["diffusers", "AutoModel"]),
+                           "its vae from"),
+    "auto_map": (lambda f: say_in(f, ENCODER, auto_map={"AutoModel": "x.Y"}), "auto_map"),
+    "auto_map of the words": (lambda f: say_in(f, WORDS, auto_map={"AutoTokenizer": [None, "x"]}),
+                              "auto_map"),
+    "auto_map within": (lambda f: say_in(f, ENCODER, a=[{"b": {"auto_map": "x"}}]), "auto_map"),
+    "a kernel": (lambda f: say_in(f, ENCODER, attn_implementation=KERNEL), KERNEL),
+    "a kernel within": (lambda f: say_in(f, ENCODER, a={"_attn_implementation": KERNEL}), KERNEL),
+    "a kernel by default": (lambda f: say_in(f, ENCODER, attn_implementation="flash_attention_2"),
+                            "flash_attention_2"),
+    "another model's weights": (lambda f: (f / "text_encoder/adapter_config.json").write_text("{}"),
+                                "adapter_config.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_folder_is_refused_before_anything_is_opened(
+    name: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+
+    change, told = HOSTILE[name]
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    change(folder)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", None)
+    with pytest.raises(UserError, match=re.escape(told)):
+        open_backbone(folder, device="cpu")
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_published_parts_are_no_hostile_ones(tiny_folder: Path, tmp_path: Path) -> None:
+    """The index of a published Stable Diffusion names a checker, which is not opened."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    say_in(
+        folder, "model_index.json", safety_checker=checker, scheduler=["diffusers", "PNDMScheduler"]
+    )
+    say_in(folder, ENCODER, attn_implementation="sdpa")
+    open_backbone(folder, device="cpu")
+    assert re.fullmatch(CLASSES["feature_extractor"], "transformers CLIPImageProcessor")
+
+
+@pytest.mark.parametrize("where", ["inside", "beside", "by a relative path"])
+def test_a_model_that_came_along_with_a_run_is_asked_about(
+    where: str, finished: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "unpacked" / "run"
+    shutil.copytree(finished.folder, run)
+    folder = {"inside": run / "model", "beside": run.with_name("model")}.get(
+        where, run.parent / "deep" / "model"
+    )
+    shutil.copytree(tiny_folder, folder)
+    monkeypatch.chdir(run.parent)
+    named = folder.relative_to(run.parent) if "relative" in where else folder
+    say_in(run, "config.json", backbone=str(named))
+    here = ("--device", "cpu", "--num-images", 1)
+    out = tmp_path / "out"
+    commands: list[tuple[Any, ...]] = [("generate", run, "a {S*}", *here), ("export", run)]
+    for words in commands:
+        assert "--trust-backbone" in say(*words, "--out", out).sentence and not out.exists()
+    assert say(*commands[0], "--trust-backbone", "--out", out).code == 0
+    monkeypatch.undo()
+    say_in(run, "config.json", backbone=str(tiny_folder))  # somewhere else on this machine
+    Run.open(run).load("cpu")
+
+
 # --- hub ids -------------------------------------------------------------------------------------
 
 COMMIT, OTHER = "a" * 40, "b" * 40
@@ -175,7 +286,7 @@ def test_a_hub_id_is_opened_at_its_revision_and_the_commit_is_kept(
     main.write_text(OTHER)
     assert run_tuning(config, run.folder, resume=True, **quiet).config == run.config
     card = (run.folder / "README.md").read_text()
-    assert f'base_model: "{hub}"' in card
+    assert f"base_model: {hub}\n" in card
     assert f'from_pretrained("{hub}", revision="{OTHER}")' in card
     assert backbone_identity(hub) == f"{hub}@{OTHER}" and is_known(hub)
     assert backbone_identity(f"{hub}@{COMMIT}") == f"{hub}@{COMMIT}" and is_known(f"{hub}@{COMMIT}")
@@ -403,12 +514,16 @@ def test_the_page_of_a_sweep_escapes_every_text(tmp_path: Path) -> None:
 def test_the_card_of_a_run_quotes_what_it_says(finished: Run, tiny: Backbone) -> None:
     import yaml
 
-    from sude_lab.runs.export import model_card
+    from sude_lab.runs.card import model_card
 
     prompt = 'a {S*}"\n---\nlicense: mit\n'
-    card = model_card(finished.config, tiny, finished.weights, [prompt])
+    config = replace(finished.config, category="<img src=x onerror=alert(1)> [a](b) dog")
+    card = model_card(config, tiny, finished.weights, [prompt])
     head = yaml.safe_load(card.split("---\n")[1])
-    assert head["instance_prompt"] == prompt and "license" not in head
+    assert head["instance_prompt"] == " ".join(prompt.split()) and "license" not in head
+    assert head["widget"] == [{"text": head["instance_prompt"], "output": {"url": "samples.png"}}]
+    assert not re.search(r"(?<!\\)<img", card)
+    assert r"\<img src=x onerror=alert\(1\)\> \[a\]\(b\) dog" in card
 
 
 def test_a_message_moves_no_cursor(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """The command line does the whole job, and answers bad input with one sentence and exit code 2."""
 
+import errno
 import json
 import math
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +72,26 @@ def test_tune_then_generate(tune: Tune, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["generate", str(out), *words, "--out", str(tmp_path / "okapi")]) == 0
     said = capsys.readouterr()
     assert "'okapi'" in said.err and "no {S*}" in said.err
+
+    words[0] = "photo of a running <sks> dog"  # the word itself asks for the subject, too
+    assert main(["generate", str(out), *words, "--out", str(tmp_path / "word")]) == 0
+    said = capsys.readouterr()
+    assert "never met" not in said.err and "no {S*}" not in said.err
+    alike = ["--negative-prompt", "a {S*}"], ["--negative-prompt", "a <sks>"]
+    for k, negative in enumerate(alike):
+        assert main(["generate", str(out), *words, *negative, "--out", str(tmp_path / f"{k}")]) == 0
+    pictures = [(tmp_path / name / "000.png").read_bytes() for name in ("0", "1", "word")]
+    assert pictures[0] == pictures[1] != pictures[2]
+    long = " ".join(["a running dog on the"] * 20)
+    negative = ["--negative-prompt", long, "--num-images", "1", "--out", str(tmp_path / "long")]
+    assert main(["generate", str(out), words[0], *negative, "--device", "cpu"]) == 0
+    assert "too long" in capsys.readouterr().err
+
+    half = ["--dtype", "bfloat16", "--num-images", "1", "--out", str(tmp_path / "half")]
+    assert main(["generate", str(out), words[0], *half, "--device", "cpu"]) == 0
+    capsys.readouterr()
+    drawn_in_half = (tmp_path / "half" / "000.png").read_bytes()
+    assert drawn_in_half != (tmp_path / "word" / "000.png").read_bytes()
 
     words[0] = "photo of a {S*} and a {S*2}"
     refusal = main(["generate", str(out), *words, "--out", str(tmp_path / "two")])
@@ -248,6 +271,18 @@ def test_what_cannot_be_classified_is_refused(
     where = [] if "--backbone" in flags else ["--backbone", str(tiny_folder)]
     command = ["classify", str(subject_picture), *where, "--device", "cpu", *flags]
     assert expected in refused(main(command), capsys)
+
+
+def test_prompts_that_the_model_cannot_tell_apart_are_not_judged(
+    subject_picture: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = " ".join(["a running dog on the"] * 20)
+    command = ["classify", str(subject_picture), "--backbone", str(tiny_folder), "--device", "cpu"]
+    alike = ["--prompt", f"{long} dog", "--prompt", f"{long} cat"]
+    assert "as far as the model reads" in refused(main([*command, *alike]), capsys)
+    few = ["--num-pairs", "2", "--prompt", f"dog {long}", "--prompt", f"cat {long}"]
+    assert main([*command, *few]) == 0
+    assert "too long" in capsys.readouterr().err
 
 
 def test_no_picture_to_classify_is_refused(
@@ -481,3 +516,44 @@ def test_the_configuration_of_a_run_is_readable(tune: Tune, tmp_path: Path) -> N
     assert tune("--out", tmp_path / "run") == 0
     values = json.loads((tmp_path / "run" / "config.json").read_text())
     assert values["category"] == "dog" and values["token"] == "<sks>"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (UnicodeEncodeError("utf-8", "dog-\udcff.png", 4, 5, "surrogates"), "rename the file"),
+        (RuntimeError("Could not determine home directory."), "set SUDE_LAB_CACHE"),
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG), "weights"), "weights cannot be"),
+    ],
+)
+def test_what_the_machine_or_a_name_is_to_blame_for_is_no_bug(
+    error: Exception,
+    told: str,
+    subject_picture: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("sude_lab.runs.folder.run_tuning", fail)
+    command = ["tune", str(subject_picture), "--category", "dog", "--out", str(tmp_path / "run")]
+    said = refused(main(command), capsys)
+    assert told in said and "bug" not in said and said.isprintable()
+
+
+def test_an_interruption_while_it_is_imported_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "sude_lab.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "sude_lab.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    from sude_lab.__main__ import main as command
+
+    assert command() == 130
+    assert capsys.readouterr().err.splitlines() == ["sude-lab: stopped; nothing was written."]

@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image
-from real_configs import REAL, build, shrink
+from real_configs import REAL, build, build_parts, shrink
+from refusals import say
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,13 +27,14 @@ from sude_lab.errors import UserError
 from sude_lab.generation import generate
 from sude_lab.io.opening import FACTS_FILE, open_backbone
 from sude_lab.io.weights import LORA_FILE
+from sude_lab.runs.card import CARD, is_plain, loading_lines, model_card
 from sude_lab.runs.export import (
-    CARD,
+    XL,
     Precision,
+    base_version,
     export_pipeline,
-    is_plain,
     kohya_weights,
-    model_card,
+    share,
     write_kohya,
 )
 from sude_lab.runs.folder import SAMPLES, Run, run_tuning
@@ -127,6 +131,10 @@ def test_the_card_tells_what_the_run_is(tuned: Tuned, tiny: Backbone) -> None:
     about = yaml.safe_load(head)
     assert about["library_name"] == "diffusers" and "lora" in about["tags"]
     assert about["instance_prompt"] == "photo of a <sks> dog"
+    assert {"text-to-image", "diffusers", "diffusers-training", "stable-diffusion"} < {
+        *about["tags"]
+    }
+    assert about["widget"] == [{"text": "photo of a <sks> dog", "output": {"url": SAMPLES}}]
     assert "base_model" not in about and "license" not in about  # a folder: neither is known
     assert "DreamBooth (arXiv 2208.12242), with SuDe (arXiv 2403.06775), w_s = 1," in text
     assert "![the subject, drawn](samples.png)" in text
@@ -174,7 +182,7 @@ def test_what_plain_diffusers_cannot_hold_is_loaded_with_sude_lab(
     first = np.int16(Image.open(run.folder / SAMPLES).crop((0, 0, 32, 32)))
     assert np.abs(first - np.int16(found["image"])).max() <= 1
     with pytest.raises(UserError, match="has no place for what vico adds"):
-        export_pipeline(run, tmp_path / "pipeline")
+        export_pipeline(run, tmp_path / "pipeline", trust_backbone=True)
     assert not (tmp_path / "pipeline").exists()
 
 
@@ -210,17 +218,13 @@ def test_everything_a_run_writes_is_loaded_into_models_of_the_published_make(
     monkeypatch.chdir(out)
     ways = [lines]
     if lora:
-        ways.append(
-            lines.replace(LORA_FILE, "run_kohya.safetensors").replace(
-                'load_lora_weights("weights"', 'load_lora_weights("."'
-            )
-        )
+        ways.append(lines.replace(LORA_FILE, "run_kohya.safetensors"))
     for way in ways:
         found: dict[str, Any] = {}
         exec(way, found)
         assert np.abs(samples - np.int16(found["image"])).max() <= 1
     assert len(set(ways)) == len(ways)
-    export_pipeline(run, tmp_path / "pipeline")
+    export_pipeline(run, tmp_path / "pipeline", trust_backbone=True)
     monkeypatch.chdir(tmp_path / "pipeline")
     found = {}
     exec(code(tmp_path / "pipeline" / CARD), found)
@@ -230,6 +234,39 @@ def test_everything_a_run_writes_is_loaded_into_models_of_the_published_make(
     plain.add_token("<sks>", "sks")
     (untuned,) = generate(plain, "photo of a <sks> dog", num_images=1, seed=0)
     assert np.abs(samples - np.int16(untuned)).max() > 8
+
+
+def test_the_words_after_the_subjects_have_a_say_in_the_whole_prompt(
+    subject_picture: Path, tmp_path: Path
+) -> None:
+    """SDXL's pooled condition is read at the first end mark, in plain diffusers and here alike."""
+    folder = tmp_path / "model"
+    build(shrink(REAL["sdxl"])[0], tmp_path).save_pretrained(folder, safe_serialization=True)
+    config = TuningConfig(
+        subject_picture, "dog", str(folder), "textual_inversion", max_train_steps=1,
+        weight_sude=0.0, device="cpu",
+    )  # fmt: skip
+    quiet: dict[str, Any] = {"num_samples": 0, "progress": False, "report_to": "none"}
+    run = run_tuning(config, tmp_path / "run", **quiet)
+    export_pipeline(run, tmp_path / "pipeline", trust_backbone=True)
+    prompts = ["photo of a <sks> dog", "photo of a <sks> cat on the beach"]
+    backbone = run.load("cpu", trust_backbone=True)
+    with torch.no_grad():
+        ours = backbone.encode_prompts(prompts).pooled
+        ids = backbone.tokenize(prompts, backbone.tokenizers[1])
+        encoder = backbone.text_encoders["text_encoder_2"]
+        end = (ids == backbone.tokenizers[1].eos_token_id).int().argmax(dim=1)
+        hidden = encoder(ids).last_hidden_state[[0, 1], end]
+        assert (ids.max(dim=1).values > backbone.tokenizers[1].eos_token_id).all()
+        torch.testing.assert_close(ours, encoder.text_projection(hidden))
+    assert ours is not None and (ours[0] - ours[1]).abs().max() > 0.1
+    exported = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    found: dict[str, Any] = {"pipeline": DiffusionPipeline.from_pretrained(folder)}
+    lines = "\n".join(loading_lines(config, run.weights, is_xl=True))
+    exec(lines.replace('"weights/', f'"{run.weights}/'), found | {"load_file": load_file})
+    for pipeline in (exported, found["pipeline"]):
+        _, _, pooled, _ = pipeline.encode_prompt(prompts, negative_prompt=["", ""])
+        torch.testing.assert_close(pooled, ours)
 
 
 # --- LoRA for the web UIs ------------------------------------------------------------------------
@@ -286,6 +323,88 @@ def test_a_kohya_file_draws_in_plain_diffusers_what_the_run_draws(
     else:
         torch.testing.assert_close(answers(plain), expected, rtol=1e-3, atol=1e-3)
         assert np.abs(drawn[0] - drawn[1]).max() <= 2
+
+
+SD_SCRIPTS = {  # blocks of SDXL's UNet with attention, and how deep it is there
+    **{f"input_blocks_{k}_1": 2 for k in (4, 5)},
+    **{f"input_blocks_{k}_1": 10 for k in (7, 8)},
+    "middle_block_1": 10,
+    **{f"output_blocks_{k}_1": 10 for k in (0, 1, 2)},
+    **{f"output_blocks_{k}_1": 2 for k in (3, 4, 5)},
+}
+"""sd-scripts makes these modules, and reads no others."""
+
+
+def test_a_kohya_file_for_sdxl_has_the_names_of_sd_scripts() -> None:
+    unet = build_parts(REAL["sdxl"], (8, 8), device="meta")["unet"]
+    names = [n for n, _ in unet.named_modules() if re.search(r"attn[12]\.to_([qkv]|out\.0)$", n)]
+    lora = {
+        f"unet.{n}.{end}.weight": torch.zeros(4, 4) for n in names for end in ("lora_A", "lora_B")
+    }
+    modules = {name.split(".")[0] for name in kohya_weights(lora, torch.float32, XL)}
+    assert modules == {
+        f"lora_unet_{block}_transformer_blocks_{k}_attn{a}_to_{x}"
+        for block, depth in SD_SCRIPTS.items()
+        for k in range(depth)
+        for a in (1, 2)
+        for x in ("q", "k", "v", "out_0")
+    }
+
+
+@pytest.mark.parametrize(
+    ("version", "v2", "architecture"),
+    [
+        ("sd_v1", "False", "stable-diffusion-v1/lora"),
+        ("sd_v2", "True", "stable-diffusion-v2-512/lora"),
+        ("sd_v2_v", "True", "stable-diffusion-v2-768-v/lora"),
+        ("sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora"),
+    ],
+)
+def test_the_web_uis_are_told_the_kind_of_the_model(
+    version: str, v2: str, architecture: str, tuned: Tuned, tmp_path: Path
+) -> None:
+    path = write_kohya(tuned("lora").weights, tmp_path / "a.safetensors", "float32", version)
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    assert about["ss_base_model_version"] == version and about["ss_v2"] == v2
+    assert about["modelspec.architecture"] == architecture
+
+
+@pytest.mark.parametrize(
+    ("name", "version"), [("sd15", "sd_v1"), ("sd21", "sd_v2_v"), ("sdxl", "sdxl_base_v1-0")]
+)
+def test_the_kind_of_a_published_model(name: str, version: str) -> None:
+    real, pipeline = REAL[name], SimpleNamespace()
+    parts = build_parts(real, (8, 8), device="meta")
+    pipeline = SimpleNamespace(scheduler=SimpleNamespace(config=real.scheduler), **parts)
+    assert base_version(Backbone(pipeline, name, torch.device("meta"))) == version
+
+
+def test_a_run_of_an_earlier_version_tells_its_kind_by_its_weights(
+    tuned: Tuned, tmp_path: Path
+) -> None:
+    for rows, version in (
+        ({"<sks>": torch.zeros(768)}, "sd_v1"),
+        ({"<sks>": torch.zeros(2, 1024)}, "sd_v2"),
+        ({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, "sdxl_base_v1-0"),
+    ):
+        weights = tmp_path / version / "weights"
+        shutil.copytree(tuned("lora").weights, weights)
+        save_file(rows, weights / "learned_embeds.safetensors")
+        path = write_kohya(weights, tmp_path / f"{version}.safetensors")
+        with safe_open(path, "pt") as file:
+            assert file.metadata()["ss_base_model_version"] == version
+
+
+def test_plain_diffusers_finds_a_lora_in_the_runs_folder(tuned: Tuned, fresh: Any) -> None:
+    run = tuned("lora")
+    assert not (run.folder / LORA_FILE).is_symlink()
+    plain, own = fresh(), run.load("cpu")
+    plain.pipeline.load_textual_inversion(run.weights, weight_name="learned_embeds.safetensors")
+    before = answers(plain)
+    plain.pipeline.load_lora_weights(run.folder)
+    assert torch.equal(answers(plain), answers(own)) and not torch.equal(answers(plain), before)
+    assert not (tuned("attention").folder / LORA_FILE).exists()
 
 
 def test_names_without_the_unets_prefix_become_the_same(tuned: Tuned) -> None:
@@ -399,3 +518,86 @@ def test_a_pipeline_is_exported_in_half_precision(tuned: Tuned, tmp_path: Path) 
         assert {value.dtype for value in load_file(path).values()} == {torch.float16}
     index = json.loads((tmp_path / "half" / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"
+
+
+# --- a folder to share ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lora", "attention"])
+def test_what_is_shared_draws_and_shows_no_photo(
+    name: str, tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = tuned(name), tmp_path / "for-you"
+    said = say("export", run.folder, "--share", out)
+    assert said.code == 0 and str(out) in said.out
+    files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    weights = {f"weights/{p.name}" for p in run.weights.iterdir()}
+    lora = {LORA_FILE} if name == "lora" else set()
+    expected = {CARD, "config.json", "environment.json", SAMPLES, *weights, *lora}
+    assert files == expected  # no picture.png, nothing of validation/ or logs/
+    assert not any(p.is_symlink() for p in out.rglob("*"))
+    source = run.config.backbone
+    for file in (CARD, "config.json", "environment.json"):  # nothing names a folder from here
+        text = (out / file).read_text(encoding="utf-8")
+        assert source not in text and str(run.config.image.parent) not in text
+    backbone = open_backbone(source, device="cpu")
+    assert torch.equal(answers(Run.open(out).load(backbone=backbone)), answers(run.load("cpu")))
+    (tmp_path / Path(source).name).symlink_to(source)
+    monkeypatch.chdir(out)
+    lines, found = code(out / CARD), {}
+    exec(lines.replace(f'"{Path(source).name}"', f'"../{Path(source).name}"'), found)
+    first = np.int16(Image.open(SAMPLES).crop((0, 0, 32, 32)))
+    assert np.abs(first - np.int16(found["image"])).max() <= 1
+    monkeypatch.chdir(tmp_path)
+    assert "not empty" in say("export", run.folder, "--share", out).sentence
+
+
+def test_a_photo_within_the_weights_is_not_shared(tuned: Tuned, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="photo itself"):
+        share(tuned("vico"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "--out, --share or" in say("export", tuned("lora").folder).sentence
+
+
+class Hub:
+    """The Hub's client, without a Hub."""
+
+    calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+
+    def create_repo(self, repo_id: str, **options: Any) -> Any:
+        self.calls.append(("create", {"repo_id": repo_id} | options))
+        name = repo_id if "/" in repo_id else f"someone/{repo_id}"
+        return SimpleNamespace(repo_id=name)
+
+    def upload_folder(self, *, folder_path: Path, **options: Any) -> None:
+        files = {p.relative_to(folder_path).as_posix() for p in Path(folder_path).rglob("*")}
+        self.calls.append(("upload", options | {"files": files}))
+
+
+def test_a_run_is_uploaded_on_request_alone(
+    tuned: Tuned, subject_picture: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import huggingface_hub
+
+    run = tuned("lora")
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    assert say("export", run.folder, "--share", tmp_path / "a").code == 0 and Hub.calls == []
+    said = say("export", run.folder, "--push-to-hub")
+    assert said.code == 0 and "someone/my-dog" in said.out
+    (_, made), (_, sent) = Hub.calls
+    assert made == {"repo_id": "my-dog", "exist_ok": True, "private": True}
+    assert sent["repo_id"] == "someone/my-dog"
+    assert {CARD, LORA_FILE, SAMPLES} < sent["files"] and "picture.png" not in sent["files"]
+    words = ["tune", subject_picture, "--category", "dog", "--backbone", run.config.backbone]
+    words += ["--max-train-steps", 1, "--num-samples", 0, "--device", "cpu"]
+    assert "owner/name" in say(*words, "--out", tmp_path / "b", "--push-to-hub", "a b").sentence
+    assert not (tmp_path / "b").exists()
+    assert say(*words, "--out", tmp_path / "b", "--push-to-hub", "me/rex").code == 0
+    assert Hub.calls[-1][1]["repo_id"] == "me/rex"
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("Token is required, but no token found")
+
+    monkeypatch.setattr(Hub, "create_repo", refuse)
+    assert "hf auth login" in say("export", run.folder, "--push-to-hub", "me/rex").sentence

@@ -1,6 +1,9 @@
 """A run's folder is whole or a checkpoint, and an interrupted run ends as an unbroken one."""
 
 import json
+import os
+import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +13,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import say
 from safetensors.torch import load_file, save_file
 
 from sude_lab import tuning
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
+from sude_lab.io.files import sole_writer
 from sude_lab.io.pictures import load_picture
 from sude_lab.runs import folder as runs
-from sude_lab.runs.export import CARD
+from sude_lab.runs.card import CARD
 from sude_lab.runs.folder import (
     CHECKPOINT,
     CONFIG,
@@ -204,6 +209,60 @@ def test_a_resumed_run_is_the_unbroken_one_byte_for_byte(
     )
     assert seen == ([3, 4] if stopped > 2 else [1, 2, 3, 4])
     assert content(out) == content(whole.folder)
+
+
+def test_a_run_that_the_system_ends_is_continued_from_its_last_step(
+    config: TuningConfig, tune_in: Callable[..., Run], tmp_path: Path
+) -> None:
+    def terminate(step: Step) -> None:
+        if step.number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole, out = tune_in(config, tmp_path / "whole"), tmp_path / "broken"
+    with pytest.raises(runs.Terminated):
+        tune_in(config, out, on_step=terminate)  # no checkpoint was due
+    assert runs._read_checkpoint(out / CHECKPOINT)["step"] == 3
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert content(tune_in(config, out, resume=True).folder) == content(whole.folder)
+
+
+def test_the_command_says_how_a_run_that_was_ended_goes_on(
+    config: TuningConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Step.row
+
+    def terminate(step: Step) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return row(step)
+
+    monkeypatch.setattr(Step, "row", terminate)
+    words = ["tune", config.image, "--category", "dog", "--backbone", config.backbone]
+    said = say(*words, "--device", "cpu", "--num-samples", 0, "--out", tmp_path / "run")
+    assert said.code == 143 and "--resume" in said.err and "checkpoint" in said.err
+
+
+LONG = " ".join(["a running dog on the"] * 20)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"prompt": f"photo of a {{S*}} {LONG}"}, {}),
+        ({"prompt": "a {S*}", "num_vectors": 64}, {}),
+        ({}, {"sample_prompts": ["a {S*}", f"{LONG} {{S*}}"]}),
+        ({}, {"validation_prompts": [LONG]}),
+    ],
+)
+def test_a_prompt_that_is_not_read_to_its_end_is_refused(
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    config: TuningConfig,
+    tune_in: Callable[..., Run],
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UserError, match="pieces of words"):
+        tune_in(replace(config, **settings), tmp_path / "run", **options)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -800,3 +859,90 @@ def test_processes_that_cannot_be_set_up_are_one_sentence(
     with pytest.raises(UserError, match=r"set the processes up \(no precision of that name\)"):
         run_tuning(config, tmp_path / "run", progress=False)
     assert names(tmp_path) == set()
+
+
+# --- where its model is --------------------------------------------------------------------------
+
+
+def test_a_run_finds_its_model_from_any_working_folder(
+    config: TuningConfig, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "models").mkdir(parents=True)
+    (tmp_path / "here" / "models" / "tiny").symlink_to(tiny_folder)
+    monkeypatch.chdir(tmp_path / "here")
+    config = replace(config, backbone="models/tiny", max_train_steps=1, weight_sude=0.0)
+    quiet: dict[str, Any] = {"progress": False, "num_samples": 0, "report_to": "none"}
+    run = run_tuning(config, "../runs/one", **quiet)
+    # A namesake, which is no model.
+    (tmp_path / "there" / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "there")
+    whole = str(tmp_path / "here" / "models" / "tiny")
+    run = Run.open("../runs/one")
+    assert run.config.backbone == whole == json.loads((run.folder / CONFIG).read_text())["backbone"]
+    run.load("cpu")
+    (run.folder / ENVIRONMENT).unlink()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run_tuning(config, tmp_path / "runs" / "one", resume=True, **quiet).config == run.config
+
+
+def test_a_model_in_the_runs_folder_moves_with_it(
+    config: TuningConfig, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    config = replace(config, backbone=str(out / "model"), max_train_steps=1, weight_sude=0.0)
+    quiet: dict[str, Any] = {"progress": False, "num_samples": 0, "report_to": "none"}
+    (tmp_path / "new").mkdir()
+    run = run_tuning(replace(config, backbone=str(tiny_folder)), out, **quiet)
+    shutil.copytree(tiny_folder, out / "model")
+    (out / ENVIRONMENT).unlink()
+    (out / CONFIG).unlink()
+    runs._begin(out, replace(run.config, backbone=config.backbone), [])
+    (out / ENVIRONMENT).touch()
+    assert json.loads((out / CONFIG).read_text())["backbone"] == "./model"
+    out.rename(tmp_path / "new" / "moved")
+    moved = Run.open(tmp_path / "new" / "moved")
+    assert moved.config.backbone == str(moved.folder / "model")
+    assert moved.load("cpu", trust_backbone=True).source == moved.config.backbone
+
+
+# --- two commands on one folder ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_commands_never_tune_into_one_folder(
+    resume: bool, config: TuningConfig, tune_in: Callable[..., Run], tmp_path: Path
+) -> None:
+    """The second is refused at once, in the midst of the first, which notices nothing."""
+    out = tmp_path / "run"
+    words = ["tune", config.image, "--category", "dog", "--backbone", config.backbone]
+    words += ["--seed", 4, "--device", "cpu", "--out", out, *(["--resume"] if resume else [])]
+
+    def second(step: Step) -> None:
+        before = content(out)
+        assert str(out) in say(*words).sentence and "Another command" in say(*words).sentence
+        assert content(out) == before
+
+    run = tune_in(config, out, on_step=second)
+    assert names(out) == FINISHED and run.config.seed == 3
+    assert names(tmp_path) == {"run"}
+
+
+def test_every_command_that_writes_is_alone(
+    config: TuningConfig, tune_in: Callable[..., Run], tmp_path: Path
+) -> None:
+    config = replace(config, train="lora", max_train_steps=1, weight_sude=0.0)
+    run, out = tune_in(config, tmp_path / "run", num_samples=0).folder, tmp_path / "out"
+    here = ("--device", "cpu", "--out", out)
+    with sole_writer(out, inside=True):
+        commands = [("demo", "--out", out), ("evaluate", run, *here)]
+        assert all("Another command" in say(*words).sentence for words in commands)
+    with sole_writer(run / "evaluation", inside=True):
+        assert "Another command" in say("evaluate", run, "--device", "cpu").sentence
+    file = tmp_path / "lora.safetensors"
+    with sole_writer(out), sole_writer(file):
+        commands = [("generate", run, "a {S*}", *here), ("export", run, "--out", out)]
+        commands.append(("export", run, "--format", "kohya", "--out", file))
+        assert all("Another command" in say(*words).sentence for words in commands)
+    assert names(tmp_path) == {"run"}
+    assert say("export", run, "--format", "kohya", "--out", file).code == 0
+    assert names(tmp_path) == {"run", file.name}

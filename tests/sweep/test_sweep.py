@@ -329,26 +329,6 @@ def test_a_worker_that_is_killed_is_told_of(tmp_path: Path) -> None:
     killer.join()
 
 
-def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "run.lock"
-    code = "import sys, time; from sude_lab.io.files import locked\n"
-    code += "with locked(sys.argv[1]): print('held', flush=True); time.sleep(600)"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
-        with locked(path, wait=False) as mine:
-            assert not mine
-        holder = lock_holder(path)
-        assert holder is not None and holder.split()[1] == str(other.pid)
-        waited = threading.Timer(0.2, other.kill)
-        waited.start()
-        with locked(path) as mine:  # waits until the process is dead
-            assert mine and other.wait() == -signal.SIGKILL
-    assert path.is_file() and lock_holder(path) is None
-    assert lock_holder(tmp_path / "none.lock") is None
-
-
 @pytest.mark.parametrize("kind", ["nan", "raise"])
 def test_a_failed_run_is_recorded_and_the_others_go_on(
     kind: str,

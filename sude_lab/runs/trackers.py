@@ -1,0 +1,97 @@
+"""The trackers of a run: TensorBoard, wandb and whatever else accelerate knows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sude_lab.config import TuningConfig
+from sude_lab.errors import UserError
+
+
+class Trackers:
+    """The trackers of a run, by accelerate's names and classes; nothing is imported for none."""
+
+    def __init__(self, report_to: str) -> None:
+        self.names = tracker_names(report_to)
+        self.begun: list[Any] = []
+
+    def begin(self, folder: Path, config: TuningConfig, first: int) -> None:
+        """Start the trackers; what they write on this machine goes into `folder`."""
+        if not self.names:
+            return
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        folder.mkdir(exist_ok=True)
+        own: dict[str, dict[str, Any]] = {
+            # What was logged after the checkpoint of a run that is resumed is hidden.
+            "tensorboard": {"purge_step": first},
+            "wandb": {"dir": str(folder), "name": folder.parent.name},
+        }
+        settings = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in asdict(config).items()
+        }
+        for name in self.names:
+            kind = LOGGER_TYPE_TO_CLASS[name]
+            where = [str(folder)] if kind.requires_logging_directory else []
+            try:
+                tracker = kind("sude_lab", *where, **own.get(name, {}))
+                tracker.start()
+                tracker.store_init_configuration(settings)
+            except Exception as error:  # each tracker fails in its own way: no account, no network
+                raise UserError(
+                    f"The tracker {name} could not be started ({type(error).__name__}: "
+                    f"{str(error)[:160]}): set it up, or --resume with --report-to none."
+                ) from error
+            self.begun.append(tracker)
+
+    def log(self, row: dict[str, float]) -> None:
+        """Log one step."""
+        values = {name: value for name, value in row.items() if name != "step"}
+        for tracker in self.begun:
+            tracker.log(values, step=int(row["step"]))
+
+    def picture(self, grid: Image.Image, step: int) -> None:
+        """Show a validation grid, where the tracker can."""
+        for tracker in self.begun:
+            if tracker.name == "tensorboard":
+                batch = np.asarray(grid)[None]
+                tracker.log_images({"validation": batch}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({"validation": [grid]}, step=step)
+
+    def finish(self) -> None:
+        """Let the trackers write what they still hold."""
+        for tracker in self.begun:
+            tracker.finish()
+
+
+def tracker_names(report_to: str) -> list[str]:
+    """Return accelerate's names of the trackers.
+
+    Raises:
+        UserError: accelerate knows none of that name, or its package is not installed.
+    """
+    if report_to == "none":
+        return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
+    here = [str(name) for name in get_available_trackers()]
+    if report_to == "all":
+        return here
+    if report_to not in LOGGER_TYPE_TO_CLASS:
+        choices = ", ".join(["none", "all", *LOGGER_TYPE_TO_CLASS])
+        raise UserError(f"There is no tracker {report_to!r}: choose --report-to among {choices}.")
+    # A class that was registered with accelerate by hand is in no list of packages.
+    if report_to in LoggerType.list() and report_to not in here:
+        raise UserError(
+            f"--report-to {report_to} needs the package {report_to}: pip install {report_to}, or "
+            "use --report-to none."
+        )
+    return [report_to]
