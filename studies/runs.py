@@ -10,17 +10,14 @@ a WebP file a run, beside them. `--no-run` only keeps what was swept.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
-import torch
 import tyro
 from PIL import Image
 
@@ -78,17 +75,10 @@ def run(grid: str, *, workers: int = os.cpu_count() or 1, out: Path = SWEEPS) ->
     Raises:
         UserError: a run failed.
     """
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
-        shared = [pool.submit(_sweep, GRIDS, grid, out, k == 0) for k in range(workers)]
-        failed = {key: why for one in shared for key, why in one.result().items()}
+    failed = sweep(GRIDS / f"{grid}.yaml", out / grid, runs=out / "runs", workers=workers)
     if failed:
         key, reason = next(iter(failed.items()))
         raise UserError(f"{len(failed)} runs of {grid} failed, {key} because: {reason}")
-
-
-def _sweep(grids: Path, grid: str, out: Path, progress: bool) -> dict[str, str]:
-    return sweep(grids / f"{grid}.yaml", out / grid, runs=out / "runs", progress=progress)
 
 
 def keep(study: str, *, out: Path = SWEEPS) -> pd.DataFrame:

@@ -352,7 +352,6 @@ def run_tuning(
     on_step: Callable[[Step], None] | None = None,
     progress: bool = True,
     label: str = "tuning",
-    tuner: Callable[..., Iterator[Step]] | None = None,
 ) -> Run:
     """Tune on `config.image` and write the run's folder; with `resume` continue where it stopped.
 
@@ -377,7 +376,6 @@ def run_tuning(
         on_step: Called after every step, in every process.
         progress: Whether to show bars.
         label: What the bar says.
-        tuner: What to call in the place of `prepared_tuning` (`sude_lab.sweep.lockstep.feed`).
 
     Raises:
         UserError: bad input (nothing is written then), another run in the folder, or a failure
@@ -440,8 +438,9 @@ def run_tuning(
 
     started = time.time()
     done = state["step"] if state else 0
-    begin: Callable[..., Iterator[Step]] = tuner or prepared_tuning
-    begin = partial(begin, config, backbone, pictures, state=state, accelerator=accelerator)
+    begin = partial(
+        prepared_tuning, config, backbone, pictures, state=state, accelerator=accelerator
+    )
     steps = _keeping(begin, out, accelerator)
     # Before the bar: what is wrong with the settings shows here, and is one sentence then.
     first = next(steps)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 from PIL import Image
-
-from sude_lab.evaluate.statistics import mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -253,13 +251,20 @@ def rule_lines(
 
 
 def response(
-    ax: Axes, runs: pd.DataFrame, measure: str, *, x: str, each: str = "subject", unit: str = ""
+    ax: Axes,
+    runs: pd.DataFrame,
+    measure: str,
+    *,
+    x: str,
+    interval: Callable[[pd.Series], Any],
+    each: str = "subject",
+    unit: str = "",
 ) -> Axes:
     """Draw the change of a measure over a setting: every subject's line, their mean and interval.
 
     `runs`: a row a picture or a run, with the columns `x`, `each` and `measure`. Changes are
-    against the smallest x, the interval is Student's t over `each` (95 %); values of x stand at
-    equal distances.
+    against the smallest x; `interval` gives that of their mean, `evaluate.statistics.mean_interval`
+    for example, with its `mean` and `high`. Values of x stand at equal distances.
     """
     means = runs.groupby([each, x])[measure].mean().unstack(x)
     change = means.sub(means.iloc[:, 0], axis=0)
@@ -268,7 +273,7 @@ def response(
         colour, mark = _SAFE[k % len(_SAFE)], _MARKS[k % len(_MARKS)]
         ax.plot(places, line, color=colour, marker=mark, lw=1, ms=4, alpha=0.6, label=str(name))
     mean = change.mean()
-    ends = [mean_interval(change[value].dropna()) for value in change]
+    ends = [interval(change[value].dropna()) for value in change]
     spread = np.nan_to_num([end.high - end.mean for end in ends])
     ax.errorbar(places, mean, yerr=spread, color="black", lw=2, capsize=4, label="mean")
     ax.axhline(0.0, **_EDGE)

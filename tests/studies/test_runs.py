@@ -11,10 +11,11 @@ from PIL import Image
 
 from studies import compare_guidance, gallery, paper, runs
 from studies.prior_bank import noise_errors
-from sude_lab.backbone import Backbone, open_backbone
+from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError
 from sude_lab.evaluate import stored
 from sude_lab.evaluate.stored import KEYS, at_equal_fidelity
+from sude_lab.io.opening import open_backbone
 from sude_lab.tuning import TuningConfig, resolve, tune
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import load_oracle

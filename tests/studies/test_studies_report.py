@@ -7,9 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from studies import report
-from sude_lab.backbone import data_folder
 from sude_lab.evaluate import stored
 from sude_lab.evaluate.metrics import per_run
+from sude_lab.io.opening import data_folder
 from sude_lab.view import plots
 from sude_lab.world import drawing as world
 

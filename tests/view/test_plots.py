@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from sude_lab.evaluate.statistics import mean_interval
 from sude_lab.view import plots
 
 
@@ -304,7 +305,9 @@ def test_response_draws_changes_from_the_smallest_setting_and_their_mean(ax: Axe
             "alignment": [0.1, 0.3, 0.5, 0.5, 0.3, 0.3],
         }
     )
-    assert plots.response(ax, runs, "alignment", x="factor", unit=" w") is ax
+    assert (
+        plots.response(ax, runs, "alignment", x="factor", interval=mean_interval, unit=" w") is ax
+    )
     cat, dog, mean, *_ = ax.get_lines()
     assert list(dog.get_ydata()) == pytest.approx([0.0, 0.2, 0.4])
     assert list(cat.get_ydata()) == pytest.approx([0.0, 0.0, 0.2])
