@@ -49,10 +49,10 @@ class Condition:
     @property
     def arguments(self) -> dict[str, Any]:
         """The UNet's keyword arguments for this condition."""
-        found: dict[str, Any] = {"encoder_hidden_states": self.hidden}
+        arguments: dict[str, Any] = {"encoder_hidden_states": self.hidden}
         if self.pooled is not None:
-            found["added_cond_kwargs"] = {"text_embeds": self.pooled, "time_ids": self.sizes}
-        return found
+            arguments["added_cond_kwargs"] = {"text_embeds": self.pooled, "time_ids": self.sizes}
+        return arguments
 
 
 def concatenate(conditions: list[Condition]) -> Condition:
@@ -179,10 +179,10 @@ class Backbone:
             raise UserError(f"The category {category[:40]!r}... is too long: use one or two words.")
         unknown = self.unknown_words(category)
         if unknown:
-            known = self.facts.get("categories") or self.known_words
+            choices = self.facts.get("categories") or self.known_words
             raise UserError(
                 f"This model has never met the word {unknown[0]!r}: "
-                f"choose a category among {', '.join(known)}, or another --backbone."
+                f"choose a category among {', '.join(choices)}, or another --backbone."
             )
         return category
 

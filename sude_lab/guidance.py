@@ -48,17 +48,19 @@ kinds). diffusers' modular pipelines do have a place for it: `sude_lab.io.guider
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sude_lab.backbone import Backbone, Condition, concatenate
+from sude_lab.backbone import Backbone, Condition
 from sude_lab.errors import UserError
 from sude_lab.frozen import adapter_layers, without_adapters
 from sude_lab.losses import guidance_projection
+from sude_lab.sude import ask
 
 
 def sude_correction(
@@ -201,14 +203,20 @@ def sude_guidance(
         # [unconditional, conditional] with guidance, else the conditional rows alone.
         number = len(whole) // (2 if pipeline.do_classifier_free_guidance else 1)
         subject = whole[-number:]
-        frozen_call = _frozen_call(call, len(whole), number, classes, null)
+        if len(classes) not in (1, number):
+            raise UserError(
+                f"There are {len(classes)} class conditions for {number} pictures: give one, or "
+                "one for each picture."
+            )
+        x_t = call["sample"][-number:]
+        t = torch.as_tensor(call["timestep"], device=x_t.device).expand(len(whole))[-number:]
+        model = unet if frozen is None else frozen
         asking = True
         try:
-            with torch.no_grad(), without_adapters(unet) if frozen is None else nullcontext():
-                output_frozen = (unet if frozen is None else frozen)(**frozen_call)[0]
+            with without_adapters(unet) if frozen is None else nullcontext():
+                uncond, category = ask(partial(_predict, model, call), x_t, t, null, classes)
         finally:
             asking = False
-        category, uncond = output_frozen.chunk(2)
         seen.append(guidance_projection(subject, category, uncond).detach())
         corrected = subject + sude_correction(subject, category, uncond, strength, hinge=hinge)
         whole = torch.cat([whole[:-number], corrected])
@@ -240,19 +248,14 @@ def _conditions(
         return prompt, null or backbone.null_condition()
 
 
-def _frozen_call(
-    call: dict[str, Any], rows: int, number: int, classes: Condition, null: Condition
-) -> dict[str, Any]:
-    """Return the UNet's arguments for [class, null] from those of its call on `rows` rows.
+def _predict(
+    model: Callable[..., Any], call: dict[str, Any], x_t: Tensor, t: Tensor, condition: Condition
+) -> Tensor:
+    """Ask a UNet as it was asked in `call`, for its last rows twice and with other prompts.
 
-    What comes with the conditional rows (latents, t, sizes, ControlNet's residuals) stays; the
-    prompts are replaced.
+    What comes with the conditional rows (sizes, ControlNet's residuals) stays.
     """
-    if len(classes) not in (1, number):
-        raise UserError(
-            f"There are {len(classes)} class conditions for {number} pictures: give one, or one "
-            "for each picture."
-        )
+    rows, number = len(call["sample"]), len(x_t) // 2
     twice = list(range(rows - number, rows)) * 2
 
     def select(value: Any) -> Any:
@@ -264,10 +267,10 @@ def _frozen_call(
             return type(value)(select(v) for v in value)
         return value
 
-    wanted = concatenate([c.expand(number) for c in (classes, null)])
-    call = {key: select(value) for key, value in call.items()}
-    call["encoder_hidden_states"] = wanted.hidden.to(call["encoder_hidden_states"])
-    added = call.get("added_cond_kwargs")
-    if added and wanted.pooled is not None:
-        added["text_embeds"] = wanted.pooled.to(added["text_embeds"])
-    return call | {"return_dict": False}
+    arguments = {key: select(value) for key, value in call.items()}
+    hidden = condition.hidden.to(arguments["encoder_hidden_states"])
+    arguments |= {"sample": x_t, "timestep": t, "encoder_hidden_states": hidden}
+    added = arguments.get("added_cond_kwargs")
+    if added and condition.pooled is not None:
+        added["text_embeds"] = condition.pooled.to(added["text_embeds"])
+    return model(**arguments | {"return_dict": False})[0]

@@ -87,8 +87,8 @@ class Losses:
     own: Tensor
     total: Tensor
 
-    def told(self) -> tuple[Tensor, ...]:
-        """Return what a step tells of them."""
+    def detached(self) -> tuple[Tensor, ...]:
+        """Return what a `Step` shows of them, in its order."""
         terms = (self.sude.loss, self.sude.threshold, self.sude.gate, self.sude.rho)
         parts = (self.t, self.subject, *terms, self.preservation, self.own)
         return tuple(part.detach() for part in parts)
@@ -227,8 +227,8 @@ class Tuning:
         warm = min(1.0, number / max(1, config.lr_warmup_steps))
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * warm
-        rows = size * config.gradient_accumulation_steps * self.processes.number
-        whole = self.draws.draw(rows, step_generator(config.seed, number))
+        total = size * config.gradient_accumulation_steps * self.processes.number
+        whole = self.draws.draw(total, step_generator(config.seed, number))
         own = whole.rows(self.processes.part(len(whole.t)))
         self.optimizer.zero_grad(set_to_none=True)
         batches = []
@@ -239,11 +239,11 @@ class Tuning:
             check_finite(number, gather(losses.t), gather(losses.total))
             loss = losses.total.mean() / config.gradient_accumulation_steps
             self.scaler.scale(loss).backward()
-            batches.append(losses.told())
-        told = tuple(map(torch.cat, zip(*batches, strict=True)))
-        self._move(number, told[0])
+            batches.append(losses.detached())
+        rows = tuple(map(torch.cat, zip(*batches, strict=True)))
+        self._move(number, rows[0])
         t, subject, sude, tau, gate, rho, preservation, own_loss = (
-            self.processes.gather(part).cpu() for part in told
+            self.processes.gather(part).cpu() for part in rows
         )
         self.number = number
         return Step(

@@ -210,7 +210,7 @@ def test_a_gpu_that_disappears_leaves_the_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(Method, "predict", fails)
-        patch.setattr(Method, "save", gone)
+        patch.setattr("sude_lab.runs.folder.save_weights", gone)
         assert main(command(subject_picture, tiny_folder, out)) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "The device failed or is gone (CUDA error" in said and "--resume" in said
