@@ -60,14 +60,6 @@ def fill(prompt: str, *tokens: str) -> str:
     return filled
 
 
-STRUCTURES = {
-    "P1": "photo of a {attribute} {S*} {category}",
-    "P2": "photo of a {attribute} {S*} and it is a {category}",
-    "P3": "photo of a {S*} and it is a {attribute} {category}",
-}
-"""Where the attribute and the category stand beside the subject: Table 2 of arXiv 2403.06775."""
-
-
 def with_attribute(template: str, attribute: str | None) -> str:
     """Return the template with an attribute before {S*}: "photo of a running {S*} dog"."""
     if not attribute:
@@ -79,16 +71,3 @@ def with_attribute(template: str, attribute: str | None) -> str:
         count=1,
     )
     return named.replace(PLACEHOLDER, f"{attribute} {PLACEHOLDER}", 1)
-
-
-def fill_words(template: str, **words: str) -> str:
-    """Return the template with its words filled in, each after the article it needs; {S*} stays.
-
-    "photo of a {attribute} {S*} {category}" with attribute="open mouth" and category="dog" is
-    "photo of an open mouth {S*} dog". Words that the template does not ask for are left out.
-    """
-    for name, word in words.items():
-        gap = re.escape(f"{{{name}}}")
-        template = re.sub(rf"\ban? (?={gap})", f"{article(word)} ", template)
-        template = template.replace(f"{{{name}}}", word)
-    return template

@@ -12,14 +12,32 @@ from sude_lab.errors import UserError
 from sude_lab.io.reading import read_text, read_yaml
 from sude_lab.prompts import (
     PLACEHOLDER,
-    STRUCTURES,
     article,
     checked,
-    fill_words,
     photo_of,
     placeholder,
     with_attribute,
 )
+
+STRUCTURES = {
+    "P1": "photo of a {attribute} {S*} {category}",
+    "P2": "photo of a {attribute} {S*} and it is a {category}",
+    "P3": "photo of a {S*} and it is a {attribute} {category}",
+}
+"""Where the attribute and the category stand beside the subject: Table 2 of arXiv 2403.06775."""
+
+
+def fill_words(template: str, **words: str) -> str:
+    """Return the template with its words filled in, each after the article it needs; {S*} stays.
+
+    "photo of a {attribute} {S*} {category}" with attribute="open mouth" and category="dog" is
+    "photo of an open mouth {S*} dog". Words that the template does not ask for are left out.
+    """
+    for name, word in words.items():
+        gap = re.escape(f"{{{name}}}")
+        template = re.sub(rf"\ban? (?={gap})", f"{article(word)} ", template)
+        template = template.replace(f"{{{name}}}", word)
+    return template
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from sude_lab.evaluate.prompts import structured
+from sude_lab.evaluate.prompts import STRUCTURES, structured
 from sude_lab.exercises.judging import Answer, Mistake, Trial, ask, check, choice, judge, twice
 from sude_lab.exercises.worlds import short_schedule, uniform
-from sude_lab.prompts import STRUCTURES, article
+from sude_lab.prompts import article
 
 WORDS = (("dog", "running"), ("candle", "unlit"), ("cat", "open mouth"))
 

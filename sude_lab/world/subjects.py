@@ -6,10 +6,9 @@ follow from a fixed seed, so nobody chooses them. Pictures are kept as strips, a
 
 from __future__ import annotations
 
-import itertools
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,17 +23,9 @@ from sude_lab.errors import UserError
 from sude_lab.generation import generate
 from sude_lab.io.files import atomic_write
 from sude_lab.methods import get_method
-from sude_lab.prompts import STRUCTURES, fill, fill_words, photo_of, with_attribute
+from sude_lab.prompts import fill, photo_of, with_attribute
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import Oracle, judge
-
-ASKS = {
-    **STRUCTURES,
-    "background": "photo of a {S*} {category} {background}",
-    "attribute and background": "photo of a {attribute} {S*} {category} {background}",
-}
-"""What may be asked of a tuned model in place of its tuning prompt; {attribute} stands for every
-attribute that the one picture does not show, {background} for every background."""
 
 KEYS = ["subject", "method", "variant", "seed"]
 """What names a run in a table of results."""
@@ -92,22 +83,20 @@ def measure(
     num_images: int,
     grids: dict[str, list[Image.Image]] | None = None,
     guide: Callable[[str | None], AbstractContextManager[Any]] | None = None,
-    asks: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Draw the subject under its tuning prompt and every other attribute; return a row a picture.
 
     Without `config` the backbone is the untuned one and draws the category instead. The numbers
     are those of `sude_lab.world.oracle.Reading`; `grids` collects the pictures by attribute, and
-    `guide` gives the context in which those of an attribute are drawn. `asks`, names of `ASKS` or
-    templates, are drawn in place of the tuning prompt, and then `grids` collects them by prompt.
+    `guide` gives the context in which those of an attribute are drawn.
     """
     rows = []
-    for name, attribute, background, prompt in _prompts(who, config, asks):
+    for attribute, prompt in _prompts(who, config):
         with guide(attribute) if guide else nullcontext():
             images = generate(backbone, prompt, num_images=num_images, seed=seed, batch_size=16)
-        reading = judge(oracle, images, who.scene, attribute, background)
+        reading = judge(oracle, images, who.scene, attribute)
         if grids is not None:
-            grids[prompt if asks else attribute or "as tuned"] = images
+            grids[attribute or "as tuned"] = images
         rows += [
             {
                 "attribute": attribute or "",
@@ -119,36 +108,19 @@ def measure(
             }
             for k in range(num_images)
         ]
-        if asks:
-            for row, share in zip(rows[-num_images:], reading.background_alignment, strict=True):
-                row |= {"ask": name, "background": background or ""}
-                row |= {"background_alignment": round(share.item(), 5)}
     return rows
 
 
-def _prompts(
-    who: Subject, config: TuningConfig | None, asks: Sequence[str]
-) -> Iterator[tuple[str, str | None, str | None, str]]:
-    """Yield what to draw: the ask's name, the attribute, the background, the prompt itself."""
+def _prompts(who: Subject, config: TuningConfig | None) -> Iterator[tuple[str | None, str]]:
+    """Yield what to draw: the attribute that is asked for, and the prompt."""
     category = who.scene.category
-    if config is None:
-        for attribute in (None, *who.other_attributes):
-            words = f"{attribute} {category}" if attribute else category
-            yield "", attribute, None, photo_of(words)
-        return
-    template = config.prompt or get_method(config.method).template
-    tuned = template.replace("{category}", category)
-    if not asks:
-        for attribute in (None, *who.other_attributes):
-            yield "", attribute, None, fill(with_attribute(tuned, attribute), config.token)
-    for name in asks:
-        template = ASKS.get(name, name)
-        attributes = who.other_attributes if "{attribute}" in template else (None,)
-        backgrounds = tuple(world.BACKGROUNDS) if "{background}" in template else (None,)
-        for attribute, background in itertools.product(attributes, backgrounds):
-            where = world.BACKGROUNDS[background] if background else ""
-            parts = {"attribute": attribute or "", "category": category, "background": where}
-            yield name, attribute, background, fill(fill_words(template, **parts), config.token)
+    for attribute in (None, *who.other_attributes):
+        if config is None:
+            yield attribute, photo_of(f"{attribute} {category}" if attribute else category)
+        else:
+            template = config.prompt or get_method(config.method).template
+            tuned = template.replace("{category}", category)
+            yield attribute, fill(with_attribute(tuned, attribute), config.token)
 
 
 def describe(config: TuningConfig) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Grids into stored results: the same numbers as tuning, drawing and judging by hand."""
 
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -12,30 +11,16 @@ from PIL import Image
 from studies import compare_guidance, gallery, paper, runs
 from studies.prior_bank import noise_errors
 from sude_lab.backbone import Backbone
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.evaluate import stored
 from sude_lab.evaluate.stored import KEYS, at_equal_fidelity
 from sude_lab.io.opening import open_backbone
-from sude_lab.tuning import TuningConfig, resolve, tune
+from sude_lab.methods import configure
+from sude_lab.tuning import tune
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import load_oracle
 from sude_lab.world.subjects import keep_strip, measure, strip_name, subject
-
-
-class _Here:
-    """A pool that runs what it is given at once, in this process."""
-
-    def __init__(self, *_: Any) -> None: ...
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: Any) -> None: ...
-
-    def submit(self, call: Any, *args: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(call(*args))
-        return future
 
 
 @pytest.fixture
@@ -46,7 +31,6 @@ def few(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     monkeypatch.setattr(runs, "GRIDS", tmp_path)
     monkeypatch.setattr(runs, "RESULTS", tmp_path / "kept")
     monkeypatch.setattr(runs, "STEPS", 4)
-    monkeypatch.setattr(runs, "ProcessPoolExecutor", _Here)
     monkeypatch.setitem(runs.STUDIES, "few", runs.Study(("few",)))
     grid = {"subjects": ["held-out 0"], "w_s": ["x0", "x1"], "seeds": [1], "pictures": 2}
     grid |= {"prompts": ["plain", "attributes"], "evaluate": {"seed": 500}, "num_gpus": 0}
@@ -67,7 +51,7 @@ def test_a_grid_gives_the_rows_and_pictures_of_tuning_and_measuring(
         weight = float(str(variant).partition("=")[2])
         config = TuningConfig(Path("x.png"), "dog", seed=1, max_train_steps=4, weight_sude=weight)
         backbone = base.copy()
-        config = resolve(config, backbone)
+        config = configure(config, backbone)
         for _ in tune(config, backbone, who.picture):
             pass
         grids: dict[str, list[Image.Image]] = {}

@@ -17,8 +17,8 @@ from sude_lab.world import drawing as world
 from sude_lab.world import subjects as study
 from sude_lab.world.oracle import judge, load_oracle
 
-OLD_COLUMNS = ["attribute", "prompt", "image"]
-OLD_COLUMNS += ["attribute_alignment", "subject_fidelity", "category_alignment"]
+COLUMNS = ["attribute", "prompt", "image"]
+COLUMNS += ["attribute_alignment", "subject_fidelity", "category_alignment"]
 
 
 @pytest.fixture
@@ -32,47 +32,7 @@ def with_token(tiny: Backbone) -> Backbone:
     return tiny
 
 
-def test_asks_are_drawn_with_every_attribute_and_every_background(
-    with_token: Backbone, config: TuningConfig
-) -> None:
-    who, grids = study.subject("held-out", 5), {}
-    rows = study.measure(
-        with_token,
-        load_oracle(),
-        who,
-        config,
-        seed=0,
-        num_images=1,
-        grids=grids,
-        asks=("P3", "background", "photo of a {S*} at night"),
-    )
-    where = list(world.BACKGROUNDS.values())
-    assert [(row["ask"], row["prompt"]) for row in rows] == [
-        ("P3", "photo of a <sks> and it is a burning candle"),
-        ("P3", "photo of a <sks> and it is a melted candle"),
-        *(("background", f"photo of a <sks> candle {words}") for words in where),
-        ("photo of a {S*} at night", "photo of a <sks> at night"),
-    ]
-    assert [row["attribute"] for row in rows] == ["burning", "melted", *[""] * 5]
-    assert [row["background"] for row in rows] == ["", "", *world.BACKGROUNDS, ""]
-    assert all(0 <= row["background_alignment"] <= 1 for row in rows)
-    assert list(grids) == [row["prompt"] for row in rows]
-
-
-def test_both_at_once_are_all_pairs(with_token: Backbone, config: TuningConfig) -> None:
-    asked = list(
-        study._prompts(study.subject("held-out", 5), config, ("attribute and background",))
-    )
-    assert len(asked) == 2 * 4
-    assert asked[0] == (
-        "attribute and background",
-        "burning",
-        "beach",
-        "photo of a burning <sks> candle on the beach",
-    )
-
-
-def test_without_asks_the_tuning_prompt_is_asked_and_the_columns_are_the_old_ones(
+def test_the_tuning_prompt_is_asked_with_every_attribute_in_the_stored_columns(
     with_token: Backbone, config: TuningConfig
 ) -> None:
     who = study.subject("held-out", 5)
@@ -80,7 +40,7 @@ def test_without_asks_the_tuning_prompt_is_asked_and_the_columns_are_the_old_one
     rows = study.measure(with_token, load_oracle(), who, config, **told)
     words = ["photo of a <sks>", "photo of a burning <sks>", "photo of a melted <sks>"]
     assert [row["prompt"] for row in rows] == words
-    assert list(rows[0]) == OLD_COLUMNS
+    assert list(rows[0]) == COLUMNS
     rows = study.measure(with_token, load_oracle(), who, None, **told)
     words = ["photo of a candle", "photo of a burning candle", "photo of a melted candle"]
     assert [row["prompt"] for row in rows] == words
