@@ -180,7 +180,7 @@ def test_a_small_bank_s_noise_is_learnt_by_heart(tiny: Backbone) -> None:
         prior_bank=2,
         prior_bank_dtype="live",
     )
-    config = resolve(config, tiny)
+    config = configure(config, tiny)
     untuned = tiny.copy()
     untuned.add_token(config.token, "candle")
     before = noise_errors(untuned, config, who.picture)
