@@ -11,6 +11,7 @@ while the pictures are still being drawn, and its length is what the clock allow
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -210,8 +211,8 @@ def build_t5(width: int) -> tuple[Any, Any]:
     opens without arguments.
     """
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+    from tokenizers import Tokenizer, models, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     settings = T5Config(
         vocab_size=8, d_model=width, d_kv=16, d_ff=32, num_layers=1, num_heads=1, is_decoder=False
@@ -220,16 +221,14 @@ def build_t5(width: int) -> tuple[Any, Any]:
     with torch.no_grad():
         for weight in encoder.parameters():
             weight.zero_()
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), ("▁", -3.0)]
-    inner = Tokenizer(models.Unigram(pieces, unk_id=2))
-    inner.pre_tokenizer = pre_tokenizers.Metaspace(split=False)  # a text is one unknown piece
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    inner = Tokenizer(models.Unigram(pieces, unk_id=2))  # a whole text is one unknown piece
     inner.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    tokenizer = T5TokenizerFast(
-        tokenizer_object=inner, extra_ids=0, model_max_length=256, **special
-    )
+    # The T5 tokenizers of transformers 4 and 5 read different files; this class is in both.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=256, **special)
     return encoder, tokenizer
 
 
@@ -240,12 +239,12 @@ def build_clip(folder: Path) -> Any:
     one after the first of two layers has some values a hundred times as large as the others.
     """
     import torch
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     old = CLIPTextModel.from_pretrained(folder, use_safetensors=True)
-    encoder = CLIPTextModelWithProjection(
-        CLIPTextConfig(**(old.config.to_dict() | {"num_hidden_layers": 1}))
-    )
+    config = copy.deepcopy(old.config)
+    config.num_hidden_layers = 1
+    encoder = CLIPTextModelWithProjection(config)
     weights = {name.removeprefix("text_model."): w for name, w in old.state_dict().items()}
     for name, weight in encoder.state_dict().items():
         if name == "text_projection.weight":
@@ -309,8 +308,12 @@ def write_pipeline(pipeline: Any, config: FlowConfig, card: str) -> None:
         model = json.loads((temporary / name / "tokenizer.json").read_text("utf-8"))["model"]
         write_vocabulary(temporary / name, model["vocab"], model["merges"])
     index = json.loads((temporary / "model_index.json").read_text("utf-8"))
-    index["tokenizer_3"] = ["transformers", "T5TokenizerFast"]  # 4's other one reads spiece.model
+    index["tokenizer_3"] = ["transformers", "PreTrainedTokenizerFast"]  # 5's own name is not in 4
     (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    path = temporary / "tokenizer_3/tokenizer_config.json"
+    settings = json.loads(path.read_text("utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     facts = {
         "categories": list(world.CATEGORIES),
         "words": list(world.vocabulary()),
