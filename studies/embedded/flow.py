@@ -314,6 +314,10 @@ def write_pipeline(pipeline: Any, config: FlowConfig, card: str) -> None:
     settings = json.loads(path.read_text("utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    for path in temporary.glob("*/config.json"):
+        settings = json.loads(path.read_text("utf-8"))
+        settings.pop("_name_or_path", None)  # where the weights lay
+        path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     facts = {
         "categories": list(world.CATEGORIES),
         "words": list(world.vocabulary()),
@@ -458,7 +462,7 @@ class Training:
         from safetensors.torch import save_file
 
         state = self.optimizer.state
-        tensors = {}
+        tensors: dict[str, Any] = {}
         for name, weight, average in zip(self.names, self.parameters, self.averages, strict=True):
             tensors |= {f"weight.{name}": weight.detach(), f"average.{name}": average}
             tensors |= {f"{key}.{name}": value for key, value in state[weight].items()}
@@ -608,11 +612,13 @@ def sweep(pipeline: Any, config: FlowConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def card(pipeline: Any, facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Return the model's card."""
+def card(
+    pipeline: Any, config: FlowConfig, facts: dict[str, Any], rows: list[dict[str, Any]]
+) -> str:
+    """Return the model's card; what it was trained with stands in `facts`."""
     size = sum(p.numel() for p in pipeline.transformer.parameters()) / 1e6
     shape = pipeline.transformer.config
-    config = facts["config"]
+    trained = facts["config"]
     table = ["| category | attribute | prompt | attribute_alignment | category_alignment |"]
     table.append("|:--|:--|:--|--:|--:|")
     keys = ("category", "attribute", "prompt", "attribute_alignment", "category_alignment")
@@ -642,14 +648,14 @@ but the world of the first (`data/embedded`, whose card describes pictures and c
 ## Training
 `python studies/embedded/flow.py`, {facts["device"]}: {facts["step"]} steps, {facts["samples"]:,}
 samples of {facts["pictures"]:,} drawings in {facts["seconds"]:.0f} seconds, drawing included. Loss
-|v - (eps - x_0)|^2, s logit-normal ({config["uniform"]:.0%} of it uniform), AdamW
-{config["learning_rate"]} with a cosine at the end, averaged weights (EMA {config["ema_decay"]}),
-batches of {config["batch_size"]} (every eighth a quarter of that, with many T5 tokens), empty
+|v - (eps - x_0)|^2, s logit-normal ({trained["uniform"]:.0%} of it uniform), AdamW
+{trained["learning_rate"]} with a cosine at the end, averaged weights (EMA {trained["ema_decay"]}),
+batches of {trained["batch_size"]} (every eighth a quarter of that, with many T5 tokens), empty
 captions in 10 % of cases.
 
 ## What the oracle sees
-{rows[0]["pictures"]} pictures of every prompt, Euler, {config["sampling_steps"]} steps, guidance
-{config["guidance_scale"]}, seed 0: mean probability of the attribute among those of its category,
+{rows[0]["pictures"]} pictures of every prompt, Euler, {config.sampling_steps} steps, guidance
+{config.guidance_scale}, seed 0: mean probability of the attribute among those of its category,
 and of the category, by `data/oracle`.
 
 {chr(10).join(means)}
@@ -715,7 +721,7 @@ def train(config: FlowConfig, pipeline: Any, chunks: Any, device: Any) -> dict[s
         "samples": training.samples,
         "pictures": drawings.number,
         "seconds": round(training.seconds(), 1),
-        "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
+        "config": {k: v for k, v in asdict(config).items() if not isinstance(v, Path | None)},
     }
 
 
@@ -725,7 +731,10 @@ def _short(rows: list[dict[str, Any]]) -> str:
 
 def main(config: FlowConfig) -> None:
     """Draw, train, judge and write."""
-    processes, chunks = (None, None) if config.weights else start_drawing(config)
+    processes: Any = None
+    chunks: Any = None
+    if config.weights is None:
+        processes, chunks = start_drawing(config)
     import torch
 
     torch.set_float32_matmul_precision("high")
@@ -758,7 +767,7 @@ def main(config: FlowConfig) -> None:
     for row in rows:
         print(row["prompt"], row["attribute_alignment"], row["category_alignment"])
     print(f"{time.monotonic() - STARTED:.1f} s: judged:", _short(rows), flush=True)
-    write_pipeline(pipeline.to("cpu"), config, card(pipeline, facts, rows))
+    write_pipeline(pipeline.to("cpu"), config, card(pipeline, config, facts, rows))
     write_csv(config.out / "alignment.csv", rows)
     (config.out / "training.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     print(f"{time.monotonic() - STARTED:.1f} s: pipeline written to {config.out}", flush=True)
