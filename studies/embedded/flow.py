@@ -771,8 +771,8 @@ def main(config: FlowConfig) -> None:
     write_csv(config.out / "alignment.csv", rows)
     (config.out / "training.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     print(f"{time.monotonic() - STARTED:.1f} s: pipeline written to {config.out}", flush=True)
-    if config.sweep:
-        write_csv(config.work / "sweep.csv", sweep(pipeline.to(device), config))
+    if config.sweep and (judged := sweep(pipeline.to(device), config)):
+        write_csv(config.work / "sweep.csv", judged)
 
 
 if __name__ == "__main__":
