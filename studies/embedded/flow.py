@@ -29,7 +29,7 @@ import numpy as np
 import tyro
 
 # All that this study takes from the package: the drawings here, in light imports, since processes
-# that draw are forked before torch is there; the rest in `_judge`.
+# that draw are forked before torch is there; the rest in `alignment` and `write_pipeline`.
 from sude_lab.toy import world
 
 STARTED = time.monotonic()
@@ -303,7 +303,9 @@ def write_pipeline(pipeline: Any, config: FlowConfig, card: str) -> None:
 
     temporary = config.out.with_name(config.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    pipeline.transformer.half()
     pipeline.save_pretrained(temporary, safe_serialization=True)
+    pipeline.transformer.float()
     for name in ("tokenizer", "tokenizer_2"):
         model = json.loads((temporary / name / "tokenizer.json").read_text("utf-8"))["model"]
         write_vocabulary(temporary / name, model["vocab"], model["merges"])
@@ -635,7 +637,8 @@ but the world of the first (`data/embedded`, whose card describes pictures and c
 
 ## Parts
 - Transformer: SD3's, {shape.num_layers} layers, {heads} heads of {width}, patches of 2 x 2 latents,
-  RMS norm of queries and keys as in SD3.5: {size:.2f} M parameters, all that was trained here.
+  RMS norm of queries and keys as in SD3.5: {size:.2f} M parameters, all that was trained here,
+  stored in half precision (diffusers reads them as float32 unless told).
 - Autoencoder and text encoder of `data/embedded`, frozen. Of the text encoder the first layer is
   there, twice, as SD3 asks for two: the transformer reads its embeddings, which is what stands
   before the last layer, and its pooled state, projected by a multiple of the identity.
@@ -751,7 +754,8 @@ def main(config: FlowConfig) -> None:
     else:
         facts = train(config, pipeline, chunks, device)
         processes.terminate()
-    pipeline.transformer.eval().requires_grad_(False)
+    # Kept in half precision, which halves the file; judged as it will be read.
+    pipeline.transformer.eval().requires_grad_(False).half().float()
     print(f"{time.monotonic() - STARTED:.1f} s: trained", flush=True)
     if config.parts:
         pipeline.transformer.save_pretrained(config.parts, max_shard_size="12MB")
