@@ -1,7 +1,7 @@
 """Train the second embedded model from nothing: a `StableDiffusion3Pipeline`, by flow matching.
 
-    python studies/embedded/flow.py --out data/embedded_flow
-    python studies/embedded/flow.py --out data/embedded_flow --time-budget 220 --device cuda
+    python -m studies.embedded.flow --out data/embedded_flow
+    python -m studies.embedded.flow --out data/embedded_flow --time-budget 300 --device cuda
 
 The same command on a CPU or a GPU, continued from its checkpoint when it is given again. The
 autoencoder and the text encoder are those of `data/embedded`, frozen; the transformer alone learns.
@@ -30,7 +30,7 @@ import tyro
 
 # All that this study takes from the package: the drawings here, in light imports, since processes
 # that draw are forked before torch is there; the rest in `alignment` and `write_pipeline`.
-from sude_lab.toy import world
+from sude_lab.world import drawing as world
 
 STARTED = time.monotonic()
 CHUNK = 256
@@ -299,7 +299,7 @@ def build_pipeline(config: FlowConfig) -> Any:
 
 def write_pipeline(pipeline: Any, config: FlowConfig, card: str) -> None:
     """Write the folder whole: safetensors, tokenizers that transformers 4 reads, facts and card."""
-    from sude_lab.export import write_vocabulary
+    from sude_lab.runs.export import write_vocabulary
 
     temporary = config.out.with_name(config.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -524,7 +524,7 @@ def alignment(
     import torch
     from diffusers.utils import make_image_grid
 
-    from sude_lab.toy.oracle import ALL_ATTRIBUTES, HEADS, load_oracle
+    from sude_lab.world.oracle import ALL_ATTRIBUTES, HEADS, load_oracle
 
     oracle, rows, shown = load_oracle(), [], []
     pairs = [(c, a) for c in world.CATEGORIES for a in world.ATTRIBUTES[c]]
@@ -649,7 +649,7 @@ but the world of the first (`data/embedded`, whose card describes pictures and c
 - `FlowMatchEulerDiscreteScheduler`, shift 1.
 
 ## Training
-`python studies/embedded/flow.py`, {facts["device"]}: {facts["step"]} steps, {facts["samples"]:,}
+`python -m studies.embedded.flow`, {facts["device"]}: {facts["step"]} steps, {facts["samples"]:,}
 samples of {facts["pictures"]:,} drawings in {facts["seconds"]:.0f} seconds, drawing included. Loss
 |v - (eps - x_0)|^2, s logit-normal ({trained["uniform"]:.0%} of it uniform), AdamW
 {trained["learning_rate"]} with a cosine at the end, averaged weights (EMA {trained["ema_decay"]}),

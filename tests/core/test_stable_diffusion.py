@@ -4,8 +4,6 @@ The oracle is diffusers: a plain pipeline opened from the same folder, and numpy
 """
 
 import copy
-import importlib
-import io
 import math
 import shutil
 from dataclasses import dataclass, field, replace
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -513,99 +510,6 @@ def test_a_lora_draws_the_same_pictures_in_plain_diffusers(
     assert alike(seen, expected)
     pipeline.unload_lora_weights()
     assert not alike(plain_pictures(pipeline, SUBJECT, steps=2), expected)
-
-
-# --- the benchmark -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def full_size(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    return importlib.import_module("full_size")
-
-
-def test_the_benchmark_prints_rows_ratios_and_a_table(
-    full_size: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    args = full_size.Benchmark(
-        models=("sd21",),
-        methods=("dreambooth lora", "vico"),
-        settings=("as it is", "checkpointing, channels_last"),
-        train_batch_sizes=(1,),
-        device="cpu",
-        dtype="float32",
-        tiny=True,
-        steps=1,
-        warm_up=1,
-        out=tmp_path,
-    )
-    full_size.main(args)
-    table = pd.read_csv(tmp_path / "full_size.csv")
-    assert list(zip(table.setting, table.method, table.variant, strict=True)) == [
-        (setting, method, variant)
-        for setting in args.settings
-        for method in args.methods
-        for variant in full_size.VARIANTS
-    ]
-    assert (table.model == "sd21").all() and (table.batch == 1).all() and table.note.isna().all()
-    assert (table.seconds_per_step > 0).all() and table.peak_mib.isna().all()
-    for _, group in table.groupby(["setting", "method"]):
-        plain = group.seconds_per_step.iloc[0]
-        np.testing.assert_allclose(group.time_ratio, group.seconds_per_step / plain, rtol=1e-2)
-    # SuDe adds two predictions of the model without what the method trains beside it, the same
-    # number of operations everywhere; LoRA has a part in the model as it is now.
-    work = table.pivot(index=["setting", "method"], columns="variant", values="tera_operations")
-    added = work.sub(work["plain"], axis=0)
-    two = added.loc[("as it is", "vico"), "SuDe, prior pretrained"]
-    np.testing.assert_allclose(added["SuDe, prior pretrained"], two, rtol=1e-2)
-    current = added["SuDe, prior current"].unstack()
-    np.testing.assert_allclose(current["vico"], two, rtol=1e-2)
-    assert (current["dreambooth lora"] > 1.1 * two).all()
-    np.testing.assert_allclose(work["SuDe, prior bank"], work["plain"], rtol=1e-6)  # adds nothing
-    plain = work["plain"].unstack()  # recomputed operations count
-    assert (plain.loc["checkpointing, channels_last"] > plain.loc["as it is"]).all()
-    heading, header, *printed = capsys.readouterr().out.splitlines()
-    again = pd.read_csv(io.StringIO("\n".join([header, *printed[: len(table)]])))
-    pd.testing.assert_frame_equal(again, table)
-    written = (tmp_path / "full_size.md").read_text().strip()
-    assert "\n".join([heading, "", *printed[len(table) + 1 :]]).strip() == written
-
-    # Again, with one more method: what is there stays as it was, and is not measured again.
-    full_size.main(replace(args, methods=("dreambooth lora", "textual_inversion")))
-    more = pd.read_csv(tmp_path / "full_size.csv")
-    both = more.merge(table, how="inner")
-    assert len(both) == len(table)
-    assert len(more) == len(table) + len(args.settings) * len(full_size.VARIANTS)
-    with pytest.raises(SystemExit, match="minutes"):
-        full_size.main(replace(args, train_batch_sizes=(2,), minutes=-1))
-
-
-def test_the_benchmark_says_what_it_does_not_know(full_size: Any) -> None:
-    for asked in ({"methods": ("dreambooth",)}, {"settings": ("fast",)}):
-        with pytest.raises(SystemExit) as stop:
-            full_size.main(full_size.Benchmark(device="cpu", tiny=True, **asked))
-        assert next(iter(asked)) in str(stop.value) and "\n" not in str(stop.value)
-
-
-def test_the_benchmark_tells_what_reached_its_targets(full_size: Any) -> None:
-    base = {"model": "sd15", "batch": 1, "setting": "as it is", "variant": "SuDe, prior current"}
-    found = [
-        base | {"method": "vico", "seconds_per_step": 0.2, "peak_mib": 5.0},
-        base | {"method": "vico", "seconds_per_step": 0.1, "peak_mib": 5.0, "setting": "compile"},
-        base | {"method": "vico", "seconds_per_step": 0.01, "peak_mib": 5.0, "variant": "plain"},
-        base | {"method": "dreambooth lora", "seconds_per_step": 0.2, "peak_mib": math.nan},
-    ]
-    first, second = full_size.targets(found)
-    assert first.endswith("40.0 s (compile, SuDe, prior current)")
-    assert second.endswith("not measured")
-
-
-def test_the_benchmark_asks_for_a_card(full_size: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for device in ("cuda", "cpu"):
-        with pytest.raises(SystemExit) as stop:
-            full_size.main(full_size.Benchmark(device=device))
-        assert "--tiny" in str(stop.value) and "\n" not in str(stop.value)
 
 
 def test_full_size_tokenizers_have_the_published_ends(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 import importlib
 import json
 import math
+import os
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +207,88 @@ def test_cold_start_prints_ratios(
     ]
     for row in rows:  # the middle ratio of the clock's, least and most, and the processor's
         assert "0.400 0.300 2.00 2.00 to 4.00 3.00" in " ".join(row.split())
+
+
+# --- a card ---------------------------------------------------------------------------------------
+
+
+def test_a_card_is_measured_row_by_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = load("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    args = gpu.Benchmark(tmp_path, budget=1e6, size="tiny", steps=1, warm_up=1)
+    command = ["bash", BENCHMARKS / "gpu.sh", "--out", tmp_path, "--size", "tiny"]
+    command += ["--budget", "1000", "--steps", "1", "--warm-up", "1"]
+    folder = str(Path(sys.executable).parent)  # the python3 of these tests
+    here = os.environ | {
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(command, env=here, capture_output=True, text=True, check=True)
+    assert "no time for: none" in done.stdout
+    table = pd.read_csv(tmp_path / "gpu.csv", keep_default_na=False, na_values=[""])
+    assert table.error.isna().all(), table.error.dropna().to_list()
+    names = [(str(a), b, str(c), d) for _, (a, b, c, d), _ in gpu.Laboratory(args).plan()]
+    keys = table[[*gpu.KEYS[1:]]].fillna("")
+    assert list(keys.itertuples(index=False, name=None)) == names
+    assert (table.seconds > 0).all() and table.peak_gib.isna().all()
+    timed = table[table.least.notna()]
+    assert ((timed.least <= timed.seconds) & (timed.seconds <= timed.most)).all()
+    counted = table[table.share.notna()]
+    rate = table.tera_operations[0] / table.seconds[0]
+    expected = counted.tera_operations / counted.seconds / rate
+    np.testing.assert_allclose(counted.share, expected, rtol=1e-3)
+
+    # SuDe adds two predictions of the model before tuning, whatever is tuned; a bank adds none, and
+    # what is recomputed counts.
+    work = table.fillna({"variant": ""}).set_index(["model", "method", "batch", "variant"])
+    work = work.tera_operations["sd15"].unstack()
+    added = (work["SuDe"] - work["plain"]).dropna()
+    assert set(added.index.get_level_values("method")) == set(gpu.METHODS)
+    batch = added.index.get_level_values("batch")
+    np.testing.assert_allclose(added / batch, added["dreambooth", 1], rtol=1e-4)
+    for case in (("dreambooth", 1), ("dreambooth", 4), ("vico", 1)):
+        assert work["SuDe, bank"][case] == work["plain"][case]
+    assert work["SuDe, checkpointing"]["dreambooth lora", 1] > work["SuDe"]["dreambooth lora", 1]
+    assert work["diffusers' loop"]["dreambooth", 1] > work["plain"]["dreambooth", 1]
+
+    # Again: what failed is measured, what is there stays as it was.
+    written = gpu.written_rows(tmp_path / "gpu.csv")
+    (failed,) = [key for key in written if key[1:3] == ("sd15", "drawing") and key[-1] == "4"]
+    gpu.write(tmp_path / "gpu.csv", written | {failed: written[failed] | {"error": "of before"}})
+    gpu.main(args)
+    again = gpu.written_rows(tmp_path / "gpu.csv")
+    same = [key for key in written if key != failed and key[2] != "machine"]
+    assert len(again) == len(written) and all(again[key] == written[key] for key in same)
+    assert [line.split("] ")[1][:17] for line in capsys.readouterr().out.splitlines()[:-1]] == [
+        "machine 0: second",
+        "sd15 drawing 4: s",
+    ]
+
+
+def test_a_card_where_one_measurement_fails_or_time_is_short(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = load("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no such kernel\nand many lines more")
+
+    monkeypatch.setattr(gpu, "generate", fails)
+    args = gpu.Benchmark(
+        tmp_path, budget=1e6, size="tiny", only=("drawing 1", "sd3-medium lora plain 1")
+    )
+    gpu.main(replace(args, steps=1, warm_up=0))
+    table = pd.read_csv(tmp_path / "gpu.csv", keep_default_na=False)
+    assert table.error.to_list() == ["", "RuntimeError: no such kernel", ""]
+    gpu.main(replace(args, out=tmp_path / "none", budget=-1.0))
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[-1]
+        .endswith("no time for: machine 0; sd15 drawing 1; sd3-medium lora plain 1")
+    )
+    with pytest.raises(SystemExit, match="--size tiny"):
+        gpu.main(gpu.Benchmark(tmp_path))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
