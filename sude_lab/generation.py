@@ -80,11 +80,8 @@ def generate(
     # Latents are not clipped; files as old as Stable Diffusion 1.4's do not say so, and DDIM's own
     # default would clip them.
     config = {"clip_sample": False} | dict(pipeline.scheduler.config)
-    shape = (
-        backbone.unet.config.in_channels,
-        backbone.unet.config.sample_size,
-        backbone.unet.config.sample_size,
-    )
+    unet = backbone.unet.config
+    shape = (unet.in_channels, unet.sample_size, unet.sample_size)
     images: list[Image.Image] = []
     last = first + num_images
     starts = range(first, last, batch_size)

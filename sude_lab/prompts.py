@@ -64,10 +64,5 @@ def with_attribute(template: str, attribute: str | None) -> str:
     """Return the template with an attribute before {S*}: "photo of a running {S*} dog"."""
     if not attribute:
         return template
-    named = re.sub(
-        r"\b(?:an?) (?=\{S\*\})",
-        f"{article(attribute)} ",
-        template,
-        count=1,
-    )
+    named = re.sub(r"\b(?:an?) (?=\{S\*\})", f"{article(attribute)} ", template, count=1)
     return named.replace(PLACEHOLDER, f"{attribute} {PLACEHOLDER}", 1)

@@ -1,8 +1,7 @@
 """ViCo (arXiv 2306.00971): the model stays as it is; a word and attention to the picture are new.
 
-The pieces: `otsu_threshold` and `subject_mask` find the subject in an attention map,
-`attention_loss` keeps that map honest, `image_block` is what is trained, `ImageAttention` joins it
-to a pipeline, and `ViCo` is the method. A prompt without S* is answered as by the plain model.
+`subject_mask` finds the subject in an attention map, `attention_loss` keeps that map honest,
+`image_block` is trained, `ImageAttention` joins it to a pipeline, and `ViCo` is the method.
 """
 
 from __future__ import annotations
@@ -38,12 +37,11 @@ _CALL = "_image_attention_call"
 def otsu_threshold(values: Tensor) -> Tensor:
     """Return the threshold that parts numbers into two groups whose means differ most.
 
-    T = argmax_T w_0 w_1 (mu_0 - mu_1)^2, Otsu 1979 ("A threshold selection method from gray-level
-    histograms"), w and mu being the share and the mean of the values <= T and of those > T. Every
-    split is tried, none is lost in the bins of a histogram.
+    T = argmax_T w_0 w_1 (mu_0 - mu_1)^2, Otsu 1979, w and mu being the share and the mean of the
+    values <= T and of those > T. Every split is tried, none is lost in the bins of a histogram.
 
-    Args: values: (B, N). Returns (B,), the largest value of the lower group, so that `values > T`
-    is the upper one; where all N values are equal, that value, and nothing lies above it.
+    Args: values: (B, N). Returns (B,), the largest value of the lower group; where all N values
+    are equal, that value.
 
     Raises:
         ValueError: the values are not (B, N) with N > 0.
@@ -70,8 +68,7 @@ def otsu_threshold(values: Tensor) -> Tensor:
 def subject_mask(attention: Tensor) -> Tensor:
     """Return where the subject is: the positions whose attention to S* is above Otsu's threshold.
 
-    Args: attention: (B, N). Returns bool (B, N); where no position stands out, all of them, so that
-    there is always something to attend to.
+    Args: attention: (B, N). Returns bool (B, N); where no position stands out, all of them.
     """
     mask = attention > otsu_threshold(attention).unsqueeze(1)
     return mask | ~mask.any(dim=1, keepdim=True)
@@ -125,19 +122,18 @@ def decoder_layers(unet: nn.Module) -> dict[str, Any]:
     """
     from diffusers.models.attention import BasicTransformerBlock
 
-    found = [
+    layers = [
         (name, module)
         for name, module in unet.named_modules()
-        if name.startswith("up_blocks.")
-        and isinstance(module, BasicTransformerBlock)
-        and module.attn2 is not None
+        if name.startswith("up_blocks.") and isinstance(module, BasicTransformerBlock)
     ]
-    if not found:
+    layers = [(name, module) for name, module in layers if module.attn2 is not None]
+    if not layers:
         raise UserError(
             "ViCo needs transformer blocks in the UNet's up path, and this model has none: choose "
             "another --method."
         )
-    return dict(found[1::2] or found)
+    return dict(layers[1::2] or layers)
 
 
 def image_block(host: Any) -> Any:
@@ -145,10 +141,9 @@ def image_block(host: Any) -> Any:
 
     Self-attention, cross-attention to the reference, feed-forward, all with weights of its own. It
     starts as a copy of its host, the cross-attention (and its norm) as one of the host's
-    self-attention: both look for like places in features of this layer, so what they look for has
-    a meaning from the first step. The three layers that write the result start at zero: at step 0
-    the block changes nothing and the model is still the one that was opened. (The authors' code
-    starts from random weights, which disturbs the model until they are trained.)
+    self-attention, which looks for like places in the same features. The three layers that write
+    the result start at zero: at step 0 the block changes nothing. (The authors' code starts from
+    random weights, which disturb the model until they are trained.)
     """
     block = copy.deepcopy(host)
     block.attn2, block.norm2 = copy.deepcopy(host.attn1), copy.deepcopy(host.norm1)
@@ -170,12 +165,10 @@ class _Prompt:
 
 @dataclass
 class _Call:
-    """A call of the UNet whose batch has references below its own rows."""
+    """A call of the UNet: of `size` rows, those in `rows`, (R,), have references below them."""
 
     size: int
-    """Rows of the batch itself, B."""
     rows: Tensor
-    """Which of them have a reference, (R,)."""
     words: Tensor
     """Weights that average over the places of S*, (R, L)."""
     ends: Tensor
@@ -191,15 +184,14 @@ class ImageAttention(nn.Module):
     latent (no noise), with the same t and the same prompt. Both pass the UNet in one batch. After
     every chosen layer the image block lets the noisy row attend to its reference, masked to the
     subject; at the end the reference rows are dropped. Rows whose prompt names no subject pass as
-    in the plain model, among them the unconditional half of classifier-free guidance: no S*, no map
-    to mask by. A negative prompt that names a subject is treated as any prompt.
+    in the plain model, the unconditional half of classifier-free guidance among them.
 
-    What a row's prompt says is known from the text encoder: a hook keeps, for every prompt with a
-    subject's word, a digest of the hidden states and the word's places, and the UNet's rows are
-    looked up by their bits. So it works in any call of the pipeline, whatever is batched with what,
-    but not for embeddings that this text encoder did not return as they are (mixed or weighted
-    prompts, `clip_skip`): such rows pass as in the plain model. While S* has learned nothing, it
-    and the word it started from make the same hidden states: the prompt that was read last counts.
+    A hook on the text encoder keeps, for every prompt with a subject's word, a digest of the hidden
+    states and the word's places; the UNet's rows are looked up by their bits. So it works in any
+    call of the pipeline, but not for embeddings that this text encoder did not return as they are
+    (mixed or weighted prompts, `clip_skip`): such rows pass as in the plain model. While S* has
+    learned nothing, it and the word it started from make the same hidden states: the prompt that
+    was read last counts.
 
     A copy of the pipeline (`copy.deepcopy`) has image attention of its own; `save_pretrained`
     writes the plain model.
@@ -232,11 +224,8 @@ class ImageAttention(nn.Module):
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Return the blocks' weights, by the names of the layers they belong to."""
-        return {
-            f"{name}.{own}": p
-            for name, block in zip(self.names, self.blocks, strict=True)
-            for own, p in block.named_parameters()
-        }
+        named = zip(self.names, self.blocks, strict=True)
+        return {f"{name}.{own}": p for name, block in named for own, p in block.named_parameters()}
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -263,9 +252,7 @@ class ImageAttention(nn.Module):
 
     # Hooks, in the order in which they are called -------------------------------------------------
 
-    def _read(
-        self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def _read(self, encoder: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Keep what the text encoder made of every prompt with a subject's word."""
         ids = args[0] if args else kwargs["input_ids"]
         for key, line in zip(_digests(output[0]), ids.tolist(), strict=True):
@@ -282,9 +269,7 @@ class ImageAttention(nn.Module):
         for key in list(islice(self._prompts, max(0, len(self._prompts) - PROMPTS_KEPT))):
             del self._prompts[key]
 
-    def _add_references(
-        self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _add_references(self, unet: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Put the references below the batch."""
         self._size = None
         if not self._on:
@@ -299,16 +284,14 @@ class ImageAttention(nn.Module):
             self.to(sample.device)
         words, ends = torch.zeros(2, len(subjects), hidden.shape[1])
         for k, (row, subject) in enumerate(subjects.items()):
-            prompt = prompts[row]
-            assert prompt is not None
-            words[k, prompt.places[subject]] = 1 / len(prompt.places[subject])
-            ends[k, prompt.end] = 1
+            if prompt := prompts[row]:
+                words[k, prompt.places[subject]] = 1 / len(prompt.places[subject])
+                ends[k, prompt.end] = 1
         rows = torch.tensor(list(subjects), device=sample.device)
         references = self.references[list(subjects.values())].to(sample.dtype)
-        if references.shape[2:] != sample.shape[2:]:  # drawn at another size than tuned at
-            references = F.interpolate(
-                references, size=sample.shape[2:], mode="bilinear", antialias=True
-            )
+        size = sample.shape[2:]
+        if references.shape[2:] != size:  # drawn at another size than tuned at
+            references = F.interpolate(references, size, mode="bilinear", antialias=True)
         self._size = len(sample)
         inputs["sample"] = torch.cat([sample, references])
         if isinstance(t, Tensor) and t.numel() > 1:  # one t for all needs no more rows
@@ -326,10 +309,8 @@ class ImageAttention(nn.Module):
             return {k: next(iter(p.places)) for k, p in enumerate(prompts) if p and not p.plain}
         for row, (prompt, subject) in enumerate(zip(prompts, self._which, strict=True)):
             if prompt is None or subject not in prompt.places:
-                raise ValueError(
-                    f"The prompt of sample {row} does not name subject {subject}, or was not "
-                    "encoded by this backbone."
-                )
+                why = f"does not name subject {subject}, or was not encoded by this backbone"
+                raise ValueError(f"The prompt of sample {row} {why}.")
         return dict(enumerate(self._which))
 
     def _look(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -342,14 +323,7 @@ class ImageAttention(nn.Module):
         subject, end = ((attention * of[:, None]).sum(dim=-1) for of in (call.words, call.ends))
         call.seen = Maps(subject, end)
 
-    def _attend(
-        self,
-        number: int,
-        host: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Tensor,
-    ) -> Tensor | None:
+    def _attend(self, number: int, host: Any, args: Any, kwargs: Any, output: Tensor) -> Any:
         """Let the noisy rows attend to their references, after layer `number`."""
         # By place where gradient checkpointing calls the layer, by name elsewhere.
         context = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
@@ -396,13 +370,11 @@ class ViCo(Method):
     """Train S* and image cross-attention blocks in every second layer of the UNet's up path.
 
     `prompt`: "photo of a {S*}". The UNet and the text encoder are frozen. The reference of a
-    subject is its picture's latent, kept beside the blocks in `vico.safetensors`; where a picture
-    is drawn at another size than the run's, the latent is resampled. A prompt that names several
-    subjects uses the reference of the first one.
+    subject is its picture's latent, kept beside the blocks in `vico.safetensors` and resampled for
+    other sizes. A prompt that names several subjects uses the reference of the first one.
 
     SuDe's classifier reads "photo of a dog" and "", which do not name the subject: the blocks have
-    no part in its answers, now or before tuning, and the priors `current` and `pretrained` are the
-    same. SuDe's gradient reaches blocks and S* through the subject's own prediction.
+    no part in its answers, and the priors `current` and `pretrained` are the same.
 
     Of the authors' code: steps, rates and weights. Ours are Otsu's threshold over every split (they
     try nine), blocks that start as no change, and a loss for every sample.
@@ -453,10 +425,10 @@ class ViCo(Method):
         losses = [attention_loss(maps.subject, maps.end) for maps in self.maps]
         return ATTENTION_WEIGHT * torch.stack(losses).sum(dim=0)
 
+    @torch.no_grad()
     def predict_pretrained(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the model output without image attention, which is the UNet before tuning."""
-        with torch.no_grad(), self.images.off():
-            return self.backbone.predict(x_t, t, condition)
+        return self.predict_current(x_t, t, condition)
 
     def predict_current(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return what the model says of a prompt without the subject: the UNet never changes."""

@@ -46,7 +46,6 @@ from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
 from sude_lab.config import (
-    EMBEDDED,
     RENAMED,
     CompleteConfig,
     TuningConfig,
@@ -212,7 +211,7 @@ class Run:
 
 def _came_along(run: Path, source: str) -> bool:
     """Whether a model is a folder in that of a run, or beside it."""
-    if source == EMBEDDED or hub_id(source) is not None:
+    if _by_name(source):
         return False
     folder, run = Path(source).resolve(), run.resolve()
     # Whole paths are of this machine. What is not whole fits wherever a folder was unpacked.
@@ -222,9 +221,12 @@ def _came_along(run: Path, source: str) -> bool:
 
 def _whole_path(source: str) -> str:
     """Return a folder's path from the root: a run is opened from other working folders, too."""
-    if source == EMBEDDED or hub_id(source) is not None or not source.strip():
-        return source
-    return os.path.abspath(source)
+    return source if _by_name(source) or not source.strip() else os.path.abspath(source)
+
+
+def _by_name(source: str) -> bool:
+    """Whether a model is named by what is no path: an included one's name, or a hub id."""
+    return resolve_source(source) != source or hub_id(source) is not None
 
 
 def _portable(config: TuningConfig, out: Path) -> TuningConfig:

@@ -489,7 +489,8 @@ def test_the_report_of_the_demo_escapes_every_text(finished: Run) -> None:
     scene = SimpleNamespace(category=EVIL, attribute=EVIL, look=look)
     who: Any = SimpleNamespace(scene=scene, other_attributes=(EVIL, EVIL), picture=picture)
     rows = [
-        {"variant": variant, "attribute": attribute, "prompt": EVIL} | dict.fromkeys(MEASURES, 0.5)
+        {"variant": variant, "attribute": attribute, "prompt": EVIL, "image": 0}
+        | dict.fromkeys(MEASURES, 0.5)
         for variant in (EVIL, "sude")
         for attribute in ("", EVIL)
     ]

@@ -53,7 +53,7 @@ def test_extras() -> None:
     assert set(PROJECT["optional-dependencies"]) == extras
     assert {Requirement(line).name for line in PROJECT["dependencies"]} == {
         "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy",
-        "pillow", "tqdm", "filelock", "jinja2",
+        "pillow", "tqdm", "filelock", "jinja2", "huggingface_hub",
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from sude_lab.evaluate import stored
 from sude_lab.evaluate.stored import KEYS, at_equal_fidelity
 from sude_lab.io.opening import open_backbone
 from sude_lab.methods import configure
+from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.tuning import tune
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import load_oracle
@@ -186,7 +187,7 @@ def test_a_small_bank_s_noise_is_learnt_by_heart(tiny: Backbone) -> None:
     before = noise_errors(untuned, config, who.picture)
     assert before["loss_seen"] == pytest.approx(before["loss_new"], rel=0.1)
     tuned = tiny.copy()
-    assert len(list(tune(config, tuned, who.picture))) == 80
+    assert len(list(prepared_tuning(config, tuned, who.picture))) == 80
     after = noise_errors(tuned, config, who.picture)
     assert after["loss_seen"] < 0.8 * after["loss_new"]
     assert after["loss_seen"] < 0.8 * before["loss_seen"]
