@@ -11,16 +11,6 @@ from sude_lab.world.mixture import GaussianMixture
 DOG, CAT = 0, 1
 
 
-def normal(generator: torch.Generator, *shape: int) -> Tensor:
-    """Return standard normal numbers of a shape, float64."""
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
-    """Return numbers between `low` and `high`, float64."""
-    return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
-
-
 def stable_diffusion_schedule() -> Schedule:
     """Return Stable Diffusion's table of abar_t, 1,000 steps; the included model has the same.
 
@@ -72,7 +62,7 @@ def steps(
     """
     x_0, _ = mixture.sample(n, generator)
     t = torch.full((n,), k)
-    x_prev = add_noise(x_0, normal(generator, *x_0.shape), t - 1, schedule)
+    first, second = (torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype) for _ in range(2))
+    x_prev = add_noise(x_0, first, t - 1, schedule)
     alpha = schedule.alphas_cumprod[k] / schedule.alphas_cumprod[k - 1]
-    noise = normal(generator, *x_0.shape)
-    return x_prev, alpha.sqrt() * x_prev + (1 - alpha).sqrt() * noise, t
+    return x_prev, alpha.sqrt() * x_prev + (1 - alpha).sqrt() * second, t
