@@ -18,10 +18,7 @@ LEARNING_RATE = 0.05
 
 @check
 def check_loss_along(draw: Draw) -> Trial:
-    """Check loss_along(a, d, s): ||b - d||^2 - ||b||^2 at b = a + s d, from eq. 7, (B,).
-
-    (||d||^2 - 2 <a, d>) - 2 s ||d||^2; a, d: (B, D), from the null prediction; s: (B,).
-    """
+    """Check loss_along(a, d, s): eq. 7 at a + s d, ||d||^2 - 2 <a, d> - 2 s ||d||^2; (B,)."""
     a, d, s = draw.normal(4, 5), draw.normal(4, 5), draw.uniform(1.0, 20.0, 4)
     half, square = torch.full((4,), 0.5).double(), d.square().sum(1)
     start = square - 2 * (a * d).sum(1)
@@ -77,38 +74,30 @@ def check_rest(draw: Draw) -> Trial:
     weight = torch.tensor([0.5, 1.0, 2.0, 2.0, 4.0, 0.8]).double()
     share = torch.tensor([0.5, 0.3, 0.2, 0.8, 0.9, 0.0]).double()
     stays, pull, still = 1 - share, weight * share, target + weight * class_0
-    end = (target + weight * stays * class_0) / (1 - pull)
+    top = target + weight * stays * class_0
+    end = top / (1 - pull)
     through = (target + weight * stays**2 * class_0) / (1 + weight * stays**2 - weight)
 
     def unless_never(value: Tensor) -> Tensor:
         return torch.where(pull < 1, value, torch.full_like(value, math.inf))
 
+    still_0 = "The pretrained prior stays at c_0: here c moves with s."
     bar = "The bar over theta: c follows s, but the gradient treats it as a constant."
     slips = {
-        "Where w_s kappa >= 1 your formula has a value, and descent never gets there: each step "
-        "makes the next one longer. Return inf.": end,
-        "The pretrained prior stays at c_0: here c moves with s.": still,
-        "That is the pretrained prior, which stays at c_0: here c moves with s. (Your inf are in "
-        "place.)": unless_never(still),
+        "Where w_s kappa >= 1 each step makes the next one longer: never. Return inf.": end,
+        still_0: still,
+        f"{still_0} (Your inf are in place.)": unless_never(still),
         bar: through,
         f"{bar} (Your inf are in place.)": unless_never(through),
-        "c is c_0 + kappa (s - c_0): of c_0 itself the share 1 - kappa stays.": (
-            unless_never(still / (1 - pull))
-        ),
-        "Check the sign in 1 - w_s kappa: s runs further with such a prior.": (
-            unless_never(end * (1 - pull) / (1 + pull))
-        ),
+        "Of c_0 itself the share 1 - kappa stays.": unless_never(still / (1 - pull)),
+        "Check the sign in 1 - w_s kappa: s runs further.": unless_never(top / (1 + pull)),
     }
     return Trial((target, class_0, weight, share), unless_never(end), slips)
 
 
 @check
 def check_end_rho(draw: Draw) -> Trial:
-    """Check end_rho(rho, weight_sude, r): rho + min(w_s, max(0, r - rho)), from eq. 10; (B,).
-
-    How far along a sample is when its tuning rests, by the weighting `simple` and the prior
-    `pretrained`, with a gate that shuts at r; rho: that of the picture's own target.
-    """
+    """Check end_rho(rho, weight_sude, r): rho + min(w_s, max(0, r - rho)), from eq. 10; (B,)."""
     rho = torch.tensor([-0.6, 0.1, 0.4, 0.9, 1.4]).double() + 0.05 * draw.uniform(0, 1, 5)
     weight, r = 0.5, 0.7
 
@@ -117,9 +106,7 @@ def check_end_rho(draw: Draw) -> Trial:
 
     slips = {
         "You stopped at rho = 1: here the gate shuts at r.": end(1.0),
-        "A sample that is past r is not pulled back: its gate is shut from the start.": (
-            rho + (r - rho).clamp(max=weight)
-        ),
+        "A sample that is past r is not pulled back.": rho + (r - rho).clamp(max=weight),
         "SuDe moves it by w_s at most: L_sub pulls.": rho.clamp(min=r),
         "That is without truncation.": rho + weight,
         "That is how far it moves: add where it started.": end(r) - rho,
@@ -151,8 +138,7 @@ def check_tuned(draw: Draw) -> Trial:
         "open": "The gates stand open although `truncated` is True.",
         "once": "The gates were set before the first step and never looked at again.",
         "old tau": "tau is that of class_0 throughout: with prior `current` it moves, like L_sude.",
-        "towards": "The push goes along s - c: write both squares out, s^2 cancels, and d = c is "
-        "left.",
+        "towards": "The push goes along s - c: s^2 cancels if written out, and d = c is left.",
     }
     wrong = named(lambda slip: all_four(_tuned(slip)), slips)
     return Trial(all_four, all_four(_tuned()), wrong)

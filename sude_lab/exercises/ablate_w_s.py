@@ -64,23 +64,17 @@ def _means(rows: pd.DataFrame, measure: str, how: str = "mean") -> pd.DataFrame:
 
 @check
 def check_by_weight(draw: Draw) -> list[Trial]:
-    """Check by_weight(table, measure): means of a measure, subjects in rows, w_s in columns.
-
-    Over all seeds and the pictures that were asked for an attribute: the axes of Fig. 7.
-    """
+    """Check by_weight(table, measure): means, subjects in rows, w_s in columns, as in Fig. 7."""
     table, trials = made_up_sweep(draw.seed), []
     changed = table[table["attribute"].notna()]
+    first = changed[changed["seed"] == 0]
     for measure, other in (MEASURES[:2], MEASURES[1::-1]):
         right = _means(changed, measure)
         slips = {
-            "Rows without an attribute are pictures of the plain prompt: leave them out.": (
-                _means(table, measure)
-            ),
+            "Rows without an attribute are of the plain prompt: out.": _means(table, measure),
             "Those are sums: means are asked for.": _means(changed, measure, "sum"),
             "Those are medians: means are asked for.": _means(changed, measure, "median"),
-            "That is the first seed alone: average all.": (
-                _means(changed[changed["seed"] == 0], measure)
-            ),
+            "That is the first seed alone: average all.": _means(first, measure),
             "You took another column than `measure`.": _means(changed, other),
             "Subjects go in rows, w_s in columns.": right.T,
         }
@@ -90,10 +84,7 @@ def check_by_weight(draw: Draw) -> list[Trial]:
 
 @check
 def check_paired_gains(draw: Draw) -> Trial:
-    """Check paired_gains(means): what every w_s > 0 wins over w_s = 0, subject by subject.
-
-    means: as `check_by_weight` asks for; the result has the same rows, and no column 0.
-    """
+    """Check paired_gains(means): what every w_s > 0 wins over w_s = 0, for each subject."""
     means = _means(made_up_sweep(draw.seed).dropna(subset="attribute"), MEASURES[0])
     plain, rest = means[0.0], means.drop(columns=0.0)
     right = rest.sub(plain, axis=0)
@@ -109,27 +100,18 @@ def check_paired_gains(draw: Draw) -> Trial:
 
 @check
 def check_cluster_interval(draw: Draw) -> Trial:
-    """Check cluster_interval(values, subjects, rng): a 95 % bootstrap interval over subjects.
-
-    10,000 times draw as many subjects as there are, with replacement, and average *all* values of
-    the drawn ones; from the 2.5 % to the 97.5 % quantile. values, subjects: (N,). Right within 4 %
-    of the width. The studies use Student's t, `sude_lab.evaluate.statistics.mean_interval`.
-    """
+    """Check cluster_interval(values, subjects, rng): a 95 % bootstrap interval over subjects."""
     counts = np.array([9, 2, 3, 2, 4, 2])
     own = np.array([1.5, -0.5, 0.2, 0.0, -1.0, 0.4]) + 0.1 * draw.rng.standard_normal(6)
     subjects = np.repeat(np.array(list("abcdef")), counts)
     values = np.repeat(own, counts) + 0.2 * draw.rng.standard_normal(counts.sum())
     means = np.array([values[subjects == name].mean() for name in "abcdef"])
     low, high = bootstrap_quantiles(values, subjects)
+    narrow = bootstrap_quantiles(values, subjects, level=0.9)
     slips = {
-        "You drew single values: one subject's come together, or not at all.": (
-            bootstrap_quantiles(values)
-        ),
-        "You averaged every subject first: take all values of those drawn, so that subjects "
-        "with more of them count more.": bootstrap_quantiles(means),
-        "That is a 90 % interval: 95 % lie between the quantiles 0.025 and 0.975.": (
-            bootstrap_quantiles(values, subjects, level=0.9)
-        ),
+        "You drew single values: one subject's come together.": bootstrap_quantiles(values),
+        "You averaged every subject first: take all values.": bootstrap_quantiles(means),
+        "That is a 90 % interval: 95 % lie from 0.025 to 0.975.": narrow,
         "Lower end first.": (high, low),
     }
 
@@ -141,10 +123,7 @@ def check_cluster_interval(draw: Draw) -> Trial:
 
 @check
 def check_front(draw: Draw) -> Trial:
-    """Check front(alignment, fidelity): which settings no other one beats (Pareto), bool (N,).
-
-    One beats another if it is at least as good in both and better in one; larger is better.
-    """
+    """Check front(alignment, fidelity): which settings no other one beats (Pareto), bool (N,)."""
     x = torch.tensor([0.2, 0.4, 0.4, 0.6, 0.8, 0.8, 0.7, 0.9, 0.5]).double()
     y = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.5, 0.3, 0.2, 0.4]).double()
     order = torch.randperm(9, generator=draw.generator)
@@ -153,18 +132,13 @@ def check_front(draw: Draw) -> Trial:
     as_good = ~x_wins.T & ~y_wins.T
     others = ~torch.eye(9, dtype=torch.bool)
     right = ~(as_good & (x_wins | y_wins)).any(1)
+    both, low = x_wins & y_wins, ~x_wins.T & ~y_loses.T & (x_wins | y_loses)
     slips = {
         "Those are the ones that are beaten.": ~right,
-        "Equal in one and worse in one is beaten, too: not better in both.": (
-            ~(x_wins & y_wins).any(1)
-        ),
-        "Two settings with the same two numbers do not beat each other.": (
-            ~(as_good & others).any(1)
-        ),
+        "Equal in one and worse in one is beaten, too: not better in both.": ~both.any(1),
+        "Two equal settings do not beat each other.": ~(as_good & others).any(1),
         "A setting is as good as itself in both: it does not beat itself.": ~as_good.any(1),
-        "Larger is better in both columns: you looked for low fidelity.": (
-            ~(~x_wins.T & ~y_loses.T & (x_wins | y_loses)).any(1)
-        ),
+        "Larger is better in both: you looked for low fidelity.": ~low.any(1),
         "The largest sum is one of them: the front has all not beaten.": x + y == (x + y).max(),
     }
     return Trial((x, y), right, slips)
@@ -172,11 +146,7 @@ def check_front(draw: Draw) -> Trial:
 
 @check
 def check_best_weight(draw: Draw) -> Trial:
-    """Check best_weight(alignment, fidelity, keep): a w_s for every subject, a Series.
-
-    Of the w_s whose fidelity is at least `keep` times that of w_s = 0, the one with the highest
-    alignment; of equal ones the smallest. Tables as of `check_by_weight`; section 5 goes by eye.
-    """
+    """Check best_weight(alignment, fidelity, keep): the best allowed w_s, a Series by subject."""
     aligned = {
         "dog": [0.3, 0.5, 0.7, 0.8, 0.9],
         "cat": [0.4, 0.6, 0.8, 0.8, 0.9],
@@ -204,14 +174,12 @@ def check_best_weight(draw: Draw) -> Trial:
 
     keep = 0.9
     allowed = fidelity.ge(keep * fidelity[0.0], axis=0)
+    of_mean, largest = fidelity >= keep * fidelity[0.0].mean(), 0 * alignment + WEIGHTS
     slips = {
         "The rule is missing: a w_s may cost at most a tenth of the fidelity.": best(fidelity > 0),
-        "Compare with the subject's own fidelity at w_s = 0, not with the mean of all.": (
-            best(fidelity >= keep * fidelity[0.0].mean())
-        ),
+        "Compare with the subject's own fidelity at w_s = 0, not with the mean.": best(of_mean),
         "Of equals take the smallest w_s.": best(allowed, alignment[WEIGHTS[::-1]]),
-        "That is the largest w_s that the rule allows: the one with the best alignment is asked "
-        "for.": best(allowed, 0 * alignment + WEIGHTS),
+        "That is the largest w_s allowed: the best alignment is asked for.": best(allowed, largest),
         "That is the alignment: its w_s is asked for.": alignment.where(allowed).max(axis=1),
     }
     return Trial((alignment, fidelity, keep), best(allowed), slips)
@@ -219,12 +187,7 @@ def check_best_weight(draw: Draw) -> Trial:
 
 @check
 def check_naive_and_honest(draw: Draw) -> Trial:
-    """Check naive_and_honest(gains): the chosen w_s's gain on the same and on new data; (S, W, K).
-
-    Naive: the mean over seeds of the setting with the highest. Honest: leave a seed out, choose by
-    the mean of the others, read off the one left out, average over seeds. Both: a setting for each
-    subject, the mean over subjects.
-    """
+    """Check naive_and_honest(gains): the gain of the chosen w_s on old and new seeds; (S, W, K)."""
     gains = draw.normal(5, 4, 3)
     subjects, number, means = torch.arange(5), 3, gains.mean(2)
 

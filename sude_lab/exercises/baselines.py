@@ -40,10 +40,7 @@ def check_paper_prompt(draw: Draw) -> list[Trial]:
 
 @check
 def check_combined(draw: Draw) -> Trial:
-    """Check combined(attributes, backgrounds, category): each attribute on each background.
-
-    "photo of a running {S*} dog on the beach", a list in the order of the attributes; section 5.
-    """
+    """Check combined(attributes, backgrounds, category): each attribute on each background."""
     category, own = WORDS[draw.seed % 3]
     attributes = [own, "open", "golden"]
     backgrounds = ["on the beach", "in the snow", "with a ball"]
@@ -54,17 +51,17 @@ def check_combined(draw: Draw) -> Trial:
 
     pairs = [(a, b) for a in attributes for b in backgrounds]
     right = [prompt(*pair) for pair in pairs]
+    by_background = [prompt(a, b) for b in backgrounds for a in attributes]
+
+    def without(part: str) -> list[str]:
+        return [line.replace(part, "") for line in right]
+
     slips = {
         "You paired them off: every attribute goes with every background.": right[::4],
-        "All are there, in another order: the first attribute with all backgrounds, then the "
-        "second.": [prompt(a, b) for b in backgrounds for a in attributes],
+        "All are there, in another order: the first attribute with all backgrounds.": by_background,
         "“an” stands before a vowel: `article` knows.": [prompt(*pair, "a") for pair in pairs],
-        "The subject is missing: {S*} stands before the category.": (
-            [line.replace("{S*} ", "") for line in right]
-        ),
-        "The category is missing: it stands behind {S*}.": (
-            [line.replace(f"}} {category}", "}") for line in right]
-        ),
+        "The subject is missing: {S*} stands before the category.": without("{S*} "),
+        "The category is missing: it stands behind {S*}.": without(f" {category}"),
     }
     return Trial((attributes, backgrounds, category), right, slips)
 
@@ -81,11 +78,7 @@ check_must_know = choice(
 
 
 class TinyUNet(nn.Module):
-    """Names like those of a diffusers UNet, with two transformer blocks; a few hundred numbers.
-
-    `attn1` is self-attention, `attn2` cross-attention, which reads the words. It does not run: it
-    is there to choose from its parameters, as the methods of section 4 do.
-    """
+    """A diffusers UNet's names, to choose from: `attn1` self-, `attn2` cross-attention (words)."""
 
     def __init__(self, width: int = 4, words: int = 6) -> None:
         super().__init__()
@@ -107,11 +100,7 @@ class TinyUNet(nn.Module):
 
 @check
 def check_keys_and_values(draw: Draw) -> Trial:
-    """Check keys_and_values(unet): train K and V of every cross-attention, and nothing else.
-
-    What Custom Diffusion trains, arXiv 2212.04488, section 3.1; gradients are switched on and off
-    in place, and the answer returns how many numbers are trained.
-    """
+    """Check keys_and_values(unet): train K and V of `attn2` alone, arXiv 2212.04488, sec. 3.1."""
     unet = TinyUNet(4 + draw.seed)
     parameters = dict(unet.named_parameters())
 
@@ -120,18 +109,12 @@ def check_keys_and_values(draw: Draw) -> Trial:
 
     right = where("to_k", "to_v")
     slips = {
-        "Everything learns: switch the gradients of all others off, `requires_grad_(False)`.": (
-            set(parameters)
-        ),
+        "Everything learns: switch all others off, `requires_grad_(False)`.": set(parameters),
         "Nothing learns: switch K and V of `attn2` on, `requires_grad_(True)`.": set(),
-        "attn1 is self-attention, in which the picture reads itself: words come in by attn2.": (
-            where("to_k", "to_v", within="attn")
-        ),
+        "attn1 is self-attention: words come in by attn2.": where("to_k", "to_v", within="attn"),
         "That is attn1, self-attention: take attn2.": where("to_k", "to_v", within="attn1"),
         "The queries learn, too, the picture's side: leave to_q out.": right | where("to_q"),
-        "The whole cross-attention learns: K and V alone are asked for.": (
-            right | where("to_q", "to_out")
-        ),
+        "The whole cross-attention learns: K and V alone.": right | where("to_q", "to_out"),
         "Only the keys learn: the values, too.": where("to_k"),
     }
 
@@ -161,8 +144,7 @@ def check_given_back(draw: Draw) -> Trial:
     gained = torch.tensor([0.3, 0.1, -0.03, 0.5]).double() + 0.05 * draw.uniform(0, 1, 4)
     right = gained.sum() / lost.sum()
     slips = {
-        "You averaged ratios: a subject that lost next to nothing decides then, whatever its "
-        "luck. Take the ratio of the sums.": (gained / lost).mean(),
+        "You averaged ratios: who lost little decides. Divide the sums.": (gained / lost).mean(),
         "Upside down: gained over lost.": 1 / right,
         "That is what was gained on average; relative to what was lost, please.": gained.mean(),
         "One number for the method is asked for.": gained / lost,
@@ -172,11 +154,7 @@ def check_given_back(draw: Draw) -> Trial:
 
 
 class TinyPlugUNet(nn.Module):
-    """A noise network that is called as a diffusers UNet is: (x_t, t, embeddings) -> `.sample`.
-
-    The epsilon form of x_theta in eq. 2: x_t (B, C, h, w), t (B,), embeddings (B, L, D). The same
-    weights for the same seed.
-    """
+    """A noise network called as a diffusers UNet, (B, C, h, w), (B,), (B, L, D) -> `.sample`."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -209,11 +187,7 @@ def plug_batch(
 
 @check
 def check_plug(draw: Draw) -> list[Trial]:
-    """Check plug(unet, x_t, t, model_pred, class_embeds, uncond_embeds): SuDe for any loop, (B,).
-
-    lambda_tau L_sude, eq. 7-9, in eps-space, weighting `simple`, prior `current`, squares as means
-    over dimensions, by values and gradients of `SudeRegularizer`; embeds: (B, L, D).
-    """
+    """Check plug(unet, x_t, t, model_pred, class_embeds, uncond_embeds), eq. 7-9; (B,)."""
     from sude_lab.sude import SudeRegularizer  # here: it imports diffusers, which is slow
 
     along = torch.tensor([-0.4, 0.1, 0.5, 0.8, 1.3, 1.9])
@@ -229,8 +203,7 @@ def check_plug(draw: Draw) -> list[Trial]:
         "The gate is missing: eq. 9 gives 0 where L_sude <= tau.": terms.loss,
         "The gate is the wrong way round: open is L_sude > tau.": terms.loss * ~terms.gate,
         "Class and no prompt are exchanged.": swapped.gated,
-        "You summed the squares: take their mean over the dimensions, as the MSE of the loop "
-        "does.": 32 * terms.gated,
+        "You summed the squares: take their mean, as the loop's MSE does.": 32 * terms.gated,
         "That is the hinge: leave - tau out.": (terms.loss - terms.threshold) * terms.gate,
         "That is the gate: times L_sude.": terms.gate,
         "One number a sample is asked for; the loop averages them.": terms.gated.mean(),

@@ -59,6 +59,7 @@ def check_log_ratio(draw: Draw) -> Trial:
     variance = draw.uniform(0.1, 0.8, 4)
     right = class_log_ratio(x_prev, mean_class, mean_uncond, variance)
     above, below = (reverse_log_prob(x_prev, mean, variance) for mean in (mean_class, mean_uncond))
+    to_class = squared_distance(x_prev, mean_class) / (2 * variance)
     slips = of_variance(right, variance, "eq. 6") | {
         "The sign is turned: a step near the class's mean speaks for the class.": -right,
         "The distances are divided by 2 sigma^2: your 2 is missing.": 2 * right,
@@ -67,9 +68,7 @@ def check_log_ratio(draw: Draw) -> Trial:
         "You divided the logarithms: log(a / b) is a difference.": above / below,
         "You added the logarithms: log(a / b) is a difference.": above + below,
         "You averaged over the dimensions: the norm of eq. 6 is a sum.": right / 5,
-        "This is the numerator's distance alone: eq. 5 has a denominator, too.": (
-            -squared_distance(x_prev, mean_class) / (2 * variance)
-        ),
+        "This is the numerator's distance alone: eq. 5 has a denominator, too.": -to_class,
         "Take the logarithm: this is the ratio itself.": right.exp(),
     }
     return Trial((x_prev, mean_class, mean_uncond, variance), right, slips)
@@ -88,11 +87,7 @@ check_normaliser = choice(
 
 @check
 def check_log_posterior(draw: Draw) -> Trial:
-    """Check log_posterior(x_prev, means, variance, prior): log p(c_k | x_{t-1}), eq. 5 with 6.
-
-    x_prev: (B, D), means: (B, K, D), variance: (B,), prior: C_t = p(c_k | x_t), (B, K) as is the
-    result; B = K, to tell the axes apart.
-    """
+    """Check log_posterior(x_prev, means, variance, prior), eq. 5; (B, D), (B, K, D) -> (B, K)."""
     x_prev, means = draw.normal(4, 5), draw.normal(4, 4, 5)
     variance, prior = draw.uniform(0.5, 2.0, 4), draw.uniform(0.1, 1.0, 4, 4)
     prior = prior / prior.sum(1, keepdim=True)
@@ -100,9 +95,7 @@ def check_log_posterior(draw: Draw) -> Trial:
     fit = -(x_prev[:, None] - means).square().sum(2) / (2 * variance[:, None])
     spread = fit * variance[:, None] / variance
     slips = {
-        "You normalised over the batch: the K classes of one sample sum to one, dim=1.": (
-            (fit + known).log_softmax(0)
-        ),
+        "You normalised over the batch: use dim=1.": (fit + known).log_softmax(0),
         "You added the prior to a logarithm: add its logarithm.": (fit + prior).log_softmax(1),
         "The prior C_t is missing: a rare class needs better evidence.": fit.log_softmax(1),
         "The sign is turned: the nearest mean fits best.": (-fit + known).log_softmax(1),
@@ -115,10 +108,7 @@ def check_log_posterior(draw: Draw) -> Trial:
 
 @check
 def check_chain(draw: Draw) -> Trial:
-    """Check chain(last, news): log p(c | x_{t-1}) for t = 1 ... T, (T, N), by eq. 5.
-
-    last: log p(c | x_T), (N,); news: log p(c | x_{t-1}) - log p(c | x_t), (T, N).
-    """
+    """Check chain(last, news): log p(c | x_{t-1}) by sums of eq. 5; (N,), (T, N) -> (T, N)."""
     last, news = -draw.uniform(0.5, 2.0, 3), 0.5 + 0.3 * draw.normal(6, 3)
     right = last + torch.stack([news[k:].sum(0) for k in range(6)])
     slips = {
@@ -136,10 +126,7 @@ def check_chain(draw: Draw) -> Trial:
 
 @check
 def check_noise_errors(draw: Draw) -> Trial:
-    """Check noise_errors(world, x_0, t, schedule, generator): ||eps - eps_theta(x_t, c, t)||^2.
-
-    The distance of eq. 6 in eps-space, one eps for all classes; x_0: (N, D), t: (N,) -> (N, C).
-    """
+    """Check noise_errors(world, x_0, t, schedule, generator): eq. 6 in eps-space; (N, C)."""
     world, schedule = things()[0], short_schedule()
     x_0, _ = world.sample(5, draw.generator)
     t = torch.full((5,), 40)

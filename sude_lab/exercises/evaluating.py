@@ -22,25 +22,18 @@ STUDIES = 400
 
 @check
 def check_judged_text(draw: Draw) -> list[Trial]:
-    """Check judged_text(prompt, category): what CLIP-T compares a picture with.
-
-    {S*}, which no encoder ever met, is dropped where its category stands behind it, and gives way
-    to the category elsewhere; see `sude_lab.evaluate.prompts.caption`.
-    """
+    """Check judged_text(prompt, category): what CLIP-T compares a picture with, `caption`."""
     (category, attribute), trials = WORDS[draw.seed % 3], []
     for prompt in (
         f"photo of {article(attribute)} {attribute} {{S*}} {category}",
         "photo of a {S*} on the beach",
         f"photo of a {{S*}} {category} in the snow",
     ):
+        nobody = " ".join(prompt.replace("{S*}", "").split())
         slips = {
             "{S*} is still there: an encoder reads it as letters that mean nothing.": prompt,
-            "Now nobody says what it is: where no category stands behind {S*}, put it there.": (
-                " ".join(prompt.replace("{S*}", "").split())
-            ),
-            "It stands there twice: drop {S*} before its category.": (
-                prompt.replace("{S*}", category)
-            ),
+            "Now nobody says what it is: no category stands behind this {S*}.": nobody,
+            "It stands there twice: drop {S*} before it.": prompt.replace("{S*}", category),
             "Two spaces are left where {S*} was.": prompt.replace("{S*}", ""),
         }
         trials.append(Trial((prompt, category), caption(prompt, category), slips))
@@ -49,22 +42,17 @@ def check_judged_text(draw: Draw) -> list[Trial]:
 
 @check
 def check_image_score(draw: Draw) -> Trial:
-    """Check image_score(pictures, references): CLIP-I or DINO-I; numpy, (N, D), (M, D) -> (N,).
-
-    The mean over the references r of cos(p, r) = <p, r> / (|p| |r|), between -1 and 1.
-    """
+    """Check image_score(pictures, references): mean cosines, (N, D), (M, D) -> (N,); numpy."""
     pictures, references = (0.5 + draw.rng.standard_normal((n, 6)) for n in (4, 3))
     pictures = pictures * draw.rng.uniform(1, 3, (4, 1))
     references = references * draw.rng.uniform(1, 3, (3, 1))
-    columns = [x / np.linalg.norm(x, axis=0, keepdims=True) for x in (pictures, references)]
+    p, r = (x / np.linalg.norm(x, axis=0, keepdims=True) for x in (pictures, references))
     table = cosines(pictures, references)
     to_mean = cosines(pictures, references.mean(0, keepdims=True))[:, 0]
     unequal = (table * np.linalg.norm(references, axis=1)).mean(1)
     slips = {
         "Those are inner products: divide by both lengths.": (pictures @ references.T).mean(1),
-        "You normalised the columns: every picture, a row, gets the length 1 (axis=1).": (
-            (columns[0] @ columns[1].T).mean(1)
-        ),
+        "You normalised the columns: a picture is a row, axis=1.": (p @ r.T).mean(1),
         "The references are not normalised.": unequal,
         "That is the cosine with the mean reference: the mean of the cosines is asked.": to_mean,
         "That is the nearest reference: the mean over all is asked for.": table.max(1),
@@ -94,20 +82,14 @@ def bootstrap_quantiles(
 
 @check
 def check_paired_interval(draw: Draw) -> Trial:
-    """Check paired_interval(a, b, rng): a 95 % bootstrap interval of the mean of a - b, in pairs.
-
-    10,000 resamples of the pairs; a, b: (N,), the same subjects in the same order. Right within 5 %
-    of the interval's width.
-    """
+    """Check paired_interval(a, b, rng): a 95 % bootstrap interval of mean(a - b), in pairs."""
     b = draw.rng.uniform(0.2, 0.8, 12)
     a = b + 0.15 + 0.12 * draw.rng.standard_normal(12)
     draws = draw.rng.integers(12, size=(2, 40_000, 12))
-    apart = a[draws[0]].mean(1) - b[draws[1]].mean(1)
+    apart = np.quantile(a[draws[0]].mean(1) - b[draws[1]].mean(1), [0.025, 0.975])
     low, high = bootstrap_quantiles(a - b)
     slips = {
-        "You drew subjects for a and for b apart: draw pairs, both of a subject at once.": (
-            np.quantile(apart, [0.025, 0.975])
-        ),
+        "You drew a and b apart: draw pairs, both of a subject at once.": apart,
         "b minus a: a minus b is asked for.": (-high, -low),
         "That is the interval of a alone: of the differences, please.": bootstrap_quantiles(a),
         "Lower end first.": (high, low),
@@ -121,10 +103,7 @@ def check_paired_interval(draw: Draw) -> Trial:
 
 @check
 def check_spearman(draw: Draw) -> Trial:
-    """Check spearman(a, b): the correlation of the ranks, ties sharing their mean; (N,) -> ().
-
-    Do two metrics order the runs alike? As `sude_lab.evaluate.metrics.rank_agreement` asks.
-    """
+    """Check spearman(a, b): the correlation of the ranks, ties sharing their mean; (N,) -> ()."""
     a = np.array([0.2, 0.2, 0.5, 0.9, 0.9, 0.9, 0.4, 3.0])
     b = a + 0.3 * draw.rng.standard_normal(8)
     order = draw.rng.permutation(8)
@@ -143,12 +122,11 @@ def check_spearman(draw: Draw) -> Trial:
     i, j = np.triu_indices(8, 1)
     agree = np.sign(a[i] - a[j]) * np.sign(b[i] - b[j])
     gap = ((ranks(a) - ranks(b)) ** 2).sum()
+    first_come = correlation(lambda x: order_of(order_of(x)))
     slips = {
         "That is the correlation of the values: take ranks first.": correlation(np.copy),
         "`argsort` lists who comes first, and is not yet the rank of each.": correlation(order_of),
-        "Equal values must have equal ranks: their mean, as `pandas.Series.rank()` gives them.": (
-            correlation(lambda x: order_of(order_of(x)))
-        ),
+        "Equal values must have equal ranks, as `pandas.Series.rank()` gives.": first_come,
         "1 - 6 sum d^2 / (n^3 - n) holds without ties: correlate ranks.": 1 - 6 * gap / (8**3 - 8),
         "That is Kendall's tau, which counts pairs: correlate the ranks.": agree.mean(),
     }
@@ -161,8 +139,7 @@ check_fooled = choice(
     {
         "a": "CLIP-T compares with the prompt: a sitting dog is no running dog.",
         "c": "BLIP-T compares with the prompt, too, and was trained to notice small things.",
-        "d": "One of them is fooled completely: which compares with the pictures of the "
-        "subject, and with nothing else?",
+        "d": "One of them is fooled completely: which compares with the pictures alone?",
     },
 )
 
@@ -189,8 +166,7 @@ def check_detects(draw: Draw) -> Trial:
         return float((means.mean(1) - 1.96 * error > 0).mean())
 
     slips = {
-        "runs": "You took the runs for independent: average the seeds of a subject first, then "
-        "there are `subjects` numbers.",
+        "runs": "You took the runs for independent: average the seeds of a subject first.",
         "n": "The standard deviation of few numbers divides by n - 1: `ddof=1`.",
         "one seed": "You used one seed of each subject: average over all of them.",
         "spread": "s is the spread of subjects; the mean's is s / sqrt(subjects).",

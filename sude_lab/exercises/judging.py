@@ -237,9 +237,7 @@ def of_variance(right: Tensor, variance: Tensor, equation: str) -> dict[str, Ten
     """Return the slips of what is divided by sigma_t^2; right: (B,) or (B, D), variance: (B,)."""
     each = variance.reshape(-1, *[1] * (right.dim() - 1))
     slips = {
-        f"You divided by sigma; {equation} has its square, which `variance` is.": (
-            right * each.sqrt()
-        ),
+        f"You divided by sigma: {equation} has its square, `variance`.": right * each.sqrt(),
         "`variance` is sigma^2 already: you squared it once more.": right / each,
         f"Divide by sigma^2, as {equation} does.": right * each,
     }

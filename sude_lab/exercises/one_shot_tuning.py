@@ -22,10 +22,7 @@ Prior = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @check
 def check_lora_count(draw: Draw) -> Trial:
-    """Check lora_count(layers, rank): sum of rank (out + in), arXiv 2106.09685, section 4.
-
-    LoRA trains W + B A beside every layer (out, in), with B (out, rank) and A (rank, in).
-    """
+    """Check lora_count(layers, rank): the sum of rank (out + in), arXiv 2106.09685, sec. 4."""
     sides = 8 * torch.randint(1, 6, (3, 2), generator=draw.generator) + torch.tensor([0, 48])
     layers, rank = [tuple(row) for row in sides.tolist()], 3 + draw.seed % 7
     out, into = sides.double().T
@@ -44,10 +41,8 @@ check_must_keep = choice(
     "b",
     "what a checkpoint must hold so that a resumed run ends the same, to the bit.",
     {
-        "a": "AdamW divides by a running mean of squared gradients. With that forgotten, its "
-        "first step after the break would be another one.",
-        "c": "What step k draws follows from (seed, k) alone, see `tuning.step_generator`: "
-        "there is no state of a generator to keep.",
+        "a": "AdamW divides by a running mean of squared gradients, which it would have to keep.",
+        "c": "What step k draws follows from (seed, k) alone, see `tuning.step_generator`.",
         "d": "Those steps are done: what they drew is in the weights already.",
     },
 )
@@ -55,18 +50,13 @@ check_must_keep = choice(
 
 @check
 def check_latent_batch(draw: Draw) -> Trial:
-    """Check latent_batch(mean, deviation, size, generator): mean + deviation z, z ~ N(0, I).
-
-    Latents drawn anew from an encoder, the x_0 of eq. 1; (C, h, w) -> (size, C, h, w), float32.
-    """
+    """Check latent_batch(mean, deviation, size, generator): mean + deviation z, x_0 of eq. 1."""
     mean = torch.randn(2, 3, 3, generator=draw.generator)
     deviation = 0.1 + torch.rand(2, 3, 3, generator=draw.generator)
     z = torch.randn(4, 2, 3, 3, generator=draw.fresh(1))
-    one = torch.randn(2, 3, 3, generator=draw.fresh(1))
+    one = mean + deviation * torch.randn(2, 3, 3, generator=draw.fresh(1))
     slips = {
-        "All samples got the same noise: draw (size, C, h, w) of it.": (
-            (mean + deviation * one).expand(4, -1, -1, -1)
-        ),
+        "All samples got the same noise: draw (size, C, h, w) of it.": one.expand(4, -1, -1, -1),
         "That is the mean, four times: nothing is drawn.": mean.expand(4, -1, -1, -1),
         "`deviation` is sigma, not sigma^2: no root.": mean + deviation.sqrt() * z,
         "`deviation` is sigma already: do not square it.": mean + deviation**2 * z,
@@ -78,10 +68,7 @@ def check_latent_batch(draw: Draw) -> Trial:
 
 @check
 def check_smoothed(draw: Draw) -> Trial:
-    """Check smoothed(losses, decay): m_k / (1 - decay^k), arXiv 1412.6980, section 3; (K,).
-
-    m_k = decay m_{k-1} + (1 - decay) loss_k and m_0 = 0, for k = 1, 2, ...
-    """
+    """Check smoothed(losses, decay): m_k / (1 - decay^k), arXiv 1412.6980, sec. 3; (K,)."""
     losses, decay = 1 + draw.normal(7).abs(), 0.8
 
     def average(start: float, keep: float, corrected_by: float = 0.0) -> Tensor:
@@ -96,9 +83,7 @@ def check_smoothed(draw: Draw) -> Trial:
         "It starts near 0, where m_0 is: divide by 1 - decay^k.": average(0, decay),
         "Start at 0, not at the first loss, and divide by 1 - decay^k.": average(first, decay),
         "The old mean keeps `decay`: you exchanged the shares.": average(0, 1 - decay, decay),
-        "You exchanged `decay` and 1 - `decay` throughout: the old mean keeps `decay`.": (
-            average(0, 1 - decay, 1 - decay)
-        ),
+        "You exchanged `decay` and 1 - `decay` throughout.": average(0, 1 - decay, 1 - decay),
         "The shares are exchanged; and divide by 1 - decay^k.": average(0, 1 - decay),
         "That is the mean so far: early ones should fade.": losses.cumsum(0) / torch.arange(1, 8),
         "That is the last value; the whole curve is asked for.": right[-1],
@@ -108,11 +93,7 @@ def check_smoothed(draw: Draw) -> Trial:
 
 @check
 def check_batch_loss(draw: Draw) -> Trial:
-    """Check batch_loss(eps_sub, eps_class, eps_null, eps, weight_sude), eq. 10; (B, C, h) -> ().
-
-    The batch's mean of L_sub + w_s lambda_tau L_sude, eq. 3 and 7-10 in eps-space, weighting
-    `simple`, squares as means over dimensions; no gradient into class and null prediction.
-    """
+    """Check batch_loss(eps_sub, eps_class, eps_null, eps, weight_sude), eq. 10 in eps-space."""
     eps, eps_null, d, noise = (draw.normal(4, 3, 2) for _ in range(4))
     along = torch.tensor([-0.5, 0.4, 0.8, 1.6]).double().reshape(4, 1, 1)
     eps_class, eps_sub = eps_null + d, eps_null + along * d + 0.1 * noise
@@ -122,29 +103,27 @@ def check_batch_loss(draw: Draw) -> Trial:
     swapped = sude_loss(eps_sub, eps_null, eps_class, half) / 6
     tau = sude_threshold(eps_class, eps_null, half) / 6
     gated = loss * (loss > tau)
-    right = (learn + weight * gated).mean()
+
+    def total(sude: Tensor) -> Tensor:
+        return learn + weight * sude
+
+    right = total(gated).mean()
     slips = {
-        "All gates stood open: compare every sample's L_sude with its own tau (eq. 9), not the "
-        "batch's mean.": (learn + weight * loss).mean(),
-        "The gate is the wrong way round: open is L_sude > tau.": (
-            (learn + weight * loss * (loss <= tau)).mean()
-        ),
-        "Class and null are exchanged.": (learn + weight * swapped * (swapped > tau)).mean(),
+        "All gates stood open: compare each L_sude with its own tau, eq. 9.": total(loss).mean(),
+        "The gate is the wrong way round: open is L_sude > tau.": total(loss - gated).mean(),
+        "Class and null are exchanged.": total(swapped * (swapped > tau)).mean(),
         "w_s is lost.": (learn + gated).mean(),
         "That is L_sub alone, plain tuning.": learn.mean(),
         "L_sub is missing.": weight * gated.mean(),
         "You summed the squares: they are to be means over the dimensions.": 6 * right,
-        "Eq. 10 ends with the mean over the batch.": learn + weight * gated,
+        "Eq. 10 ends with the mean over the batch.": total(gated),
     }
     call = (eps_sub, eps_class, eps_null, eps, weight)
     return Trial(call, right, slips, learns=("eps_sub",), fixed=("eps_class", "eps_null"))
 
 
 def dog_prior(schedule: Schedule) -> Prior:
-    """Return lesson 02's perfect frozen model, (x_t, t) -> (eps_class, eps_null), (B, 2).
-
-    The two predictions with a bar in eq. 7, for "dog" and for no prompt, in the dtype of x_t.
-    """
+    """Return lesson 02's perfect frozen model, (x_t, t) -> (eps_class, eps_null), (B, 2)."""
     world, _ = things()
 
     def prior(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,10 +135,7 @@ def dog_prior(schedule: Schedule) -> Prior:
 
 @check
 def check_sude_step(draw: Draw) -> Trial:
-    """Check sude_step(model, prior, optimizer, x_0, schedule, weight_sude, generator), eq. 10.
-
-    Draw t, then eps; ask the model and the prior at the same (x_t, t); judged by the weights.
-    """
+    """Check sude_step(model, prior, optimizer, x_0, schedule, weight_sude, generator), eq. 10."""
     schedule = short_schedule()
 
     def after(step: Answer) -> Tensor:
@@ -184,7 +160,6 @@ def check_sude_step(draw: Draw) -> Trial:
     slips = STEP_SLIPS | {
         "swapped": "The prior answers (eps_class, eps_null), in this order: you exchanged them.",
         "w_s": "w_s is not used: it weighs SuDe against the picture.",
-        "plain": "SuDe does nothing here: w_s is lost, or the prior was asked about x_0, not about "
-        "x_t (of a clean dog it says “dog” at once, and every gate is shut).",
+        "plain": "SuDe does nothing here: w_s is lost, or the prior was asked about x_0, not x_t.",
     }
     return Trial(after, made(), named(made, slips))

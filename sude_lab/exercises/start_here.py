@@ -23,12 +23,10 @@ def check_noised(draw: Draw) -> Trial:
     # B = w, so that an abar spread over the wrong axis raises no error and has to be noticed
     x_0, eps = draw.normal(4, 3, 4, 4), draw.normal(4, 3, 4, 4)
     abar = draw.uniform(0.05, 0.95, 4).sort(descending=True).values
-    a = abar.reshape(-1, 1, 1, 1)
+    a, spread = abar.reshape(-1, 1, 1, 1), abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
     slips = {
-        "abar holds one number a sample, and you spread it over the last axis: reshape it to (B, "
-        "1, 1, 1).": abar.sqrt() * x_0 + (1 - abar).sqrt() * eps,
-        "Eq. 1 weights with square roots: abar and 1 - abar are variances.": a * x_0
-        + (1 - a) * eps,
+        "abar is one number a sample, you spread it over the last axis: (B, 1, 1, 1).": spread,
+        "Eq. 1 weights with square roots: these are variances.": a * x_0 + (1 - a) * eps,
         "You gave picture and noise each other's weight.": (1 - a).sqrt() * x_0 + a.sqrt() * eps,
         "The noise has sqrt(1 - abar), not 1 - sqrt(abar).": a.sqrt() * x_0 + (1 - a.sqrt()) * eps,
     }
@@ -71,10 +69,7 @@ def check_open_share(draw: Draw) -> Trial:
 
 
 class TinyDenoiser(nn.Module):
-    """A noise network for pictures of a few pixels: eps_theta(x_t, t), (B, D) -> (B, D).
-
-    The epsilon form of x_theta in eq. 2; two layers, float32, the same weights for the same seed.
-    """
+    """A noise network for a few pixels, eps_theta(x_t, t) of eq. 2; (B, D) -> (B, D), float32."""
 
     def __init__(self, pixels: int = 4, hidden: int = 64, seed: int = 0) -> None:
         super().__init__()
@@ -104,10 +99,7 @@ STEP_SLIPS = {
 
 @check
 def check_training_step(draw: Draw) -> Trial:
-    """Check training_step(model, optimizer, x_0, schedule, generator) by the weights it leads to.
-
-    Draw t, then eps, and minimise the mean of (eps_theta(x_t, t) - eps)^2: eq. 3 in eps-space.
-    """
+    """Check training_step(model, optimizer, x_0, schedule, generator), eq. 3 in eps-space."""
     x_0 = torch.tensor([[0.9, -0.4, 0.1, -0.8]]).expand(8, 4)
 
     def after(step: Answer) -> Tensor:
@@ -159,11 +151,7 @@ def step_of_training(
 
 @check
 def check_paired_gain(draw: Draw) -> Trial:
-    """Check paired_gain(table): alignment that SuDe wins over plain tuning, a Series by subject.
-
-    A row a picture, as `sude_lab.world.subjects` writes it; the attribute is missing for the plain
-    prompt. No equation: the measure of section 5, without unit.
-    """
+    """Check paired_gain(table): alignment that SuDe wins over plain, a Series by subject."""
     levels: Mapping[str, list[Any]] = {
         "subject": ["dog", "cat", "candle"],
         "seed": [0, 1],
@@ -181,13 +169,11 @@ def check_paired_gain(draw: Draw) -> Trial:
         return means["sude"] - means["plain"]
 
     changed = table[table["attribute"].notna()]
+    fidelity = gain(changed, measure="subject_fidelity")
     slips = {
         "Seeds of one subject are not subjects: one number a subject.": gain(changed, "seed"),
         "Plain minus SuDe: a gain is SuDe minus plain.": -gain(changed),
-        "Rows without an attribute are pictures of the plain prompt, which asks for nothing that "
-        "could be lost: leave them out.": gain(table),
-        "You gave the fidelity's gain: take attribute_alignment.": gain(
-            changed, measure="subject_fidelity"
-        ),
+        "Rows without an attribute are pictures of the plain prompt: leave them out.": gain(table),
+        "You gave the fidelity's gain: take attribute_alignment.": fidelity,
     }
     return Trial((table,), gain(changed), slips)

@@ -16,10 +16,7 @@ CATEGORY = 0
 
 @check
 def check_sude(draw: Draw) -> Trial:
-    """Check sude(x_sub, mean_class, mean_uncond, variance), eq. 7; (B, C, h) -> (B,).
-
-    A gradient is to reach x_sub alone, as the bar over theta says; variance: sigma_t^2, (B,).
-    """
+    """Check sude(x_sub, mean_class, mean_uncond, variance), eq. 7 and its bar; (B,)."""
     x_sub, mean_class, mean_uncond = (draw.normal(4, 3, 2) for _ in range(3))
     variance = draw.uniform(0.1, 0.8, 4)
     right = sude_loss(x_sub, mean_class, mean_uncond, variance)
@@ -42,10 +39,7 @@ def check_sude(draw: Draw) -> Trial:
 
 @check
 def check_push(draw: Draw) -> Trial:
-    """Check push(x_sub, mean_class, mean_uncond, variance): minus the gradient of eq. 7, (B, D).
-
-    (mean_class - mean_uncond) / sigma_t^2, where one unit of descent moves x_sub.
-    """
+    """Check push(x_sub, mean_class, mean_uncond, variance): minus the gradient of eq. 7, (B, D)."""
     x_sub, mean_class, mean_uncond = (draw.normal(4, 4) for _ in range(3))
     variance = draw.uniform(0.1, 0.8, 4)
     leaf = x_sub.clone().requires_grad_()
@@ -62,11 +56,7 @@ def check_push(draw: Draw) -> Trial:
 
 @check
 def check_along(draw: Draw) -> Trial:
-    """Check along(a, d): <a, d> / ||d||^2 d, the part of a that L_sude sees, (B, D).
-
-    L_sude = (||d||^2 - 2 <a, d>) / (2 sigma_t^2), from eq. 7, where a = x_sub - mean_uncond and
-    d = mean_class - mean_uncond.
-    """
+    """Check along(a, d): <a, d> / ||d||^2 d, the part of a that eq. 7 sees, (B, D)."""
     a, d = draw.normal(4, 4), 2 * draw.normal(4, 4)
     inner = (a * d).sum(1, keepdim=True)
     square, length_a = d.square().sum(1, keepdim=True), a.norm(dim=1, keepdim=True)
@@ -85,23 +75,18 @@ def check_along(draw: Draw) -> Trial:
 
 @check
 def check_eps_weight(draw: Draw) -> Trial:
-    """Check eps_weight(abar, abar_prev): k_t = beta_t / (2 alpha_t (1 - abar_{t-1})), (B,).
-
-    The factor of eq. 7 in eps-space for sigma_t^2 = the posterior variance, no unit; see
-    `sude_lab.losses.sude_weight`.
-    """
+    """Check eps_weight(abar, abar_prev): beta_t / (2 alpha_t (1 - abar_{t-1})), of eq. 7, (B,)."""
     t = torch.randperm(998, generator=draw.generator)[:5] + 1
     schedule = stable_diffusion_schedule()
     abar, abar_prev = schedule.alphas_cumprod[t], schedule.alphas_cumprod[t - 1]
     alpha = abar / abar_prev
     beta, right = 1 - alpha, sude_weight(t, schedule, "exact")
+    once = right * (1 - abar).sqrt() * alpha.sqrt() / beta
     slips = {
         "That is for sigma_t^2 = beta_t: take 1 - abar_{t-1}.": beta / (2 * alpha * (1 - abar)),
         "alpha_t belongs to one step: not abar_t.": (1 - abar) / (2 * abar * (1 - abar_prev)),
         "The 2 of 2 sigma_t^2 is missing.": 2 * right,
-        "The mean moves c times as far as eps, so its *square* c^2 times: you took c once.": (
-            right * (1 - abar).sqrt() * alpha.sqrt() / beta
-        ),
+        "The mean moves c times as far, its *square* c^2 times: you took c once.": once,
         "That is c_t^2 alone: divide it by 2 sigma_t^2.": beta**2 / (alpha * (1 - abar)),
         "Upside down: k_t is c_t^2 over 2 sigma_t^2.": 1 / right,
     }
@@ -110,10 +95,7 @@ def check_eps_weight(draw: Draw) -> Trial:
 
 @check
 def check_same_push(draw: Draw) -> list[Trial]:
-    """Check same_push(weight_sude, t, schedule, old, new): w_s' with w_s w_t = w_s' w_t', eq. 10.
-
-    w_t and w_t' are those of `sude_lab.losses.sude_weight` for the weightings `old` and `new`.
-    """
+    """Check same_push(weight_sude, t, schedule, old, new): w_s' = w_s w_t / w_t', eq. 10."""
     t = torch.randperm(998, generator=draw.generator)[:1] + 1
     schedule, trials = stable_diffusion_schedule(), []
     for old, new in (("reference", "exact"), ("exact", "reference")):
@@ -130,11 +112,7 @@ def check_same_push(draw: Draw) -> list[Trial]:
 
 @check
 def check_both_sides(draw: Draw) -> Trial:
-    """Check both_sides(world, subject, x_prev, x_t, t, schedule): eq. 12, two tensors (B,).
-
-    Left: -log p(x_{t-1} | x_t, sub) - log p(cate | x_{t-1}, sub); right: -log p(x_{t-1} | x_t, sub,
-    cate) + S_t. `subject`: bool, a component each; the category is 0.
-    """
+    """Check both_sides(world, subject, x_prev, x_t, t, schedule): the sides of eq. 12, (B,)."""
     (world, subject), schedule = things(), short_schedule()
     x_prev, x_t, t = steps(world, 6, 40, schedule, draw.generator)
     restricted, step = world.restrict(subject), (x_prev, x_t, t, schedule)
@@ -148,10 +126,8 @@ def check_both_sides(draw: Draw) -> Trial:
         -who.class_log_posterior(x_t, t, schedule)[:, CATEGORY] for who in (restricted, world)
     )
     left = {
-        "Left: the judge of eq. 12 knows the subject, p(cate | x_{t-1}, sub): ask "
-        "`world.restrict(subject)`.": learn + by_world,
-        "Left: you asked the judge about x_t; eq. 12 asks about x_{t-1}: "
-        "`class_log_posterior_prev`.": learn + s_t,
+        "Left: the judge of eq. 12 knows the subject: `world.restrict(subject)`.": learn + by_world,
+        "Left: you asked the judge about x_t; eq. 12 asks about x_{t-1}.": learn + s_t,
         "Left: both terms of eq. 12 are minus logarithms.": -(learn + judged),
         "Left: the judge's term is missing.": learn,
         "Left: the step's -log p(x_{t-1} | x_t, sub) is missing.": judged,
@@ -160,8 +136,7 @@ def check_both_sides(draw: Draw) -> Trial:
     right = {
         "Right: S_t is minus a logarithm, and eq. 12 adds it.": joint - s_t,
         "Right: S_t is missing.": joint,
-        "Right: the step must know both, subject *and* category: restrict to the subject and "
-        "give the label.": of_class + s_t,
+        "Right: the step must know both, subject *and* category (label).": of_class + s_t,
         "Right: S_t = -log p(cate | x_t, sub): with subject.": joint + s_world,
         "Right: S_t is asked at x_t, before the step.": joint + judged,
         "Right: minus the logarithm, please.": -joint + s_t,

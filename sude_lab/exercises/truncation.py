@@ -30,8 +30,7 @@ def check_threshold(draw: Draw) -> Trial:
     right = sude_threshold(mean_class, mean_uncond, variance)
     slips = of_variance(right, variance, "eq. 8")
     slips |= of_norm(right, mean_class - mean_uncond, "eq. 8") | {
-        "The sign is turned: the category is more its category than “no prompt” is, so the loss it "
-        "has is negative.": -right,
+        "The sign is turned: the category's own loss is negative.": -right,
         "The square is divided by 2 sigma^2: your 2 is missing.": 2 * right,
     }
     return Trial((mean_class, mean_uncond, variance), right, slips)
@@ -55,8 +54,7 @@ def check_truncated(draw: Draw) -> list[Trial]:
         "Compare with tau, not with 0: a negative loss may still be open.": loss * (loss > 0),
         "tau is negative already: you turned its sign.": loss * (loss > -tau),
         "Behind a shut gate eq. 9 gives 0, not tau.": torch.maximum(loss, tau),
-        "Eq. 9 multiplies the loss itself by the gate; you also subtracted tau, which makes the "
-        "hinge of a later task.": (loss - tau) * is_open,
+        "Eq. 9 has the loss times the gate; you also subtracted tau.": (loss - tau) * is_open,
         "That is the gate, lambda_tau: multiply the loss by it.": is_open,
     }
     lower = -draw.uniform(0.5, 2.0, 8)
@@ -69,18 +67,14 @@ def check_truncated(draw: Draw) -> list[Trial]:
 
 @check
 def check_rho(draw: Draw) -> Trial:
-    """Check rho(x_sub, mean_class, mean_uncond): <a, d> / ||d||^2, no unit; (B, C, h) -> (B,).
-
-    a = x_sub - mean_uncond, d = mean_class - mean_uncond; from eq. 7-8: eq. 9 shuts at rho >= 1.
-    """
+    """Check rho(x_sub, mean_class, mean_uncond): <a, d> / ||d||^2, from eq. 7-8; (B,)."""
     x_sub, mean_class, mean_uncond = (draw.normal(4, 3, 2) for _ in range(3))
     a, d = (x_sub - mean_uncond).flatten(1), (mean_class - mean_uncond).flatten(1)
     inner, square, flat = (a * d).sum(1), d.square().sum(1), x_sub.flatten(1)
+    cosine = inner / (a.norm(dim=1) * square.sqrt())
     raw = (flat * mean_class.flatten(1)).sum(1) / mean_class.flatten(1).square().sum(1)
     slips = {
-        "That is the angle's cosine, which forgets how long a is: divide by ||d||^2 alone.": (
-            inner / (a.norm(dim=1) * d.norm(dim=1))
-        ),
+        "That is the angle's cosine: divide by ||d||^2 alone.": cosine,
         "Divide by ||d||^2, not by its length: rho is 1 at a = d.": inner / square.sqrt(),
         "Subtract mean_uncond from both first.": raw,
         "Subtract mean_uncond from x_sub, too, as from d.": (flat * d).sum(1) / square,
@@ -99,12 +93,9 @@ check_rho_depends = choice(
     "d",
     "what rho, and so the gate of eq. 9, depends on.",
     {
-        "a": "L_sude and tau_t both have 1 / (2 sigma_t^2) in front: whether one is above the "
-        "other does not change with it.",
-        "b": "A weighting multiplies L_sude and tau_t alike: it says how hard an open gate "
-        "pushes, not which gates are open.",
-        "c": "At a fixed x_t the mean is an affine map of eps, of x_0 and of v: a and d are "
-        "multiplied by the same number, which cancels in <a, d> / ||d||^2.",
+        "a": "L_sude and tau_t both have 1 / (2 sigma_t^2) in front: it does not compare them.",
+        "b": "A weighting multiplies L_sude and tau_t alike: how hard, not which gates are open.",
+        "c": "The mean is an affine map of eps, x_0 or v: one factor in a and d, which cancels.",
     },
 )
 
@@ -127,8 +118,7 @@ def check_hinge(draw: Draw) -> Trial:
         "You squared it: the hinge is straight.": -2 * tau * room**2,
         "The gate alone is not enough: (1 - rho) says how far it is.": -2 * tau * (rho < 1),
         "tau is lost: it says how steep the hinge is.": room,
-        "That is lambda L_sude of eq. 9, which jumps where the gate shuts: the hinge is lambda "
-        "(L_sude - tau).": truncate(loss, tau),
+        "That is lambda L_sude of eq. 9; the hinge is lambda (L_sude - tau).": truncate(loss, tau),
         "That is L_sude itself: subtract tau, and cut off at 0.": loss,
     }
     return Trial((tau, rho), right, slips)
@@ -157,30 +147,24 @@ def _settled(weight: float, draw: Draw) -> Trial:
     start = torch.tensor([-0.9, 0.1, 0.7, 1.4, 0.3, 2.0]).double()
     target = uncond + across + (start - along(across))[:, None] * d
     room, mean_rho = (1 - start).clamp(min=0), (start * square).sum() / square.sum()
+    always, together = torch.full_like(start, weight), (1 - mean_rho).clamp(0, weight) + 0 * start
+
+    def end(furthest: float) -> Tensor:
+        return room.clamp(max=furthest)
+
     slips = {
-        "It never stops: look at the gate of eq. 9 again in every step, it shuts on the way.": (
-            torch.full_like(start, weight)
-        ),
-        "The gates were set before the first step and never looked at again: a sample that was "
-        "open at the start runs past its category.": weight * (start < 1),
-        "You averaged over the batch before you compared: every sample has its own gate.": (
-            (1 - mean_rho).clamp(min=0, max=weight) + 0 * start
-        ),
+        "It never stops: look at the gate of eq. 9 in every step, it shuts.": always,
+        "The gates were set before the first step and never looked at again.": weight * (start < 1),
+        "You averaged over the batch before you compared: each sample has its gate.": together,
         "SuDe does nothing here: is w_s lost, or does a gate never open?": 0 * start,
-        "For w_s = 0.8 alone: your number stands where w_s should.": room.clamp(max=0.8),
-        "w_s is not used: it weighs SuDe's push against the picture's.": room.clamp(max=1.0),
-        "w_s counts twice: is there a 2 too many, or one missing at L_sub?": (
-            room.clamp(max=2 * weight)
-        ),
-        "w_s counts half: is there a 2 too many at L_sub, or one missing?": (
-            room.clamp(max=weight / 2)
-        ),
+        "For w_s = 0.8 alone: your number stands where w_s should.": end(0.8),
+        "w_s is not used: it weighs SuDe's push against the picture's.": end(1.0),
+        "w_s counts twice: is there a 2 too many, or one missing at L_sub?": end(2 * weight),
+        "w_s counts half: is there a 2 too many at L_sub, or one missing?": end(weight / 2),
         "The gate is the wrong way round: it shuts at loss <= tau.": weight * (start >= 1),
         "Every sample went all the way to rho = 1: L_sub holds it back, w_s is finite.": room,
         "Samples past their category were pulled back.": (1 - start).clamp(max=weight),
-        "The push goes the wrong way: descend, s - learning rate x gradient.": (
-            -weight * (start < 1)
-        ),
+        "The push goes the wrong way: descend.": -weight * (start < 1),
     }
 
     def moved_along_d(answer: Answer) -> Tensor:
@@ -199,4 +183,4 @@ def _settled(weight: float, draw: Draw) -> Trial:
         return along(moved)
 
     hint = "That is how far a sample moved, in d: more steps, or a smaller learning rate?"
-    return Trial(moved_along_d, room.clamp(max=weight), slips, tolerance=0.1, hint=hint)
+    return Trial(moved_along_d, end(weight), slips, tolerance=0.1, hint=hint)

@@ -29,13 +29,11 @@ def _at(along: list[float], draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
 
 @check
 def check_hinge_gradient(draw: Draw) -> Trial:
-    """Check hinge_gradient(a, d, variance): -d / sigma_t^2 where rho < 1, else 0; (B, D).
-
-    The gradient of the hinge of eq. 7-9 with respect to a; a, d: from the null prediction.
-    """
+    """Check hinge_gradient(a, d, variance): -d / sigma_t^2 if rho < 1, else 0, eq. 7-9; (B, D)."""
     a, d, rho = _at([-0.5, 0.3, 1.4, 0.8], draw)
     variance = draw.uniform(0.1, 0.8, 4)
-    leaf, pull, is_open = a.clone().requires_grad_(), -d / variance[:, None], rho < 1
+    leaf, is_open = a.clone().requires_grad_(), rho < 1
+    pull, back = -d / variance[:, None], -a / variance[:, None]
     loss = hinge_loss(leaf, d, torch.zeros_like(d), variance).sum()
     (slope,) = torch.autograd.grad(loss, leaf)
     slips = of_variance(slope, variance, "the hinge") | {
@@ -43,19 +41,14 @@ def check_hinge_gradient(draw: Draw) -> Trial:
         "Behind the gate, rho >= 1, the hinge is flat: its gradient is 0 there.": pull,
         "It does not fade: the hinge is a straight line.": (1 - rho).clamp(min=0) * pull,
         "The gate is the wrong way round: the hinge works where rho < 1.": pull * ~is_open,
-        "That pulls a to d from all sides; the hinge pushes along d alone.": (
-            is_open * (a - d) / variance[:, None]
-        ),
+        "That pulls a to d from all sides; the hinge pushes along d.": is_open * (pull - back),
     }
     return Trial((a, d, variance), slope, slips)
 
 
 @check
 def check_corrected(draw: Draw) -> Trial:
-    """Check corrected(a, d, strength): a + g max(0, 1 - rho) d, (B, D); see `sude_lab.guidance`.
-
-    With g = 1 the projection onto the half-space rho >= 1, where the gate of eq. 9 is shut.
-    """
+    """Check corrected(a, d, strength): a + g max(0, 1 - rho) d, see `sude_lab.guidance`; (B, D)."""
     a, d, rho = _at([-0.5, 0.3, 1.4, 0.8], draw)
     strength, room = 0.8, (1 - rho).clamp(min=0)
     step = strength * room * d
@@ -63,12 +56,8 @@ def check_corrected(draw: Draw) -> Trial:
         "That is plain composition: add only max(0, 1 - rho).": a + strength * d,
         "A sample behind the gate was pulled back: max(0, ...).": a + strength * (1 - rho) * d,
         "The strength is lost.": a + room * d,
-        "rho counts in lengths of d: multiply with d itself, not with d / ||d||.": (
-            a + step / d.norm(dim=1, keepdim=True)
-        ),
-        "You walked towards the point d: the half-space rho >= 1 is nearer, along d.": (
-            a + strength * (rho < 1) * (d - a)
-        ),
+        "rho counts in lengths of d: not with d / ||d||.": a + step / d.norm(dim=1, keepdim=True),
+        "You walked towards the point d: go along d.": a + strength * (rho < 1) * (d - a),
         "That is the correction: add it to a.": step,
         "The sign is turned: towards the category, along + d.": a - step,
     }
@@ -88,58 +77,40 @@ check_through_guidance = choice(
 
 @check
 def check_after_steps(draw: Draw) -> Trial:
-    """Check after_steps(rho, strength, n): 1 - (1 - g)^n (1 - rho) if rho < 1, else rho; (B,).
-
-    rho after n of `check_corrected`, each the share g of the way to the gate of eq. 9.
-    """
+    """Check after_steps(rho, strength, n): 1 - (1 - g)^n (1 - rho) if rho < 1, else rho; (B,)."""
     rho = torch.tensor([-0.6, 0.2, 0.7, 1.5]).double() + 0.1 * draw.uniform(0, 1, 4)
     strength, n = 0.3, 3
     left = (1 - strength) ** n * (1 - rho)
 
-    def where_open(end: Tensor) -> Tensor:
-        return torch.where(rho < 1, end, rho)
+    def end(share: float) -> Tensor:
+        return torch.where(rho < 1, 1 - share * (1 - rho), rho)
 
     slips = {
-        "Each goes a share of what is *left*: multiply n times.": (
-            where_open(1 - (1 - n * strength) * (1 - rho))
-        ),
-        "What is left after a step is 1 - g of it, not g: (1 - g)^n.": (
-            where_open(1 - strength**n * (1 - rho))
-        ),
-        "That is one correction; n of them are asked for.": (
-            where_open(1 - (1 - strength) * (1 - rho))
-        ),
+        "Each goes a share of what is *left*: multiply n times.": end(1 - n * strength),
+        "What is left after a step is 1 - g of it, not g: (1 - g)^n.": end(strength**n),
+        "That is one correction; n of them are asked for.": end(1 - strength),
         "A sample behind the gate is not corrected at all.": 1 - left,
-        "That is what is left to the gate: rho itself is asked for.": where_open(left),
+        "That is what is left to the gate: rho itself is asked for.": torch.where(
+            rho < 1, left, rho
+        ),
     }
-    return Trial((rho, strength, n), where_open(1 - left), slips)
+    return Trial((rho, strength, n), end((1 - strength) ** n), slips)
 
 
 @check
 def check_at_fidelity(draw: Draw) -> Trial:
-    """Check at_fidelity(alignment, fidelity, goal): a rule's alignment where it keeps `goal`.
-
-    Read linearly between neighbouring strengths; numpy, (N,), by growing strength, where fidelity
-    falls all the way. No equation.
-    """
+    """Check at_fidelity(alignment, fidelity, goal): alignment where a rule keeps `goal`."""
     fidelity = np.array([0.8, 0.6, 0.4, 0.28, 0.2]) + 0.02 * draw.rng.uniform(size=5)
     alignment = np.array([0.3, 0.55, 0.7, 0.95, 0.85]) + 0.02 * draw.rng.uniform(size=5)
     goal, (_, x_1, x_2), (y_1, y_2) = 0.52, fidelity[:3], alignment[1:3]
-    share = (x_1 - goal) / (x_1 - x_2)
+    share, nearest = (x_1 - goal) / (x_1 - x_2), alignment[abs(fidelity - goal).argmin()]
+    one_line = np.interp(goal, fidelity[[4, 0]], alignment[[4, 0]])
     slips = {
-        "`np.interp` needs growing x, and says nothing if they fall: turn both arrays round.": (
-            np.interp(goal, fidelity, alignment)
-        ),
-        "That is the nearest strength that was tried: read between two of them.": (
-            alignment[abs(fidelity - goal).argmin()]
-        ),
+        "`np.interp` needs growing x: turn both round.": np.interp(goal, fidelity, alignment),
+        "That is the nearest strength that was tried: read between two of them.": nearest,
         "That keeps less than `goal`: read between two strengths.": y_2,
-        "You began at the wrong end: the share is counted from the higher fidelity.": (
-            y_2 + share * (y_1 - y_2)
-        ),
-        "You drew one line through first and last: read between the two neighbours.": (
-            np.interp(goal, fidelity[[4, 0]], alignment[[4, 0]])
-        ),
+        "You began at the wrong end: count from the higher fidelity.": y_2 + share * (y_1 - y_2),
+        "You drew one line through first and last: read between the two neighbours.": one_line,
         "That is the best alignment, whatever it costs.": alignment.max(),
     }
     return Trial((alignment, fidelity, goal), y_1 + share * (y_2 - y_1), slips)
