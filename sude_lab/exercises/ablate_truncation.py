@@ -1,11 +1,9 @@
-"""Checks of the exercises to lesson 06: no floor, a shifted gate, and a prior that moves along.
-
-Equations are those of arXiv 2403.06775.
-"""
+"""Checks of the exercises to lesson 06; equations are those of arXiv 2403.06775."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,14 +50,12 @@ def check_shifted(draw: Draw) -> Trial:
 check_at_half = choice(
     "c",
     "what a gate that shuts at rho = 1/2 asks of the subject, eq. 5-9.",
-    {
-        "a": "That is r = 1: there the subject's step speaks for the category as much as the "
-        "category's own step does.",
-        "b": "A probability of one half plays no part: eq. 5 compares with what was known "
-        "before, C_t = p(c | x_t), whatever that is.",
-        "d": "That is r = 0: there the prediction says as little of a dog as the one without "
-        "a prompt, along d.",
-    },
+    a="That is r = 1: there the subject's step speaks for the category as much as the "
+    "category's own step does.",
+    b="A probability of one half plays no part: eq. 5 compares with what was known "
+    "before, C_t = p(c | x_t), whatever that is.",
+    d="That is r = 0: there the prediction says as little of a dog as the one without "
+    "a prompt, along d.",
 )
 
 
@@ -147,15 +143,8 @@ def check_tuned(draw: Draw) -> Trial:
 def _tuned(slip: str = "") -> Answer:
     """The descent, or a slip that is made of it."""
 
-    def tuned(
-        target: Tensor,
-        class_0: Tensor,
-        weight_sude: float,
-        share: float,
-        num_steps: int,
-        prior: str,
-        truncated: bool,
-    ) -> Tensor:
+    def tuned(*settings: Any) -> Tensor:
+        target, class_0, weight_sude, share, num_steps, prior, truncated = settings
         s = c = class_0
         first: Tensor | None = None
         for _ in range(num_steps):

@@ -1,7 +1,4 @@
-"""Checks of the exercises to lesson 05: a sweep over w_s, its intervals, its front, its winner.
-
-They have no equations; w_s is that of arXiv 2403.06775, eq. 10.
-"""
+"""Checks of the exercises to lesson 05, a sweep over w_s of arXiv 2403.06775, eq. 10."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sude_lab.exercises.evaluating import bootstrap_quantiles
-from sude_lab.exercises.judging import Answer, Draw, Trial, ask, check, interval_of, named
+from sude_lab.exercises.judging import Draw, Trial, check, interval, named
 
 # name: how many attributes it is asked for, alignment of plain tuning, how fast SuDe helps, what
 # fidelity plain tuning has, what one unit of w_s costs of it
@@ -114,11 +111,8 @@ def check_cluster_interval(draw: Draw) -> Trial:
         "That is a 90 % interval: 95 % lie from 0.025 to 0.975.": narrow,
         "Lower end first.": (high, low),
     }
-
-    def given(answer: Answer) -> Tensor:
-        return interval_of(ask(answer, values, subjects, np.random.default_rng(draw.seed)))
-
-    return Trial(given, torch.tensor((low, high)), slips, tolerance=0.04 * (high - low))
+    call, room = interval(draw, values, subjects), 0.04 * (high - low)
+    return Trial(call, torch.tensor((low, high)), slips, tolerance=room)
 
 
 @check
@@ -147,26 +141,17 @@ def check_front(draw: Draw) -> Trial:
 @check
 def check_best_weight(draw: Draw) -> Trial:
     """Check best_weight(alignment, fidelity, keep): the best allowed w_s, a Series by subject."""
-    aligned = {
-        "dog": [0.3, 0.5, 0.7, 0.8, 0.9],
-        "cat": [0.4, 0.6, 0.8, 0.8, 0.9],
-        "candle": [0.6, 0.5, 0.5, 0.4, 0.3],
-        "bowl": [0.7, 0.9, 0.9, 0.9, 1.0],
-        "teapot": [0.2, 0.4, 0.5, 0.6, 0.7],
+    table = {
+        "dog": ([0.3, 0.5, 0.7, 0.8, 0.9], [0.80, 0.79, 0.76, 0.74, 0.60]),
+        "cat": ([0.4, 0.6, 0.8, 0.8, 0.9], [0.74, 0.73, 0.72, 0.70, 0.50]),
+        "candle": ([0.6, 0.5, 0.5, 0.4, 0.3], [0.90, 0.90, 0.90, 0.95, 0.99]),
+        "bowl": ([0.7, 0.9, 0.9, 0.9, 1.0], [0.90, 0.88, 0.86, 0.84, 0.30]),
+        "teapot": ([0.2, 0.4, 0.5, 0.6, 0.7], [0.74, 0.73, 0.70, 0.67, 0.60]),
     }
-    faithful = {
-        "dog": [0.80, 0.79, 0.76, 0.74, 0.60],
-        "cat": [0.74, 0.73, 0.72, 0.70, 0.50],
-        "candle": [0.90, 0.90, 0.90, 0.95, 0.99],
-        "bowl": [0.90, 0.88, 0.86, 0.84, 0.30],
-        "teapot": [0.74, 0.73, 0.70, 0.67, 0.60],
-    }
-    columns = pd.Index(WEIGHTS, name="weight_sude")
+    order = [list(table)[k] for k in torch.randperm(5, generator=draw.generator)]
+    index, columns = pd.Index(order, name="subject"), pd.Index(WEIGHTS, name="weight_sude")
     alignment, fidelity = (
-        pd.DataFrame.from_dict(table, orient="index", columns=columns)
-        .rename_axis("subject")
-        .iloc[torch.randperm(5, generator=draw.fresh()).tolist()]
-        for table in (aligned, faithful)
+        pd.DataFrame([table[name][k] for name in order], index, columns) for k in (0, 1)
     )
 
     def best(allowed: pd.DataFrame, of: pd.DataFrame = alignment) -> pd.Series:
@@ -189,12 +174,12 @@ def check_best_weight(draw: Draw) -> Trial:
 def check_naive_and_honest(draw: Draw) -> Trial:
     """Check naive_and_honest(gains): the gain of the chosen w_s on old and new seeds; (S, W, K)."""
     gains = draw.normal(5, 4, 3)
-    subjects, number, means = torch.arange(5), 3, gains.mean(2)
+    subjects, means = torch.arange(5), gains.mean(2)
 
     def left_out(slip: str = "") -> Tensor:
         parts = []
-        for k in range(number):
-            itself, others = gains[:, :, k], (gains.sum(2) - gains[:, :, k]) / (number - 1)
+        for k in range(3):
+            itself, others = gains[:, :, k], (gains.sum(2) - gains[:, :, k]) / 2
             together = others.mean(0).expand(5, 4)
             by = {"all": means, "itself": itself, "together": together}.get(slip, others)
             read = others if slip == "read the others" else itself

@@ -1,7 +1,4 @@
-"""Checks of the exercises to lesson 07: prompts, what a method trains, what came back, the plug.
-
-Equations, tables and sections are those of arXiv 2403.06775 where no other source is named.
-"""
+"""Checks of the exercises to lesson 07; equations of arXiv 2403.06775 unless named."""
 
 from __future__ import annotations
 
@@ -69,11 +66,9 @@ def check_combined(draw: Draw) -> Trial:
 check_must_know = choice(
     "b",
     "what SuDe has to know of a method to regularise it, eq. 7-10.",
-    {
-        "a": "No: the gradient finds what is trained by itself, whatever that is.",
-        "c": "No: the method predicts with its own prompt, and SuDe sees the prediction.",
-        "d": "No: eq. 10 adds the losses, and none of them sees the others.",
-    },
+    a="No: the gradient finds what is trained by itself, whatever that is.",
+    c="No: the method predicts with its own prompt, and SuDe sees the prediction.",
+    d="No: eq. 10 adds the losses, and none of them sees the others.",
 )
 
 
@@ -192,12 +187,12 @@ def check_plug(draw: Draw) -> list[Trial]:
 
     along = torch.tensor([-0.4, 0.1, 0.5, 0.8, 1.3, 1.9])
     unet, (x_t, t, prediction, dog, nothing) = plug_batch(draw.seed, along)
-    schedule = short_schedule()
+    call = (unet, x_t, t, prediction, dog, nothing)
     terms, swapped = (
         SudeRegularizer(
-            unet, schedule, *embeds, prior="current", weighting="simple", truncated=True
+            unet, short_schedule(), one[:1], two[:1], prior="current", weighting="simple"
         ).terms(x_t, t, prediction)
-        for embeds in ((dog[:1], nothing[:1]), (nothing[:1], dog[:1]))
+        for one, two in ((dog, nothing), (nothing, dog))
     )
     slips = {
         "The gate is missing: eq. 9 gives 0 where L_sude <= tau.": terms.loss,
@@ -209,11 +204,10 @@ def check_plug(draw: Draw) -> list[Trial]:
         "One number a sample is asked for; the loop averages them.": terms.gated.mean(),
     }
 
-    call = (unet, x_t, t, prediction, dog, nothing)
-
     def slope(values: Tensor) -> Tensor:
+        weights = list(unet.parameters())
         slopes = torch.autograd.grad(
-            values.mean(), list(unet.parameters()), retain_graph=True, materialize_grads=True
+            values.mean(), weights, retain_graph=True, materialize_grads=True
         )
         return nn.utils.parameters_to_vector(slopes)
 
@@ -223,12 +217,6 @@ def check_plug(draw: Draw) -> list[Trial]:
             raise Mistake("The values are right, but no gradient reaches the UNet by `model_pred`.")
         return slope(given)
 
-    hint = (
-        "The values are right, but a gradient flows through the predictions for the class or for "
-        "no prompt: make both under `torch.no_grad()`."
-    )
-    right = slope(terms.gated)
-    return [
-        Trial(call, terms.gated, slips),
-        Trial(pushed, right, {}, tolerance=1e-5, hint=hint),
-    ]
+    hint = "A gradient flows through the predictions for class or no prompt: `torch.no_grad()`."
+    gradients = Trial(pushed, slope(terms.gated), {}, tolerance=1e-5, hint=hint)
+    return [Trial(call, terms.gated, slips), gradients]

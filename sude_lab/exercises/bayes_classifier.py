@@ -1,7 +1,4 @@
-"""Checks of the exercises to lesson 01: a density, a ratio, a posterior, and a sum over steps.
-
-Equations are those of arXiv 2403.06775; logarithms are in nats.
-"""
+"""Checks of the exercises to lesson 01; equations of arXiv 2403.06775, logarithms in nats."""
 
 from __future__ import annotations
 
@@ -77,11 +74,9 @@ def check_log_ratio(draw: Draw) -> Trial:
 check_normaliser = choice(
     "c",
     "when the normaliser of eq. 6 does not cancel in eq. 5.",
-    {
-        "a": "The number of dimensions is the same above and below the line: it cancels.",
-        "b": "That changes sigma_t from t to t, and t is the same above and below: it cancels.",
-        "d": "The empty prompt changes the mean, which the normaliser does not know: it cancels.",
-    },
+    a="The number of dimensions is the same above and below the line: it cancels.",
+    b="That changes sigma_t from t to t, and t is the same above and below: it cancels.",
+    d="The empty prompt changes the mean, which the normaliser does not know: it cancels.",
 )
 
 

@@ -1,7 +1,4 @@
-"""Checks of the exercises to lesson 08: what is compared, how surely, and by which ruler.
-
-They have no equations; CLIP-I, DINO-I and CLIP-T are those of arXiv 2403.06775, section 5.
-"""
+"""Checks of the exercises to lesson 08, the measures of arXiv 2403.06775, section 5."""
 
 from __future__ import annotations
 
@@ -9,12 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sude_lab.evaluate.metrics import cosines, image_similarity
 from sude_lab.evaluate.prompts import caption
 from sude_lab.exercises.baselines import WORDS
-from sude_lab.exercises.judging import Answer, Draw, Trial, ask, check, choice, interval_of, named
+from sude_lab.exercises.judging import Draw, Trial, check, choice, interval, named
 from sude_lab.prompts import article
 
 STUDIES = 400
@@ -94,11 +90,8 @@ def check_paired_interval(draw: Draw) -> Trial:
         "That is the interval of a alone: of the differences, please.": bootstrap_quantiles(a),
         "Lower end first.": (high, low),
     }
-
-    def given(answer: Answer) -> Tensor:
-        return interval_of(ask(answer, a, b, np.random.default_rng(draw.seed)))
-
-    return Trial(given, torch.tensor((low, high)), slips, tolerance=0.05 * (high - low))
+    call, room = interval(draw, a, b), 0.05 * (high - low)
+    return Trial(call, torch.tensor((low, high)), slips, tolerance=room)
 
 
 @check
@@ -136,11 +129,9 @@ def check_spearman(draw: Draw) -> Trial:
 check_fooled = choice(
     "b",
     "which metric praises a model that draws its one picture again, whatever it is asked.",
-    {
-        "a": "CLIP-T compares with the prompt: a sitting dog is no running dog.",
-        "c": "BLIP-T compares with the prompt, too, and was trained to notice small things.",
-        "d": "One of them is fooled completely: which compares with the pictures alone?",
-    },
+    a="CLIP-T compares with the prompt: a sitting dog is no running dog.",
+    c="BLIP-T compares with the prompt, too, and was trained to notice small things.",
+    d="One of them is fooled completely: which compares with the pictures alone?",
 )
 
 

@@ -51,10 +51,9 @@ class Draw:
 class Trial:
     """One question to an answer, the right result, and those of typical slips by what to say.
 
-    `call`: the arguments, or a function that runs the answer. A text, or a list of them, is
-    compared by `judge_words`, a table of pandas by `judge_table`, all else by `judge`. Where `two`
-    says what two results are asked for, `right` and `slips` are pairs. `learns` and `fixed` name
-    the first arguments: gradients must reach those that learn, and not those that are fixed.
+    `call`: the arguments, or a function that runs the answer. Where `two` says what two results
+    are asked for, `right` and `slips` are pairs. `learns` and `fixed` name the first arguments:
+    a gradient must reach those that learn, and not those that are fixed.
     """
 
     call: tuple[Any, ...] | Callable[[Answer], Any]
@@ -80,7 +79,7 @@ class Trial:
             elif isinstance(right, Table):
                 judge_table(value, right, slips)
             else:
-                judge(value, right, slips, tolerance=self.tolerance, hint=self.hint)
+                judge(value, right, slips, self.tolerance, self.hint)
         if self.learns and not callable(self.call):
             judge_gradients(answer, self.call, self.learns, self.fixed)
 
@@ -102,7 +101,7 @@ def check(trials: Callable[[Draw], Trial | list[Trial]]) -> Callable[..., None]:
     return checked
 
 
-def choice(right: str, about: str, reasons: Mapping[str, str]) -> Callable[[str], None]:
+def choice(right: str, about: str, **reasons: str) -> Callable[[str], None]:
     """Make the check of a question with letters; `reasons`: what to say to every wrong one."""
 
     def checked(letter: Any) -> None:
@@ -134,7 +133,7 @@ def ask(answer: Answer, *arguments: Any) -> Any:
 
 
 def judge(
-    given: Any, right: Any, slips: Mapping[str, Any], *, tolerance: float = 1e-6, hint: str = ""
+    given: Any, right: Any, slips: Mapping[str, Any], tolerance: float = 1e-6, hint: str = ""
 ) -> None:
     """Accept the right values, name a slip by its values, else say where the first difference is.
 
@@ -154,10 +153,8 @@ def judge(
         if _same(given, torch.as_tensor(wrong).detach().double(), tolerance):
             raise Mistake(says)
     if given.shape != right.shape:
-        raise Mistake(
-            f"The shape {tuple(right.shape)} is expected, yours is {tuple(given.shape)}: which "
-            "axis is summed, and which is kept?"
-        )
+        shapes = f"{tuple(right.shape)} is expected, yours is {tuple(given.shape)}"
+        raise Mistake(f"The shape {shapes}: which axis is summed, and which is kept?")
     where = tuple((~torch.isclose(given, right, rtol=1e-4, atol=tolerance)).nonzero()[0].tolist())
     place = f" at {list(where)}" if where else ""
     says = f"The value{place} is {given[where]:.5g} and should be {right[where]:.5g}."
@@ -179,8 +176,7 @@ def judge_table(given: Any, right: Table, slips: Mapping[str, Table]) -> None:
 
 def judge_words(given: Any, right: str | list[str], slips: Mapping[str, str | list[str]]) -> None:
     """As `judge`, for a text or a list of texts."""
-    kind = "text" if isinstance(right, str) else "list of texts"
-    lines = [right] if isinstance(right, str) else right
+    kind, lines = ("text", [right]) if isinstance(right, str) else ("list of texts", right)
     texts = [given] if isinstance(given, str) and isinstance(right, str) else given
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise Mistake(f"A {kind} is expected, your answer is a {type(given).__name__}.")
@@ -201,31 +197,32 @@ def judge_gradients(
     """Check that a gradient of answer(*arguments) reaches `learns` and not `fixed`, the first."""
     names = [*learns, *fixed]
     leaves = {n: x.clone().requires_grad_() for n, x in zip(names, arguments, strict=False)}
-    rest = arguments[len(names) :]
+    rest, reached = arguments[len(names) :], set()
     value = ask(lambda: answer(*leaves.values(), *rest))  # as they are: a copy would be no leaf
-    reached = set()
     if isinstance(value, Tensor) and value.requires_grad:
-        slopes = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
-        pairs = zip(names, slopes, strict=True)
-        reached = {name for name, slope in pairs if slope is not None and slope.any()}
-    for name in learns:
-        if name not in reached:
-            raise Mistake(
-                f"The values are right, but no gradient reaches {name}, which is what learns."
-            )
-    if reached & set(fixed):
-        raise Mistake(
-            f"The values are right, but a gradient reaches {' or '.join(fixed)}: the bar over "
-            "theta in eq. 7 means `.detach()`."
+        slopes = torch.autograd.grad(
+            value.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
         )
+        reached = {name for name, slope in zip(names, slopes, strict=True) if slope.any()}
+    for name in set(learns) - reached:
+        says = f"no gradient reaches {name}, which is what learns."
+        raise Mistake(f"The values are right, but {says}")
+    if reached & set(fixed):
+        says = f"a gradient reaches {' or '.join(fixed)}: the bar over theta means `.detach()`."
+        raise Mistake(f"The values are right, but {says}")
 
 
-def interval_of(given: object) -> Tensor:
-    """Return (low, high) as a tensor."""
-    try:
-        return torch.as_tensor(np.asarray(given, dtype=float)).reshape(2)
-    except (TypeError, ValueError, RuntimeError):
-        raise Mistake("Return two numbers, the interval's lower and upper end.") from None
+def interval(draw: Draw, *arguments: Any) -> Callable[[Answer], Tensor]:
+    """Return what runs an answer that draws, answer(*arguments, rng): (low, high) as a tensor."""
+
+    def given(answer: Answer) -> Tensor:
+        ends = ask(answer, *arguments, np.random.default_rng(draw.seed))
+        try:
+            return torch.as_tensor(np.asarray(ends, dtype=float)).reshape(2)
+        except (TypeError, ValueError, RuntimeError):
+            raise Mistake("Return two numbers, the interval's lower and upper end.") from None
+
+    return given
 
 
 def named(made: Callable[[str], Any], slips: Mapping[str, str]) -> dict[str, Any]:
@@ -242,22 +239,9 @@ def of_variance(right: Tensor, variance: Tensor, equation: str) -> dict[str, Ten
         f"Divide by sigma^2, as {equation} does.": right * each,
     }
     if right.dim() > 1:
-        spread = "`variance` is one number a sample, you spread it over the last axis: make it "
-        slips[f"{spread}(B, 1)."] = right * each / variance
+        says = "`variance` is one number a sample, you spread it over the last axis: use (B, 1)."
+        slips[says] = right * each / variance
     return slips
-
-
-def of_norm(right: Tensor, difference: Tensor, equation: str) -> dict[str, Tensor]:
-    """Return the slips of what is a squared norm of a difference, (B, ...), times a factor."""
-    difference = difference.flatten(1)
-    square = difference.square().sum(1)
-    mean = right / difference.shape[1]
-    return {
-        f"{equation} has the squared length, not the length.": right / square.sqrt(),
-        f"You averaged over the dimensions: the norm of {equation} is a sum.": mean,
-        "You added before you squared: squares first.": right * difference.sum(1).square() / square,
-        "Those are absolute values: it has squares.": right * difference.abs().sum(1) / square,
-    }
 
 
 def _copied(argument: Any) -> Any:

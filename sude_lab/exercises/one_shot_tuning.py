@@ -1,12 +1,8 @@
-"""Checks of the exercises to lesson 04: what is trained, drawn, kept, averaged, and one step.
-
-Equations are those of arXiv 2403.06775 where no other source is named.
-"""
+"""Checks of the exercises to lesson 04; equations of arXiv 2403.06775 unless named."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,11 +36,9 @@ def check_lora_count(draw: Draw) -> Trial:
 check_must_keep = choice(
     "b",
     "what a checkpoint must hold so that a resumed run ends the same, to the bit.",
-    {
-        "a": "AdamW divides by a running mean of squared gradients, which it would have to keep.",
-        "c": "What step k draws follows from (seed, k) alone, see `tuning.step_generator`.",
-        "d": "Those steps are done: what they drew is in the weights already.",
-    },
+    a="AdamW divides by a running mean of squared gradients: forgotten, its next step differs.",
+    c="What step k draws follows from (seed, k) alone, see `tuning.step_generator`.",
+    d="Those steps are done: what they drew is in the weights already.",
 )
 
 
@@ -139,12 +133,9 @@ def check_sude_step(draw: Draw) -> Trial:
     schedule = short_schedule()
 
     def after(step: Answer) -> Tensor:
-        def ordered(model: Any, optimizer: Any, *between: Any) -> Any:
-            return step(model, dog_prior(schedule), optimizer, *between)
-
         model = TinyDenoiser(pixels=2, hidden=16, seed=draw.seed)
         x_0 = torch.tensor([[-1.2, 1.2]]).expand(8, 2)
-        return weights_after(ordered, model, draw, (x_0, schedule, 2.0))
+        return weights_after(step, model, draw, (x_0, schedule, 2.0), [dog_prior(schedule)])
 
     def made(slip: str = "") -> Tensor:
         def sude(eps_sub: Tensor, x_t: Tensor, t: Tensor, weight_sude: float) -> Tensor:

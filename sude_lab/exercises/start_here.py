@@ -1,11 +1,8 @@
-"""Checks of the exercises to lesson 00: noise, one training step, an open gate, a paired gain.
-
-Equations are those of arXiv 2403.06775.
-"""
+"""Checks of the exercises to lesson 00; equations are those of arXiv 2403.06775."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -109,11 +106,13 @@ def check_training_step(draw: Draw) -> Trial:
     return Trial(after, after(step_of_training()), slips)
 
 
-def weights_after(step: Answer, model: nn.Module, draw: Draw, between: tuple[Any, ...]) -> Tensor:
-    """Return a model's weights, (P,), after three step(model, optimizer, *between, generator)."""
+def weights_after(
+    step: Answer, model: nn.Module, draw: Draw, between: Sequence[Any], asked: Sequence[Any] = ()
+) -> Tensor:
+    """Return weights, (P,), after three step(model, *asked, optimizer, *between, generator)."""
     optimizer, generator = torch.optim.SGD(model.parameters(), lr=0.1), draw.fresh()
     for _ in range(3):
-        ask(step, model, optimizer, *between, generator)
+        ask(step, model, *asked, optimizer, *between, generator)
     return nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
@@ -122,13 +121,7 @@ def step_of_training(
 ) -> Answer:
     """Return a step on eq. 3, or a slip of it; sude(eps_sub, x_t, t, w_s) adds to its loss."""
 
-    def step(
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        x_0: Tensor,
-        schedule: Schedule,
-        *rest: Any,
-    ) -> Tensor:
+    def step(model: Any, optimizer: Any, x_0: Tensor, schedule: Schedule, *rest: Any) -> Tensor:
         *weight, generator = rest
         early = torch.randn(x_0.shape, generator=generator) if slip == "eps first" else None
         count = (1,) if slip == "one t" else (len(x_0),)

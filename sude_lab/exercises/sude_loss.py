@@ -1,12 +1,10 @@
-"""Checks of the exercises to lesson 02: the loss, its push, its weight, and eq. 12.
-
-Equations are those of arXiv 2403.06775; losses are in nats.
-"""
+"""Checks of the exercises to lesson 02; equations of arXiv 2403.06775, losses in nats."""
 
 from __future__ import annotations
 
 import torch
 
+from sude_lab.classifier import squared_distance
 from sude_lab.exercises.judging import Draw, Trial, check, of_variance
 from sude_lab.exercises.worlds import short_schedule, stable_diffusion_schedule, steps, things
 from sude_lab.losses import sude_loss, sude_weight
@@ -20,10 +18,8 @@ def check_sude(draw: Draw) -> Trial:
     x_sub, mean_class, mean_uncond = (draw.normal(4, 3, 2) for _ in range(3))
     variance = draw.uniform(0.1, 0.8, 4)
     right = sude_loss(x_sub, mean_class, mean_uncond, variance)
-    to_class, to_null = (
-        (x_sub - mean).square().flatten(1).sum(1) / (2 * variance)
-        for mean in (mean_class, mean_uncond)
-    )
+    means = (mean_class, mean_uncond)
+    to_class, to_null = (squared_distance(x_sub, mean) / (2 * variance) for mean in means)
     slips = of_variance(right, variance, "eq. 7") | {
         "The sign is turned: near the class's mean the loss is to be small.": -right,
         "The squares are divided by 2 sigma^2: your 2 is missing.": 2 * right,
@@ -32,8 +28,7 @@ def check_sude(draw: Draw) -> Trial:
         "Eq. 7 subtracts the second square.": to_class + to_null,
         "You averaged over the dimensions: the norm of eq. 7 is a sum.": right / 6,
     }
-    bars = ("mean_class", "mean_uncond")
-    call = (x_sub, mean_class, mean_uncond, variance)
+    bars, call = ("mean_class", "mean_uncond"), (x_sub, mean_class, mean_uncond, variance)
     return Trial(call, right, slips, learns=("x_sub",), fixed=bars)
 
 
@@ -115,16 +110,14 @@ def check_both_sides(draw: Draw) -> Trial:
     """Check both_sides(world, subject, x_prev, x_t, t, schedule): the sides of eq. 12, (B,)."""
     (world, subject), schedule = things(), short_schedule()
     x_prev, x_t, t = steps(world, 6, 40, schedule, draw.generator)
-    restricted, step = world.restrict(subject), (x_prev, x_t, t, schedule)
-    learn, blind = (-who.reverse_log_prob_exact(*step) for who in (restricted, world))
-    joint, of_class = (-who.reverse_log_prob_exact(*step, CATEGORY) for who in (restricted, world))
+    step = (x_prev, x_t, t, schedule)
+    who = (world.restrict(subject), world)
+    learn, blind = (-one.reverse_log_prob_exact(*step) for one in who)
+    joint, of_class = (-one.reverse_log_prob_exact(*step, CATEGORY) for one in who)
     judged, by_world = (
-        -who.class_log_posterior_prev(x_prev, t, schedule)[:, CATEGORY]
-        for who in (restricted, world)
+        -one.class_log_posterior_prev(x_prev, t, schedule)[:, CATEGORY] for one in who
     )
-    s_t, s_world = (
-        -who.class_log_posterior(x_t, t, schedule)[:, CATEGORY] for who in (restricted, world)
-    )
+    s_t, s_world = (-one.class_log_posterior(x_t, t, schedule)[:, CATEGORY] for one in who)
     left = {
         "Left: the judge of eq. 12 knows the subject: `world.restrict(subject)`.": learn + by_world,
         "Left: you asked the judge about x_t; eq. 12 asks about x_{t-1}.": learn + s_t,
@@ -141,6 +134,5 @@ def check_both_sides(draw: Draw) -> Trial:
         "Right: S_t is asked at x_t, before the step.": joint + judged,
         "Right: minus the logarithm, please.": -joint + s_t,
     }
-    asked_for = "two tensors, the left side and the right side of eq. 12"
-    call = (world, subject, *step)
-    return Trial(call, (learn + judged, joint + s_t), (left, right), two=asked_for)
+    sides, asked_for = (learn + judged, joint + s_t), "two tensors, the sides of eq. 12"
+    return Trial((world, subject, *step), sides, (left, right), two=asked_for)

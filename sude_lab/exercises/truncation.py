@@ -1,24 +1,11 @@
-"""Checks of the exercises to lesson 03: threshold, gate, rho, hinge, and a descent that stops.
-
-Equations are those of arXiv 2403.06775; losses are in nats.
-"""
+"""Checks of the exercises to lesson 03; equations of arXiv 2403.06775, losses in nats."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from sude_lab.exercises.judging import (
-    Answer,
-    Draw,
-    Mistake,
-    Trial,
-    ask,
-    check,
-    choice,
-    of_norm,
-    of_variance,
-)
+from sude_lab.exercises.judging import Answer, Draw, Mistake, Trial, ask, check, choice, of_variance
 from sude_lab.losses import guidance_projection, hinge_loss, sude_loss, sude_threshold, truncate
 
 
@@ -28,10 +15,15 @@ def check_threshold(draw: Draw) -> Trial:
     mean_class, mean_uncond = draw.normal(4, 3, 2), draw.normal(4, 3, 2)
     variance = draw.uniform(0.1, 0.8, 4)
     right = sude_threshold(mean_class, mean_uncond, variance)
-    slips = of_variance(right, variance, "eq. 8")
-    slips |= of_norm(right, mean_class - mean_uncond, "eq. 8") | {
+    d = (mean_class - mean_uncond).flatten(1)
+    unit = right / d.square().sum(1)
+    slips = of_variance(right, variance, "eq. 8") | {
         "The sign is turned: the category's own loss is negative.": -right,
         "The square is divided by 2 sigma^2: your 2 is missing.": 2 * right,
+        "Eq. 8 has the squared length, not the length.": unit * d.norm(dim=1),
+        "The norm of eq. 8 is a sum: you averaged over the dimensions.": right / 6,
+        "You added before you squared: squares first.": unit * d.sum(1).square(),
+        "Those are absolute values: it has squares.": unit * d.abs().sum(1),
     }
     return Trial((mean_class, mean_uncond, variance), right, slips)
 
@@ -43,8 +35,7 @@ def check_truncated(draw: Draw) -> list[Trial]:
     tau = tau - 0.1 * draw.uniform(0, 1, 8)
     # open and negative, shut, equal, open below |tau|, ...: every wrong comparison changes a value
     loss = tau - torch.tensor([0.5, -1.0, 0.0, 1.5, -0.6, 2.5, 0.0, -0.3]).double() * tau
-    is_open, own = loss > tau, "every sample has its own"
-    before = "before you compared"
+    is_open, own, before = loss > tau, "every sample has its own", "before you compared"
     slips = {
         f"You averaged over the batch {before}: {own} gate.": loss * (loss.mean() > tau.mean()),
         f"You averaged the loss: {own} gate.": loss * (loss.mean() > tau),
@@ -59,10 +50,8 @@ def check_truncated(draw: Draw) -> list[Trial]:
     }
     lower = -draw.uniform(0.5, 2.0, 8)
     above = lower + draw.uniform(0.2, 3.0, 8)
-    return [
-        Trial((loss, tau), truncate(loss, tau), slips),
-        Trial((above, lower), above, {}, learns=("loss",), fixed=("tau",)),
-    ]
+    gradient = Trial((above, lower), above, {}, learns=("loss",), fixed=("tau",))
+    return [Trial((loss, tau), truncate(loss, tau), slips), gradient]
 
 
 @check
@@ -92,11 +81,9 @@ def check_rho(draw: Draw) -> Trial:
 check_rho_depends = choice(
     "d",
     "what rho, and so the gate of eq. 9, depends on.",
-    {
-        "a": "L_sude and tau_t both have 1 / (2 sigma_t^2) in front: it does not compare them.",
-        "b": "A weighting multiplies L_sude and tau_t alike: how hard, not which gates are open.",
-        "c": "The mean is an affine map of eps, x_0 or v: one factor in a and d, which cancels.",
-    },
+    a="L_sude and tau_t both have 1 / (2 sigma_t^2) : it cannot put one above the other.",
+    b="A weighting multiplies L_sude and tau_t alike: how hard a gate pushes, not if it is open.",
+    c="The mean is an affine map of eps, x_0 or v: a and d get one factor, which cancels.",
 )
 
 
@@ -140,11 +127,11 @@ def _settled(weight: float, draw: Draw) -> Trial:
     d = draw.uniform(1.8, 2.2, 6, 1) * d / d.norm(dim=1, keepdim=True)
     square = d.square().sum(1)
 
+    across, start = draw.normal(6, 5), torch.tensor([-0.9, 0.1, 0.7, 1.4, 0.3, 2.0]).double()
+
     def along(moved: Tensor) -> Tensor:
         return (moved * d).sum(1) / square
 
-    across = draw.normal(6, 5)
-    start = torch.tensor([-0.9, 0.1, 0.7, 1.4, 0.3, 2.0]).double()
     target = uncond + across + (start - along(across))[:, None] * d
     room, mean_rho = (1 - start).clamp(min=0), (start * square).sum() / square.sum()
     always, together = torch.full_like(start, weight), (1 - mean_rho).clamp(0, weight) + 0 * start
@@ -176,10 +163,7 @@ def _settled(weight: float, draw: Draw) -> Trial:
         moved = given - target
         sideways = moved - along(moved)[:, None] * d
         if bool((sideways.norm(dim=1) > 0.1 * d.norm(dim=1)).any()):
-            raise Mistake(
-                "Some samples moved across d, where neither loss pushes: L_sub holds s at "
-                "eps_target, L_sude pushes along d, and each sample has its own."
-            )
+            raise Mistake("Some samples moved across d: L_sude pushes along each sample's own d.")
         return along(moved)
 
     hint = "That is how far a sample moved, in d: more steps, or a smaller learning rate?"

@@ -1,11 +1,9 @@
-"""Checks of the exercises to lesson 09: the hinge's gradient, its one step, and a sampler.
-
-Equations are those of arXiv 2403.06775 where no other source is named.
-"""
+"""Checks of the exercises to lesson 09; equations of arXiv 2403.06775 unless named."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,7 +13,6 @@ from sude_lab.diffusion import Schedule, add_noise, to_x_0
 from sude_lab.exercises.judging import Draw, Trial, check, choice, named, of_variance
 from sude_lab.exercises.worlds import things
 from sude_lab.losses import guidance_projection, hinge_loss
-from sude_lab.world.mixture import GaussianMixture
 
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -67,11 +64,9 @@ def check_corrected(draw: Draw) -> Trial:
 check_through_guidance = choice(
     "b",
     "what classifier-free guidance of scale w makes of a correction, u + w (u_sub - u).",
-    {
-        "a": "Guidance multiplies the conditional prediction by w, and with it what was added.",
-        "c": "u_neg + w (u_sub - u_neg) = (1 - w) u_neg + w u_sub: only u_sub is corrected.",
-        "d": "u_neg is in the result, but the *change* of the result does not know it.",
-    },
+    a="Guidance multiplies the conditional prediction by w, and with it what was added.",
+    c="u_neg + w (u_sub - u_neg) = (1 - w) u_neg + w u_sub: only u_sub is corrected.",
+    d="u_neg is in the result, but the *change* of the result does not know it.",
 )
 
 
@@ -81,6 +76,7 @@ def check_after_steps(draw: Draw) -> Trial:
     rho = torch.tensor([-0.6, 0.2, 0.7, 1.5]).double() + 0.1 * draw.uniform(0, 1, 4)
     strength, n = 0.3, 3
     left = (1 - strength) ** n * (1 - rho)
+    kept = torch.where(rho < 1, left, rho)
 
     def end(share: float) -> Tensor:
         return torch.where(rho < 1, 1 - share * (1 - rho), rho)
@@ -90,9 +86,7 @@ def check_after_steps(draw: Draw) -> Trial:
         "What is left after a step is 1 - g of it, not g: (1 - g)^n.": end(strength**n),
         "That is one correction; n of them are asked for.": end(1 - strength),
         "A sample behind the gate is not corrected at all.": 1 - left,
-        "That is what is left to the gate: rho itself is asked for.": torch.where(
-            rho < 1, left, rho
-        ),
+        "That is what is left to the gate: rho itself is asked for.": kept,
     }
     return Trial((rho, strength, n), end((1 - strength) ** n), slips)
 
@@ -124,20 +118,13 @@ def my_dog(schedule: Schedule) -> Predict:
     prompt asks it for running dogs, around (-0.8, -0.9), as in `sude_lab.guidance`.
     """
     world, _ = things()
-    running = torch.tensor([False, True, False, False])
-    picture = GaussianMixture(
-        weights=torch.ones(1).double(),
-        means=world.means[:1],
-        variances=torch.tensor([0.02]).double(),
-        labels=torch.zeros(1, dtype=torch.long),
-    )
+    only, running = torch.tensor([[True, False, False, False], [False, True, False, False]])
+    picture = replace(world.restrict(only), variances=torch.full((4,), 0.02).double())
 
     def predict(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            picture.eps(x_t, t, schedule),
-            world.restrict(running).eps(x_t, t, schedule),
-            world.eps(x_t, t, schedule),
-        )
+        models = (picture, world.restrict(running), world)
+        eps_sub, eps_class, eps_null = (model.eps(x_t, t, schedule) for model in models)
+        return eps_sub, eps_class, eps_null
 
     return predict
 

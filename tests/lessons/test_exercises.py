@@ -636,10 +636,10 @@ def test_slips_are_told_apart(
     seen = []
 
     def record(
-        given: Any, right: Any, slips: dict[str, Any], *, tolerance: float = 1e-6, hint: str = ""
+        given: Any, right: Any, slips: dict[str, Any], tolerance: float = 1e-6, hint: str = ""
     ) -> None:
         seen.append(([right, *slips.values()], max(tolerance, 1e-8)))
-        judge(given, right, slips, tolerance=tolerance, hint=hint)
+        judge(given, right, slips, tolerance, hint)
 
     def record_words(given: Any, right: Any, slips: dict[str, Any]) -> None:
         texts = [text for text in slips.values() if text != right]
