@@ -1,7 +1,5 @@
 """Checks of the exercises to lesson 06; equations are those of arXiv 2403.06775."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -112,12 +110,7 @@ def check_end_rho(draw: Draw) -> Trial:
 
 @check
 def check_tuned(draw: Draw) -> Trial:
-    """Check tuned(target, class_0, weight_sude, share, num_steps, prior, truncated), (B, D).
-
-    Descent (rate 0.05) on ||s - target||^2 + w_s lambda_tau (||s - c_bar||^2 - ||s||^2), eq. 7-10,
-    from s = c = class_0, where c moves by `share` of s; prior: "current" asks that c, "pretrained"
-    class_0; truncated: False leaves the gates open.
-    """
+    """Check tuned(target, class_0, weight_sude, share, num_steps, prior, truncated), eq. 7-10."""
     class_0 = draw.normal(4, 2)
     across = torch.stack([-class_0[:, 1], class_0[:, 0]], dim=1)
     along = torch.tensor([-0.5, 0.3, 0.8, 1.5]).double()[:, None]

@@ -1,7 +1,5 @@
 """Checks of the exercises to lesson 05, a sweep over w_s of arXiv 2403.06775, eq. 10."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

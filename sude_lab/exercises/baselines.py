@@ -1,7 +1,5 @@
 """Checks of the exercises to lesson 07; equations of arXiv 2403.06775 unless named."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import torch

@@ -1,7 +1,5 @@
 """Checks of the exercises to lesson 01; equations of arXiv 2403.06775, logarithms in nats."""
 
-from __future__ import annotations
-
 import math
 
 import torch

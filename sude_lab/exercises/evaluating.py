@@ -1,7 +1,5 @@
 """Checks of the exercises to lesson 08, the measures of arXiv 2403.06775, section 5."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np
@@ -137,12 +135,7 @@ check_fooled = choice(
 
 @check
 def check_detects(draw: Draw) -> Trial:
-    """Check detects(gain, between, within, subjects, seeds, rng): how often a study finds a gain.
-
-    The share of 400 made-up studies whose mean - 1.96 s / sqrt(subjects) lies above 0; s: the
-    standard deviation (n - 1) of the subjects' means. Subject i gains gain + between z_i, its run k
-    that plus within z_ik; all z_i, (400, subjects), come before all z_ik, (400, subjects, seeds).
-    """
+    """Check detects(gain, between, within, subjects, seeds, rng): the share that finds it."""
     settings = (0.15, 0.2, 0.3, 5, 3)
 
     def share(slip: str = "") -> float:

@@ -1,7 +1,5 @@
 """Checks of the exercises to lesson 00; equations are those of arXiv 2403.06775."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

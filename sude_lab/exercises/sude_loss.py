@@ -1,7 +1,5 @@
 """Checks of the exercises to lesson 02; equations of arXiv 2403.06775, losses in nats."""
 
-from __future__ import annotations
-
 import torch
 
 from sude_lab.classifier import squared_distance

@@ -1,7 +1,5 @@
 """Checks of the exercises to lesson 03; equations of arXiv 2403.06775, losses in nats."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -115,9 +113,8 @@ def check_hinge(draw: Draw) -> Trial:
 def check_settle(draw: Draw) -> list[Trial]:
     """Check settle(eps_target, eps_class, eps_uncond, weight_sude): where descent ends, (B, D).
 
-    The minimum over s of ||s - eps_target||^2 + w_s lambda_tau (||s - eps_class||^2 - ||s -
-    eps_uncond||^2), eq. 3 and 7-10 in eps-space with the weighting `simple`: eps_target +
-    min(w_s, max(0, 1 - rho)) d. Right within 0.1 ||d||: descent may tremble at the gate.
+    eps_target + min(w_s, max(0, 1 - rho)) d, from eq. 3 and 7-10 in eps-space with the weighting
+    `simple`. Right within 0.1 ||d||: descent may tremble at the gate.
     """
     return [_settled(weight, Draw(draw.seed)) for weight in (0.8, 0.3)]
 

@@ -1,7 +1,5 @@
 """Checks of the exercises to lesson 09; equations of arXiv 2403.06775 unless named."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -131,11 +129,9 @@ def my_dog(schedule: Schedule) -> Predict:
 
 @check
 def check_drawn(draw: Draw) -> Trial:
-    """Check drawn(predict, x, schedule, strength): DDIM from x_T = x, corrected in every step.
+    """Check drawn(predict, x, schedule, strength): DDIM, corrected in every step; (B, D) -> x_0.
 
-    eps = eps_null + corrected(a, d, g), x_0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t),
-    x_{t-1} = sqrt(abar_{t-1}) x_0 + sqrt(1 - abar_{t-1}) eps, for t = T - 1, ..., 0: arXiv
-    2010.02502, eq. 12, without new noise; (B, D). Returns the x_0 of the last step.
+    eps = eps_null + corrected(a, d, g) in arXiv 2010.02502, eq. 12, without new noise.
     """
     # Few steps and little noise: no slip may lead so far away that d is 0, where chance decides.
     schedule = Schedule(torch.linspace(0.95, 0.4, 4).double())

@@ -3,8 +3,6 @@
 Equations are those of arXiv 2403.06775.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
