@@ -831,6 +831,8 @@ def problems(notebook: Notebook) -> list[str]:
         found.append("there are not four to six tasks")
     if f"*Time*: {minutes} minutes" not in source(cells[0]):
         found.append(f"the first cell does not say that the tasks take {minutes} minutes")
+    if "hidden checks" not in source(cells[0]):
+        found.append("the first cell does not tell of hidden checks")
     if [cell["execution_count"] for cell in code] != list(range(1, len(code) + 1)):
         found.append("the cells were not executed once, from top to bottom")
     if not any(CHECKED in source(cell) for cell in code):
@@ -863,6 +865,7 @@ BREAKS: dict[str, Callable[[list[Notebook]], Any]] = {
     "used twice": lambda cells: cells[3]["metadata"]["nbgrader"].update(grade_id="setup"),
     "four to six": lambda cells: cells.__delitem__(slice(5, None)),
     "does not say": lambda cells: cells[0].update(source=["# Exercises"]),
+    "tell of hidden checks": lambda cells: cells[0].update(source=["# Exercises"]),
     "executed once": lambda cells: cells[1].update(execution_count=5),
     "SEED is not set": lambda cells: cells[1].update(source=["seed = 0"]),
 }
