@@ -1,56 +1,36 @@
 """The checks of the exercises in `notebooks/exercises`, shared with pytest, and what they hand out.
 
 A check calls an answer on small random inputs that depend on its seed, and returns None where the
-answer is right. Where it is wrong it raises a `Mistake`, whose sentence names the slip if it is a
-typical one. Checks print nothing and keep nothing. A module is imported when its first check is
-used.
+answer is right; a wrong one gets a `Mistake`, whose sentence names the slip if it is a typical one.
+Checks print nothing and keep nothing. A module is imported when its first check is used.
 """
 
 from importlib import import_module
 from typing import Any
 
-_NAMES = {
+_TASKS = {
+    "start_here": "noised even_time open_share training_step paired_gain",
+    "bayes_classifier": "log_density log_ratio normaliser log_posterior chain noise_errors",
+    "sude_loss": "sude push along eps_weight same_push both_sides",
+    "truncation": "threshold truncated rho rho_depends hinge settle",
+    "one_shot_tuning": "lora_count must_keep latent_batch smoothed batch_loss sude_step",
+    "ablate_w_s": "by_weight paired_gains cluster_interval front best_weight naive_and_honest",
+    "ablate_truncation": "loss_along shifted at_half end_rho rest tuned",
+    "baselines": "paper_prompt combined must_know keys_and_values given_back plug",
+    "evaluating": "judged_text image_score fooled paired_interval spearman detects",
+    "without_training": "hinge_gradient corrected through_guidance after_steps at_fidelity drawn",
+}
+_GIVEN = {
     "judging": "Mistake",
     "worlds": "animals short_schedule stable_diffusion_schedule steps things",
-    "start_here": (
-        "TinyDenoiser check_even_time check_noised check_open_share check_paired_gain "
-        "check_training_step"
-    ),
-    "bayes_classifier": (
-        "check_chain check_log_density check_log_posterior check_log_ratio check_noise_errors "
-        "check_normaliser"
-    ),
-    "sude_loss": (
-        "check_along check_both_sides check_eps_weight check_push check_same_push check_sude"
-    ),
-    "truncation": (
-        "check_hinge check_rho check_rho_depends check_settle check_threshold check_truncated"
-    ),
-    "one_shot_tuning": (
-        "check_batch_loss check_latent_batch check_lora_count check_must_keep check_smoothed "
-        "check_sude_step dog_prior"
-    ),
-    "ablate_w_s": (
-        "check_best_weight check_by_weight check_cluster_interval check_front "
-        "check_naive_and_honest check_paired_gains made_up_sweep"
-    ),
-    "ablate_truncation": (
-        "check_at_half check_end_rho check_loss_along check_rest check_shifted check_tuned"
-    ),
-    "baselines": (
-        "TinyUNet check_combined check_given_back check_keys_and_values check_must_know "
-        "check_paper_prompt check_plug plug_batch"
-    ),
-    "evaluating": (
-        "check_detects check_fooled check_image_score check_judged_text check_paired_interval "
-        "check_spearman"
-    ),
-    "without_training": (
-        "check_after_steps check_at_fidelity check_corrected check_drawn check_hinge_gradient "
-        "check_through_guidance my_dog"
-    ),
+    "start_here": "TinyDenoiser",
+    "one_shot_tuning": "dog_prior",
+    "ablate_w_s": "made_up_sweep",
+    "baselines": "TinyUNet plug_batch",
+    "without_training": "my_dog",
 }
-_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
+_MODULES = {name: module for module, names in _GIVEN.items() for name in names.split()}
+_MODULES |= {f"check_{task}": module for module, tasks in _TASKS.items() for task in tasks.split()}
 __all__ = sorted(_MODULES)
 
 

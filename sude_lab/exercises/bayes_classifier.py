@@ -1,6 +1,4 @@
-"""Checks of the exercises to lesson 01: a density, a ratio, a posterior, and a sum over steps."""
-
-from __future__ import annotations
+"""Checks of the exercises to lesson 01; equations of arXiv 2403.06775, logarithms in nats."""
 
 import math
 
@@ -14,31 +12,26 @@ from sude_lab.classifier import (
     squared_distance,
 )
 from sude_lab.diffusion import add_noise
-from sude_lab.exercises.judging import Trial, check, choice, of_variance
-from sude_lab.exercises.worlds import normal, short_schedule, things, uniform
+from sude_lab.exercises.judging import Draw, Trial, check, choice, named, of_variance
+from sude_lab.exercises.worlds import short_schedule, things
 
 
 @check
-def check_log_density(seed: int) -> Trial:
-    """Check log_density(x_prev, mean, variance) against eq. 6 of arXiv 2403.06775, in nats.
-
-    x_prev, mean: (B, C, h); variance: sigma_t^2, (B,). The result is (B,).
-    """
-    g = torch.Generator().manual_seed(seed)
-    x_prev, mean = normal(g, 5, 3, 2), normal(g, 5, 3, 2)
-    variance = uniform(g, 0.1, 0.8, 5)
+def check_log_density(draw: Draw) -> Trial:
+    """Check log_density(x_prev, mean, variance), eq. 6; (B, C, h), variance: sigma_t^2, (B,)."""
+    x_prev, mean = draw.normal(5, 3, 2), draw.normal(5, 3, 2)
+    variance = draw.uniform(0.1, 0.8, 5)
     right = reverse_log_prob(x_prev, mean, variance)
     distance, dims = squared_distance(x_prev, mean), 6
 
     def log_p(divisor: Tensor, count: float, of: Tensor = variance) -> Tensor:
         return -distance / divisor - count / 2 * (2 * math.pi * of).log()
 
+    squared = "`variance` is sigma^2 already: you squared it once more"
     slips = {
         "You divided by sigma: `variance` is its square.": log_p(2 * variance.sqrt(), dims),
-        "`variance` is sigma^2 already: you squared it once more.": log_p(2 * variance**2, dims),
-        "`variance` is sigma^2 already: you squared it once more, in both places.": (
-            log_p(2 * variance**2, dims, variance**2)
-        ),
+        f"{squared}.": log_p(2 * variance**2, dims),
+        f"{squared}, in both places.": log_p(2 * variance**2, dims, variance**2),
         "The distance is divided by 2 sigma^2: your 2 is missing.": log_p(variance, dims),
         "Eq. 6 squares it: not the distance.": log_p(2 * variance * distance.sqrt(), dims),
         "The distance makes a step less likely: its sign is turned.": log_p(-2 * variance, dims),
@@ -55,29 +48,22 @@ def check_log_density(seed: int) -> Trial:
 
 
 @check
-def check_log_ratio(seed: int) -> Trial:
-    """Check log_ratio(x_prev, mean_class, mean_uncond, variance) against eq. 5 and 6, in nats.
-
-    log p(c | x_{t-1}) - log C_t, arXiv 2403.06775; x_prev and means: (B, D), variance: (B,).
-    """
-    g = torch.Generator().manual_seed(seed)
-    x_prev, mean_class, mean_uncond = (normal(g, 4, 5) for _ in range(3))
-    variance = uniform(g, 0.1, 0.8, 4)
+def check_log_ratio(draw: Draw) -> Trial:
+    """Check log_ratio(x_prev, mean_class, mean_uncond, variance), eq. 5 with 6; (B, D) -> (B,)."""
+    x_prev, mean_class, mean_uncond = (draw.normal(4, 5) for _ in range(3))
+    variance = draw.uniform(0.1, 0.8, 4)
     right = class_log_ratio(x_prev, mean_class, mean_uncond, variance)
-    under_class, under_none = (
-        reverse_log_prob(x_prev, x, variance) for x in (mean_class, mean_uncond)
-    )
+    above, below = (reverse_log_prob(x_prev, mean, variance) for mean in (mean_class, mean_uncond))
+    to_class = squared_distance(x_prev, mean_class) / (2 * variance)
     slips = of_variance(right, variance, "eq. 6") | {
-        "The sign is turned: a step near the class's mean makes the class more likely.": -right,
+        "The sign is turned: a step near the class's mean speaks for the class.": -right,
         "The distances are divided by 2 sigma^2: your 2 is missing.": 2 * right,
-        "This is the numerator alone: subtract log p(x_{t-1} | x_t).": under_class,
-        "This is the denominator alone: eq. 5 has a numerator, too.": under_none,
-        "You divided the logarithms: log(a / b) is a difference.": under_class / under_none,
-        "You added the logarithms: log(a / b) is a difference.": under_class + under_none,
+        "This is the numerator alone: subtract log p(x_{t-1} | x_t).": above,
+        "This is the denominator alone: eq. 5 has a numerator, too.": below,
+        "You divided the logarithms: log(a / b) is a difference.": above / below,
+        "You added the logarithms: log(a / b) is a difference.": above + below,
         "You averaged over the dimensions: the norm of eq. 6 is a sum.": right / 5,
-        "This is the numerator's distance alone: eq. 5 has a denominator, too.": (
-            -squared_distance(x_prev, mean_class) / (2 * variance)
-        ),
+        "This is the numerator's distance alone: eq. 5 has a denominator, too.": -to_class,
         "Take the logarithm: this is the ratio itself.": right.exp(),
     }
     return Trial((x_prev, mean_class, mean_uncond, variance), right, slips)
@@ -85,62 +71,39 @@ def check_log_ratio(seed: int) -> Trial:
 
 check_normaliser = choice(
     "c",
-    "when the normaliser of eq. 6 does not cancel in eq. 5 of arXiv 2403.06775.",
-    {
-        "a": "The number of dimensions is large there, and the same above and below the line: "
-        "it cancels.",
-        "b": "That changes sigma_t from t to t; above and below the line t is the same: it "
-        "cancels.",
-        "d": "The empty prompt changes the mean, and the normaliser does not know the mean: it "
-        "cancels.",
-    },
+    "when the normaliser of eq. 6 does not cancel in eq. 5.",
+    a="The number of dimensions is the same above and below the line: it cancels.",
+    b="That changes sigma_t from t to t, and t is the same above and below: it cancels.",
+    d="The empty prompt changes the mean, which the normaliser does not know: it cancels.",
 )
 
 
 @check
-def check_log_posterior(seed: int) -> Trial:
-    """Check log_posterior(x_prev, means, variance, prior): log p(c_k | x_{t-1}) among K classes.
-
-    arXiv 2403.06775, eq. 5 with eq. 6. x_prev: (B, D), means: (B, K, D), variance: (B,), prior:
-    C_t = p(c_k | x_t), (B, K). The result is (B, K), nats; B = K, to tell the axes apart.
-    """
-    g = torch.Generator().manual_seed(seed)
-    x_prev, means = normal(g, 4, 5), normal(g, 4, 4, 5)
-    variance = uniform(g, 0.5, 2.0, 4)
-    prior = uniform(g, 0.1, 1.0, 4, 4)
+def check_log_posterior(draw: Draw) -> Trial:
+    """Check log_posterior(x_prev, means, variance, prior), eq. 5; (B, D), (B, K, D) -> (B, K)."""
+    x_prev, means = draw.normal(4, 5), draw.normal(4, 4, 5)
+    variance, prior = draw.uniform(0.5, 2.0, 4), draw.uniform(0.1, 1.0, 4, 4)
     prior = prior / prior.sum(1, keepdim=True)
-    right = class_log_posterior(x_prev, means, variance, prior.log())
+    known, right = prior.log(), class_log_posterior(x_prev, means, variance, prior.log())
     fit = -(x_prev[:, None] - means).square().sum(2) / (2 * variance[:, None])
+    spread = fit * variance[:, None] / variance
     slips = {
-        "You normalised over the batch: the K classes of one sample sum to one, dim=1.": (
-            (fit + prior.log()).log_softmax(0)
-        ),
+        "You normalised over the batch: use dim=1.": (fit + known).log_softmax(0),
         "You added the prior to a logarithm: add its logarithm.": (fit + prior).log_softmax(1),
         "The prior C_t is missing: a rare class needs better evidence.": fit.log_softmax(1),
-        "The sign is turned: the nearest mean fits best.": (-fit + prior.log()).log_softmax(1),
+        "The sign is turned: the nearest mean fits best.": (-fit + known).log_softmax(1),
         "These are probabilities: their logarithms are asked for.": right.exp(),
-        "These do not sum to one yet: use `torch.log_softmax`.": fit + prior.log(),
-        "`variance` is one number a sample, not one a class: make it (B, 1).": (
-            (fit * variance[:, None] / variance + prior.log()).log_softmax(1)
-        ),
+        "These do not sum to one yet: use `torch.log_softmax`.": fit + known,
+        "`variance` is one number a sample: make it (B, 1).": (spread + known).log_softmax(1),
     }
     return Trial((x_prev, means, variance, prior), right, slips)
 
 
 @check
-def check_chain(seed: int) -> Trial:
-    """Check chain(last, news): log p(c | x_t) for every t from the news of the steps, in nats.
-
-    last: log p(c | x_T), (N,); news: log p(c | x_{t-1}) - log p(c | x_t) for t = 1 ... T, (T, N),
-    by arXiv 2403.06775, eq. 5. The result is log p(c | x_{t-1}), (T, N), in the order of `news`.
-    """
-    g = torch.Generator().manual_seed(seed)
-    last, news = -uniform(g, 0.5, 2.0, 3), 0.5 + 0.3 * normal(g, 6, 3)
-    rows, value = [], last
-    for row in news.flip(0):  # from x_T, where we start, back to x_0
-        value = value + row
-        rows.append(value)
-    right = torch.stack(rows[::-1])
+def check_chain(draw: Draw) -> Trial:
+    """Check chain(last, news): log p(c | x_{t-1}) by sums of eq. 5; (N,), (T, N) -> (T, N)."""
+    last, news = -draw.uniform(0.5, 2.0, 3), 0.5 + 0.3 * draw.normal(6, 3)
+    right = last + torch.stack([news[k:].sum(0) for k in range(6)])
     slips = {
         "You added up from the other end: x_T is known, begin there.": last + news.cumsum(0),
         "This is the news alone: add what was known of x_T, `last`.": right - last,
@@ -155,23 +118,19 @@ def check_chain(seed: int) -> Trial:
 
 
 @check
-def check_noise_errors(seed: int) -> Trial:
-    """Check noise_errors(world, x_0, t, schedule, generator): how badly each class predicts noise.
-
-    ||eps - eps_theta(x_t, c, t)||^2, the distance of arXiv 2403.06775, eq. 6, in eps-space, with
-    one eps for all classes. x_0: (N, D), t: (N,). The result is (N, C).
-    """
+def check_noise_errors(draw: Draw) -> Trial:
+    """Check noise_errors(world, x_0, t, schedule, generator): eq. 6 in eps-space; (N, C)."""
     world, schedule = things()[0], short_schedule()
-    x_0, _ = world.sample(5, torch.Generator().manual_seed(seed))
+    x_0, _ = world.sample(5, draw.generator)
     t = torch.full((5,), 40)
 
     def errors(slip: str = "") -> Tensor:
         """The answer, or a slip that is made of it."""
-        g = torch.Generator().manual_seed(seed + 1)
-        eps, columns = normal(g, *x_0.shape), []
+        again, columns = Draw(draw.seed + 1), []
+        eps = again.normal(*x_0.shape)
         for c in range(world.num_classes):
             if c and slip == "own":
-                eps = normal(g, *x_0.shape)
+                eps = again.normal(*x_0.shape)
             x_t = add_noise(x_0, eps, t, schedule)
             label, late = None if slip == "label" else c, {"t + 1": 1, "t - 1": -1}.get(slip, 0)
             aim = {"x_0": x_0, "x_t": x_t}.get(slip, eps)
@@ -188,9 +147,8 @@ def check_noise_errors(seed: int) -> Trial:
         "label": "The model gets no class: hand the label c to `world.eps(x_t, t, schedule, c)`.",
         "mean": "You averaged over the dimensions: the norm is a sum.",
     }
-    wrong = {says: errors(slip) for slip, says in slips.items()} | {
+    wrong = named(errors, slips) | {
         "Eq. 6 has the squared length, not the length.": errors().sqrt(),
         "The classes stand in the rows: samples first, (N, C).": errors().T,
     }
-    arguments = (world, x_0, t, schedule, torch.Generator().manual_seed(seed + 1))
-    return Trial(arguments, errors(), wrong)
+    return Trial((world, x_0, t, schedule, draw.fresh(1)), errors(), wrong)

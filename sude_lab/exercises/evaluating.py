@@ -1,84 +1,60 @@
-"""Checks of the exercises to lesson 08: what is compared, how surely, and by which ruler."""
+"""Checks of the exercises to lesson 08, the measures of arXiv 2403.06775, section 5."""
 
-from __future__ import annotations
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sude_lab.evaluate.metrics import cosines, image_similarity
 from sude_lab.evaluate.prompts import caption
 from sude_lab.exercises.baselines import WORDS
-from sude_lab.exercises.judging import Answer, Trial, ask, check, choice, interval_of, judge
+from sude_lab.exercises.judging import Draw, Trial, check, choice, interval, named
 from sude_lab.prompts import article
 
 STUDIES = 400
 
 
 @check
-def check_judged_text(seed: int) -> list[Trial]:
-    """Check judged_text(prompt, category): what CLIP-T compares a picture with.
-
-    The subject's {S*}, which no encoder ever met, is dropped where its category stands behind it,
-    and gives way to the category elsewhere; see `sude_lab.evaluate.prompts.caption`. No equation.
-    """
-    (category, attribute), trials = WORDS[seed % 3], []
+def check_judged_text(draw: Draw) -> list[Trial]:
+    """Check judged_text(prompt, category): what CLIP-T compares a picture with, `caption`."""
+    (category, attribute), trials = WORDS[draw.seed % 3], []
     for prompt in (
         f"photo of {article(attribute)} {attribute} {{S*}} {category}",
         "photo of a {S*} on the beach",
         f"photo of a {{S*}} {category} in the snow",
     ):
-        right = caption(prompt, category)
+        nobody = " ".join(prompt.replace("{S*}", "").split())
         slips = {
             "{S*} is still there: an encoder reads it as letters that mean nothing.": prompt,
-            "Now nobody says what it is: where no category stands behind {S*}, put it there.": (
-                " ".join(prompt.replace("{S*}", "").split())
-            ),
-            "It stands there twice: drop {S*} before its category.": (
-                prompt.replace("{S*}", category)
-            ),
+            "Now nobody says what it is: no category stands behind this {S*}.": nobody,
+            "It stands there twice: drop {S*} before it.": prompt.replace("{S*}", category),
             "Two spaces are left where {S*} was.": prompt.replace("{S*}", ""),
         }
-        slips = {says: wrong for says, wrong in slips.items() if wrong != right}
-        trials.append(Trial((prompt, category), right, slips))
+        trials.append(Trial((prompt, category), caption(prompt, category), slips))
     return trials
 
 
 @check
-def check_image_score(seed: int) -> Trial:
-    """Check image_score(pictures, references): CLIP-I or DINO-I of every picture, (N,).
-
-    The mean of cos(p, r) = <p, r> / (|p| |r|) over the references r; numpy, features (N, D) and
-    (M, D). Measures of arXiv 2403.06775, section 5; cosines lie between -1 and 1.
-    """
-    rng = np.random.default_rng(seed)
-    pictures, references = 0.5 + rng.standard_normal((4, 6)), 0.5 + rng.standard_normal((3, 6))
-    pictures, references = (
-        pictures * rng.uniform(1, 3, (4, 1)),
-        references * rng.uniform(1, 3, (3, 1)),
-    )
-    by_column = [x / np.linalg.norm(x, axis=0, keepdims=True) for x in (pictures, references)]
-    lengths = np.linalg.norm(references, axis=1)
+def check_image_score(draw: Draw) -> Trial:
+    """Check image_score(pictures, references): mean cosines, (N, D), (M, D) -> (N,); numpy."""
+    pictures, references = (0.5 + draw.rng.standard_normal((n, 6)) for n in (4, 3))
+    pictures = pictures * draw.rng.uniform(1, 3, (4, 1))
+    references = references * draw.rng.uniform(1, 3, (3, 1))
+    p, r = (x / np.linalg.norm(x, axis=0, keepdims=True) for x in (pictures, references))
     table = cosines(pictures, references)
-
-    def of(values: np.ndarray) -> Tensor:
-        return torch.as_tensor(np.array(values))
-
+    to_mean = cosines(pictures, references.mean(0, keepdims=True))[:, 0]
+    unequal = (table * np.linalg.norm(references, axis=1)).mean(1)
     slips = {
-        "Those are inner products: divide by both lengths.": of((pictures @ references.T).mean(1)),
-        "You normalised the columns: every picture, a row, gets the length 1 (axis=1).": (
-            of((by_column[0] @ by_column[1].T).mean(1))
-        ),
-        "The references are not normalised.": of((table * lengths).mean(1)),
-        "That is the cosine with the mean reference: the mean of the cosines is asked.": (
-            of(cosines(pictures, references.mean(0, keepdims=True))[:, 0])
-        ),
-        "That is the nearest reference: the mean over all is asked for.": of(table.max(1)),
-        "That is the whole table: average over the references.": of(table),
-        "One number a picture: you averaged over the pictures, too.": of(table.mean()),
-        "You averaged over the pictures: one number a picture is asked for.": of(table.mean(0)),
+        "Those are inner products: divide by both lengths.": (pictures @ references.T).mean(1),
+        "You normalised the columns: a picture is a row, axis=1.": (p @ r.T).mean(1),
+        "The references are not normalised.": unequal,
+        "That is the cosine with the mean reference: the mean of the cosines is asked.": to_mean,
+        "That is the nearest reference: the mean over all is asked for.": table.max(1),
+        "That is the whole table: average over the references.": table,
+        "One number a picture: you averaged over the pictures, too.": table.mean(),
+        "You averaged over the pictures: one number a picture is asked for.": table.mean(0),
     }
-    return Trial((pictures, references), of(image_similarity(pictures, references)), slips)
+    return Trial((pictures, references), image_similarity(pictures, references), slips)
 
 
 def bootstrap_quantiles(
@@ -98,123 +74,89 @@ def bootstrap_quantiles(
     return float(low), float(high)
 
 
-def check_paired_interval(answer: Answer, *, seed: int = 0) -> None:
-    """Check paired_interval(a, b, rng): a 95 % bootstrap interval of the mean of a - b, in pairs.
-
-    10,000 resamples of the pairs; (low, high). a, b: (N,), the same subjects in the same order.
-    Right within 5 % of the interval's width. No equation.
-    """
-    rng = np.random.default_rng(seed)
-    b = rng.uniform(0.2, 0.8, 12)
-    a = b + 0.15 + 0.12 * rng.standard_normal(12)
-
-    def ends(values: np.ndarray) -> Tensor:
-        return torch.tensor(bootstrap_quantiles(values)).double()
-
-    draws = rng.integers(12, size=(2, 40_000, 12))
-    apart = a[draws[0]].mean(1) - b[draws[1]].mean(1)
-    right = ends(a - b)
-    judge(
-        interval_of(ask(answer, a.copy(), b.copy(), np.random.default_rng(seed))),
-        right,
-        {
-            "You drew subjects for a and for b apart: draw pairs, both of a subject at once.": (
-                torch.as_tensor(np.quantile(apart, [0.025, 0.975]))
-            ),
-            "b minus a: a minus b is asked for.": -right.flip(0),
-            "That is the interval of a alone: of the differences, please.": ends(a),
-            "Lower end first.": right.flip(0),
-        },
-        tolerance=0.05 * float(right[1] - right[0]),
-    )
+@check
+def check_paired_interval(draw: Draw) -> Trial:
+    """Check paired_interval(a, b, rng): a 95 % bootstrap interval of mean(a - b), in pairs."""
+    b = draw.rng.uniform(0.2, 0.8, 12)
+    a = b + 0.15 + 0.12 * draw.rng.standard_normal(12)
+    draws = draw.rng.integers(12, size=(2, 40_000, 12))
+    apart = np.quantile(a[draws[0]].mean(1) - b[draws[1]].mean(1), [0.025, 0.975])
+    low, high = bootstrap_quantiles(a - b)
+    slips = {
+        "You drew a and b apart: draw pairs, both of a subject at once.": apart,
+        "b minus a: a minus b is asked for.": (-high, -low),
+        "That is the interval of a alone: of the differences, please.": bootstrap_quantiles(a),
+        "Lower end first.": (high, low),
+    }
+    call, room = interval(draw, a, b), 0.05 * (high - low)
+    return Trial(call, torch.tensor((low, high)), slips, tolerance=room)
 
 
 @check
-def check_spearman(seed: int) -> Trial:
-    """Check spearman(a, b): do two metrics order the runs alike?
-
-    The correlation of the ranks, equal values sharing the mean of their ranks; between -1 and 1. No
-    equation; `sude_lab.evaluate.metrics.rank_agreement` uses it.
-    """
-    rng = np.random.default_rng(seed)
+def check_spearman(draw: Draw) -> Trial:
+    """Check spearman(a, b): the correlation of the ranks, ties sharing their mean; (N,) -> ()."""
     a = np.array([0.2, 0.2, 0.5, 0.9, 0.9, 0.9, 0.4, 3.0])
-    b = a + 0.3 * rng.standard_normal(8)
-    order = rng.permutation(8)
+    b = a + 0.3 * draw.rng.standard_normal(8)
+    order = draw.rng.permutation(8)
     a, b = a[order], np.round(b[order], 1)
 
-    def correlation(x: np.ndarray, y: np.ndarray) -> float:
-        return float(np.corrcoef(x, y)[0, 1])
+    def correlation(of: Callable[[np.ndarray], np.ndarray]) -> float:
+        return float(np.corrcoef(of(a), of(b))[0, 1])
 
     def ranks(x: np.ndarray) -> np.ndarray:
         below, equal = (x[:, None] > x).sum(1), (x[:, None] == x).sum(1)
         return below + (equal + 1) / 2
 
-    def first_come(x: np.ndarray) -> np.ndarray:
-        return x.argsort(kind="stable").argsort(kind="stable")
+    def order_of(x: np.ndarray) -> np.ndarray:
+        return x.argsort(kind="stable")
 
     i, j = np.triu_indices(8, 1)
     agree = np.sign(a[i] - a[j]) * np.sign(b[i] - b[j])
     gap = ((ranks(a) - ranks(b)) ** 2).sum()
+    first_come = correlation(lambda x: order_of(order_of(x)))
     slips = {
-        "That is the correlation of the values: take ranks first.": correlation(a, b),
-        "`argsort` lists who comes first, and is not yet the rank of each.": correlation(
-            a.argsort(kind="stable"), b.argsort(kind="stable")
-        ),
-        "Equal values must have equal ranks: their mean, as `pandas.Series.rank()` gives them.": (
-            correlation(first_come(a), first_come(b))
-        ),
+        "That is the correlation of the values: take ranks first.": correlation(np.copy),
+        "`argsort` lists who comes first, and is not yet the rank of each.": correlation(order_of),
+        "Equal values must have equal ranks, as `pandas.Series.rank()` gives.": first_come,
         "1 - 6 sum d^2 / (n^3 - n) holds without ties: correlate ranks.": 1 - 6 * gap / (8**3 - 8),
-        "That is Kendall's tau, which counts pairs: correlate the ranks.": float(agree.mean()),
+        "That is Kendall's tau, which counts pairs: correlate the ranks.": agree.mean(),
     }
-    return Trial(
-        (a, b),
-        torch.tensor(correlation(ranks(a), ranks(b))).double(),
-        {says: torch.tensor(wrong).double() for says, wrong in slips.items()},
-    )
+    return Trial((a, b), correlation(ranks), slips)
 
 
 check_fooled = choice(
     "b",
     "which metric praises a model that draws its one picture again, whatever it is asked.",
-    {
-        "a": "CLIP-T compares with the prompt: a sitting dog is no running dog.",
-        "c": "BLIP-T compares with the prompt, too, and was trained to notice small things.",
-        "d": "One of them is fooled completely: which compares with the pictures of the "
-        "subject, and with nothing else?",
-    },
+    a="CLIP-T compares with the prompt: a sitting dog is no running dog.",
+    c="BLIP-T compares with the prompt, too, and was trained to notice small things.",
+    d="One of them is fooled completely: which compares with the pictures alone?",
 )
 
 
 @check
-def check_detects(seed: int) -> Trial:
-    """Check detects(gain, between, within, subjects, seeds, rng): how often a study finds a gain.
-
-    The share of 400 made-up studies whose interval, mean -+ 1.96 s / sqrt(subjects), lies above 0;
-    s is the standard deviation (n - 1) of the subjects' means. Subject i gains gain + between z_i,
-    its run k that plus within z_ik; all z_i are drawn first, (400, subjects), then all z_ik, (400,
-    subjects, seeds), by rng.standard_normal. No equation.
-    """
+def check_detects(draw: Draw) -> Trial:
+    """Check detects(gain, between, within, subjects, seeds, rng): the share that finds it."""
     settings = (0.15, 0.2, 0.3, 5, 3)
 
-    def share(slip: str = "") -> Tensor:
+    def share(slip: str = "") -> float:
         gain, between, within, subjects, seeds = settings
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(draw.seed)
         own = gain + between * rng.standard_normal((STUDIES, subjects))
         runs = own[:, :, None] + within * rng.standard_normal((STUDIES, subjects, seeds))
         means = runs.reshape(STUDIES, -1) if slip == "runs" else runs.mean(2)
         means = runs[:, :, 0] if slip == "one seed" else means
         error = means.std(1, ddof=0 if slip == "n" else 1)
         error = error if slip == "spread" else error / np.sqrt(means.shape[1])
-        return torch.tensor((means.mean(1) - 1.96 * error > 0).mean()).double()
+        return float((means.mean(1) - 1.96 * error > 0).mean())
 
-    right = share()
     slips = {
-        "You took the runs for independent: average the seeds of a subject first, then there are "
-        "`subjects` numbers.": share("runs"),
-        "The standard deviation of few numbers divides by n - 1: `ddof=1`.": share("n"),
-        "You used one seed of each subject: average over all of them.": share("one seed"),
-        "s is the spread of subjects; the mean's is s / sqrt(subjects).": share("spread"),
-        "That is the share that finds nothing.": 1 - right,
-        "That is how many studies find it: their share is asked for.": STUDIES * right,
+        "runs": "You took the runs for independent: average the seeds of a subject first.",
+        "n": "The standard deviation of few numbers divides by n - 1: `ddof=1`.",
+        "one seed": "You used one seed of each subject: average over all of them.",
+        "spread": "s is the spread of subjects; the mean's is s / sqrt(subjects).",
     }
-    return Trial((*settings, np.random.default_rng(seed)), right, slips)
+    wrong = named(share, slips) | {
+        "That is the share that finds nothing.": 1 - share(),
+        "That is how many studies find it: their share is asked for.": STUDIES * share(),
+    }
+    return Trial((*settings, np.random.default_rng(draw.seed)), share(), wrong)

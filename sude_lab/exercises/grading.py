@@ -1,9 +1,8 @@
 """What a course's nbgrader_config.py adds: hand-ins are graded by the source's marks and checks.
 
-Of a student's notebook only the answers count. What nbgrader knows of a cell is taken from the
-gradebook, once a cell: a copied cell, an old or a changed mark stops nobody's grading, and a check
-cannot be skipped. Every check is imported afresh before it runs. An answer still runs as the user
-who grades, with all that Python can do: grade in a container or an account of its own.
+Of a student's notebook only the answers count: marks come from the gradebook, once a cell, so that
+no copied cell, old or changed mark stops grading or skips a check, and every check is imported
+afresh. An answer runs as the user who grades: grade in a container or an account of its own.
 """
 
 from __future__ import annotations
@@ -88,10 +87,8 @@ def rename_downloads(*, notebooks: list[str], **_: Any) -> None:
 
 def guard(config: Any) -> None:
     """Set all of the above in nbgrader's configuration."""
-    config.Autograde.sanitize_preprocessors = [
-        *(ClearOutput, SourceMarks, OverwriteKernelspec, OverwriteCells, CheckCellMetadata)
-    ]
-    config.Autograde.autograde_preprocessors = [
-        *(FreshChecks, LimitOutput, SaveAutoGrades, CheckCellMetadata)
-    ]
+    first = [ClearOutput, SourceMarks, OverwriteKernelspec, OverwriteCells, CheckCellMetadata]
+    config.Autograde.sanitize_preprocessors = first
+    then = [FreshChecks, LimitOutput, SaveAutoGrades, CheckCellMetadata]
+    config.Autograde.autograde_preprocessors = then
     config.Autograde.pre_convert_hook = rename_downloads

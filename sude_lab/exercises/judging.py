@@ -6,8 +6,8 @@ Whatever judges raises `Mistake` where the answer is wrong, and returns None whe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -26,59 +26,90 @@ class Mistake(AssertionError):
         return [f"\x1b[31mNot yet.\x1b[0m {self}"]
 
 
-class Trial(NamedTuple):
-    """What an answer is called with, the right result, and those of typical slips by what to say.
+class Draw:
+    """Where a check's inputs come from: the same numbers for the same seed."""
 
-    A text, or a list of them, is compared by `judge_words`, a table of pandas by `judge_table`, all
-    else by `judge`.
+    def __init__(self, seed: int) -> None:
+        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
+        self.rng = np.random.default_rng(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Return standard normal numbers of a shape, float64."""
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        """Return numbers between `low` and `high`, float64."""
+        unit = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        return low + (high - low) * unit
+
+    def fresh(self, after: int = 0) -> torch.Generator:
+        """Return a new generator with the seed `after` places later."""
+        return torch.Generator().manual_seed(self.seed + after)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One question to an answer, the right result, and those of typical slips by what to say.
+
+    `call`: the arguments, or a function that runs the answer. Where `two` says what two results
+    are asked for, `right` and `slips` are pairs. `learns` and `fixed` name the first arguments:
+    a gradient must reach those that learn, and not those that are fixed.
     """
 
-    arguments: tuple[Any, ...]
+    call: tuple[Any, ...] | Callable[[Answer], Any]
     right: Any
-    slips: Mapping[str, Any]
+    slips: Any
     tolerance: float = 1e-6
+    hint: str = ""
+    two: str = ""
+    learns: Sequence[str] = ()
+    fixed: Sequence[str] = ()
+
+    def judge(self, answer: Answer) -> None:
+        """Try an answer."""
+        given = self.call(answer) if callable(self.call) else ask(answer, *self.call)
+        parts = [(given, self.right, self.slips)]
+        if self.two:
+            if not isinstance(given, tuple | list) or len(given) != 2:
+                raise Mistake(f"Return {self.two}.")
+            parts = list(zip(given, self.right, self.slips, strict=True))
+        for value, right, slips in parts:
+            if isinstance(right, str | list):
+                judge_words(value, right, slips)
+            elif isinstance(right, Table):
+                judge_table(value, right, slips)
+            else:
+                judge(value, right, slips, self.tolerance, self.hint)
+        if self.learns and not callable(self.call):
+            judge_gradients(answer, self.call, self.learns, self.fixed)
 
 
-def twice(check: Callable[..., None]) -> Callable[..., None]:
-    """Let a check try two seeds: what is right by chance is wrong at once, not only when graded."""
+def check(trials: Callable[[Draw], Trial | list[Trial]]) -> Callable[..., None]:
+    """Make a check, called as check(answer, *, seed=0), of a function that draws its trials.
 
-    @wraps(check)
+    It tries two seeds: what is right by chance is wrong at once, not only when graded.
+    """
+
     def checked(answer: Answer, *, seed: int = 0) -> None:
         for each in (seed, seed + 10):
-            check(answer, seed=each)
-
-    return checked
-
-
-def check(trials: Callable[[int], Trial | list[Trial]]) -> Callable[..., None]:
-    """Make a check, called as check(answer, *, seed=0), of a function from a seed to its trials."""
-
-    def checked(answer: Answer, *, seed: int = 0) -> None:
-        several = trials(seed)
-        for trial in [several] if isinstance(several, Trial) else several:
-            given = ask(answer, *trial.arguments)
-            if isinstance(trial.right, str | list):
-                judge_words(given, trial.right, trial.slips)
-            elif isinstance(trial.right, Table):
-                judge_table(given, trial.right, trial.slips)
-            else:
-                judge(given, trial.right, trial.slips, tolerance=trial.tolerance)
+            drawn = trials(Draw(each))
+            for trial in [drawn] if isinstance(drawn, Trial) else drawn:
+                trial.judge(answer)
 
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(checked, name, getattr(trials, name))
-    return twice(checked)
+    return checked
 
 
-def choice(right: str, about: str, reasons: Mapping[str, str]) -> Callable[[str], None]:
+def choice(right: str, about: str, **reasons: str) -> Callable[[str], None]:
     """Make the check of a question with letters; `reasons`: what to say to every wrong one."""
 
     def checked(letter: Any) -> None:
         chosen = str(letter).strip().lower()
         if chosen != right:
             letters = ", ".join(sorted([right, *reasons]))
-            raise Mistake(
-                reasons.get(chosen, f"Answer with one of the letters {letters}, in quotes.")
-            )
+            says = f"Answer with one of the letters {letters}, in quotes."
+            raise Mistake(reasons.get(chosen, says))
 
     checked.__doc__ = f"Check {about}"
     return checked
@@ -101,12 +132,13 @@ def ask(answer: Answer, *arguments: Any) -> Any:
     return given
 
 
-def judge(given: Any, right: Any, slips: Mapping[str, Any], *, tolerance: float = 1e-6) -> None:
+def judge(
+    given: Any, right: Any, slips: Mapping[str, Any], tolerance: float = 1e-6, hint: str = ""
+) -> None:
     """Accept the right values, name a slip by its values, else say where the first difference is.
 
-    Values are the same to four digits (float32 is welcome) and in shape; `tolerance` is how far
-    they may be apart besides, for answers with chance in them. `slips`: what to say, and the values
-    that a typical wrong answer gives.
+    Values are the same to four digits and in shape; `tolerance` is how far they may be apart
+    besides, for answers with chance in them. `hint` is said of values that are no known slip.
     """
     right = torch.as_tensor(right).detach().double()
     try:
@@ -117,19 +149,16 @@ def judge(given: Any, right: Any, slips: Mapping[str, Any], *, tolerance: float 
         given = given.reshape(())
     if _same(given, right, tolerance):
         return
-    values = {says: torch.as_tensor(wrong).detach().double() for says, wrong in slips.items()}
-    for says, wrong in [*values.items(), *_usual(right)]:
-        if _same(given, wrong, tolerance):
+    for says, wrong in [*slips.items(), *_usual(right)]:
+        if _same(given, torch.as_tensor(wrong).detach().double(), tolerance):
             raise Mistake(says)
     if given.shape != right.shape:
-        raise Mistake(
-            f"The shape {tuple(right.shape)} is expected, yours is {tuple(given.shape)}: which "
-            "axis is summed, and which is kept?"
-        )
-    off = ~torch.isclose(given, right, rtol=1e-4, atol=tolerance)
-    where = tuple(off.nonzero()[0].tolist())
+        shapes = f"{tuple(right.shape)} is expected, yours is {tuple(given.shape)}"
+        raise Mistake(f"The shape {shapes}: which axis is summed, and which is kept?")
+    where = tuple((~torch.isclose(given, right, rtol=1e-4, atol=tolerance)).nonzero()[0].tolist())
     place = f" at {list(where)}" if where else ""
-    raise Mistake(f"The value{place} is {given[where]:.5g} and should be {right[where]:.5g}.")
+    says = f"The value{place} is {given[where]:.5g} and should be {right[where]:.5g}."
+    raise Mistake(f"{says} {hint}".strip())
 
 
 def judge_table(given: Any, right: Table, slips: Mapping[str, Table]) -> None:
@@ -145,21 +174,16 @@ def judge_table(given: Any, right: Table, slips: Mapping[str, Table]) -> None:
     judge(values(given), values(right), {says: values(wrong) for says, wrong in slips.items()})
 
 
-def judge_words(
-    given: Any, right: str | Sequence[str], slips: Mapping[str, str | Sequence[str]]
-) -> None:
+def judge_words(given: Any, right: str | list[str], slips: Mapping[str, str | list[str]]) -> None:
     """As `judge`, for a text or a list of texts."""
-    if isinstance(right, str):
-        kind, lines = "text", [right]
-    else:
-        kind, lines = "list of texts", list(right)
+    kind, lines = ("text", [right]) if isinstance(right, str) else ("list of texts", right)
     texts = [given] if isinstance(given, str) and isinstance(right, str) else given
-    if not isinstance(texts, list | tuple) or not all(isinstance(x, str) for x in texts):
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise Mistake(f"A {kind} is expected, your answer is a {type(given).__name__}.")
     if list(texts) == lines:
         return
     for says, wrong in slips.items():
-        if list(texts) == ([wrong] if isinstance(wrong, str) else list(wrong)):
+        if list(texts) == ([wrong] if isinstance(wrong, str) else wrong):
             raise Mistake(says)
     if len(texts) != len(lines):
         raise Mistake(f"{len(lines)} texts are expected, you gave {len(texts)}.")
@@ -168,79 +192,62 @@ def judge_words(
 
 
 def judge_gradients(
-    answer: Answer, learning: Mapping[str, Tensor], fixed: Mapping[str, Tensor], *rest: Any
+    answer: Answer, arguments: Sequence[Any], learns: Sequence[str], fixed: Sequence[str]
 ) -> None:
-    """Check that answer(*learning, *fixed, *rest) has gradients in all of `learning` alone."""
-    leaves = {k: x.clone().requires_grad_() for k, x in (dict(learning) | dict(fixed)).items()}
+    """Check that a gradient of answer(*arguments) reaches `learns` and not `fixed`, the first."""
+    names = [*learns, *fixed]
+    leaves = {n: x.clone().requires_grad_() for n, x in zip(names, arguments, strict=False)}
+    rest, reached = arguments[len(names) :], set()
     value = ask(lambda: answer(*leaves.values(), *rest))  # as they are: a copy would be no leaf
-    slopes: Sequence[Tensor | None] = [None] * len(leaves)
     if isinstance(value, Tensor) and value.requires_grad:
-        slopes = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
-    reached = {
-        k for k, slope in zip(leaves, slopes, strict=True) if slope is not None and slope.any()
-    }
-    for name in learning:
-        if name not in reached:
-            raise Mistake(
-                f"The values are right, but no gradient reaches {name}, which is what learns."
-            )
-    if reached & set(fixed):
-        raise Mistake(
-            f"The values are right, but a gradient reaches {' or '.join(fixed)}: the bar over "
-            "theta in eq. 7 means `.detach()`."
+        slopes = torch.autograd.grad(
+            value.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
         )
+        reached = {name for name, slope in zip(names, slopes, strict=True) if slope.any()}
+    for name in set(learns) - reached:
+        says = f"no gradient reaches {name}, which is what learns."
+        raise Mistake(f"The values are right, but {says}")
+    if reached & set(fixed):
+        says = f"a gradient reaches {' or '.join(fixed)}: the bar over theta means `.detach()`."
+        raise Mistake(f"The values are right, but {says}")
 
 
-def interval_of(given: object) -> Tensor:
-    """Return (low, high) as a tensor."""
-    try:
-        return torch.as_tensor(np.asarray(given, dtype=float)).reshape(2)
-    except (TypeError, ValueError, RuntimeError):
-        raise Mistake("Return two numbers, the interval's lower and upper end.") from None
+def interval(draw: Draw, *arguments: Any) -> Callable[[Answer], Tensor]:
+    """Return what runs an answer that draws, answer(*arguments, rng): (low, high) as a tensor."""
 
+    def given(answer: Answer) -> Tensor:
+        ends = ask(answer, *arguments, np.random.default_rng(draw.seed))
+        try:
+            return torch.as_tensor(np.asarray(ends, dtype=float)).reshape(2)
+        except (TypeError, ValueError, RuntimeError):
+            raise Mistake("Return two numbers, the interval's lower and upper end.") from None
 
-def two_of(given: object, what: str) -> Sequence[Any]:
-    """Return an answer that must be a pair."""
-    if not isinstance(given, tuple | list) or len(given) != 2:
-        raise Mistake(f"Return {what}.")
     return given
+
+
+def named(made: Callable[[str], Any], slips: Mapping[str, str]) -> dict[str, Any]:
+    """Return made(slip) by what to say of it; slips: what to say, by the slip's short name."""
+    return {says: made(slip) for slip, says in slips.items()}
 
 
 def of_variance(right: Tensor, variance: Tensor, equation: str) -> dict[str, Tensor]:
     """Return the slips of what is divided by sigma_t^2; right: (B,) or (B, D), variance: (B,)."""
     each = variance.reshape(-1, *[1] * (right.dim() - 1))
     slips = {
-        f"You divided by sigma; {equation} has its square, and `variance` is that square.": (
-            right * each.sqrt()
-        ),
+        f"You divided by sigma: {equation} has its square, `variance`.": right * each.sqrt(),
         "`variance` is sigma^2 already: you squared it once more.": right / each,
         f"Divide by sigma^2, as {equation} does.": right * each,
     }
     if right.dim() > 1:
-        spread = "`variance` is one number a sample, and you spread it over the last axis: make it "
-        slips[f"{spread}(B, 1)."] = right * each / variance
+        says = "`variance` is one number a sample, you spread it over the last axis: use (B, 1)."
+        slips[says] = right * each / variance
     return slips
-
-
-def of_norm(right: Tensor, difference: Tensor, equation: str) -> dict[str, Tensor]:
-    """Return the slips of what is a squared norm of a difference, (B, ...), times a factor."""
-    difference = difference.flatten(1)
-    square = difference.square().sum(1)
-    return {
-        f"{equation} has the squared length, not the length.": right / square.sqrt(),
-        f"You averaged over the dimensions: the norm of {equation} is a sum.": (
-            right / difference.shape[1]
-        ),
-        "You added before you squared: squares first.": right * difference.sum(1).square() / square,
-        "Those are absolute values: it has squares.": right * difference.abs().sum(1) / square,
-    }
 
 
 def _copied(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.clone()
-    kinds = np.ndarray | pd.Series | pd.DataFrame | list
-    return argument.copy() if isinstance(argument, kinds) else argument
+    return argument.copy() if isinstance(argument, np.ndarray | Table | list) else argument
 
 
 def _usual(right: Tensor) -> list[tuple[str, Tensor]]:
@@ -257,11 +264,11 @@ def _usual(right: Tensor) -> list[tuple[str, Tensor]]:
         "Nothing but zeros: is a result lost on the way?": torch.zeros_like(right),
     }
     if right.dim():
+        own = "every sample has its own value."
         slips |= {
-            "You averaged over the batch: every sample has its own value.": right.mean(0),
-            "You averaged over the batch: every sample has its own value. (The mean stands in "
-            "every row.)": right.mean(0).expand_as(right),
-            "You summed over the batch: every sample has its own value.": right.sum(0),
+            f"You averaged over the batch: {own}": right.mean(0),
+            f"Every row is the batch's mean: {own}": right.mean(0).expand_as(right),
+            f"You summed over the batch: {own}": right.sum(0),
             "All are there, in the opposite order.": right.flip(0),
         }
     if right.dim() > 1:

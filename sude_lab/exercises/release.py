@@ -1,7 +1,6 @@
 """Students' copies of the exercises, made by nbgrader from the sources in `notebooks/exercises`.
 
-The sources hold solutions and hidden tests; nbgrader (the extra `teach`) takes both out. A course
-folder, if wished, is nbgrader's own: sources, the gradebook with the hidden tests, its settings.
+The sources hold solutions and hidden tests; nbgrader (the extra `teach`) takes both out.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 from sude_lab.errors import UserError
 from sude_lab.io.files import atomic_folder
@@ -44,10 +43,10 @@ def exercise_sources() -> list[Path]:
 
 
 def release(folder: Path, course: Path | None = None) -> list[Path]:
-    """Write the students' copies into `folder`, and into `course` what it takes to grade them.
+    """Write the students' copies into `folder`, and into `course` what nbgrader grades them with.
 
-    Returns the copies. In the course every exercise is an assignment of its own: hand-ins belong
-    into `course`/submitted/STUDENT/ex_NN_NAME/ex_NN_NAME.ipynb.
+    Returns the copies. In the course every exercise is an assignment: hand-ins belong into
+    `course`/submitted/STUDENT/ex_NN_NAME/ex_NN_NAME.ipynb.
 
     Raises:
         UserError: nbgrader is not installed, it refuses a source, or a folder is not empty.
@@ -59,10 +58,10 @@ def release(folder: Path, course: Path | None = None) -> list[Path]:
             raise UserError("Name two folders, neither inside the other: the course has solutions.")
     with ExitStack() as stack:
         copies = stack.enter_context(atomic_folder(folder))
-        if course is None:
-            room = Path(stack.enter_context(TemporaryDirectory()))
-        else:
-            room = stack.enter_context(atomic_folder(course))
+        place = stack.enter_context(
+            TemporaryDirectory() if course is None else atomic_folder(course)
+        )
+        room = Path(str(place))
         (room / "nbgrader_config.py").write_text(SETTINGS, encoding="utf-8")
         for source in sources:
             assignment = room / "source" / source.stem
@@ -81,28 +80,15 @@ def _generate(room: Path, assignments: list[str]) -> None:
         from nbgrader.coursedir import CourseDirectory
         from nbgrader.utils import capture_log
     except ImportError as error:
-        raise UserError(
-            "Students' copies are made by nbgrader, which is not installed: "
-            'pip install -e ".[teach]"'
-        ) from error
-    for assignment in assignments:
-        course = CourseDirectory(
-            root=str(room.resolve()), course_id=COURSE, assignment_id=assignment
-        )
-        with _programs_of_this_python():
+        says = "Students' copies are made by nbgrader, which is not installed"
+        raise UserError(f'{says}: pip install -e ".[teach]"') from error
+    # nbgrader looks for `alembic`, also where the virtual environment was not activated
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    for name in assignments:
+        course = CourseDirectory(root=str(room.resolve()), course_id=COURSE, assignment_id=name)
+        with patch.dict(os.environ, PATH=path):
             done = capture_log(GenerateAssignment(coursedir=course))
         if not done["success"]:
             log = done.get("log", "") + done.get("error", "")
             reasons = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", log, re.M) or [log]
-            raise UserError(f"nbgrader cannot release {assignment}: {reasons[0]}")
-
-
-@contextmanager
-def _programs_of_this_python() -> Iterator[None]:
-    """Let nbgrader find `alembic`, also where the virtual environment was not activated."""
-    before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
+            raise UserError(f"nbgrader cannot release {name}: {reasons[0]}")

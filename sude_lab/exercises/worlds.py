@@ -1,6 +1,7 @@
-"""What the exercises are given: schedules, and two small worlds in which everything is known."""
+"""What the exercises are given: schedules, and two small worlds in which everything is known.
 
-from __future__ import annotations
+Equations are those of arXiv 2403.06775.
+"""
 
 import torch
 from torch import Tensor
@@ -11,21 +12,10 @@ from sude_lab.world.mixture import GaussianMixture
 DOG, CAT = 0, 1
 
 
-def normal(generator: torch.Generator, *shape: int) -> Tensor:
-    """Return standard normal numbers of a shape, float64."""
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
-    """Return numbers between `low` and `high`, float64."""
-    return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
-
-
 def stable_diffusion_schedule() -> Schedule:
-    """Return Stable Diffusion's table of abar_t, 1,000 steps; the included model has the same.
+    """Return Stable Diffusion's table abar_t = prod_{s <= t} (1 - beta_s), eq. 1; the model's, too.
 
-    abar_t = prod_{s <= t} (1 - beta_s), arXiv 2403.06775, eq. 1, where sqrt(beta) grows evenly from
-    sqrt(0.00085) to sqrt(0.012) ("scaled linear").
+    sqrt(beta) grows evenly from sqrt(0.00085) to sqrt(0.012) in 1,000 steps ("scaled linear").
     """
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     return Schedule((1 - betas).cumprod(0))
@@ -50,8 +40,7 @@ def animals() -> GaussianMixture:
 def things() -> tuple[GaussianMixture, Tensor]:
     """Return lesson 02's world of two numbers, dogs (0) and other things (1), and who is my dog's.
 
-    The bool tensor marks the components with my dog's colours, which are the subject c_sub; in this
-    world colours say something of the shape.
+    The bool tensor marks the components with my dog's colours, the subject c_sub.
     """
     world = GaussianMixture(
         weights=torch.tensor([0.1, 0.4, 0.1, 0.4]).double(),
@@ -65,14 +54,13 @@ def things() -> tuple[GaussianMixture, Tensor]:
 def steps(
     mixture: GaussianMixture, n: int, k: int, schedule: Schedule, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw n steps at timestep k >= 1: noise a sample to k - 1, then one step more.
+    """Return x_{t-1}, x_t, (n, D), and t, (n,): eq. 1 to k - 1 >= 0, then one step more.
 
-    x_t = sqrt(alpha_t) x_{t-1} + sqrt(1 - alpha_t) noise, the steps that eq. 1 of arXiv 2403.06775
-    is made of. Returns x_{t-1} and x_t, (n, D), and t, (n,).
+    x_t = sqrt(alpha_t) x_{t-1} + sqrt(1 - alpha_t) noise.
     """
     x_0, _ = mixture.sample(n, generator)
     t = torch.full((n,), k)
-    x_prev = add_noise(x_0, normal(generator, *x_0.shape), t - 1, schedule)
+    first, second = (torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype) for _ in range(2))
+    x_prev = add_noise(x_0, first, t - 1, schedule)
     alpha = schedule.alphas_cumprod[k] / schedule.alphas_cumprod[k - 1]
-    noise = normal(generator, *x_0.shape)
-    return x_prev, alpha.sqrt() * x_prev + (1 - alpha).sqrt() * noise, t
+    return x_prev, alpha.sqrt() * x_prev + (1 - alpha).sqrt() * second, t

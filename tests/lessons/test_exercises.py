@@ -635,21 +635,20 @@ def test_slips_are_told_apart(
     """No slip has the values of the right answer, nor those of another slip, on any seed."""
     seen = []
 
-    def record(given: Any, right: Any, slips: dict[str, Any], *, tolerance: float = 1e-6) -> None:
+    def record(
+        given: Any, right: Any, slips: dict[str, Any], tolerance: float = 1e-6, hint: str = ""
+    ) -> None:
         seen.append(([right, *slips.values()], max(tolerance, 1e-8)))
-        judge(given, right, slips, tolerance=tolerance)
+        judge(given, right, slips, tolerance, hint)
 
     def record_words(given: Any, right: Any, slips: dict[str, Any]) -> None:
-        texts = [right, *slips.values()]
-        assert all(texts.count(text) == 1 for text in texts), texts
+        texts = [text for text in slips.values() if text != right]
+        assert texts and all(texts.count(text) == 1 for text in texts), texts
         judge_words(given, right, slips)
         seen.append(([], 0.0))
 
-    home = sys.modules[getattr(exercises, f"check_{task}").__module__]
-    for name, recorder in (("judge", record), ("judge_words", record_words)):
-        for module in (judging, home):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, recorder)
+    monkeypatch.setattr(judging, "judge", record)
+    monkeypatch.setattr(judging, "judge_words", record_words)
     hand_in(before[task])
     for values, tolerance in seen:
         values = [torch.as_tensor(value).double() for value in values]
@@ -832,6 +831,8 @@ def problems(notebook: Notebook) -> list[str]:
         found.append("there are not four to six tasks")
     if f"*Time*: {minutes} minutes" not in source(cells[0]):
         found.append(f"the first cell does not say that the tasks take {minutes} minutes")
+    if "hidden checks" not in source(cells[0]):
+        found.append("the first cell does not tell of hidden checks")
     if [cell["execution_count"] for cell in code] != list(range(1, len(code) + 1)):
         found.append("the cells were not executed once, from top to bottom")
     if not any(CHECKED in source(cell) for cell in code):
@@ -864,6 +865,7 @@ BREAKS: dict[str, Callable[[list[Notebook]], Any]] = {
     "used twice": lambda cells: cells[3]["metadata"]["nbgrader"].update(grade_id="setup"),
     "four to six": lambda cells: cells.__delitem__(slice(5, None)),
     "does not say": lambda cells: cells[0].update(source=["# Exercises"]),
+    "tell of hidden checks": lambda cells: cells[0].update(source=["# Exercises"]),
     "executed once": lambda cells: cells[1].update(execution_count=5),
     "SEED is not set": lambda cells: cells[1].update(source=["seed = 0"]),
 }
