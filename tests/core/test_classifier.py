@@ -15,6 +15,8 @@ from sude_lab.classifier import (
     squared_distance,
 )
 
+pytestmark = pytest.mark.quick
+
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 VARIANCE = torch.tensor([0.3, 2.0, 1e-3, 0.7], dtype=torch.float64)
 

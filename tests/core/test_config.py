@@ -15,6 +15,8 @@ from sude_lab.config import CompleteConfig, TuningConfig, read_settings
 from sude_lab.errors import UserError, kinds_of
 from sude_lab.methods import METHODS
 
+pytestmark = pytest.mark.quick
+
 HEAVY = (
     *("accelerate", "diffusers", "matplotlib", "numpy", "pandas", "peft", "PIL", "pyarrow", "ray"),
     *("safetensors", "tensorboard", "torch", "transformers", "yaml"),

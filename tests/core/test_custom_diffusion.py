@@ -87,6 +87,7 @@ def cross_attentions(backbone: Backbone) -> set[str]:
 # --- what is trained -----------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_keys_values_and_the_word_move_and_nothing_else(fresh: Fresh, picture: Image.Image) -> None:
     backbone = fresh()
     before = tensors(backbone)
@@ -195,6 +196,7 @@ def test_two_subjects_share_keys_and_values_and_each_trains_its_own_word(
     pytest.fail("Eight seeds drew one subject only.")
 
 
+@pytest.mark.quick
 def test_the_gated_loss_of_sude_reaches_every_key_value_and_the_word(
     fresh: Fresh, picture: Image.Image
 ) -> None:

@@ -20,6 +20,8 @@ from sude_lab.diffusion import (
     training_target,
 )
 
+pytestmark = pytest.mark.quick
+
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 

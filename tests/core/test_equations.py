@@ -4,6 +4,7 @@ Read it beside the paper: diffusers gives the process, torch.distributions the d
 the gradients, quadrature the expectations, and an exact mixture world the identities.
 """
 
+import pytest
 import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal
@@ -20,6 +21,8 @@ from sude_lab.losses import (
     truncate,
 )
 from sude_lab.world.mixture import GaussianMixture
+
+pytestmark = pytest.mark.quick
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 VARIANCE = torch.tensor([0.3, 2.0, 0.05, 0.7], dtype=torch.float64)

@@ -53,6 +53,7 @@ def outputs() -> tuple[Tensor, Tensor, Tensor]:
 # --- the algebra ---------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_full_strength_lands_on_the_gate_and_touches_nothing_behind_it(
     outputs: tuple[Tensor, Tensor, Tensor],
 ) -> None:
@@ -75,6 +76,7 @@ def test_rho_moves_by_the_strengths_share_of_what_is_missing(
     assert torch.allclose(after, before + strength * (1 - before), rtol=0, atol=1e-13)
 
 
+@pytest.mark.quick
 def test_it_is_the_smallest_change_that_shuts_the_gate(
     outputs: tuple[Tensor, Tensor, Tensor],
 ) -> None:

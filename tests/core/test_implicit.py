@@ -23,6 +23,8 @@ from sude_lab.diffusion import Schedule
 from sude_lab.errors import UserError
 from sude_lab.world.mixture import GaussianMixture
 
+pytestmark = pytest.mark.quick
+
 PROMPTS = ["photo of a dog", "photo of a cat", "photo of a candle", "", "photo of a running dog"]
 
 

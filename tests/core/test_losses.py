@@ -30,6 +30,8 @@ from sude_lab.losses import (
 )
 from sude_lab.view.thresholds import sude_move
 
+pytestmark = pytest.mark.quick
+
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 VARIANCE = torch.tensor([0.3, 2.0, 1e-2, 0.7], dtype=torch.float64)
 SD = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

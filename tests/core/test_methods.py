@@ -23,6 +23,8 @@ from sude_lab.methods import METHODS, configure, get_method
 from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.tuning import Step
 
+pytestmark = pytest.mark.quick
+
 Fresh = Callable[[], Backbone]
 
 # What is trained -> the settings, and which tensors (by their name in the whole pipeline) may move.

@@ -14,6 +14,8 @@ from sude_lab.diffusion import add_noise, posterior_mean, posterior_variance, re
 from sude_lab.errors import UserError
 from sude_lab.losses import sude_weight
 
+pytestmark = pytest.mark.quick
+
 PICTURE = Image.new("RGB", (32, 32))
 PROMPTS = ["photo of a dog", "photo of a cat", ""]
 

@@ -20,6 +20,8 @@ from sude_lab.io.opening import open_backbone
 from sude_lab.methods import METHODS
 from sude_lab.prompts import PLACEHOLDER, article, fill, photo_of, placeholder
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("words", "expected"),

@@ -55,6 +55,8 @@ from sude_lab.losses import (
 )
 from sude_lab.view.thresholds import sude_move
 
+pytestmark = pytest.mark.quick
+
 CLOSE: dict[str, Any] = {"rtol": 1e-7, "atol": 1e-7}
 seeds = st.integers(0, 2**31 - 1)
 

@@ -19,6 +19,8 @@ from sude_lab.draws import step_generator
 from sude_lab.runs.class_images import drawn_class_images
 from sude_lab.runs.prepare import prepared_tuning
 
+pytestmark = pytest.mark.quick
+
 Fresh = Callable[[], Backbone]
 STEPS, BATCH, RATE, SEED = 20, 2, 1e-3, 5
 

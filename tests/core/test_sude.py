@@ -32,6 +32,8 @@ from sude_lab.sude import SudeRegularizer, sude_terms
 from sude_lab.tuning import Tuning
 from sude_lab.world import drawing as world
 
+pytestmark = pytest.mark.quick
+
 Fresh = Callable[[], Backbone]
 LORA = LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
 

@@ -137,6 +137,7 @@ def by_hand(
     return t, (eps_of[0] - eps).square().mean((1, 2, 3)), loss, tau
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("method", ["dreambooth", "textual_inversion"])
 def test_the_exact_loss_is_eq_7_of_the_means(
     method: str, fresh: Fresh, picture: Image.Image
@@ -160,6 +161,7 @@ def test_the_exact_loss_is_eq_7_of_the_means(
     assert tau.abs().max() > 1e-6  # the two conditions do differ
 
 
+@pytest.mark.quick
 def test_the_three_terms_are_added_and_averaged_over_the_batch(
     fresh: Fresh, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +215,7 @@ def test_the_gradient_of_a_batch_is_the_mean_of_its_samples(
         torch.testing.assert_close(both, (first + second) / 2, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.quick
 def test_truncation_takes_the_gradient_of_samples_whose_gate_is_shut(
     fresh: Fresh, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,6 +382,7 @@ def test_accumulated_batches_are_one_batch_so_many_times_as_large(
 # --- eq. 14 with the model before tuning as the teacher ------------------------------------------
 
 
+@pytest.mark.quick
 def test_the_teachers_regulariser_is_eq_14(fresh: Fresh, picture: Image.Image) -> None:
     settings = config(
         train="attention",
@@ -912,6 +916,7 @@ def test_tuning_leaves_the_global_generator_alone(
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "settings",
     [

@@ -183,6 +183,7 @@ def attention_by_hand(attn: Any, hidden: Tensor, context: Tensor) -> np.ndarray:
     return np.mean(maps, axis=0)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("prompt", "places", "end"), [(None, [4], 5), ("{S*} and a dog on {S*}", [1, 6], 7)]
 )
@@ -264,6 +265,7 @@ def test_a_block_begins_as_its_host_and_changes_nothing(tiny: Backbone) -> None:
     assert all(bool((p != 7).any()) for p in host.parameters())
 
 
+@pytest.mark.quick
 def test_at_step_0_the_model_answers_as_it_did(tiny: Backbone, fresh: Fresh) -> None:
     vico, plain = method(tiny, stirred=False), fresh()
     x, t = normal(0, 3, 4, 8, 8), torch.tensor([5, 400, 900])
@@ -409,6 +411,7 @@ def frozen(backbone: Backbone) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.quick
 def test_exactly_the_blocks_and_the_word_move(
     tiny: Backbone, fresh: Fresh, picture: Image.Image
 ) -> None:

@@ -632,6 +632,7 @@ def test_several_runs_need_a_folder_and_no_run_is_no_job(
 # --- the command ---------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_the_command_does_the_same(
     pair: list[Path],
     prompts: Path,

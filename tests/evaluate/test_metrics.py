@@ -17,6 +17,8 @@ from sude_lab.evaluate.metrics import (
 )
 from sude_lab.evaluate.statistics import drawings_interval, t_quantile, t_test_p
 
+pytestmark = pytest.mark.quick
+
 T_1 = t_quantile(1)  # 12.7: of two subjects the interval is mean -+ T_1 half their distance
 
 

@@ -23,6 +23,8 @@ from sude_lab.evaluate.statistics import (
     wilson_interval,
 )
 
+pytestmark = pytest.mark.quick
+
 # --- Student's t ---------------------------------------------------------------------------------
 
 

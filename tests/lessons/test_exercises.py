@@ -908,6 +908,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return said.err
 
 
+@pytest.mark.quick
 def test_without_nbgrader_one_sentence_says_what_to_install(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -918,6 +919,7 @@ def test_without_nbgrader_one_sentence_says_what_to_install(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.quick
 def test_a_folder_that_is_not_empty_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

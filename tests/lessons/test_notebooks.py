@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 EXERCISES = sorted((NOTEBOOKS[0].parent / "exercises").glob("*.ipynb"))
 PAGE = (NOTEBOOKS[0].parent / "guide" / "lessons.md").read_text(encoding="utf-8")

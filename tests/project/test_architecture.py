@@ -14,6 +14,8 @@ import pytest
 
 import sude_lab
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "sude_lab"
 BESIDE = {"__init__", "__main__", "cli", "demo", "errors"}

@@ -152,17 +152,21 @@ def test_the_exponent_of_a_power_is_found(power: float) -> None:
     assert math.isnan(growth.exponent(x, np.zeros(5)))
 
 
-def test_growth_measures_every_point_and_draws_it(tmp_path: Path) -> None:
+def test_growth_measures_every_point_and_draws_it(tmp_path: Path, tiny_folder: Path) -> None:
     growth = load("growth")
-    few = {"picture": (32, 64), "batch": (1, 4), "prompts": (2, 4), "drawing": (1, 2)}
-    args = growth.Benchmark(
-        out=tmp_path, num_pairs=2, num_inference_steps=1, rounds=2, repeats=1, **few
-    )
+    few: dict[str, Any] = {
+        "picture": (32, 64),
+        "batch": (1, 4),
+        "prompts": (2, 4),
+        "drawing": (1, 2),
+    }
+    few |= {"num_pairs": 2, "num_inference_steps": 1, "rounds": 1, "repeats": 1}
+    args = growth.Benchmark(out=tmp_path, backbone=str(tiny_folder), **few)
     growth.main(args)
     table = pd.read_csv(tmp_path / "growth.csv")
     assert list(zip(table.panel, table.variant, table.x, strict=True)) == [
         (panel, variant, x)
-        for panel in few
+        for panel in growth.PANELS
         for variant in growth.variants(panel)
         for x in few[panel]
     ]

@@ -49,6 +49,7 @@ def refused(code: int, capsys: pytest.CaptureFixture[str]) -> str:
 # --- the job -------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_tune_then_generate(tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, drawn = tmp_path / "run", tmp_path / "drawn"
     flags = ("--max-train-steps", 2, "--num-samples", 1, "--weight-sude", 0.5)
@@ -196,6 +197,7 @@ def test_validation_grids_are_drawn_on_request(tune: Tune, tmp_path: Path) -> No
     assert not (tmp_path / "run" / "logs").exists()
 
 
+@pytest.mark.quick
 def test_a_run_is_exported(tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "my-dog"
     assert tune("--out", out, "--train", "lora", "--kohya", "--kohya-dtype", "bfloat16") == 0
@@ -216,6 +218,7 @@ def test_a_run_is_exported(tune: Tune, tmp_path: Path, capsys: pytest.CaptureFix
     assert "not a run's folder" in refused(main(again), capsys)
 
 
+@pytest.mark.quick
 def test_a_picture_is_classified(
     tiny_folder: Path, subject_picture: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -482,6 +485,7 @@ def test_arguments_that_are_missing_are_named(capsys: pytest.CaptureFixture[str]
     assert "demo" in refused(main([]), capsys)
 
 
+@pytest.mark.quick
 def test_help_names_the_commands_and_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
@@ -490,6 +494,7 @@ def test_help_names_the_commands_and_ends_well(capsys: pytest.CaptureFixture[str
     assert all(name in said.out for name in ("demo", "tune", "classify", "export", "lab"))
 
 
+@pytest.mark.quick
 def test_lab_says_where_the_notebooks_should_be(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """The demo writes what it says, and its page needs no network."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 from refusals import content
 
+from sude_lab.cli import main
 from sude_lab.demo import REPORT, RESULTS, STRIP, _seconds, run_demo, table_with_intervals
 from sude_lab.errors import UserError
 from sude_lab.runs.folder import ENVIRONMENT, Run
@@ -28,13 +30,23 @@ COLUMNS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _tiny_model(tiny_data: Path) -> Iterator[None]:
+    """The tiny model in the embedded one's place, whose demo `.ci/run` runs whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUDE_LAB_DATA", str(tiny_data))
+        yield
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "out"
-    run_demo(out, num_images=2, max_train_steps=3, progress=False)
+    words = ["demo", "--out", str(out), "--num-images", "2", "--max-train-steps", "3"]
+    assert main(words) == 0
     return out
 
 
+@pytest.mark.quick
 def test_results_are_tidy(demo: Path) -> None:
     table = pd.read_csv(demo / RESULTS)
     assert set(table.columns) >= COLUMNS
@@ -43,6 +55,7 @@ def test_results_are_tidy(demo: Path) -> None:
     assert (table.groupby(["variant", "prompt"]).size() == 2).all()
 
 
+@pytest.mark.quick
 def test_the_page_is_whole_and_needs_no_network(demo: Path) -> None:
     page = (demo / REPORT).read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)

@@ -12,6 +12,8 @@ from packaging.utils import canonicalize_name
 
 import sude_lab
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 

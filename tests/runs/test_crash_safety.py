@@ -28,7 +28,7 @@ from sude_lab.io.files import PARTIAL
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run
 
 TOUCHES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile")
-KILLS = int(os.environ.get("SUDE_LAB_KILLS", "25"))
+KILLS = int(os.environ.get("SUDE_LAB_KILLS", "12"))
 """How many moments in all; 50 and more before a release."""
 
 

@@ -527,6 +527,7 @@ def test_dry_run_measures_where_it_is_told_to_and_writes_nothing(
     assert said.count("1 runs") >= 2 and "3 steps now" not in said
 
 
+@pytest.mark.quick
 def test_a_dry_run_imports_nothing_that_takes_seconds(tmp_path: Path) -> None:
     code = "import sys; from sude_lab.cli import main; main(sys.argv[1:]); print(set(sys.modules))"
     command = ["sweep", str(write_grid(tmp_path)), "--out", str(tmp_path / "out"), "--dry-run"]

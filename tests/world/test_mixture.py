@@ -9,6 +9,8 @@ from torch.testing import assert_close
 from sude_lab.diffusion import Schedule, add_noise, posterior_mean, posterior_variance
 from sude_lab.world.mixture import GaussianMixture, implicit_classifier_error
 
+pytestmark = pytest.mark.quick
+
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 SCHEDULE = Schedule.from_scheduler(
     DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
