@@ -264,9 +264,9 @@ class Laboratory:
         backbone = backbone.copy()
         if "channels_last" in setting:
             backbone.unet.to(memory_format=torch.channels_last)
-        run = prepared_tuning(self.config(method, variant, batch), backbone, picture)
         with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, SUDE_LAB_CACHE=cache):
             began = self.now()
+            run = prepared_tuning(self.config(method, variant, batch), backbone, picture)
             next(run)
             found = {"start_seconds": self.now() - began}
         if "compile" in setting:
