@@ -270,6 +270,18 @@ class Verdict:
         """The most likely prompt."""
         return self.prompts[self.order[0]]
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row a prompt, most likely first."""
+        return [
+            {
+                "prompt": self.prompts[k],
+                "probability": self.probability[k].item(),
+                "standard_error": self.standard_error[k].item(),
+                "pairs": int(self.pairs[k]),
+            }
+            for k in self.order
+        ]
+
     @property
     def num_evaluations(self) -> int:
         """How often the UNet was evaluated."""
