@@ -246,8 +246,8 @@ def _tune(args: Tune) -> None:
 
     settings = dict(vars(args))
     config = TuningConfig(**{f.name: settings.pop(f.name) for f in fields(TuningConfig)})
-    settings["kohya"] = settings.pop("kohya_dtype") if args.kohya else None
-    flag = settings.pop("push_to_hub")
+    dtype, flag = settings.pop("kohya_dtype"), settings.pop("push_to_hub")
+    settings["kohya"] = dtype if args.kohya else None
     repository = _repository(flag)  # what is wrong with it is said before the work
     run = run_tuning(config, **settings)
     if distributed.is_available() and distributed.is_initialized():

@@ -157,10 +157,7 @@ def measures(ax: Axes, table: pd.DataFrame, names: Sequence[str]) -> Axes:
 
 
 def half_space(
-    ax: Axes,
-    direction: Numbers,
-    before: np.ndarray,
-    after: Mapping[str, np.ndarray],
+    ax: Axes, direction: Numbers, before: np.ndarray, after: Mapping[str, np.ndarray]
 ) -> Axes:
     """Draw points of a plane and where they are moved; shaded: rho >= 1, where eq. 9 stops.
 
@@ -267,7 +264,7 @@ def curves(
         ax.plot(x, np.asarray(y), label=name, color=_colour_of(k), ls=_DASHES[k % 4])
     if mark is not None:
         ax.axvline(mark, color="black", lw=0.7)
-    ax.set(**{f"{axis}scale": "log" for axis in log})  # type: ignore[arg-type]
+    ax.set(**{f"{axis}scale": "log" for axis in log})
     return finish(ax, title, legend=9 * (len(lines) > 1), xlabel=xlabel, ylabel=ylabel)
 
 
@@ -314,12 +311,7 @@ def agreement(
 
 
 def gate_over_time(
-    ax: Axes,
-    times: Numbers,
-    loss: Numbers,
-    threshold: Numbers,
-    *,
-    now: float | None = None,
+    ax: Axes, times: Numbers, loss: Numbers, threshold: Numbers, *, now: float | None = None
 ) -> Axes:
     """Draw L_sude and tau_t of one noised picture over t; the gate is open where it is shaded.
 

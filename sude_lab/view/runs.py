@@ -22,9 +22,6 @@ from sude_lab.view.shown import Shown, png, short
 class RunExplorer(Shown):
     """A button a run, coloured by a measure; a click marks the run in the plane and draws it.
 
-    Show it as the last line of a cell; what is stored is its last picture, see
-    `sude_lab.view.shown`.
-
     Args:
         runs: a row a run.
         pictures: gives a run's pictures by their prompts; called at the first click on the run.
@@ -88,24 +85,22 @@ class RunExplorer(Shown):
 
     def widget(self) -> Any:
         """Return the table of buttons."""
-        columns = list(dict.fromkeys(self.runs.index.get_level_values(1)))
-        rows = list(dict.fromkeys(self.runs[self.row]))
-        width = {"width": "190px"}
-        lines = [[ipywidgets.Label(f"{self.row} \\ {self.column}", layout=width)]]
-        lines[0] += [ipywidgets.Label(short(c), layout={"width": "70px"}) for c in columns]
+
+        def label(text: Any, width: str = "70px") -> Any:
+            return ipywidgets.Label(short(text), layout={"width": width})
+
+        rows, columns = (list(dict.fromkeys(self.runs[name])) for name in (self.row, self.column))
+        lines = [[label(f"{self.row} \\ {self.column}", "190px"), *map(label, columns)]]
         for row in rows:
-            line = [ipywidgets.Label(str(row), layout=width)]
-            for column in columns:
-                gap = ipywidgets.Label("", layout={"width": "70px"})
-                line.append(self.buttons.get((row, column), gap))
-            lines.append(line)
+            cells = [self.buttons.get((row, column)) or label("") for column in columns]
+            lines.append([label(row, "190px"), *cells])
         return ipywidgets.VBox([ipywidgets.HBox(line) for line in lines])
 
     def __str__(self) -> str:
         run = self.runs.loc[self.at]
         return (
             f"{self.at[0]}, {self.column} {short(self.at[1])}: "
-            f"{_named(self.y)} {run[self.y]:.2f}, {_named(self.x)} {run[self.x]:.2f}"
+            f"{plots.words(self.y)} {run[self.y]:.2f}, {plots.words(self.x)} {run[self.x]:.2f}"
         )
 
     def _make_buttons(self) -> dict[tuple[Any, Any], Any]:
@@ -113,12 +108,9 @@ class RunExplorer(Shown):
         buttons = {}
         for place, run in self.runs.iterrows():
             value = float(run[self.y])
-            button = ipywidgets.Button(
-                description=f"{value:.2f}",
-                tooltip=f"{place[0]}, {self.column} {short(place[1])}",
-                layout={"width": "70px"},
-            )
-            button.style.button_color = to_hex(shades(value))
+            about = f"{place[0]}, {self.column} {short(place[1])}"
+            button = ipywidgets.Button(description=f"{value:.2f}", tooltip=about)
+            button.layout.width, button.style.button_color = "70px", to_hex(shades(value))
             button.style.text_color = "black" if value > 0.5 else "white"
             button.on_click(lambda _, place=place: self.show(*place))
             buttons[place] = button
@@ -130,7 +122,8 @@ class RunExplorer(Shown):
         plane.plot(self.runs[self.x], self.runs[self.y], "o", ms=4, color="#bbbbbb")
         (self._line,) = plane.plot([], [], "-o", ms=5, color="#0072B2", lw=1)
         (self._mark,) = plane.plot([], [], "o", ms=12, mfc="none", mec="#D55E00", mew=2)
-        plane.set(xlim=(0, 1.03), ylim=(-0.03, 1.03), xlabel=_named(self.x), ylabel=_named(self.y))
+        plane.set(xlim=(0, 1.03), ylim=(-0.03, 1.03))
+        plane.set(xlabel=plots.words(self.x), ylabel=plots.words(self.y))
         self._canvas = right.imshow(np.full((2, 2, 3), 255, dtype=np.uint8))
         self._title = right.set_title("", fontsize=10)
         right.set_axis_off()
@@ -161,7 +154,3 @@ class RunExplorer(Shown):
         self._canvas.set_data(whole)
         self._canvas.set_extent((0, whole.shape[1], whole.shape[0], 0))
         self._right.set(xlim=(0, whole.shape[1]), ylim=(whole.shape[0], 0))
-
-
-def _named(measure: str) -> str:
-    return measure.replace("_", " ")

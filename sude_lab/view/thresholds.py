@@ -24,7 +24,7 @@ from sude_lab.losses import guidance_projection, sude_weight
 from sude_lab.prompts import photo_of
 from sude_lab.sude import sude_terms
 from sude_lab.view import plots
-from sude_lab.view.shown import Shown, png, row, short, slider
+from sude_lab.view.shown import Shown, png, row, slider
 
 
 def sude_move(
@@ -39,9 +39,8 @@ def sude_move(
     """How far SuDe moves a prediction along d = mean_class - mean_uncond, when moving has a price.
 
     argmin_s ||s d||^2 + w_s hinge(x_prev + s d) = min(w_s / (2 sigma_t^2), max(0, 1 - rho)),
-    derived from arXiv 2403.06775, eq. 3 and 7-10: the price is what eq. 3 would charge for leaving
-    x_prev. In eps-space it is min(w_s w_t, max(0, 1 - rho)). Without truncation rho bounds nothing,
-    and s = w_s / (2 sigma_t^2).
+    derived from arXiv 2403.06775, eq. 3 and 7-10: the price is what eq. 3 charges for leaving
+    x_prev. In eps-space: min(w_s w_t, max(0, 1 - rho)). Without truncation s = w_s / (2 sigma_t^2).
 
     Args: as `sude_loss`; weight_sude: w_s. Returns s, (B,), in lengths of d, without a gradient.
 
@@ -89,25 +88,18 @@ def ask(
     """
     if not categories or not seeds:
         raise UserError("Give at least one category and one seed.")
-    prompts = ["", *(photo_of(category) for category in categories)]
-    noised, judged, tuned_eps = [], [], []
-    for seed in seeds:
-        parts = [p[1:5] for p in answers(judge, [picture], prompts, times, seed=seed)]
-        x_t, eps = (torch.cat([part[k] for part in parts]).cpu() for k in (0, 3))
-        noised.append(x_t.unflatten(0, (len(times), -1))[:, 0])
-        judged.append(eps.unflatten(0, (len(times), -1)))
-        batches = answers(tuned, [picture], [subject_prompt], times, seed=seed)
-        tuned_eps.append(torch.cat([batch[4] for batch in batches]).cpu())
-    by_judge = torch.stack(judged)
-    return Grid(
-        tuple(times),
-        tuple(categories),
-        tuple(seeds),
-        torch.stack(noised),
-        torch.stack(tuned_eps),
-        by_judge[:, :, 0],
-        by_judge[:, :, 1:],
-    )
+
+    def predicted(model: Backbone, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """x_t and eps_theta, (N, M, K, C, h, w) each."""
+        batches = [b for s in seeds for b in answers(model, [picture], prompts, times, seed=s)]
+        x_t, eps = (torch.cat([batch[k] for batch in batches]).cpu() for k in (1, 4))
+        sizes = (len(seeds), len(times), len(prompts))
+        return x_t.unflatten(0, sizes), eps.unflatten(0, sizes)
+
+    x_t, by_judge = predicted(judge, ["", *map(photo_of, categories)])
+    _, by_tuned = predicted(tuned, [subject_prompt])
+    eps = (by_tuned[:, :, 0], by_judge[:, :, 0], by_judge[:, :, 1:])
+    return Grid(tuple(times), tuple(categories), tuple(seeds), x_t[:, :, 0], *eps)
 
 
 @dataclass(frozen=True)
@@ -141,8 +133,7 @@ class ThresholdExplorer(Shown):
     """Sliders for t, category, noise and w_s over x_t, the push, and L_sude against tau_t.
 
     The push is where SuDe, arXiv 2403.06775, eq. 7-10, moves the tuned model's answer when moving
-    costs what eq. 3 would charge for it: e_sub + s d with s of `sude_move`. Show it
-    as the last line of a cell; `update` and `picture` do the same without a page.
+    costs what eq. 3 charges for it: e_sub + s d with s of `sude_move`.
 
     Args:
         judge: the model whose autoencoder shows latents as pictures.
@@ -163,18 +154,11 @@ class ThresholdExplorer(Shown):
         # The grid holds eps, whatever the model predicts.
         self._schedule = replace(judge.schedule, prediction_type="epsilon")
         shape = grid.category.shape[:3]
-        rows = torch.cartesian_prod(*(torch.arange(size) for size in shape))
-        n, m, k = rows.T
+        n, m, k = torch.cartesian_prod(*map(torch.arange, shape)).T
         self._t = torch.tensor(grid.times)
-        terms = sude_terms(
-            grid.subject[n, m],
-            grid.category[n, m, k],
-            grid.uncond[n, m],
-            grid.x_t[n, m],
-            self._t[m],
-            self._schedule,
-            weighting=weighting,
-        )
+        eps = (grid.subject[n, m], grid.category[n, m, k], grid.uncond[n, m])
+        at = (grid.x_t[n, m], self._t[m], self._schedule)
+        terms = sude_terms(*eps, *at, weighting=weighting)
         self.loss, self.threshold, self.gate, self.rho = (
             x.reshape(shape) for x in (terms.loss, terms.threshold, terms.gate, terms.rho)
         )
@@ -205,12 +189,10 @@ class ThresholdExplorer(Shown):
             UserError: the grid has no such timestep, category or noise.
         """
         n, m, k = self._index(t, category, seed)
-        move = self._move(n, m, k, weight_sude)
-        values = (x[n, m, k].item() for x in (self.loss, self.threshold, self.gate, self.rho))
-        loss, threshold, is_open, rho = values
-        return Reading(
-            t, category, seed, weight_sude, loss, threshold, bool(is_open), rho, move.item()
-        )
+        move = self._move(n, m, k, weight_sude).item()
+        loss, threshold, rho = (x[n, m, k].item() for x in (self.loss, self.threshold, self.rho))
+        is_open = bool(self.gate[n, m, k])
+        return Reading(t, category, seed, weight_sude, loss, threshold, is_open, rho, move)
 
     def update(self, t: int, category: str, seed: int, weight_sude: float) -> Reading:
         """Redraw the figure for one position and return its numbers.
@@ -234,7 +216,7 @@ class ThresholdExplorer(Shown):
         return png(self.canvas)
 
     def widget(self) -> Any:
-        """Return the sliders, in two lines on a narrow page."""
+        """Return the sliders."""
         return row(self.sliders.values())
 
     def __str__(self) -> str:
@@ -243,17 +225,13 @@ class ThresholdExplorer(Shown):
     def _make_sliders(self) -> dict[str, Any]:
         grid = self.grid
         widest = grid.times[int(self.rho[0, :, 0].argmin())]  # where there is most to see
-        wanted = {
+        rows = {
             "t": ("t", grid.times, widest),
             "category": ("category", grid.categories, grid.categories[0]),
             "seed": ("noise", grid.seeds, grid.seeds[0]),
             "weight_sude": ("w_s", self.weights, self.weights[len(self.weights) // 2]),
         }
-        sliders = {}
-        for name, (label, values, value) in wanted.items():
-            sliders[name] = slider(label, [(short(v), v) for v in values], value)
-            sliders[name].observe(self._follow, names="value")
-        return sliders
+        return {name: slider(*about, self._follow, "300px") for name, about in rows.items()}
 
     def _position(self) -> dict[str, Any]:
         return {name: slider.value for name, slider in self.sliders.items()}
