@@ -259,19 +259,18 @@ def _tune(args: Tune) -> None:
     print(f'Draw with it: sude-lab generate {run.folder} "photo of a {{S*}}" --out pictures')
 
 
-def _notes(backbone: Backbone, prompts: Sequence[str], tokens: Sequence[str] = ()) -> list[str]:
-    """Say what of some prompts the model does not read, or does not know."""
-    lost = [rest for prompt in prompts if (rest := backbone.beyond_reach(prompt, *tokens))]
-    notes = [f"The prompt is too long for the model, which leaves out {rest!r}." for rest in lost]
-    words = " ".join(prompts)
-    for token in tokens:
-        words = words.replace(token, " ")
+def _note(backbone: Backbone, prompts: Sequence[str], words: str, *tokens: str) -> None:
+    """Say what of some prompts the model does not read, and which words it does not know."""
+    for prompt in prompts:
+        if rest := backbone.beyond_reach(prompt, *tokens):
+            _warn(f"The prompt is too long for the model, which leaves out {rest!r}.")
     if unknown := backbone.unknown_words(words):
-        notes.append(
-            f"The model has never met {', '.join(map(repr, unknown))}; it knows: "
-            f"{', '.join(backbone.known_words)}."
-        )
-    return notes
+        names, known = ", ".join(map(repr, unknown)), ", ".join(backbone.known_words)
+        _warn(f"The model has never met {names}; it knows: {known}.")
+
+
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _generate(args: Generate) -> None:
@@ -286,21 +285,18 @@ def _generate(args: Generate) -> None:
         raise UserError('The prompt is empty: for example "photo of a {S*}".')
     prompt, negative = run.prompt(args.prompt), run.prompt(args.negative_prompt or "")
     backbone = run.load(args.device, dtype=args.dtype, trust_backbone=args.trust_backbone)
-    notes = _notes(backbone, [prompt, negative], run.tokens)
-    if not any(token in prompt for token in run.tokens):
-        notes.append(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.")
-    for note in notes:
-        print(note, file=sys.stderr)
+    words = prompt
+    for token in run.tokens:
+        words = words.replace(token, " ")
+    _note(backbone, [prompt, negative], words, *run.tokens)
+    if words == prompt:
+        _warn(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.")
     shared = ("num_images", "seed", "num_inference_steps", "guidance_scale")
     guided = guidance_for(run.config, backbone, args.prompt, args.sude_guidance)
     with guided, atomic_folder(args.out) as folder:
-        images = generate(
-            backbone,
-            prompt,
-            negative_prompt=negative or None,
-            progress=True,
-            **{name: getattr(args, name) for name in shared},
-        )
+        settings = {name: getattr(args, name) for name in shared}
+        settings |= {"negative_prompt": negative or None, "progress": True}
+        images = generate(backbone, prompt, **settings)
         for k, image in enumerate(images):
             image.save(folder / f"{k:03d}.png")
     drawn = "1 picture is" if len(images) == 1 else f"{len(images)} pictures are"
@@ -334,8 +330,9 @@ def _classify(args: Classify) -> None:
     picture = load_picture(args.image, resolution=backbone.resolution)
     if len({tuple(ids.tolist()) for ids in backbone.tokenize([*args.prompt])}) < len(args.prompt):
         raise UserError("Two prompts are the same as far as the model reads them: change one.")
-    for note in [*picture.notes, *_notes(backbone, args.prompt)]:
-        print(note, file=sys.stderr)
+    for note in picture.notes:
+        _warn(note)
+    _note(backbone, args.prompt, " ".join(args.prompt))
     (verdict,) = classifier.classify([picture.image], progress=True)
     rows = verdict.rows()
     if args.json:
@@ -368,10 +365,9 @@ def _sweep(args: Sweep) -> int:
     failed = sweep(**{name: getattr(args, name) for name in shared})
     print(f"The table is {args.out / RESULTS}.")
     for key, reason in list(failed.items())[:1]:
-        print(
+        _warn(
             f"sude-lab: {len(failed)} runs failed, the first one ({key}) because: {reason} The "
-            "column error of the table has all reasons; the same command tries them again.",
-            file=sys.stderr,
+            "column error of the table has all reasons; the same command tries them again."
         )
     return int(bool(failed))
 
@@ -424,8 +420,7 @@ def _lab(args: Lab) -> None:
         command.append("--no-browser")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")  # a container, where there is no other user
-    code = subprocess.call(command)
-    if code:
+    if code := subprocess.call(command):
         raise UserError(f"JupyterLab stopped with exit code {code}: its reason stands above.")
 
 
@@ -558,7 +553,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, text = _answer(error, command)
         # The main process speaks for all; what one knows alone is said with its number.
         who = f" (process {process_number()})" if process_number() else ""
-        print(f"sude-lab{who}: {one_line(text)}", file=sys.stderr)
+        _warn(f"sude-lab{who}: {one_line(text)}")
         return code
 
 

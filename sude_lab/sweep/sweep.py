@@ -166,8 +166,7 @@ def _tune_and_judge(
 def _clear_halves(folder: Path, num_images: int) -> None:
     """Remove what a killed process left half done and a resume would trip over.
 
-    Pictures of one prompt are drawn in one batch, and the last bits depend on a batch's size: a
-    prompt that lacks pictures is drawn anew as a whole.
+    The last bits of pictures depend on their batch: a prompt that lacks some is drawn anew.
     """
     remove_partials(folder)
     for drawn in list(folder.glob(f"{FOLDER}/{PICTURES}/*/seed-*")):
@@ -203,8 +202,8 @@ def _write_json(file: Path, content: Any) -> None:
 def timing(folder: Path) -> dict[str, Any]:
     """Return what a run took, as its folder tells; nothing where its file is damaged or missing."""
     try:
-        about = read_json(folder / TIMING)
-        return {k: v for k, v in about.items() if isinstance(v, str | int | float)}
+        about = read_json(folder / TIMING).items()
+        return {name: value for name, value in about if isinstance(value, str | int | float)}
     except (OSError, ValueError, AttributeError):
         return {}
 
@@ -287,10 +286,8 @@ def sweep(
             raise UserError(f"{folder} is a file: name a folder.")
     require_own(plan.out, PLAN, '{\n "runs": ', (RESULTS, "results.csv"))
     if unknown := [source for source in plan.grid.file.backbone if not is_known(source)]:
-        raise UserError(
-            f"The backbone {unknown[0]} is neither on the hub nor in its cache: run with a "
-            "connection, or name a pipeline folder."
-        )
+        text = f"The backbone {unknown[0]} is neither on the hub nor in its cache"
+        raise UserError(f"{text}: run with a connection, or name a pipeline folder.")
     todo = [job for job in plan.jobs if not job.scores(plan.runs).is_file()]
     failed: dict[str, str] = {}
     total, shown = len(plan.jobs), time.monotonic()
@@ -347,10 +344,8 @@ def _outcome(future: Future[Outcome], runs: Path, key: str) -> Outcome:
     try:
         return future.result()
     except BrokenProcessPool as error:
-        raise UserError(
-            "A worker process was ended from outside, for its memory perhaps: give the command "
-            "again, with fewer --workers."
-        ) from error
+        text = "A worker process was ended from outside, for its memory perhaps"
+        raise UserError(f"{text}: give the command again, with fewer --workers.") from error
     except Exception as error:
         if cause := getattr(error, "cause", None):  # as Ray hands it over
             raise UserError(str(cause)) from error
@@ -435,11 +430,8 @@ def _write_table(plan: Plan) -> float:
     """Make the table anew of the runs' own scores, whoever finished them; return the seconds."""
     started = time.monotonic()
     # Read and written under one lock: of two processes none puts back what it saw before.
-    with (
-        _writing(plan),
-        atomic_write(plan.out / RESULTS) as path,
-        pq.ParquetWriter(path, _TABLE) as writer,
-    ):
+    table, writer_of = plan.out / RESULTS, partial(pq.ParquetWriter, schema=_TABLE)
+    with _writing(plan), atomic_write(table) as path, writer_of(path) as writer:
         parts = filter(None, (_part(plan, job) for job in plan.jobs))
         while some := list(itertools.islice(parts, 64)):
             writer.write_table(pa.concat_tables(some))
@@ -501,10 +493,8 @@ def survey(out: Path | str) -> list[State]:
         names = [name.format(**label) for *_, label in jobs]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"There is no sweep in {out}: name the --out of one.") from error
-    return [
-        State(name, runs / key, *_status(runs, key, rows))
-        for name, (key, rows, _) in zip(names, jobs, strict=True)
-    ]
+    about = zip(names, jobs, strict=True)
+    return [State(name, runs / key, *_status(runs, key, rows)) for name, (key, rows, _) in about]
 
 
 def _status(runs: Path, key: str, rows: str) -> tuple[Status, str]:
@@ -522,7 +512,7 @@ def summary(states: Sequence[State]) -> str:
     """Return the counts, and the time left: what finished runs took, by how many run at once."""
     number = Counter(state.status for state in states)
     text = ", ".join(f"{number[status]} {status}" for status in get_args(Status))
-    seconds = [timing(x.folder).get("seconds", 0) for x in states if x.status == "finished"]
+    seconds = (timing(x.folder).get("seconds", 0) for x in states if x.status == "finished")
     took = list(filter(None, seconds))
     if took and number["running"]:
         left = (number["waiting"] / number["running"] + 0.5) * sum(took) / len(took)

@@ -5,6 +5,7 @@ The models are called once, on a grid (`ask`); a move of a slider only looks up 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -162,24 +163,30 @@ class ThresholdExplorer(Shown):
         self.loss, self.threshold, self.gate, self.rho = (
             x.reshape(shape) for x in (terms.loss, terms.threshold, terms.gate, terms.rho)
         )
-        self._pictures: dict[tuple[object, ...], Image.Image] = {}
-        self._draw_all()
+        places = itertools.product(range(shape[0]), range(shape[1]))
+        self._pictures = {(n, m): self._drawn(n, m) for n, m in places}
+        self._pushed: dict[tuple[int, int, int, float], Image.Image] = {}
         self.figure = Figure(figsize=(11.5, 3.0), dpi=72)
         self.canvas = FigureCanvasAgg(self.figure)
-        places = self.figure.add_gridspec(
-            1, 2, width_ratios=(2.4, 1), left=0.01, right=0.99, bottom=0.17, top=0.86, wspace=0.16
-        )
-        self._left, self._right = (self.figure.add_subplot(places[0, k]) for k in range(2))
+        edges = {"left": 0.01, "right": 0.99, "bottom": 0.17, "top": 0.86, "wspace": 0.16}
+        axes = self.figure.add_gridspec(1, 2, width_ratios=(2.4, 1), **edges)
+        self._left, self._right = (self.figure.add_subplot(axes[0, k]) for k in range(2))
         plots.picture_table(self._left, self._cells(0, 0, 0, 0.0), per_cell=1)
         self._strip = self._left.get_images()[0]
         self._title = self.figure.text(0.01, 0.93, "", fontsize=10)
         for artist in (self._strip, self._title):
             artist.set_animated(True)
         # Axes, labels and curves cost most of the time and stay as they are while t and w_s move.
-        self._backgrounds = {
-            (n, k): self._background(n, k) for n in range(shape[0]) for k in range(shape[2])
+        places = itertools.product(range(shape[0]), range(shape[2]))
+        self._backgrounds = {(n, k): self._background(n, k) for n, k in places}
+        widest = grid.times[int(self.rho[0, :, 0].argmin())]  # where there is most to see
+        rows = {
+            "t": ("t", grid.times, widest),
+            "category": ("category", grid.categories, grid.categories[0]),
+            "seed": ("noise", grid.seeds, grid.seeds[0]),
+            "weight_sude": ("w_s", self.weights, self.weights[len(self.weights) // 2]),
         }
-        self.sliders = self._make_sliders()
+        self.sliders = {name: slider(*row, self._follow, "300px") for name, row in rows.items()}
         self._follow()
 
     def read(self, t: int, category: str, seed: int, weight_sude: float) -> Reading:
@@ -189,17 +196,12 @@ class ThresholdExplorer(Shown):
             UserError: the grid has no such timestep, category or noise.
         """
         n, m, k = self._index(t, category, seed)
-        move = self._move(n, m, k, weight_sude).item()
         loss, threshold, rho = (x[n, m, k].item() for x in (self.loss, self.threshold, self.rho))
-        is_open = bool(self.gate[n, m, k])
+        is_open, move = bool(self.gate[n, m, k]), self._move(n, m, k, weight_sude).item()
         return Reading(t, category, seed, weight_sude, loss, threshold, is_open, rho, move)
 
     def update(self, t: int, category: str, seed: int, weight_sude: float) -> Reading:
-        """Redraw the figure for one position and return its numbers.
-
-        Raises:
-            UserError: the grid has no such timestep, category or noise.
-        """
+        """Redraw the figure for one position and return its numbers; errors as `read`."""
         reading = self.read(t, category, seed, weight_sude)
         n, m, k = self._index(t, category, seed)
         self._strip.set_data(plots.tile(self._cells(n, m, k, weight_sude), per_cell=1)[0])
@@ -221,17 +223,6 @@ class ThresholdExplorer(Shown):
 
     def __str__(self) -> str:
         return str(self.read(**self._position()))
-
-    def _make_sliders(self) -> dict[str, Any]:
-        grid = self.grid
-        widest = grid.times[int(self.rho[0, :, 0].argmin())]  # where there is most to see
-        rows = {
-            "t": ("t", grid.times, widest),
-            "category": ("category", grid.categories, grid.categories[0]),
-            "seed": ("noise", grid.seeds, grid.seeds[0]),
-            "weight_sude": ("w_s", self.weights, self.weights[len(self.weights) // 2]),
-        }
-        return {name: slider(*about, self._follow, "300px") for name, about in rows.items()}
 
     def _position(self) -> dict[str, Any]:
         return {name: slider.value for name, slider in self.sliders.items()}
@@ -261,15 +252,21 @@ class ThresholdExplorer(Shown):
         self.canvas.draw()
         return self.canvas.copy_from_bbox(self.figure.bbox)
 
-    def _cells(
-        self, n: int, m: int, k: int, weight_sude: float
-    ) -> dict[str, dict[str, list[Image.Image]]]:
+    def _cells(self, n: int, m: int, k: int, weight_sude: float) -> Any:
         """Return the row of pictures of one position."""
-        before, after = self._pictures["subject", n, m], self._pushed(n, m, k, weight_sude)
+        noisy, before, *categories = self._pictures[n, m]
+        move = self._move(n, m, k, weight_sude)
+        key, after = (n, m, k, move.item()), before
+        if move > 0:
+            if key not in self._pushed:
+                d = self.grid.category[n, m, k] - self.grid.uncond[n, m]
+                eps = self.grid.subject[n, m] + move.to(d) * d
+                (self._pushed[key],) = decode(self.judge, self._believed(eps[None], n, m))
+            after = self._pushed[key]
         cells = {
-            "$x_t$": self._pictures["x_t", n, m],
+            "$x_t$": noisy,
             "tuned model sees": before,
-            "judge sees": self._pictures["category", n, m, k],
+            "judge sees": categories[k],
             "after the push": after,
             "the push": plots.difference(before, after),
         }
@@ -281,32 +278,13 @@ class ThresholdExplorer(Shown):
         category, uncond = self.grid.category[n, m, k : k + 1], self.grid.uncond[n, m : m + 1]
         return sude_move(self.grid.subject[n, m : m + 1], category, uncond, variance, weight_sude)
 
-    def _pushed(self, n: int, m: int, k: int, weight_sude: float) -> Image.Image:
-        """Return the belief after the push; drawn once for every length of it."""
-        move = self._move(n, m, k, weight_sude)
-        if move == 0:
-            return self._pictures["subject", n, m]
-        key = ("pushed", n, m, k, move.item())
-        if key not in self._pictures:
-            d = self.grid.category[n, m, k] - self.grid.uncond[n, m]
-            eps = self.grid.subject[n, m] + move.to(d) * d
-            (self._pictures[key],) = self._believed(eps[None], n, m)
-        return self._pictures[key]
-
-    def _believed(self, eps: Tensor, n: int, m: int) -> list[Image.Image]:
-        """Return what predicted noises (B, ...) say is under the noise, as pictures."""
+    def _believed(self, eps: Tensor, n: int, m: int) -> Tensor:
+        """Return x_0, what predicted noises (B, ...) say is under the noise."""
         t = self._t[m].expand(len(eps))
-        x_0 = to_x_0(eps, self.grid.x_t[n, m].expand_as(eps), t, self._schedule)
-        return decode(self.judge, x_0)
+        return to_x_0(eps, self.grid.x_t[n, m].expand_as(eps), t, self._schedule)
 
-    def _draw_all(self) -> None:
-        """Draw every picture that does not depend on w_s."""
-        for n in range(len(self.grid.seeds)):
-            noisy = decode(self.judge, self.grid.x_t[n])
-            for m, picture in enumerate(noisy):
-                self._pictures["x_t", n, m] = picture
-                eps = torch.cat([self.grid.subject[n, m : m + 1], self.grid.category[n, m]])
-                subject, *categories = self._believed(eps, n, m)
-                self._pictures["subject", n, m] = subject
-                for k, category in enumerate(categories):
-                    self._pictures["category", n, m, k] = category
+    def _drawn(self, n: int, m: int) -> list[Image.Image]:
+        """Return x_t, and what the tuned model and the judge for each category see in it."""
+        eps = torch.cat([self.grid.subject[n, m : m + 1], self.grid.category[n, m]])
+        x_t = self.grid.x_t[n, m : m + 1]
+        return decode(self.judge, torch.cat([x_t, self._believed(eps, n, m)]))
