@@ -187,30 +187,23 @@ def half_space(
     return finish(ax, legend=9, beside=True, aspect="equal", xlabel=x, ylabel=y)
 
 
-def rule_lines(
-    ax: Axes,
-    table: pd.DataFrame,
-    *,
-    start: str = "plain",
-    x: str = "subject_fidelity",
-    y: str = "attribute_alignment",
-) -> Axes:
-    """Draw rules with a strength as lines through the plane of two measures.
+def rule_lines(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Draw rules with a strength as lines from the row of "plain" through two measures' plane.
 
-    `table`: columns rule, strength, x and y, one row a (rule, strength); every line begins at the
-    row of the rule `start`. Numbers at the marks are strengths.
+    `table`: columns rule, strength and both measures, a row a (rule, strength); numbers at the
+    marks are strengths.
     """
-    first = table[table["rule"] == start]
-    rules = [rule for rule in dict.fromkeys(table["rule"]) if rule != start]
-    for k, rule in enumerate(rules):
-        line = pd.concat([first, table[table["rule"] == rule].sort_values("strength")])
-        colour = _colour_of(k)
+    x, y = "subject_fidelity", "attribute_alignment"
+    plain, others = table[table["rule"] == "plain"], table[table["rule"] != "plain"]
+    for k, (rule, part) in enumerate(others.groupby("rule", sort=False)):
+        part, colour = part.sort_values("strength"), _colour_of(k)
+        line = pd.concat([plain, part])
         ax.plot(line[x], line[y], f"{_MARKS[k % 4]}{_DASHES[k % 4]}", color=colour, label=rule)
         place = ((5, 4), (-7, -14))[k % 2]  # beside neighbouring lines, not on each other
         look: dict[str, Any] = {"textcoords": "offset points", "color": colour, "fontsize": 8}
-        for row in line[line["rule"] != start].to_dict("records"):
+        for row in part.to_dict("records"):
             ax.annotate(f"{row['strength']:g}", (row[x], row[y]), place, **look)
-    ax.plot(first[x], first[y], "o", color="black", markersize=8, label=start)
+    ax.plot(plain[x], plain[y], "o", color="black", markersize=8, label="plain")
     return finish(ax, legend=9, xlabel=words(x), ylabel=words(y))
 
 
@@ -221,24 +214,22 @@ def response(
     *,
     x: str,
     interval: Callable[[pd.Series], Any],
-    each: str = "subject",
     unit: str = "",
 ) -> Axes:
     """Draw the change of a measure over a setting: every subject's line, their mean and interval.
 
-    `runs`: a row a picture or a run, with the columns `x`, `each` and `measure`. Changes are
+    `runs`: a row a picture or a run, with the columns `x`, subject and `measure`. Changes are
     against the smallest x; `interval` gives that of their mean, `evaluate.statistics.mean_interval`
-    for example, with its `mean` and `high`. Values of x stand at equal distances.
+    for example. Values of x stand at equal distances.
     """
-    means = runs.groupby([each, x])[measure].mean().unstack(x)
+    means = runs.groupby(["subject", x])[measure].mean().unstack(x)
     change = means.sub(means.iloc[:, 0], axis=0)
     places = range(change.shape[1])
     for k, (name, line) in enumerate(change.iterrows()):
         ax.plot(places, line, **_mark(k), lw=1, ms=4, alpha=0.6, label=str(name))
-    mean = change.mean()
     ends = [interval(change[value].dropna()) for value in change]
     spread = np.nan_to_num([end.high - end.mean for end in ends])
-    ax.errorbar(places, mean, yerr=spread, color="black", lw=2, capsize=4, label="mean")
+    ax.errorbar(places, change.mean(), spread, color="black", lw=2, capsize=4, label="mean")
     ax.axhline(0.0, **_EDGE)
     ax.set_xticks(places, [f"{value:g}{unit}" for value in change])
     y = f"change of {words(measure)}"
@@ -368,20 +359,18 @@ def gains(ax: Axes, table: pd.DataFrame, measure: str, *, rows: str = "method") 
     return ax
 
 
-def scatter(
-    ax: Axes, table: pd.DataFrame, x: str, y: str, *, group: str = "method", diagonal: bool = False
-) -> Axes:
-    """Draw one column over another, a mark a row, a colour and a shape a group.
+def scatter(ax: Axes, table: pd.DataFrame, x: str, y: str, *, diagonal: bool = False) -> Axes:
+    """Draw one column over another, a mark a row, a colour and a shape a method.
 
     `diagonal` adds the line y = x; the line y = 0 is always there.
     """
-    for k, (name, part) in enumerate(table.groupby(group, sort=False)):
+    for k, (name, part) in enumerate(table.groupby("method", sort=False)):
         ax.plot(part[x], part[y], ls="", label=name, alpha=0.8, **_mark(k))
     ax.axhline(0.0, color="black", lw=0.8)
     if diagonal:
         ax.axline((0, 0), slope=1, **_EDGE)
     ax.locator_params(nbins=6)
-    legend = 9 * (table[group].nunique() > 1)
+    legend = 9 * (table["method"].nunique() > 1)
     return finish(ax, legend=legend, xlabel=words(x), ylabel=words(y))
 
 

@@ -139,19 +139,10 @@ class ThresholdExplorer(Shown):
     Args:
         judge: the model whose autoencoder shows latents as pictures.
         grid: what `ask` gave.
-        weights: the values of w_s on their slider.
-        weighting: exact, simple or reference, see `sude_lab.losses.sude_weight`.
     """
 
-    def __init__(
-        self,
-        judge: Backbone,
-        grid: Grid,
-        *,
-        weights: Sequence[float] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0),
-        weighting: str = "reference",
-    ) -> None:
-        self.judge, self.grid, self.weights, self.weighting = judge, grid, tuple(weights), weighting
+    def __init__(self, judge: Backbone, grid: Grid) -> None:
+        self.judge, self.grid = judge, grid
         # The grid holds eps, whatever the model predicts.
         self._schedule = replace(judge.schedule, prediction_type="epsilon")
         shape = grid.category.shape[:3]
@@ -159,7 +150,7 @@ class ThresholdExplorer(Shown):
         self._t = torch.tensor(grid.times)
         eps = (grid.subject[n, m], grid.category[n, m, k], grid.uncond[n, m])
         at = (grid.x_t[n, m], self._t[m], self._schedule)
-        terms = sude_terms(*eps, *at, weighting=weighting)
+        terms = sude_terms(*eps, *at, weighting="reference")
         self.loss, self.threshold, self.gate, self.rho = (
             x.reshape(shape) for x in (terms.loss, terms.threshold, terms.gate, terms.rho)
         )
@@ -184,7 +175,7 @@ class ThresholdExplorer(Shown):
             "t": ("t", grid.times, widest),
             "category": ("category", grid.categories, grid.categories[0]),
             "seed": ("noise", grid.seeds, grid.seeds[0]),
-            "weight_sude": ("w_s", self.weights, self.weights[len(self.weights) // 2]),
+            "weight_sude": ("w_s", (0.0, 0.25, 0.5, 1.0, 2.0, 4.0), 1.0),
         }
         self.sliders = {name: slider(*row, self._follow, "300px") for name, row in rows.items()}
         self._follow()
@@ -274,7 +265,7 @@ class ThresholdExplorer(Shown):
 
     def _move(self, n: int, m: int, k: int, weight_sude: float) -> Tensor:
         t = self._t[m : m + 1]
-        variance = 0.5 / sude_weight(t, self._schedule, self.weighting)
+        variance = 0.5 / sude_weight(t, self._schedule, "reference")
         category, uncond = self.grid.category[n, m, k : k + 1], self.grid.uncond[n, m : m + 1]
         return sude_move(self.grid.subject[n, m : m + 1], category, uncond, variance, weight_sude)
 
