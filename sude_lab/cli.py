@@ -265,8 +265,8 @@ def _note(backbone: Backbone, prompts: Sequence[str], words: str, *tokens: str) 
         if rest := backbone.beyond_reach(prompt, *tokens):
             _warn(f"The prompt is too long for the model, which leaves out {rest!r}.")
     if unknown := backbone.unknown_words(words):
-        names, known = ", ".join(map(repr, unknown)), ", ".join(backbone.known_words)
-        _warn(f"The model has never met {names}; it knows: {known}.")
+        names, vocabulary = ", ".join(map(repr, unknown)), ", ".join(backbone.known_words)
+        _warn(f"The model has never met {names}; it knows: {vocabulary}.")
 
 
 def _warn(text: str) -> None:
@@ -450,9 +450,9 @@ Command = Demo | Tune | Generate | Evaluate | Sweep | Classify | Export | Lab | 
 
 def _parse(arguments: Sequence[str] | None) -> Any:
     """Read the arguments; the box of several lines that tyro prints becomes one sentence."""
-    said, chance = io.StringIO(), random.getstate()
+    box, dice = io.StringIO(), random.getstate()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(box):
             return tyro.cli(
                 Command,
                 args=arguments,
@@ -464,15 +464,15 @@ def _parse(arguments: Sequence[str] | None) -> Any:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        raise UserError(_from_box(said.getvalue())) from None
+        raise UserError(_from_box(box.getvalue())) from None
     finally:
-        random.setstate(chance)  # tyro rolls dice for a cache of its own
+        random.setstate(dice)  # tyro rolls dice for a cache of its own
 
 
-def _from_box(said: str) -> str:
+def _from_box(box: str) -> str:
     """Return as sentences what tyro says in a box with a title and lines between its parts."""
     parts = [""]
-    for line in re.sub(r"\x1b\[[\d;]*m", "", said).splitlines()[1:]:
+    for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]:
         line = line.strip("│|╭╮╰╯+ ")
         if line.startswith(("Argument helptext", "For full helptext")):
             break

@@ -153,7 +153,7 @@ def _settings_kind() -> type[Any]:
     return make_dataclass("settings", [(*axis, _entry([])) for axis in axes], bases=(_Checked,))
 
 
-def _filled(kind: type[T], given: Any, where: str = "") -> T:
+def _filled(kind: type[T], content: Any, where: str = "") -> T:
     """Return what a file says as a dataclass: typed, all keys known, the others at their default.
 
     Raises:
@@ -162,23 +162,23 @@ def _filled(kind: type[T], given: Any, where: str = "") -> T:
     from omegaconf import OmegaConf
 
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), _with_lists(kind, given, where))
-        content: Any = OmegaConf.to_object(merged)
+        merged = OmegaConf.merge(OmegaConf.structured(kind), _with_lists(kind, content, where))
+        filled: Any = OmegaConf.to_object(merged)
     except UserError:
         raise
     except Exception as error:  # OmegaConf's, and those of numbers that are too long
         place = ".".join(filter(None, (where, str(getattr(error, "full_key", None) or ""))))
         raise UserError(f"{place or 'the grid'}: {str(error).splitlines()[0]}.") from error
-    return content
+    return filled
 
 
-def _with_lists(kind: type[Any], given: Any, where: str) -> dict[str, Any]:
+def _with_lists(kind: type[Any], content: Any, where: str) -> dict[str, Any]:
     """Return a mapping in which what stands alone for a list is one."""
-    if not isinstance(given, dict):
+    if not isinstance(content, dict):
         keys = ", ".join(f.name for f in fields(kind))
         raise UserError(f"{where or 'the grid'} must be a mapping, with keys among {keys}.")
     hints, whole = get_type_hints(kind), {}
-    for name, value in given.items():
+    for name, value in content.items():
         hint = hints.get(name)
         (inner,) = get_args(hint) if get_origin(hint) is list else (None,)
         if get_origin(inner) is tuple and isinstance(value, list):
@@ -228,11 +228,11 @@ def read_grid(path: Path | str) -> Grid:
         UserError: it cannot be read, or holds a key or a value that means nothing.
     """
     what = f"The grid {path}"
-    given = read_yaml(read_text(path, what, "a YAML file"), what)
+    content = read_yaml(read_text(path, what, "a YAML file"), what)
     try:
-        if "${" in repr(given):  # OmegaConf would put the environment's variables in
+        if "${" in repr(content):  # OmegaConf would put the environment's variables in
             raise UserError("a grid has no ${...}: write the value out.")
-        return _grid(_filled(GridFile, given))
+        return _grid(_filled(GridFile, content))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -317,15 +317,15 @@ def _truncation(value: Any) -> dict[str, Any]:
     raise UserError(f"truncation cannot be {value!r}: write on, off, or the rho to stop at.")
 
 
-def _settings(given: Any) -> Iterator[dict[str, Any]]:
+def _settings(content: Any) -> Iterator[dict[str, Any]]:
     """Return the product of one mapping of `settings`: a list is an axis."""
-    for name in given if isinstance(given, dict) else ():
+    for name in content if isinstance(content, dict) else ():
         if name in _SAID:
             raise UserError(f"settings: {name} is what the grid's key {_SAID[name]} says.")
-    axes = _filled(_settings_kind(), given, "settings")
-    for values in _product([getattr(axes, name) for name in given]):
+    axes = _filled(_settings_kind(), content, "settings")
+    for values in _product([getattr(axes, name) for name in content]):
         whole = (x.absolute() if isinstance(x, Path) else x for x in values)
-        yield dict(zip(given, whole, strict=True))
+        yield dict(zip(content, whole, strict=True))
 
 
 # --- the runs of a grid --------------------------------------------------------------------------
@@ -418,9 +418,9 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
         references = Path(asks["references"]) if "references" in asks else None
         kind = (who.name, method, backbone, config.prompt, config.more_subjects)
         if kind not in counts:
-            asked = {"structure": asks.get("structure", "default"), "references": references}
-            judges = partial(drawn_judge, scene=who.scene)
-            counts[kind] = len(prompts_of(config, file.prompts, judges=judges, **asked))
+            how: dict[str, Any] = {"judges": partial(drawn_judge, scene=who.scene)}
+            how |= {"structure": asks.get("structure", "default"), "references": references}
+            counts[kind] = len(prompts_of(config, file.prompts, **how))
         rows = hash_of([asks | {"prompts": contents}, repr(who.scene)])[:10]
         pictures = counts[kind] * file.pictures * asks.get("num_seeds", 1)
         label = _label(key, who.name, config, usual)
