@@ -14,7 +14,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import pandas as pd
 import tyro
@@ -23,6 +23,9 @@ from sude_lab.evaluate.metrics import per_run
 from sude_lab.evaluate.stored import against, means_table, one_row_a_run, untuned_alignment
 from sude_lab.io.files import atomic_write
 from sude_lab.view import plots
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NAMES = {"attribute_alignment": "attribute alignment", "subject_fidelity": "subject fidelity"}
 
@@ -108,6 +111,23 @@ def banks_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([row for *_, row in sorted(rows, key=lambda r: r[:3])])
 
 
+def paired_runs(ax: Axes, runs: pd.DataFrame) -> Axes:
+    """Draw an arrow a (subject, seed) from the run without SuDe to the run with it."""
+    x, y = "subject_fidelity", "attribute_alignment"
+    plain, sude = (runs[runs["variant"] == name] for name in ("plain", "sude"))
+    pairs = plain.merge(sude, on=["subject", "seed"], suffixes=("_before", "_after"))
+    subjects = list(dict.fromkeys(pairs["subject"]))
+    for row in pairs.to_dict("records"):
+        colour = f"C{subjects.index(row['subject']) % 10}"
+        start, end = ((row[f"{x}_{k}"], row[f"{y}_{k}"]) for k in ("before", "after"))
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.3})
+        ax.plot(*start, "o", color=colour, markersize=4)
+    for k, subject in enumerate(subjects):
+        ax.plot([], [], "-", color=f"C{k % 10}", label=subject)
+    labels = {"xlabel": plots.words(x), "ylabel": plots.words(y)}
+    return plots.finish(ax, legend=8, beside=True, xlim=(0, 1), ylim=(0, 1.02), **labels)
+
+
 def main(config: ReportConfig) -> None:
     """Write the tables and the picture beside the study's CSV and print the tables."""
     from matplotlib.figure import Figure
@@ -132,7 +152,7 @@ def main(config: ReportConfig) -> None:
     figure = Figure(figsize=(6.2 * columns, 4.2 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flat
     for ax, method in zip(axes, methods, strict=False):
-        plots.paired_runs(ax, runs[runs["method"] == method])
+        paired_runs(ax, runs[runs["method"] == method])
         ax.set_title(method.replace("_", " "), fontsize=10)
     for ax in list(axes)[len(methods) :]:
         ax.remove()

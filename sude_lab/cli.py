@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -27,6 +27,9 @@ from tyro.conf import Positional
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError, machine_failure, one_line
 from sude_lab.io.files import process_number, sole_writer
+
+if TYPE_CHECKING:
+    from sude_lab.backbone import Backbone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,25 @@ class Tune(TuningConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate:
+class _Trusting:
+    trust_backbone: bool = False
+    """Open a model that lies in the run's folder or beside it, as whoever sent both may want."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawing(_Trusting):
+    seed: int = 0
+    """The first seed of drawing."""
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Precision of drawing; none: that of the tuning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(_Drawing):
     """Draw pictures with a finished run."""
 
     run: Positional[Path]
@@ -93,21 +114,12 @@ class Generate:
     out: Path
     """Folder for the pictures; it must be new or empty."""
     num_images: int = 8
-    seed: int = 0
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
     sude_guidance: float = 0.0
     """SuDe without training: strength g of the pull back to the category; 1 meets it, 0 is none."""
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """Precision of drawing; none: that of the tuning."""
-    trust_backbone: bool = False
-    """Open a model that lies in the run's folder or beside it, as whoever sent both may want."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(_Drawing):
     """Draw and measure runs, and compare them in pairs; the same command continues."""
 
     runs: Positional[tuple[Path, ...]]
@@ -123,21 +135,11 @@ class Evaluate:
     num_images: int = 4
     """Pictures for every prompt and seed."""
     num_seeds: int = 1
-    seed: int = 0
-    """The first seed of drawing."""
     metrics: tuple[str, ...] = ()
     """CLIP-I, CLIP-T, DINO-I, BLIP-T, CLIP-L-I, CLIP-L-T, DINOv2-I, oracle; none: those four, or
     on the embedded model the oracle."""
     encoders: tuple[str, ...] = ()
     """Folders in place of the hub's encoders: clip=FOLDER dino=FOLDER."""
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """Precision of drawing; none: that of the tuning."""
-    trust_backbone: bool = False
-    """Open a model that lies in the run's folder or beside it, as whoever sent both may want."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +196,7 @@ class Sweep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
+class Export(_Trusting):
     """Write a finished run in a form that other programs read."""
 
     run: Positional[Path]
@@ -209,8 +211,6 @@ class Export:
     """A new folder for others: card, weights and samples, and no photo of the subject."""
     push_to_hub: tuple[str, ...] | None = None
     """Upload what --share writes to the Hub; REPO is name or owner/name, none: the run's name."""
-    trust_backbone: bool = False
-    """Open a model that lies in the run's folder or beside it, as whoever sent both may want."""
 
 
 @dataclass(frozen=True)
@@ -244,34 +244,33 @@ def _tune(args: Tune) -> None:
 
     from sude_lab.runs.folder import run_tuning
 
-    config = TuningConfig(**{f.name: getattr(args, f.name) for f in fields(TuningConfig)})
-    if args.checkpoint_every < 1 or args.num_samples < 0:
-        raise UserError("--checkpoint-every must be at least 1 and --num-samples at least 0.")
-    if args.num_samples > 1000:  # said here, because they are drawn after hours of tuning
-        raise UserError("--num-samples must be at most 1,000 pictures a prompt.")
-    if args.validation_every < 0:
-        raise UserError("--validation-every must be at least 0; 0 draws no grids.")
-    repository = _repository(args.push_to_hub)  # what is wrong with it is said before the work
-    run = run_tuning(
-        config,
-        args.out,
-        preset=args.preset,
-        resume=args.resume,
-        checkpoint_every=args.checkpoint_every,
-        num_samples=args.num_samples,
-        sample_prompts=list(args.sample_prompts) or None,
-        validation_every=args.validation_every,
-        validation_prompts=list(args.validation_prompts) or None,
-        report_to=args.report_to,
-        kohya=args.kohya_dtype if args.kohya else None,
-    )
+    settings = dict(vars(args))
+    config = TuningConfig(**{f.name: settings.pop(f.name) for f in fields(TuningConfig)})
+    dtype, flag = settings.pop("kohya_dtype"), settings.pop("push_to_hub")
+    settings["kohya"] = dtype if args.kohya else None
+    repository = _repository(flag)  # what is wrong with it is said before the work
+    run = run_tuning(config, **settings)
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
     if process_number():
         return
     print(f"The run is in {run.folder}.")
-    _push(run, args.push_to_hub, repository)
+    _push(run, flag, repository)
     print(f'Draw with it: sude-lab generate {run.folder} "photo of a {{S*}}" --out pictures')
+
+
+def _note(backbone: Backbone, prompts: Sequence[str], words: str, *tokens: str) -> None:
+    """Say what of some prompts the model does not read, and which words it does not know."""
+    for prompt in prompts:
+        if rest := backbone.beyond_reach(prompt, *tokens):
+            _warn(f"The prompt is too long for the model, which leaves out {rest!r}.")
+    if unknown := backbone.unknown_words(words):
+        names, vocabulary = ", ".join(map(repr, unknown)), ", ".join(backbone.known_words)
+        _warn(f"The model has never met {names}; it knows: {vocabulary}.")
+
+
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _generate(args: Generate) -> None:
@@ -286,36 +285,18 @@ def _generate(args: Generate) -> None:
         raise UserError('The prompt is empty: for example "photo of a {S*}".')
     prompt, negative = run.prompt(args.prompt), run.prompt(args.negative_prompt or "")
     backbone = run.load(args.device, dtype=args.dtype, trust_backbone=args.trust_backbone)
-    for text in (prompt, negative):
-        if rest := backbone.beyond_reach(text, *run.tokens):
-            print(
-                f"The prompt is too long for the model, which leaves out {rest!r}.",
-                file=sys.stderr,
-            )
     words = prompt
     for token in run.tokens:
         words = words.replace(token, " ")
+    _note(backbone, [prompt, negative], words, *run.tokens)
     if words == prompt:
-        print(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.", file=sys.stderr)
-    unknown = backbone.unknown_words(words)
-    if unknown:
-        print(
-            f"The model has never met {', '.join(map(repr, unknown))}; it knows: "
-            f"{', '.join(backbone.known_words)}.",
-            file=sys.stderr,
-        )
+        _warn(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.")
+    shared = ("num_images", "seed", "num_inference_steps", "guidance_scale")
     guided = guidance_for(run.config, backbone, args.prompt, args.sude_guidance)
     with guided, atomic_folder(args.out) as folder:
-        images = generate(
-            backbone,
-            prompt,
-            num_images=args.num_images,
-            seed=args.seed,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            negative_prompt=negative or None,
-            progress=True,
-        )
+        settings = {name: getattr(args, name) for name in shared}
+        settings |= {"negative_prompt": negative or None, "progress": True}
+        images = generate(backbone, prompt, **settings)
         for k, image in enumerate(images):
             image.save(folder / f"{k:03d}.png")
     drawn = "1 picture is" if len(images) == 1 else f"{len(images)} pictures are"
@@ -343,89 +324,52 @@ def _classify(args: Classify) -> None:
     checked_prompts(args.prompt)
     open_picture(args.image)
     backbone = open_backbone(args.backbone, device=args.device, dtype=args.dtype)
-    classifier = ImplicitClassifier(
-        backbone,
-        args.prompt,
-        num_pairs=args.num_pairs,
-        weighting=args.weighting,
-        prior=args.prior or None,
-        prune=args.prune,
-        caution=args.caution,
-        batch_size=args.batch_size,
-        seed=args.seed,
-    )
+    shared = ("num_pairs", "weighting", "prune", "caution", "batch_size", "seed")
+    settings = {name: getattr(args, name) for name in shared}
+    classifier = ImplicitClassifier(backbone, args.prompt, prior=args.prior or None, **settings)
     picture = load_picture(args.image, resolution=backbone.resolution)
-    notes = list(picture.notes)
-    notes += [
-        f"The prompt is too long for the model, which leaves out {rest!r}."
-        for text in args.prompt
-        if (rest := backbone.beyond_reach(text))
-    ]
-    if len({tuple(row.tolist()) for row in backbone.tokenize([*args.prompt])}) < len(args.prompt):
+    if len({tuple(ids.tolist()) for ids in backbone.tokenize([*args.prompt])}) < len(args.prompt):
         raise UserError("Two prompts are the same as far as the model reads them: change one.")
-    unknown = backbone.unknown_words(" ".join(args.prompt))
-    if unknown:
-        notes.append(
-            f"The model has never met {', '.join(map(repr, unknown))}; it knows: "
-            f"{', '.join(backbone.known_words)}."
-        )
-    for note in notes:
-        print(note, file=sys.stderr)
+    for note in picture.notes:
+        _warn(note)
+    _note(backbone, args.prompt, " ".join(args.prompt))
     (verdict,) = classifier.classify([picture.image], progress=True)
-    found = [
-        {
-            "prompt": verdict.prompts[k],
-            "probability": verdict.probability[k].item(),
-            "standard_error": verdict.standard_error[k].item(),
-            "pairs": int(verdict.pairs[k]),
-        }
-        for k in verdict.order
-    ]
+    rows = verdict.rows()
     if args.json:
-        about: dict[str, Any] = {"image": str(args.image), "backbone": args.backbone}
-        about |= {"weighting": args.weighting, "num_pairs": args.num_pairs, "seed": args.seed}
-        about |= {"evaluations": verdict.num_evaluations}
-        print(json.dumps(about | {"prompts": found}, indent=2))
+        about = {
+            name: getattr(args, name) for name in ("backbone", "weighting", "num_pairs", "seed")
+        }
+        about |= {"image": str(args.image), "evaluations": verdict.num_evaluations}
+        print(json.dumps(about | {"prompts": rows}, indent=2))
         return
-    for row in found:
+    for row in rows:
         prompt = row["prompt"] or '"" (no prompt)'
         print(f"{row['probability']:.4f} +/- {row['standard_error']:.4f}  {prompt}")
 
 
 def _sweep(args: Sweep) -> int:
-    if args.status:
-        from sude_lab.sweep.sweep import status
+    from sude_lab.sweep.grid import make_plan, read_grid
+    from sude_lab.sweep.plan import describe
+    from sude_lab.sweep.sweep import RESULTS, status, sweep
 
+    if args.status:
         print(status(args.out))
         return 0
     if args.grid is None:
         raise UserError("Name a grid file, for example data/grids/smoke.yaml.")
     if args.dry_run:
-        from sude_lab.sweep.grid import make_plan, read_grid
-        from sude_lab.sweep.plan import describe
-
         plan = make_plan(read_grid(args.grid), args.out, args.runs)
         print(describe(plan, measure=args.measure))
         return 0
-    from sude_lab.sweep.sweep import RESULTS, sweep
-
-    failed = sweep(
-        args.grid,
-        args.out,
-        runs=args.runs,
-        workers=args.workers,
-        cluster=args.cluster,
-        checkpoint_every=args.checkpoint_every,
-    )
+    shared = ("grid", "out", "runs", "workers", "cluster", "checkpoint_every")
+    failed = sweep(**{name: getattr(args, name) for name in shared})
     print(f"The table is {args.out / RESULTS}.")
-    if failed:
-        key, reason = next(iter(failed.items()))
-        print(
+    for key, reason in list(failed.items())[:1]:
+        _warn(
             f"sude-lab: {len(failed)} runs failed, the first one ({key}) because: {reason} The "
-            "column error of the table has all reasons; the same command tries them again.",
-            file=sys.stderr,
+            "column error of the table has all reasons; the same command tries them again."
         )
-    return 1 if failed else 0
+    return int(bool(failed))
 
 
 def _export(args: Export) -> None:
@@ -476,8 +420,7 @@ def _lab(args: Lab) -> None:
         command.append("--no-browser")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")  # a container, where there is no other user
-    code = subprocess.call(command)
-    if code:
+    if code := subprocess.call(command):
         raise UserError(f"JupyterLab stopped with exit code {code}: its reason stands above.")
 
 
@@ -502,24 +445,14 @@ _COMMANDS: dict[type, Callable[[Any], int | None]] = {
     Release: _release,
 }
 
-Command = (
-    Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[Tune, tyro.conf.subcommand("tune")]
-    | Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
-    | Annotated[Classify, tyro.conf.subcommand("classify")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
-    | Annotated[Lab, tyro.conf.subcommand("lab")]
-    | Annotated[Release, tyro.conf.subcommand("release")]
-)
+Command = Demo | Tune | Generate | Evaluate | Sweep | Classify | Export | Lab | Release
 
 
 def _parse(arguments: Sequence[str] | None) -> Any:
     """Read the arguments; the box of several lines that tyro prints becomes one sentence."""
-    said, chance = io.StringIO(), random.getstate()
+    box, dice = io.StringIO(), random.getstate()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(box):
             return tyro.cli(
                 Command,
                 args=arguments,
@@ -531,15 +464,15 @@ def _parse(arguments: Sequence[str] | None) -> Any:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        raise UserError(_from_box(said.getvalue())) from None
+        raise UserError(_from_box(box.getvalue())) from None
     finally:
-        random.setstate(chance)  # tyro rolls dice for a cache of its own
+        random.setstate(dice)  # tyro rolls dice for a cache of its own
 
 
-def _from_box(said: str) -> str:
+def _from_box(box: str) -> str:
     """Return as sentences what tyro says in a box with a title and lines between its parts."""
     parts = [""]
-    for line in re.sub(r"\x1b\[[\d;]*m", "", said).splitlines()[1:]:
+    for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]:
         line = line.strip("│|╭╮╰╯+ ")
         if line.startswith(("Argument helptext", "For full helptext")):
             break
@@ -554,19 +487,16 @@ def _from_box(said: str) -> str:
 def _check_paths(command: Any) -> None:
     """Say in one sentence which argument can be the name of no file, before anything is done."""
     for f in fields(command):
-        given = getattr(command, f.name)
-        for path in given if isinstance(given, tuple) else (given,):
-            if isinstance(path, Path):
-                try:
-                    os.stat(path)
-                except (OSError, ValueError) as error:
-                    number, why = getattr(error, "errno", None), getattr(error, "strerror", error)
-                    if number not in (None, errno.ENAMETOOLONG, errno.ELOOP):
-                        continue  # not there yet, perhaps; whoever needs it says more
-                    flag = f.name.replace("_", "-")
-                    raise UserError(
-                        f"The {flag} {str(path)[:80]!r} names no file ({why})."
-                    ) from None
+        value = getattr(command, f.name)
+        for path in value if isinstance(value, tuple) else (value,):
+            try:
+                os.stat(path if isinstance(path, Path) else ".")
+            except (OSError, ValueError) as error:
+                number, why = getattr(error, "errno", None), getattr(error, "strerror", error)
+                if number in (None, errno.ENAMETOOLONG, errno.ELOOP):  # else not there yet, perhaps
+                    name = f.name.replace("_", "-")
+                    text = f"The {name} {str(path)[:80]!r} names no file ({why})."
+                    raise UserError(text) from None
 
 
 def _sole(command: Any) -> AbstractContextManager[None]:
@@ -606,12 +536,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    # Taken out here, so that it may stand anywhere, also where the parser itself is at fault.
-    debug = "--debug" in given
+    words = list(sys.argv[1:] if arguments is None else arguments)
     command = None
     try:
-        command = _parse([word for word in given if word != "--debug"])
+        # --debug may stand anywhere, also where the parser itself is at fault.
+        command = _parse([word for word in words if word != "--debug"])
         _check_paths(command)
         with _sole(command):
             return _COMMANDS[type(command)](command) or 0
@@ -619,12 +548,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (KeyboardInterrupt, Exception) as error:
-        if debug:
+        if "--debug" in words:
             traceback.print_exception(error)
-        code, told = _answer(error, command)
-        # The main process speaks for all; what one knows alone is told with its number.
+        code, text = _answer(error, command)
+        # The main process speaks for all; what one knows alone is said with its number.
         who = f" (process {process_number()})" if process_number() else ""
-        print(f"sude-lab{who}: {one_line(told)}", file=sys.stderr)
+        _warn(f"sude-lab{who}: {one_line(text)}")
         return code
 
 
@@ -648,13 +577,11 @@ def _answer(error: BaseException, command: Any) -> tuple[int, str]:
     if isinstance(error, UnicodeEncodeError):  # as the system hands over a name of other bytes
         return 2, f"The name {error.object[:200]!r} is not UTF-8: rename the file."
     if isinstance(error, RuntimeError) and "home directory" in str(error):
-        return (
-            2,
-            "This system names no home folder: set SUDE_LAB_CACHE to a folder to keep files in.",
-        )
-    said = f": {str(error).rstrip('.')}" if str(error) else ""
-    told = f"{type(error).__name__}{said}; this is a bug: run again with --debug and report it."
-    return 1, told
+        return 2, "This system names no home folder: set SUDE_LAB_CACHE to a folder for files."
+    reason = f": {str(error).rstrip('.')}" if str(error) else ""
+    return 1, (
+        f"{type(error).__name__}{reason}; this is a bug: run again with --debug and report it."
+    )
 
 
 if __name__ == "__main__":

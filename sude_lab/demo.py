@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,15 +26,7 @@ from sude_lab.methods import configure
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, read_config, run_tuning
 from sude_lab.view import plots
 from sude_lab.world.oracle import load_oracle
-from sude_lab.world.subjects import (
-    NO_TRUNCATION,
-    PLAIN,
-    SUDE,
-    Subject,
-    describe,
-    measure,
-    subject,
-)
+from sude_lab.world.subjects import NO_TRUNCATION, PLAIN, SUDE, Subject, describe, measure, subject
 
 UNTUNED = "untuned model"
 RESULTS, REPORT, STRIP = "results.csv", "report.html", "difference.png"
@@ -60,9 +50,8 @@ def run_demo(
 ) -> pd.DataFrame:
     """Tune on one drawn subject with and without SuDe, same seed, and write the report.
 
-    Writes `results.csv` (a row a picture), `difference.png`, `report.html` and the runs' folders
-    into `out`; finished runs are kept when it is called again. With `truncation` a third run shows
-    what happens without eq. 9.
+    `out` gets `results.csv` (a row a picture), `difference.png`, `report.html` and the runs, which
+    are kept when it is called again. With `truncation` a third run shows what eq. 9 is good for.
 
     Raises:
         UserError: the category is unknown, a number is out of range, or `out` cannot be written or
@@ -75,21 +64,15 @@ def run_demo(
         raise UserError(f"--num-images is {num_images}: it must lie between 1 and {MOST}.")
     base, oracle = open_backbone(), load_oracle()
     base.check_category(category)
-    who = subject("demo", seed, category)
-    picture = out / "subject.png"
+    who, picture = subject("demo", seed, category), out / "subject.png"
+    shared: dict[str, Any] = {"method": method, "seed": seed, "max_train_steps": max_train_steps}
+    variants = (PLAIN, SUDE, NO_TRUNCATION)[: 3 if truncation else 2]
     configs = {
-        variant.name: TuningConfig(
-            image=picture,
-            category=category,
-            method=method,
-            seed=seed,
-            max_train_steps=max_train_steps,
-            monitor_sude=True,
-            **variant.settings,
+        v.name: configure(
+            TuningConfig(picture, category, monitor_sude=True, **shared, **v.settings), base
         )
-        for variant in (PLAIN, SUDE, *([NO_TRUNCATION] if truncation else []))
+        for v in variants
     }
-    configs = {name: configure(config, base) for name, config in configs.items()}
     folders = {name: out / "runs" / name.replace(", ", "-").replace(" ", "-") for name in configs}
     for name, folder in folders.items():  # before anything there is changed
         if (folder / CONFIG).is_file() and read_config(folder / CONFIG) != configs[name]:
@@ -131,17 +114,11 @@ def _tuned(
     if (folder / ENVIRONMENT).is_file():
         run = Run.open(folder)
         return run, run.load()
-    backbone = base.copy()
-    run = run_tuning(
-        config,
-        folder,
-        backbone=backbone,
-        resume=folder.is_dir(),
-        num_samples=0,
-        report_to="none",  # results.csv and the report hold everything
-        progress=progress,
-        label=f"tuning, {name}",
-    )
+    backbone, resume = base.copy(), folder.is_dir()
+    # No samples and no logs: results.csv and the report hold everything.
+    quiet: dict[str, Any] = {"num_samples": 0, "report_to": "none", "progress": progress}
+    label = f"tuning, {name}"
+    run = run_tuning(config, folder, backbone=backbone, resume=resume, label=label, **quiet)
     return run, backbone
 
 
@@ -158,9 +135,8 @@ def table_with_intervals(table: pd.DataFrame) -> pd.DataFrame:
 
     The 95 % intervals are those of `drawings_interval`: they speak of this one subject and seed.
     """
-    with_attribute = table[table["attribute"] != ""]
     rows = []
-    for variant, group in with_attribute.groupby("variant", sort=False):
+    for variant, group in table[table["attribute"] != ""].groupby("variant", sort=False):
         row: dict[str, Any] = {"variant": variant, "pictures": len(group)}
         for name in MEASURES:
             ends = drawings_interval(group[name], group["attribute"], group["image"])
@@ -197,21 +173,21 @@ def report(who: Subject, table: pd.DataFrame, grids: Grids, runs: dict[str, Run]
         name: {key: getattr(run.config, key) for key in SETTINGS} | {"seconds": _seconds(run)}
         for name, run in runs.items()
     }
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-    )
+    here = FileSystemLoader(Path(__file__).parent)
+    pages = Environment(loader=here, autoescape=True, undefined=StrictUndefined)
+    look: dict[str, Any] = {"dpi": 110, "bbox_inches": "tight"}
     return pages.get_template("report.html.jinja").render(
         category=who.scene.category,
         attribute=who.scene.attribute,
         look=who.scene.look.words(),
         others=", ".join(who.other_attributes),
         seed=seed,
-        subject=_png(who.picture),
-        strip=_figure(difference_figure(grids)),
+        subject=plots.data_url(who.picture),
+        strip=plots.data_url(difference_figure(grids), **look),
         measures=MEASURES,
         means=means.to_dict("records"),
-        bars=_figure(bars),
-        curves=_figure(curves_figure(runs)),
+        bars=plots.data_url(bars, **look),
+        curves=plots.data_url(curves_figure(runs), **look),
         variants=list(grids),
         rows={
             attribute: [_cell(table, grids, name, attribute) for name in grids]
@@ -231,7 +207,7 @@ def _cell(table: pd.DataFrame, grids: Grids, variant: str, attribute: str) -> di
     rows = table[(table["attribute"] == name) & (table["variant"] == variant)]
     return {
         "variant": variant,
-        "picture": _png(make_image_grid(images, len(images) // columns, columns)),
+        "picture": plots.data_url(make_image_grid(images, len(images) // columns, columns)),
         "prompt": rows["prompt"].iloc[0],
         "alignment": rows["attribute_alignment"].mean(),
     }
@@ -241,19 +217,7 @@ def _seconds(run: Run) -> Any:
     try:
         return read_json(run.folder / ENVIRONMENT)["seconds"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{run.folder / ENVIRONMENT} is damaged: delete the folder {run.folder}, and the demo "
-            "tunes it anew."
-        ) from error
-
-
-def _png(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _figure(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        text = (
+            f"{run.folder / ENVIRONMENT} is damaged: delete the folder {run.folder}, and the demo"
+        )
+        raise UserError(f"{text} tunes it anew.") from error

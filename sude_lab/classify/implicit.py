@@ -1,6 +1,6 @@
 """Classify a picture with a text-to-image model: p(c | x) over K prompts, with standard errors.
 
-What it computes. Up to a constant that is the same for all prompts, -log p(x_0 | c) is at most
+Up to a constant that is the same for all prompts, -log p(x_0 | c) is at most
 
     L(c) = sum_t w_t E_eps ||eps - eps_theta(x_t, c, t)||^2,
 
@@ -10,20 +10,18 @@ likelihoods is the Diffusion Classifier of arXiv 2303.16203:
 
     p(c_k | x) = softmax_k [ log p(c_k) - L(c_k) ].
 
+Its term at t is eq. 5 with eq. 6 of arXiv 2403.06775 (`sude_lab.classifier.class_log_posterior`) at
+x_{t-1} = mean of q(x_{t-1} | x_t, x_0): what one step tells of the prompt.
+
 The sum is estimated with pairs (t, eps), t drawn in proportion to w_t, so that all count alike.
-
-How it relates to eq. 5 of arXiv 2403.06775. k_t ||eps - eps_theta(c)||^2 is
-||x_{t-1} - x_theta(x_t, c, t)||^2 / (2 sigma_t^2) at x_{t-1} = mean of q(x_{t-1} | x_t, x_0). So
-eq. 5 with eq. 6 (`sude_lab.classifier.class_log_posterior`) is one term of the sum over t: what one
-step tells of the prompt. The sum is what all steps tell together.
-
-Why the pairs (t, eps) are shared. ||eps - eps_theta||^2 differs far more between two pairs than
-between two prompts. So all prompts are asked the same pairs and only *paired differences* count,
-from which the common part is gone. That also makes it safe to drop prompts early (`still_in`).
+||eps - eps_theta||^2 differs far more between two pairs than between two prompts. So all prompts
+are asked the same pairs, and only *paired differences* count, from which the common part is gone.
+That also makes it safe to drop prompts early (`still_in`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,7 +36,7 @@ from sude_lab.backbone import Backbone, Condition
 from sude_lab.classifier import squared_distance
 from sude_lab.classify.probe import encode_all, latents_of, noise_generator, predictions
 from sude_lab.diffusion import Schedule
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, flag
 from sude_lab.losses import sude_weight
 from sude_lab.prompts import PLACEHOLDER, checked
 
@@ -49,12 +47,10 @@ MOST_PAIRS = 10_000
 def step_weights(schedule: Schedule, weighting: str = "elbo") -> Tensor:
     """Return w_t of L(c) for every t: what a squared error of eps counts in nats; (T,), float64.
 
-    - elbo: k_t of `sude_lab.losses.sude_weight` (exact), arXiv 2006.11239, eq. 8. For short steps
-      k_t is half of what the logarithm of the signal-to-noise ratio abar / (1 - abar) falls in the
-      step: every halving of that ratio counts alike. 0 at t = 0 with fixed_small, where the step
-      has no density.
-    - simple: 1 / T, as in DDPM's simple loss and in arXiv 2303.16203. Then L(c) is no bound, its
-      scale means nothing, and the probabilities are scores: their order is what counts.
+    - elbo: k_t of `sude_lab.losses.sude_weight` (exact), arXiv 2006.11239, eq. 8: for short steps
+      half the fall of log abar / (1 - abar). 0 at t = 0 with fixed_small: no density there.
+    - simple: 1 / T, as in DDPM's simple loss and in arXiv 2303.16203. Then L(c) is no bound, and
+      the probabilities are scores: their order is what counts.
 
     Raises:
         ValueError: as `sude_weight`, or the weighting is unknown.
@@ -75,8 +71,7 @@ def spread_times(number: int, weights: Tensor, shift: float) -> Tensor:
     all of them has the expectation sum_t w_t f(t) / sum_t w_t.
 
     The parts come in the order in which they hold 3/4, 1/2, 1/4, 7/8, 5/8, 3/8, 1/8, 15/16, ...:
-    every beginning is spread, and starts at much noise, where layout and category are decided, so
-    that few pairs already tell whom to drop.
+    every beginning is spread, and starts at much noise, where the category is decided.
     """
     places = [k / 4 for k in (3, 2, 1)]
     for level in range(3, number.bit_length() + 3):
@@ -84,8 +79,8 @@ def spread_times(number: int, weights: Tensor, shift: float) -> Tensor:
     order = list(dict.fromkeys(int(place * number) for place in places))
     place = (torch.tensor(order, dtype=torch.float64) + shift) / number
     cumulative = weights.double().cumsum(0)
-    found = torch.searchsorted(cumulative, place * cumulative[-1], right=True)
-    return found.clamp_max(len(weights) - 1)
+    times = torch.searchsorted(cumulative, place * cumulative[-1], right=True)
+    return times.clamp_max(len(weights) - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,13 +103,13 @@ def compare(losses: Tensor, times: Tensor) -> Comparison:
     D_k = mean_i (l_ik - l_ir) with l_ik = (sum_t w_t) ||eps_i - eps_theta(c_k)||^2, over the pairs
     that k was asked; the leader r is the best of the prompts that were asked all pairs. With
     independent standard normal z_i, D_k + sum_i z_i u_ik is what other pairs might have given, for
-    all prompts together: u_ik is a pair's difference less its neighbours' in t, scaled to keep the
-    variance, over the number of pairs. (t is stratified: what changes smoothly with t is certain.)
+    all prompts together: u_ik is a pair's difference less its neighbours' in t (which is
+    stratified: what changes smoothly with t is certain), scaled to keep the variance, over M.
 
-    The variance of a difference is nearly in proportion to its size. With delta = eps_theta(c_k) -
-    eps_theta(c_r), l_ik - l_ir = (sum_t w_t) (||delta||^2 - 2 <eps - eps_theta(c_r), delta>): the
-    noise is in proportion to ||delta||, the mean to ||delta||^2. Their ratio v is pooled over the
-    prompts, and stands in where a prompt was asked once: u_k = sqrt(v |D_k|).
+    With delta = eps_theta(c_k) - eps_theta(c_r), l_ik - l_ir = (sum_t w_t) (||delta||^2 -
+    2 <eps - eps_theta(c_r), delta>): its variance, like its mean, is in proportion to ||delta||^2.
+    Their ratio v is pooled over the prompts, and stands in where one was asked once:
+    u_k = sqrt(v |D_k|).
 
     Args: losses l (M, K), nan where a prompt was not asked: it was asked the first few pairs, or
     all; times (M,).
@@ -161,12 +156,12 @@ def still_in(
 
     Args: as `compare`; log_prior (K,).
     """
-    found = compare(losses, times)
-    behind = found.differences if log_prior is None else found.differences - log_prior
+    compared = compare(losses, times)
+    behind = compared.differences - (0 if log_prior is None else log_prior)
     behind = behind - behind.min()
     near = torch.ones_like(behind, dtype=torch.bool)
-    if int(found.counts.max()) > 1:
-        near = behind <= caution**2 * found.noise / found.counts
+    if int(compared.counts.max()) > 1:
+        near = behind <= caution**2 * compared.noise / compared.counts
     if keep < len(behind):
         near &= behind <= behind.kthvalue(keep).values
     return near
@@ -182,19 +177,18 @@ def posterior(
 ) -> tuple[Tensor, Tensor]:
     """Return p(c_k | x) and its standard error, (K,) each, from what every prompt was asked.
 
-    p = softmax_k [log p(c_k) - D_k], the classifier of arXiv 2303.16203. The error is a bootstrap
-    over the shared pairs (the multiplier bootstrap: every pair's part in D is multiplied by a
-    standard normal number, the same for all prompts): the root mean square distance of `draws` such
-    p from p. The delta method would call p = 1.000 certain wherever D is large, even where D is as
-    uncertain as it is large; this does not.
+    p = softmax_k [log p(c_k) - D_k], the classifier of arXiv 2303.16203. The error is the root mean
+    square distance from p of `draws` p of a multiplier bootstrap: every pair's part in D times a
+    standard normal number, the same for all prompts. (The delta method would call p = 1.000 certain
+    wherever D is large, however uncertain D is.)
 
     Args: as `compare`; log_prior (K,), None: uniform.
     """
-    found = compare(losses, times)
-    logits = -found.differences if log_prior is None else log_prior - found.differences
+    compared = compare(losses, times)
+    logits = (0 if log_prior is None else log_prior) - compared.differences
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn((draws, len(losses)), generator=generator, dtype=torch.float64)
-    p, drawn = logits.softmax(0), (logits - z @ found.parts).softmax(1)
+    p, drawn = logits.softmax(0), (logits - z @ compared.parts).softmax(1)
     return p, (drawn - p).square().mean(0).sqrt()
 
 
@@ -214,9 +208,8 @@ def ask_in_rounds(
 
     With `prune` this goes in rounds: four of one pair, then of a tenth of the pairs. After each the
     hopeless prompts of `still_in` are dropped, and after the first four all but the best half,
-    third, fifth and eighth (three at least): nan stands where they are not asked. What is dropped
-    stands behind all that stay, over the pairs that both were asked, so none of it can come out
-    best. A picture with one prompt left is done.
+    third, fifth and eighth (three at least): nan stands where they are not asked. None of them can
+    come out best: over the pairs that both were asked it stands behind all that stay.
 
     Args: losses_of: rows (R, 3) of (picture, pair, prompt) -> (R,); times (N, M).
 
@@ -225,26 +218,24 @@ def ask_in_rounds(
     """
     number, pairs = times.shape
     losses = torch.full((number, pairs, num_prompts), torch.nan, dtype=torch.float64)
-    wanted = torch.ones((number, num_prompts), dtype=torch.bool)
+    left = torch.ones((number, num_prompts), dtype=torch.bool)
     starts = [*range(min(4, pairs)), *range(4, pairs, max(1, pairs // 10))] if prune else [0]
     ends = [min(end, pairs) for end in (*starts[1:], pairs)]
     for turn, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        unsettled = wanted & (wanted.sum(1, keepdim=True) > 1)
+        unsettled = left & (left.sum(1, keepdim=True) > 1)
         rows = unsettled.unsqueeze(1).expand(-1, end - start, -1).nonzero()
         if not len(rows):
             break
         rows[:, 1] += start
-        found = losses_of(rows).double().cpu()
-        if not bool(found.isfinite().all()):
+        losses[rows.unbind(1)] = of_rows = losses_of(rows).double().cpu()
+        if not bool(of_rows.isfinite().all()):
             raise UserError(
                 "The model's predictions are not finite: compute in float32 (--dtype float32)."
             )
-        losses[rows.unbind(1)] = found
         keep = max(3, -(-num_prompts // _SHARES[turn])) if turn < len(_SHARES) else num_prompts
         for n in rows[:, 0].unique().tolist() if prune else ():
-            wanted[n] &= still_in(
-                losses[n, :end], times[n, :end], log_prior, caution=caution, keep=keep
-            )
+            rule: dict[str, Any] = {"caution": caution, "keep": keep}
+            left[n] &= still_in(losses[n, :end], times[n, :end], log_prior, **rule)
     return losses
 
 
@@ -270,6 +261,18 @@ class Verdict:
         """The most likely prompt."""
         return self.prompts[self.order[0]]
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row a prompt, most likely first."""
+        return [
+            {
+                "prompt": self.prompts[k],
+                "probability": self.probability[k].item(),
+                "standard_error": self.standard_error[k].item(),
+                "pairs": int(self.pairs[k]),
+            }
+            for k in self.order
+        ]
+
     @property
     def num_evaluations(self) -> int:
         """How often the UNet was evaluated."""
@@ -284,27 +287,20 @@ def checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     """
     plain = tuple(" ".join(checked(prompt).split()) for prompt in prompts)
     if len(plain) < 2:
-        raise UserError(
-            'Give at least two prompts to choose from: --prompt "photo of a dog" '
-            '--prompt "photo of a cat".'
-        )
+        example = '--prompt "photo of a dog" --prompt "photo of a cat"'
+        raise UserError(f"Give at least two prompts to choose from: {example}.")
     for k, prompt in enumerate(plain):
         if prompt in plain[:k]:
             raise UserError(f"The prompt {prompt!r} is given twice: every prompt must differ.")
         if PLACEHOLDER[:-1] in prompt:
-            raise UserError(
-                f"The prompt {prompt!r} asks for a subject, which this model has not: say in plain "
-                "words what there is to see."
-            )
+            text = f"The prompt {prompt!r} asks for a subject, which this model has not"
+            raise UserError(f"{text}: say in plain words what there is to see.")
     return plain
 
 
 @dataclass(frozen=True, eq=False)
 class ImplicitClassifier:
-    """p(c_k | x) for K prompts by shared-noise Monte Carlo, as the module's text explains.
-
-    x_0 is the mean of the autoencoder's posterior. With `prune`, hopeless prompts are dropped
-    on the way (`ask_in_rounds`).
+    """p(c_k | x) for K prompts by Monte Carlo over shared noise, as the module says.
 
     Raises:
         UserError: fewer than two prompts, two that are the same, a placeholder in one, a prior that
@@ -329,26 +325,23 @@ class ImplicitClassifier:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", checked_prompts(self.prompts))
-        if self.num_pairs < 2:
-            raise UserError(f"--num-pairs is {self.num_pairs}: a standard error needs at least 2.")
-        if self.num_pairs > MOST_PAIRS:  # all of a picture's noise is in memory
-            raise UserError(
-                f"--num-pairs is {self.num_pairs:,}: it must be at most {MOST_PAIRS:,}."
-            )
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size is {self.batch_size}: it must be at least 1.")
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}: it must be at least 0.")
+        # A standard error needs two pairs; all of a picture's noise is in memory.
+        least = {"num_pairs": 2, "batch_size": 1, "seed": 0}
+        most = {"num_pairs": MOST_PAIRS}
+        for name, lowest in least.items():
+            value, highest = getattr(self, name), most.get(name)
+            if value < lowest or (highest and value > highest):
+                end = f", and at most {highest:,}" if highest else ""
+                raise UserError(f"--{flag(name)} is {value:,}: it must be at least {lowest}{end}.")
         if not self.caution > 0:
             raise UserError(f"--caution is {self.caution}: it must be more than 0.")
         if self.weighting not in WEIGHTINGS:
             raise UserError(f"There is no weighting {self.weighting!r}: use elbo or simple.")
-        if self.prior is not None:
-            given = torch.tensor(list(self.prior), dtype=torch.float64)
-            if len(given) != len(self.prompts) or not bool(((given > 0) & given.isfinite()).all()):
-                raise UserError(
-                    f"--prior must hold {len(self.prompts)} positive numbers, one for each prompt."
-                )
+        number = len(self.prompts)
+        if self.prior is not None and (
+            len(self.prior) != number or not all(0 < p < math.inf for p in self.prior)
+        ):
+            raise UserError(f"--prior must hold {number} positive numbers, one for each prompt.")
 
     @cached_property
     def condition(self) -> Condition:
@@ -360,16 +353,13 @@ class ImplicitClassifier:
         """log p(c_k), (K,); None: uniform."""
         if self.prior is None:
             return None
-        given = torch.tensor(list(self.prior), dtype=torch.float64)
-        return (given / given.sum()).log()
+        prior = torch.tensor(list(self.prior), dtype=torch.float64)
+        return (prior / prior.sum()).log()
 
     def pairs(self, shape: Sequence[int], number: int) -> tuple[Tensor, Tensor]:
         """Return times (N, M) and noise (N, M, ...) for N latents of a shape.
 
         What picture n meets follows from (seed, n) alone: its times, then its noise.
-
-        Raises:
-            UserError: the weighting has no value for this model.
         """
         times, noise = [], []
         for n in range(number):
@@ -409,35 +399,26 @@ class ImplicitClassifier:
         scale = self.weights.sum()
         bar = tqdm(desc="asking", unit="evaluation", disable=not progress)
 
-        def losses_of(rows: Tensor) -> Tensor:
-            found = []
-            told: dict[str, Any] = {"batch_size": self.batch_size}
-            for _, eps, _, guess in predictions(
-                self.backbone, x_0, times, noise, self.condition, rows, **told
-            ):
-                found.append(squared_distance(guess, eps).cpu())
-                bar.update(len(eps))
-            return scale * torch.cat(found)
+        about = (self.backbone, x_0, times, noise, self.condition)
 
+        def losses_of(rows: Tensor) -> Tensor:
+            parts = []
+            for _, eps, _, guess in predictions(*about, rows, batch_size=self.batch_size):
+                parts.append(squared_distance(guess, eps).cpu())
+                bar.update(len(eps))
+            return scale * torch.cat(parts)
+
+        rule: dict[str, Any] = {"prune": self.prune, "caution": self.caution}
         with bar:
-            losses = ask_in_rounds(
-                losses_of,
-                times,
-                len(self.prompts),
-                prune=self.prune,
-                log_prior=self.log_prior,
-                caution=self.caution,
-            )
+            number = len(self.prompts)
+            losses = ask_in_rounds(losses_of, times, number, log_prior=self.log_prior, **rule)
         return losses, times
 
     def classify(self, pictures: Sequence[Image.Image], *, progress: bool = False) -> list[Verdict]:
         """Return what the model says of each picture; settings and errors as `losses`."""
         losses, times = self.losses(pictures, progress=progress)
+        prompts, log_prior = tuple(self.prompts), self.log_prior
         return [
-            Verdict(
-                tuple(self.prompts),
-                *posterior(mine, t, self.log_prior),
-                (~mine.isnan()).sum(0),
-            )
-            for mine, t in zip(losses, times, strict=True)
+            Verdict(prompts, *posterior(of_picture, t, log_prior), (~of_picture.isnan()).sum(0))
+            for of_picture, t in zip(losses, times, strict=True)
         ]

@@ -1,15 +1,11 @@
 """Questions to a model that is not being tuned: which prompt fits, how sure it is, what it sees.
 
-`prompt_errors` names a picture with the classifier inside the model. One term of its sum is eq. 5
-with eq. 6 of arXiv 2403.06775 at x_{t-1} := the mean of q(x_{t-1} | x_t, x_0); the whole sum is the
-classifier of "Your diffusion model is secretly a zero-shot classifier" (arXiv 2303.16203), there
-found from the evidence lower bound. `thresholds` is tau_t of eq. 8 over t; `answers` and `decode`
-show what prompts make of one noised picture.
+`prompt_errors` names a picture with the classifier inside the model, `thresholds` is tau_t of
+arXiv 2403.06775, eq. 8, over t; `answers` and `decode` show what prompts make of a noised picture.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,20 +50,14 @@ def answers(
         raise UserError(f"Timesteps must lie between 0 and {last}.")
     condition = encode_all(backbone, prompts)
     x_0 = latents_of(backbone, pictures, batch_size)
-    noise = torch.stack(
-        [
-            torch.randn((len(times), *x_0.shape[1:]), generator=noise_generator(seed, n))
-            for n in range(len(x_0))
-        ]
-    )
-    sizes = (len(x_0), len(times), len(prompts))
-    rows = torch.stack(torch.unravel_index(torch.arange(math.prod(sizes)), sizes), dim=1)
-    pairs = times.expand(len(x_0), -1), noise
-    asked = predictions(
-        backbone, x_0, *pairs, condition, rows, batch_size=batch_size, progress=progress
-    )
-    for part, answer in zip(torch.arange(len(rows)).split(batch_size), asked, strict=True):
-        yield part, *answer
+    shape = (len(times), *x_0.shape[1:])
+    generators = [noise_generator(seed, n) for n in range(len(x_0))]
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    rows = torch.cartesian_prod(*map(torch.arange, (len(x_0), len(times), len(prompts))))
+    about = (backbone, x_0, times.expand(len(x_0), -1), noise, condition, rows.view(-1, 3))
+    batches = predictions(*about, batch_size=batch_size, progress=progress)
+    for part, batch in zip(torch.arange(len(rows)).split(batch_size), batches, strict=True):
+        yield part, *batch
 
 
 @torch.no_grad()

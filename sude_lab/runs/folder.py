@@ -344,10 +344,10 @@ def run_tuning(
     preset: str = "default",
     resume: bool = False,
     checkpoint_every: int = 100,
-    sample_prompts: list[str] | None = None,
+    sample_prompts: Sequence[str] | None = None,
     num_samples: int = 4,
     validation_every: int = 0,
-    validation_prompts: list[str] | None = None,
+    validation_prompts: Sequence[str] | None = None,
     report_to: str = "tensorboard",
     kohya: Precision | None = None,
     backbone: Backbone | None = None,
@@ -368,9 +368,9 @@ def run_tuning(
         preset: What fills the settings that are None first: paper, reference, or default for none.
         resume: Whether to continue an unfinished run.
         checkpoint_every: Steps between checkpoints.
-        sample_prompts: The rows of samples.png; None: the tuning prompts.
+        sample_prompts: The rows of samples.png; none: the tuning prompts.
         num_samples: Pictures a prompt; 0 draws no grid.
-        validation_every: Steps between grids of `validation_prompts` (None: `sample_prompts`); 0
+        validation_every: Steps between grids of `validation_prompts` (none: `sample_prompts`); 0
             draws none. Drawing changes no bit of the result.
         report_to: tensorboard, another tracker of accelerate's, "all" that are installed, or none.
         kohya: The precision in which to write a LoRA for the web UIs as well; None writes none.
@@ -383,6 +383,14 @@ def run_tuning(
         UserError: bad input (nothing is written then), another run in the folder, or a failure
             while tuning (the checkpoint, and the weights after the last finished step, stay).
     """
+    for name, number, least, most in (
+        ("checkpoint-every", checkpoint_every, 1, None),
+        ("num-samples", num_samples, 0, 1000),  # drawn after hours of tuning
+        ("validation-every", validation_every, 0, None),
+    ):
+        if number < least or (most and number > most):
+            end = f", and at most {most:,}" if most else ""
+            raise UserError(f"--{name} is {number}: it must be at least {least}{end}.")
     out = Path(out)
     config = replace(config, backbone=_whole_path(config.backbone))
     trackers = Trackers(report_to)

@@ -15,7 +15,6 @@ import itertools
 import math
 import os
 import re
-from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import cache, partial
@@ -44,12 +43,8 @@ T = TypeVar("T")
 
 
 def _entry(default: Any = None, *, least: float | None = None, says: Sequence[str] = ()) -> Any:
-    """Return a key of a grid file: what it is when it is left out.
-
-    Args:
-        default: Its value then; a list is an axis of the grid, and one value alone stands for it.
-        least: The least that its number, or numbers, may be.
-        says: The fields of `TuningConfig` that it stands for.
+    """Return a key of a grid file: its default (a list is an axis of the grid), the least that its
+    numbers may be, and the fields of `TuningConfig` that it stands for.
     """
     about = {"least": least, "says": says}
     if isinstance(default, list):
@@ -66,11 +61,9 @@ class _Checked:
             if least is None or value is None:
                 continue
             for number in value.values() if isinstance(value, dict) else [value]:
-                plain = isinstance(number, int | float) and not isinstance(number, bool)
-                if not plain or not least <= number <= 2**32:
-                    raise UserError(
-                        f"{f.name} cannot be {number!r}: it takes a number, at least {least}."
-                    )
+                if type(number) not in (int, float) or not least <= number <= 2**32:
+                    text = f"{f.name} cannot be {number!r}"
+                    raise UserError(f"{text}: it takes a number, at least {least}.")
 
 
 @dataclass
@@ -160,7 +153,7 @@ def _settings_kind() -> type[Any]:
     return make_dataclass("settings", [(*axis, _entry([])) for axis in axes], bases=(_Checked,))
 
 
-def _filled(kind: type[T], given: Any, where: str = "") -> T:
+def _filled(kind: type[T], content: Any, where: str = "") -> T:
     """Return what a file says as a dataclass: typed, all keys known, the others at their default.
 
     Raises:
@@ -169,23 +162,23 @@ def _filled(kind: type[T], given: Any, where: str = "") -> T:
     from omegaconf import OmegaConf
 
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), _with_lists(kind, given, where))
-        content: Any = OmegaConf.to_object(merged)
+        merged = OmegaConf.merge(OmegaConf.structured(kind), _with_lists(kind, content, where))
+        filled: Any = OmegaConf.to_object(merged)
     except UserError:
         raise
     except Exception as error:  # OmegaConf's, and those of numbers that are too long
         place = ".".join(filter(None, (where, str(getattr(error, "full_key", None) or ""))))
         raise UserError(f"{place or 'the grid'}: {str(error).splitlines()[0]}.") from error
-    return content
+    return filled
 
 
-def _with_lists(kind: type[Any], given: Any, where: str) -> dict[str, Any]:
+def _with_lists(kind: type[Any], content: Any, where: str) -> dict[str, Any]:
     """Return a mapping in which what stands alone for a list is one."""
-    if not isinstance(given, dict):
+    if not isinstance(content, dict):
         keys = ", ".join(f.name for f in fields(kind))
         raise UserError(f"{where or 'the grid'} must be a mapping, with keys among {keys}.")
     hints, whole = get_type_hints(kind), {}
-    for name, value in given.items():
+    for name, value in content.items():
         hint = hints.get(name)
         (inner,) = get_args(hint) if get_origin(hint) is list else (None,)
         if get_origin(inner) is tuple and isinstance(value, list):
@@ -235,11 +228,11 @@ def read_grid(path: Path | str) -> Grid:
         UserError: it cannot be read, or holds a key or a value that means nothing.
     """
     what = f"The grid {path}"
-    given = read_yaml(read_text(path, what, "a YAML file"), what)
+    content = read_yaml(read_text(path, what, "a YAML file"), what)
     try:
-        if "${" in repr(given):  # OmegaConf would put the environment's variables in
+        if "${" in repr(content):  # OmegaConf would put the environment's variables in
             raise UserError("a grid has no ${...}: write the value out.")
-        return _grid(_filled(GridFile, given))
+        return _grid(_filled(GridFile, content))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -299,13 +292,10 @@ def _subjects(entry: Any) -> Iterator[GridSubject]:
 
 def _variants(uses: Uses) -> Iterator[dict[str, Any]]:
     """Return the product of w_s, truncation, prior and weighting of a grid, or of one of `also`."""
-    axes = [
-        [_weight(x) for x in uses.w_s],
-        [_truncation(x) for x in uses.truncation],
-        [{"prior": x} for x in uses.prior],
-        [{"weighting": x} for x in uses.weighting],
-    ]
-    return (dict(ChainMap(*parts)) for parts in _product(axes))
+    axes = (uses.w_s, uses.truncation, uses.prior, uses.weighting)
+    for w_s, truncation, prior, weighting in _product(axes):
+        sude = {"prior": prior, "weighting": weighting}
+        yield sude | _weight(w_s) | _truncation(truncation)
 
 
 def _weight(value: Any) -> dict[str, Any]:
@@ -327,17 +317,15 @@ def _truncation(value: Any) -> dict[str, Any]:
     raise UserError(f"truncation cannot be {value!r}: write on, off, or the rho to stop at.")
 
 
-def _settings(given: Any) -> Iterator[dict[str, Any]]:
+def _settings(content: Any) -> Iterator[dict[str, Any]]:
     """Return the product of one mapping of `settings`: a list is an axis."""
-    for name in given if isinstance(given, dict) else ():
+    for name in content if isinstance(content, dict) else ():
         if name in _SAID:
             raise UserError(f"settings: {name} is what the grid's key {_SAID[name]} says.")
-    axes = _filled(_settings_kind(), given, "settings")
-    pairs = [
-        [(name, x.absolute() if isinstance(x, Path) else x) for x in getattr(axes, name)]
-        for name in given
-    ]
-    return (dict(parts) for parts in _product(pairs))
+    axes = _filled(_settings_kind(), content, "settings")
+    for values in _product([getattr(axes, name) for name in content]):
+        whole = (x.absolute() if isinstance(x, Path) else x for x in values)
+        yield dict(zip(content, whole, strict=True))
 
 
 # --- the runs of a grid --------------------------------------------------------------------------
@@ -400,14 +388,8 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
     """List the runs of a grid; nothing is written, and no model is opened.
 
     Order: backbone, seed, subject, method, settings, then `also` after w_s, truncation, prior,
-    weighting (what is named last changes fastest): all variants of one subject stand together, and
-    every subject is seen once before the second seed begins. Equal runs are one: without SuDe
-    (w_s 0) its other settings say nothing.
-
-    Args:
-        grid: The grid.
-        out: Folder of the sweep.
-        runs: Folder of the runs; None: OUT/runs.
+    weighting; what is named last changes fastest. Equal runs are one: without SuDe (w_s 0) its
+    other settings say nothing. The runs are in the folder `runs`, None: OUT/runs.
 
     Raises:
         UserError: the settings, or the prompts for a subject, mean nothing.
@@ -423,12 +405,9 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
     axes = (file.backbone, file.seeds, grid.subjects, file.methods, grid.settings, grid.variants)
     for backbone, seed, who, method, settings, variant in _product(axes):
         total += 1
-        config, usual = _config(
-            {k: v for k, v in (settings | variant).items() if k != "factor"}
-            | {"image": who.image or out / "subjects" / f"{who.name}.png"}
-            | {"category": who.category, "method": method, "seed": seed, "backbone": backbone},
-            variant.get("factor", 1.0),
-        )
+        image = who.image or out / "subjects" / f"{who.name}.png"
+        about = {"image": image, "category": who.category, "method": method, "seed": seed}
+        config, usual = _config(settings | variant | about | {"backbone": backbone})
         key = _key(config, digests[who.name])
         if key in jobs:
             continue
@@ -439,10 +418,9 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
         references = Path(asks["references"]) if "references" in asks else None
         kind = (who.name, method, backbone, config.prompt, config.more_subjects)
         if kind not in counts:
-            structure = asks.get("structure", "default")
-            about = {"structure": structure, "references": references}
-            about["judges"] = partial(drawn_judge, scene=who.scene)
-            counts[kind] = len(prompts_of(config, file.prompts, **about))
+            how: dict[str, Any] = {"judges": partial(drawn_judge, scene=who.scene)}
+            how |= {"structure": asks.get("structure", "default"), "references": references}
+            counts[kind] = len(prompts_of(config, file.prompts, **how))
         rows = hash_of([asks | {"prompts": contents}, repr(who.scene)])[:10]
         pictures = counts[kind] * file.pictures * asks.get("num_seeds", 1)
         label = _label(key, who.name, config, usual)
@@ -463,14 +441,14 @@ def _label(key: str, subject: str, config: CompleteConfig, usual: float) -> dict
     }
 
 
-def _config(given: dict[str, Any], factor: float) -> tuple[CompleteConfig, float]:
+def _config(settings: dict[str, Any]) -> tuple[CompleteConfig, float]:
     """Return the configuration with its defaults filled in, and the method's own w_s."""
-    facts = read_facts(given["backbone"])
+    facts = read_facts(settings["backbone"])
     names = ("image", "category", "backbone", "method")
-    usual = configure({name: given[name] for name in names}, facts)
-    if given.get("weight_sude") is None:
-        given = given | {"weight_sude": usual.weight_sude * factor}
-    config = configure(given, facts)
+    usual = configure({name: settings[name] for name in names}, facts)
+    factor = settings.pop("factor", 1.0)
+    settings.setdefault("weight_sude", usual.weight_sude * factor)
+    config = configure(settings, facts)
     # The bank's pairs stay: without SuDe a run draws the samples that its like with SuDe draws.
     silent = {*fields_of("sude"), *fields_of("prior")} if not config.with_sude else set()
     silent |= set() if config.truncate else {"truncate_at"}
@@ -494,8 +472,7 @@ def kind_of(config: CompleteConfig) -> str:
 def _key(config: CompleteConfig, picture: str) -> str:
     """Name a run by what it is: not by where its files lie, nor by the device it runs on."""
     where = fields_of("place")
-    # A field at its default says nothing: fields that are added later leave the names as they are.
-    # Where a default changed, its first value says nothing still: a name means the same forever.
+    # A field at its (first) default says nothing: later fields and defaults leave the names alone.
     silent = {f.name: f.default for f in fields(TuningConfig)} | {"optimizer": "adamw"}
     first = {new: old for old, new in RENAMED.items()}
     about = {

@@ -8,7 +8,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,14 +34,6 @@ class _Rate(Costs):
     source: str = "nobody"
 
 
-_UNKNOWN = _Rate()
-
-
-def _rate(values: Iterable[Any], source: str) -> _Rate:
-    step, picture, run, each = values
-    return _Rate(step, picture, run, each, source)
-
-
 def describe(plan: Plan, *, measure: bool = False) -> str:
     """Say what is left of a grid, and where the times come from.
 
@@ -67,7 +58,7 @@ def describe(plan: Plan, *, measure: bool = False) -> str:
     for kind, jobs in kinds.items():
         config = jobs[0].config
         rate = measured.get(kind) or _assumed(assume, config)
-        if rate is _UNKNOWN and measure and Path(resolve_source(config.backbone)).is_dir():
+        if rate.source == "nobody" and measure and Path(resolve_source(config.backbone)).is_dir():
             rate = _calibrated(jobs[0])
         # Class images for prior preservation are drawn once, by whoever comes first, then kept.
         needed = set(map(_class_images, jobs)) - prior
@@ -103,9 +94,8 @@ def _class_images(job: Job) -> tuple[str, str, int, int]:
 
 
 def _line(kind: str, jobs: list[Job], rate: _Rate, extra: int) -> dict[str, Any]:
-    step, picture, run, each = (
-        math.nan if getattr(rate, name) is None else getattr(rate, name) for name in _MEASURES
-    )
+    values = (getattr(rate, name) for name in _MEASURES)
+    step, picture, run, each = (math.nan if value is None else value for value in values)
     steps = sum(job.config.max_train_steps for job in jobs)
     pictures = sum(job.pictures for job in jobs)
     return {
@@ -123,23 +113,24 @@ def _line(kind: str, jobs: list[Job], rate: _Rate, extra: int) -> dict[str, Any]
 
 def _measured(runs: Path) -> dict[str, _Rate]:
     kinds: dict[str, list[dict[str, Any]]] = {}
-    for one in (timing(path.parent) for path in runs.glob(f"*/{TIMING}")):
-        if "kind" in one and all(isinstance(one.get(m), int | float) for m in _MEASURES):
-            kinds.setdefault(one["kind"], []).append(one)
-    return {
-        kind: _rate((statistics.median(r[m] for r in rows) for m in _MEASURES), f"{len(rows)} runs")
-        for kind, rows in kinds.items()
-    }
+    for took in (timing(path.parent) for path in runs.glob(f"*/{TIMING}")):
+        if "kind" in took and all(isinstance(took.get(m), int | float) for m in _MEASURES):
+            kinds.setdefault(took["kind"], []).append(took)
+    rates = {}
+    for kind, rows in kinds.items():
+        medians = {m: statistics.median(row[m] for row in rows) for m in _MEASURES}
+        rates[kind] = _Rate(**medians, source=f"{len(rows)} runs")
+    return rates
 
 
 def _assumed(assume: Assumed, config: CompleteConfig) -> _Rate:
-    values = [getattr(assume, name) for name in _MEASURES]
-    values = [v.get(config.method) if isinstance(v, dict) else v for v in values]
-    if None in values:
-        return _UNKNOWN
+    costs = {name: getattr(assume, name) for name in _MEASURES}
+    costs = {k: v.get(config.method) if isinstance(v, dict) else v for k, v in costs.items()}
+    if None in costs.values():
+        return _Rate()
     live = not config.prior_bank or config.prior_bank_dtype == "live"
-    values[0] *= assume.sude_factor if config.with_sude and live else 1.0
-    return _rate(map(float, values), "assumed")
+    costs["seconds_per_step"] *= assume.sude_factor if config.with_sude and live else 1
+    return _Rate(**{name: float(cost) for name, cost in costs.items()}, source="assumed")
 
 
 def _calibrated(job: Job) -> _Rate:
@@ -161,10 +152,6 @@ def _calibrated(job: Job) -> _Rate:
         drawn = time.perf_counter()
         for k, picture in enumerate(images):
             picture.save(folder / f"{k}.png")
-        return _Rate(
-            (tuned - started) / 3,
-            (drawn - saved) / number,
-            megabytes(p for p in folder.rglob("*") if p.suffix != ".png"),
-            megabytes(folder.glob("*.png")) / number,
-            "3 steps now",
-        )
+        sizes = megabytes(p for p in folder.rglob("*") if p.suffix != ".png")
+        each = megabytes(folder.glob("*.png")) / number
+        return _Rate((tuned - started) / 3, (drawn - saved) / number, sizes, each, "3 steps now")

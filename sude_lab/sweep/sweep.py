@@ -8,10 +8,9 @@
     RUNS/.sweep/           locks, and the reasons of failures
 
 RUNS is OUT/runs, or a folder that several sweeps share; KEY is a hash of what the run is: its
-settings, its picture's bytes, the backbone's files. Nothing else remembers what was done. A run
-whose scores are there is finished; any other is begun, or continued from its checkpoint, by whoever
-holds its lock. The table is made anew from the runs' own scores, so that no fault can leave a run
-in it twice or not at all.
+settings, its picture's bytes, the backbone's files. A run whose scores are there is finished; any
+other is begun, or continued from its checkpoint, by whoever holds its lock. The table is made anew
+from the runs' own scores: no fault can leave a run in it twice or not at all.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import as_completed
+from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -92,13 +91,7 @@ def perform(
     """Tune, draw and judge one run from where it stands, under its lock; record a failure.
 
     A failure that is recorded stands until its file is removed, as `sweep` does when it begins.
-
-    Args:
-        job: The run.
-        runs: The folder of all runs.
-        wait: Whether to wait where another process is at it.
-        checkpoint_every: Steps between checkpoints.
-        on_step: Called after every step of tuning.
+    With `wait` it waits where another process is at the run.
 
     Raises:
         UserError: the run cannot be locked, or the disk is full.
@@ -131,6 +124,7 @@ def _tune_and_judge(
     folder, config = runs / job.key, job.config
     _clear_halves(folder, job.asked["num_images"])
     stamps = [time.perf_counter()]
+    quiet: dict[str, Any] = {"report_to": "none", "num_samples": 0, "progress": False}
 
     def stamp(step: Step) -> None:
         stamps.append(time.perf_counter())
@@ -138,17 +132,8 @@ def _tune_and_judge(
             on_step(step)
 
     if not (folder / ENVIRONMENT).is_file():
-        run_tuning(
-            config,
-            folder,
-            resume=folder.is_dir(),
-            checkpoint_every=checkpoint_every,
-            num_samples=0,
-            report_to="none",
-            backbone=fresh_backbone(config),
-            on_step=stamp,
-            progress=False,
-        )
+        quiet |= {"checkpoint_every": checkpoint_every, "resume": folder.is_dir()}
+        run_tuning(config, folder, backbone=fresh_backbone(config), on_step=stamp, **quiet)
     tuned = time.perf_counter()
     evaluation = evaluate(
         [folder],
@@ -161,18 +146,16 @@ def _tune_and_judge(
     )
     now = time.perf_counter()
     steps = len(stamps) - 2  # without the first one, which opens what is slow
+    a_step = (stamps[-1] - stamps[1]) / steps if steps > 0 else None
     about = {
         "kind": kind_of(config),
-        "seconds_per_step": (stamps[-1] - stamps[1]) / steps if steps > 0 else None,
+        "seconds_per_step": a_step or timing(folder).get("seconds_per_step"),  # of another sweep
         "seconds_per_picture": (now - tuned) / job.pictures,
         "megabytes_per_run": megabytes(p for p in folder.rglob("*") if p.suffix != ".png"),
         "megabytes_per_picture": megabytes(folder.rglob("seed-*/*.png")) / job.pictures,
         "seconds": now - stamps[0],
     }
-    if steps <= 0:  # tuned for another sweep
-        about["seconds_per_step"] = timing(folder).get("seconds_per_step")
-    with atomic_write(folder / TIMING) as path:
-        path.write_text(json.dumps(about, indent=1), encoding="utf-8")
+    _write_json(folder / TIMING, about)
     means = Run.open(folder).metrics()[["open_gates", "rho"]].mean()
     scores = evaluation.scores.assign(**means).reindex(columns=_SCORES.names)
     rows = pa.Table.from_pandas(scores, schema=_SCORES, preserve_index=False)
@@ -183,8 +166,7 @@ def _tune_and_judge(
 def _clear_halves(folder: Path, num_images: int) -> None:
     """Remove what a killed process left half done and a resume would trip over.
 
-    Pictures of one prompt are drawn in one batch, and the last bits depend on a batch's size: a
-    prompt that lacks pictures is drawn anew as a whole.
+    The last bits of pictures depend on their batch: a prompt that lacks some is drawn anew.
     """
     remove_partials(folder)
     for drawn in list(folder.glob(f"{FOLDER}/{PICTURES}/*/seed-*")):
@@ -212,11 +194,16 @@ def fresh_backbone(config: TuningConfig) -> Backbone:
     return backbone
 
 
+def _write_json(file: Path, content: Any) -> None:
+    with atomic_write(file) as path:
+        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
 def timing(folder: Path) -> dict[str, Any]:
     """Return what a run took, as its folder tells; nothing where its file is damaged or missing."""
     try:
-        about = read_json(folder / TIMING)
-        return {k: v for k, v in about.items() if isinstance(v, str | int | float)}
+        about = read_json(folder / TIMING).items()
+        return {name: value for name, value in about if isinstance(value, str | int | float)}
     except (OSError, ValueError, AttributeError):
         return {}
 
@@ -240,17 +227,15 @@ def _failure(runs: Path, key: str) -> str:
 def _record(runs: Path, key: str, error: BaseException) -> Outcome:
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     reason = " ".join(reason.replace(f"{runs}{os.sep}", "").split())[:1000]
-    trace = "".join(traceback.format_exception(error))
-    about = {"reason": reason, "traceback": trace}
-    with atomic_write(_beside(runs, key, "failed.json")) as path:
-        path.write_text(json.dumps(about, indent=1), encoding="utf-8")
+    about = {"reason": reason, "traceback": "".join(traceback.format_exception(error))}
+    _write_json(_beside(runs, key, "failed.json"), about)
     return Outcome("failed", reason)
 
 
 def _is_full(error: BaseException | None) -> bool:
     while error is not None:
-        number = error.errno if isinstance(error, OSError) else None
-        if isinstance(error, DiskFullError) or number in (errno.ENOSPC, errno.EDQUOT):
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or isinstance(error, DiskFullError):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -258,8 +243,8 @@ def _is_full(error: BaseException | None) -> bool:
 
 # --- all runs ------------------------------------------------------------------------------------
 
-Engine = Callable[[Sequence[Job], bool], Iterator[tuple[Job, Outcome]]]
-"""Attempts jobs, waiting for those that others are at or not, and yields how each one ended."""
+Submit = Callable[..., Future[Outcome]]
+"""Give `submit(job, wait=...)` to another process: `perform` for it."""
 
 
 def sweep(
@@ -275,8 +260,7 @@ def sweep(
     """Do what is missing of a grid and write its table; return the failed runs' reasons by key.
 
     Runs that failed before are tried again. Several processes may work on one folder, and several
-    sweeps may share their runs. The table holds the runs of the grid as it is now: what a changed
-    file no longer names stays in RUNS alone.
+    sweeps may share their runs. The table holds the runs of the grid as it is now.
 
     Args:
         grid: The grid file.
@@ -302,10 +286,8 @@ def sweep(
             raise UserError(f"{folder} is a file: name a folder.")
     require_own(plan.out, PLAN, '{\n "runs": ', (RESULTS, "results.csv"))
     if unknown := [source for source in plan.grid.file.backbone if not is_known(source)]:
-        raise UserError(
-            f"The backbone {unknown[0]} is neither on the hub nor in its cache: run with a "
-            "connection, or name a pipeline folder."
-        )
+        text = f"The backbone {unknown[0]} is neither on the hub nor in its cache"
+        raise UserError(f"{text}: run with a connection, or name a pipeline folder.")
     todo = [job for job in plan.jobs if not job.scores(plan.runs).is_file()]
     failed: dict[str, str] = {}
     total, shown = len(plan.jobs), time.monotonic()
@@ -318,25 +300,31 @@ def sweep(
             shown = time.monotonic()
             bar.set_postfix_str(f"{len(failed)} failed, step {step.number}")
 
-    attempt = partial(perform, runs=plan.runs, checkpoint_every=checkpoint_every)
-
-    def here(jobs: Sequence[Job], wait: bool) -> Iterator[tuple[Job, Outcome]]:
-        for job in jobs:
-            yield job, attempt(job, wait=wait, on_step=on_step)
-
-    how: AbstractContextManager[Engine] = nullcontext(here)
+    settings = {"runs": plan.runs, "checkpoint_every": checkpoint_every}
+    how: AbstractContextManager[Submit | None] = nullcontext(None)  # this process alone
     if cluster is not None:
-        how = _on_ray(plan, cluster, attempt)
+        how = _on_ray(plan, cluster)
     elif workers > 1:
-        how = _on_workers(workers, attempt)
-    with bar, how as engine:
+        how = _on_workers(workers)
+
+    def ended(jobs: list[Job], **settings: Any) -> Iterator[tuple[Job, Outcome]]:
+        """Attempt jobs, and yield how each one ended."""
+        if submit is None:
+            for job in jobs:
+                yield job, perform(job, on_step=on_step, **settings)
+            return
+        running = {submit(job, **settings): job for job in jobs}
+        for future in as_completed(running):
+            yield running[future], _outcome(future, plan.runs, running[future].key)
+
+    with bar, how as submit:
         _write_plan(plan)
         for job in todo:  # what failed before is tried again
             _beside(plan.runs, job.key, "failed.json").unlink(missing_ok=True)
         took, written = _write_table(plan), time.monotonic()
         for wait in (False, True):  # what others are at comes last
             busy = []
-            for job, outcome in engine(todo, wait):
+            for job, outcome in ended(todo, wait=wait, **settings):
                 if outcome.status == "busy":
                     busy.append(job)
                     continue
@@ -351,27 +339,30 @@ def sweep(
     return failed
 
 
+def _outcome(future: Future[Outcome], runs: Path, key: str) -> Outcome:
+    """Return how a run ended in another process; what `perform` raises there stops every run."""
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        text = "A worker process was ended from outside, for its memory perhaps"
+        raise UserError(f"{text}: give the command again, with fewer --workers.") from error
+    except Exception as error:
+        if cause := getattr(error, "cause", None):  # as Ray hands it over
+            raise UserError(str(cause)) from error
+        if not type(error).__module__.startswith("ray."):
+            raise
+        return _record(runs, key, error)  # its worker died more often than it is started again
+
+
 @contextmanager
-def _on_workers(number: int, attempt: Callable[..., Outcome]) -> Iterator[Engine]:
+def _on_workers(number: int) -> Iterator[Submit]:
     """Give the jobs to processes of this machine."""
     with worker_pool(number) as pool:
-
-        def engine(jobs: Sequence[Job], wait: bool) -> Iterator[tuple[Job, Outcome]]:
-            running = {pool.submit(attempt, job, wait=wait): job for job in jobs}
-            try:
-                for future in as_completed(running):
-                    yield running[future], future.result()
-            except BrokenProcessPool as error:
-                raise UserError(
-                    "A worker process was ended from outside, for its memory perhaps: give the "
-                    "command again, with fewer --workers."
-                ) from error
-
-        yield engine
+        yield lambda job, **settings: pool.submit(perform, job, **settings)
 
 
 @contextmanager
-def _on_ray(plan: Plan, cluster: str, attempt: partial[Outcome]) -> Iterator[Engine]:
+def _on_ray(plan: Plan, cluster: str) -> Iterator[Submit]:
     """Give the jobs to Ray, which queues, places and restarts them; a restarted run resumes."""
     try:
         import ray
@@ -388,21 +379,7 @@ def _on_ray(plan: Plan, cluster: str, attempt: partial[Outcome]) -> Iterator[Eng
             f"Ray could not be had with --cluster {cluster} ({str(error)[:160]}): give local, or "
             "start a cluster with `ray start` and give auto or ray://HOST:PORT."
         ) from error
-
-    def engine(jobs: Sequence[Job], wait: bool) -> Iterator[tuple[Job, Outcome]]:
-        task = ray.remote(num_gpus=gpus, max_retries=3)(perform)
-        waiting = {task.remote(job, wait=wait, **attempt.keywords): job for job in jobs}
-        while waiting:
-            (ready,), _ = ray.wait(list(waiting), num_returns=1)
-            job = waiting.pop(ready)
-            try:
-                outcome = ray.get(ready)
-            except ray.exceptions.RayTaskError as error:  # what `perform` raises stops every run
-                raise UserError(str(error.cause)) from error
-            except ray.exceptions.RayError as error:  # its worker died more often than is retried
-                outcome = _record(plan.runs, job.key, error)
-            yield job, outcome
-
+    task = ray.remote(num_gpus=gpus, max_retries=3)(perform)
     try:
         there = ray.cluster_resources().get("GPU", 0)
         if cluster == "local" and there < gpus:
@@ -410,7 +387,7 @@ def _on_ray(plan: Plan, cluster: str, attempt: partial[Outcome]) -> Iterator[Eng
                 f"A run asks for {gpus:g} GPUs and this machine has {there:g}: write num_gpus: 0 "
                 "into the grid to run on the CPU."
             )
-        yield engine
+        yield lambda job, **settings: task.remote(job, **settings).future()
     finally:
         if ours:
             ray.shutdown()
@@ -434,23 +411,18 @@ def _write_plan(plan: Plan) -> None:
                 with atomic_write(file) as path:
                     path.write_bytes(who.png)
         jobs = [{"key": j.key, "rows": j.rows, "label": j.label} for j in plan.jobs]
-        with atomic_write(plan.out / PLAN) as path:
-            text = json.dumps({"runs": str(plan.runs), "jobs": jobs}, indent=1)
-            path.write_text(text, encoding="utf-8")
+        _write_json(plan.out / PLAN, {"runs": str(plan.runs), "jobs": jobs})
 
 
 # --- the table -----------------------------------------------------------------------------------
 
 _TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 _LABELS = pa.schema([(name, _TYPES[hint]) for name, hint in get_type_hints(Label).items()])
-_SCORES = pa.schema(
-    [
-        *(("open_gates", _TYPES[float]), ("rho", _TYPES[float]), ("number", _TYPES[int])),
-        *((n, _TYPES[str]) for n in ("kind", "prompt", "caption", "attribute", "background")),
-        *(("seed", _TYPES[int]), ("picture", _TYPES[int]), ("metric", _TYPES[str])),
-        *(("encoder", _TYPES[str]), ("value", _TYPES[float])),
-    ]
-)
+_COLUMNS = "open_gates rho number kind prompt caption attribute background seed picture metric "
+_COLUMNS += "encoder value"
+_KINDS: dict[str, Any] = dict.fromkeys(("open_gates", "rho", "value"), float)
+_KINDS |= dict.fromkeys(("number", "seed", "picture"), int)
+_SCORES = pa.schema([(name, _TYPES[_KINDS.get(name, str)]) for name in _COLUMNS.split()])
 _TABLE = pa.schema([*_LABELS, *_SCORES, ("error", _TYPES[str])])
 
 
@@ -458,11 +430,8 @@ def _write_table(plan: Plan) -> float:
     """Make the table anew of the runs' own scores, whoever finished them; return the seconds."""
     started = time.monotonic()
     # Read and written under one lock: of two processes none puts back what it saw before.
-    with (
-        _writing(plan),
-        atomic_write(plan.out / RESULTS) as path,
-        pq.ParquetWriter(path, _TABLE) as writer,
-    ):
+    table, writer_of = plan.out / RESULTS, partial(pq.ParquetWriter, schema=_TABLE)
+    with _writing(plan), atomic_write(table) as path, writer_of(path) as writer:
         parts = filter(None, (_part(plan, job) for job in plan.jobs))
         while some := list(itertools.islice(parts, 64)):
             writer.write_table(pa.concat_tables(some))
@@ -472,15 +441,13 @@ def _write_table(plan: Plan) -> float:
 def _part(plan: Plan, job: Job) -> pa.Table | None:
     scores, failure = job.scores(plan.runs), _failure(plan.runs, job.key)
     if not scores.is_file():
-        row = job.label | {"error": failure} if failure else None
-        return pa.Table.from_pylist([row], schema=_TABLE) if row else None
+        rows = [job.label | {"error": failure}]
+        return pa.Table.from_pylist(rows, schema=_TABLE) if failure else None
     try:
         columns = pq.read_table(scores).cast(_SCORES).columns
     except (OSError, pa.ArrowException) as damage:
-        reason = one_line(str(damage), 160)
-        raise UserError(
-            f"{scores} is damaged ({reason}): delete it, and give the command again."
-        ) from damage
+        text = f"{scores} is damaged ({one_line(str(damage), 160)}): delete it"
+        raise UserError(f"{text}, and give the command again.") from damage
     about = [pa.array([job.label[f.name]] * len(columns[0]), f.type) for f in _LABELS]
     error = pa.array([""] * len(columns[0]))
     return pa.Table.from_arrays([*about, *columns, error], schema=_TABLE)
@@ -522,17 +489,12 @@ def survey(out: Path | str) -> list[State]:
         jobs = [(job["key"], job["rows"], job["label"]) for job in plan["jobs"]]
         if not all(re.fullmatch(r"\w[\w.-]*", name) for job in jobs for name in job[:2]):
             raise ValueError("a name that leaves the folder of the runs")
-        names = [
-            f"{label['subject']}, {label['settings']}, {label['variant']}, "
-            f"seed {label['tuning_seed']}"
-            for *_, label in jobs
-        ]
+        name = "{subject}, {settings}, {variant}, seed {tuning_seed}"
+        names = [name.format(**label) for *_, label in jobs]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"There is no sweep in {out}: name the --out of one.") from error
-    return [
-        State(name, runs / key, *_status(runs, key, rows))
-        for name, (key, rows, _) in zip(names, jobs, strict=True)
-    ]
+    about = zip(names, jobs, strict=True)
+    return [State(name, runs / key, *_status(runs, key, rows)) for name, (key, rows, _) in about]
 
 
 def _status(runs: Path, key: str, rows: str) -> tuple[Status, str]:
@@ -550,7 +512,7 @@ def summary(states: Sequence[State]) -> str:
     """Return the counts, and the time left: what finished runs took, by how many run at once."""
     number = Counter(state.status for state in states)
     text = ", ".join(f"{number[status]} {status}" for status in get_args(Status))
-    seconds = [timing(x.folder).get("seconds", 0) for x in states if x.status == "finished"]
+    seconds = (timing(x.folder).get("seconds", 0) for x in states if x.status == "finished")
     took = list(filter(None, seconds))
     if took and number["running"]:
         left = (number["waiting"] / number["running"] + 0.5) * sum(took) / len(took)
@@ -572,8 +534,7 @@ def status(out: Path | str) -> str:
 def watch(out: Path | str, *, every: float = 5.0) -> Any:
     """Return a live page of a sweep for a notebook: counts, time left, a run's pictures by a click.
 
-    It is renewed `every` seconds while the notebook is open and runs are left. Without ipywidgets
-    it is the text of `status`.
+    Renewed `every` seconds while runs are left. Without ipywidgets it is the text of `status`.
 
     Raises:
         UserError: there is no sweep in the folder.
@@ -588,8 +549,7 @@ def watch(out: Path | str, *, every: float = 5.0) -> Any:
     marks = {"finished": "✓", "running": "▶", "failed": "✗", "waiting": "·"}
 
     def show(*_: Any) -> None:
-        chosen = next((s for s in survey(out) if s.folder.name == runs.value), None)
-        about.value = _page(chosen) if chosen else ""
+        about.value = "".join(_page(s) for s in survey(out) if s.folder.name == runs.value)
 
     def renew() -> bool:
         states, chosen = survey(out), runs.value
@@ -619,7 +579,8 @@ def _page(state: State, most: int = 8) -> str:
     for folder in sorted(state.folder.glob(f"{FOLDER}/{PICTURES}/*"))[:most]:
         words = folder.name.rsplit("-", 1)[0].replace("-", " ")
         pictures = sorted(folder.glob("seed-*/*.png"))[:4]
-        coded = [base64.b64encode(p.read_bytes()).decode() for p in pictures]
-        images = "".join(f'<img src="data:image/png;base64,{x}" height="96">' for x in coded)
+        source = "data:image/png;base64,"
+        coded = [source + base64.b64encode(p.read_bytes()).decode() for p in pictures]
+        images = "".join(f'<img src="{x}" height="96">' for x in coded)
         parts.append(f"<div>{html.escape(words)}</div><div>{images}</div>")
     return "".join(parts)

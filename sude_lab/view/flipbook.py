@@ -16,11 +16,9 @@ from sude_lab.view.shown import Shown, row, short, slider
 
 
 class Flipbook(Shown):
-    """Pages of pictures under one slider; where nothing slides, all pages below each other.
+    """Pages of pictures under one slider; on a static page, all pages below each other.
 
-    Show it as the last line of a cell. Every page is drawn once, here: a move of the slider only
-    exchanges one finished picture for another. What is stored is the last page, and on a static
-    page (see `sude_lab.view.shown`) the strip of all pages.
+    Every page is drawn once, here: a move of the slider exchanges one finished picture for another.
 
     Args:
         pages: the setting's value, and under it a column's name and its pictures; all of one size.
@@ -46,15 +44,12 @@ class Flipbook(Shown):
             raise UserError("A flipbook needs pages with pictures: draw some first.")
         self.name, self.notes, self.per_cell = name, dict(notes or {}), per_cell
         self._pages = {value: dict(cells) for value, cells in pages.items()}
-        lost = [value for value in self.notes if value not in self._pages]
-        if lost:
+        if lost := [value for value in self.notes if value not in self._pages]:
             raise UserError(f"There is a note for {name} = {lost[0]}, but no such page.")
-        self.images = {value: self._drawn([value]) for value in self._pages}
-        self.strip = self._drawn(list(self._pages))
-        values = [(short(value), value) for value in self._pages]
-        self.slider = slider(name, values, next(iter(self._pages)), "420px")
+        self.images = {value: self._drawn({"": cells}) for value, cells in self._pages.items()}
+        self.strip = self._drawn({self._title(v, "\n"): cells for v, cells in self._pages.items()})
+        self.slider = slider(name, self._pages, next(iter(self._pages)), self._follow, "420px")
         self.note = ipywidgets.Label()
-        self.slider.observe(self._follow, names="value")
         self._follow()
 
     def widget(self) -> Any:
@@ -70,7 +65,7 @@ class Flipbook(Shown):
         return self.strip
 
     def __str__(self) -> str:
-        return "\n".join(self._title(value) for value in self._pages)
+        return "\n".join(map(self._title, self._pages))
 
     def _follow(self, _: Any = None) -> None:
         """Turn to where the slider is."""
@@ -81,17 +76,13 @@ class Flipbook(Shown):
         note = self.notes.get(value)
         return f"{self.name} = {short(value)}" + (f"{gap}{note}" if note else "")
 
-    def _drawn(self, values: list[Any]) -> bytes:
-        """Return some pages below each other, as a JPEG; a strip names them, a single page not."""
-        single = len(values) == 1
-        rows = {"" if single else self._title(v, "\n"): self._pages[v] for v in values}
-        across = self.per_cell * len(self._pages[values[0]])
+    def _drawn(self, rows: Mapping[str, Mapping[str, Sequence[Image.Image]]]) -> bytes:
+        """Return pages below each other, as a JPEG: a quarter of a PNG's size in a notebook."""
+        across = self.per_cell * len(next(iter(rows.values())))
         side = min(1.2, 9 / across)  # inches; small pictures gain nothing from more, files grow
         size = (1.3 + side * across, 0.4 + 1.1 * side * len(rows))
-        figure = Figure(figsize=size, dpi=80, layout="constrained")
+        figure, file = Figure(figsize=size, dpi=80, layout="constrained"), BytesIO()
         plots.picture_table(figure.subplots(), rows, self.per_cell)
-        file = BytesIO()
-        # JPEG: a quarter of a PNG's size, and a notebook that stores it stays small.
         how = {"quality": 90, "subsampling": 0}
         figure.savefig(file, format="jpeg", bbox_inches="tight", pad_inches=0.05, pil_kwargs=how)
         return file.getvalue()

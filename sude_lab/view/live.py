@@ -27,18 +27,13 @@ class LiveView(Shown):
             run_tuning(config, out, on_step=live, validation_every=50)
 
     Around `tune` call it in the loop: `live(step)`, or `live(step, grid)` with a picture of one's
-    own. A page that updates outputs (JupyterLab, VS Code, Colab) shows one figure that moves; what
-    it shows last is what a notebook stores. Elsewhere nothing is shown: `figure`, `picture()` and
-    `save(file)` hold the same. A run that is stopped and goes on is shown as one: steps that are
-    done again replace the first ones.
-
-    Drawing takes at most about `share` of the time: after a drawing that took s seconds the next
-    one waits s (1 / share - 1) seconds, and never less than `every`.
+    own. A notebook shows one figure that moves; elsewhere `figure`, `picture()` and `save(file)`
+    hold the same. Steps that are done again, by a run that goes on, replace the first ones. After a
+    drawing that took s seconds the next one waits s (1 / share - 1) seconds, at least `every`.
 
     Args:
         total: the steps of the run, the length of the axes; None: as many as there are.
-        folder: the run's folder, whose newest validation grid is shown; None: no grids but those
-            that are handed over.
+        folder: the run's folder, whose newest validation grid is shown.
         labels: names of the grid's rows, from the top.
         every: seconds between two drawings, at least.
         share: share of the time that drawing may take, above 0 and at most 1.
@@ -134,13 +129,10 @@ class LiveView(Shown):
             member.legend(lines, [r"$\rho$", "share of open gates"], frameon=False, fontsize=8)
             member.set(ylabel="batch mean", ylim=(min(0.0, member.get_ylim()[0]), None))
         off = "" if watched or not len(table) else " (not watched)"
-        titles = (
-            "the subject's loss",
-            f"category: loss, threshold{off}",
-            f"category: ρ and gates{off}",
-        )
-        for ax, title in zip((loss, sude, member), titles, strict=True):
-            ax.set_title(title, fontsize=10)
+        loss.set_title("the subject's loss", fontsize=10)
+        sude.set_title(f"category: loss, threshold{off}", fontsize=10)
+        member.set_title(f"category: ρ and gates{off}", fontsize=10)
+        for ax in (loss, sude, member):
             if self.total:
                 ax.set_xlim(0, self.total)
         name, picture = self._newest() or ("no pictures yet", None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -11,7 +13,9 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
+Numbers = Sequence[float] | np.ndarray
 COLOURS = {"plain": "#777777", "sude": "#c2410c", "sude, no truncation": "#1d4ed8"}
 
 
@@ -23,12 +27,8 @@ def smooth(values: pd.Series, window: int = 25) -> pd.Series:
 def open_gates(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) -> Axes:
     """Draw the share of samples whose gate (eq. 9) is open, a line a run."""
     _over_steps(ax, metrics, "open_gates", window)
-    labels: dict[str, Any] = {
-        "xlabel": "step",
-        "ylabel": "share of open gates",
-        "ylim": (-0.02, 1.02),
-    }
-    return _finish(ax, f"Open gates, running mean of {window} steps", **labels)
+    title = f"Open gates, running mean of {window} steps"
+    return finish(ax, title, xlabel="step", ylabel="share of open gates", ylim=(-0.02, 1.02))
 
 
 def loss_against_threshold(ax: Axes, metrics: pd.DataFrame, window: int = 25) -> Axes:
@@ -38,7 +38,7 @@ def loss_against_threshold(ax: Axes, metrics: pd.DataFrame, window: int = 25) ->
     ax.plot(metrics["step"], tau, color="black", ls="--", label=r"$\tau_t$ (eq. 8)")
     ax.fill_between(metrics["step"], tau, loss, where=loss > tau, color=COLOURS["sude"], alpha=0.15)
     title = f"Loss against threshold, running mean of {window} steps"
-    return _finish(ax, title, xlabel="step", ylabel="per dimension")
+    return finish(ax, title, xlabel="step", ylabel="per dimension")
 
 
 def membership(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) -> Axes:
@@ -46,22 +46,17 @@ def membership(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) 
     _over_steps(ax, metrics, "rho", window)
     ax.axhline(1.0, **_EDGE)
     title = f"Category membership, running mean of {window} steps"
-    return _finish(ax, title, xlabel="step", ylabel=r"$\rho$")
+    return finish(ax, title, xlabel="step", ylabel=r"$\rho$")
 
 
 def learning(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) -> Axes:
     """Draw L_sub over the steps, a line a run: single steps faint, their running mean strong."""
     for name, table in metrics.items():
-        points: dict[str, Any] = {"markersize": 2, "alpha": 0.3, "color": _colour(name)}
-        ax.plot(table["step"], table["loss_subject"], ".", **points)
+        ax.plot(table["step"], table["loss_subject"], ".", ms=2, alpha=0.3, color=_colour(name))
         _over_steps(ax, {name: table}, "loss_subject", window)
-    return _finish(
-        ax,
-        f"The subject's loss, running mean of {window} steps",
-        legend=10 if len(metrics) > 1 else 0,
-        xlabel="step",
-        ylabel="$L_{sub}$ (eq. 3), per dimension",
-    )
+    title, legend = f"The subject's loss, running mean of {window} steps", 10 * (len(metrics) > 1)
+    y = "$L_{sub}$ (eq. 3), per dimension"
+    return finish(ax, title, legend=legend, xlabel="step", ylabel=y)
 
 
 def membership_over_time(ax: Axes, samples: pd.DataFrame) -> Axes:
@@ -72,14 +67,14 @@ def membership_over_time(ax: Axes, samples: pd.DataFrame) -> Axes:
     for name, face, edge in (("open", _SAFE[1], _SAFE[1]), ("shut", "none", _SAFE[0])):
         part = samples[samples["gate"] == (name == "open")]
         label = f"gate {name}: {len(part) / max(1, len(samples)):.0%} of the samples"
-        look: dict[str, Any] = {"s": 10, "facecolors": face, "edgecolors": edge, "linewidths": 0.6}
-        ax.scatter(part["t"], part["rho"], label=label, **look)
+        ax.scatter(
+            part["t"], part["rho"], 10, facecolors=face, edgecolors=edge, lw=0.6, label=label
+        )
     ax.axhline(1.0, **_EDGE)
     low, high = np.nanquantile(samples["rho"], [0.01, 0.99])
     margin = 0.1 * max(high - low, 0.1)
     ax.set_ylim(min(low, 1.0) - margin, max(high, 1.0) + margin)
-    labels: dict[str, Any] = {"xlabel": "timestep t", "ylabel": r"$\rho$ of a sample"}
-    return _finish(ax, legend=9, beside=True, **labels)
+    return finish(ax, legend=9, beside=True, xlabel="timestep t", ylabel=r"$\rho$ of a sample")
 
 
 def picture_grid(
@@ -129,6 +124,16 @@ def picture_table(
     return ax
 
 
+def data_url(picture: Figure | Image.Image, **how: Any) -> str:
+    """Return a figure or a picture as a PNG inside an address, for pages of one file."""
+    file = BytesIO()
+    if isinstance(picture, Image.Image):
+        picture.save(file, "png")
+    else:
+        picture.savefig(file, format="png", **how)
+    return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
+
+
 def difference(before: Image.Image, after: Image.Image) -> Image.Image:
     """Return how two pictures differ, as a picture: grey where they agree."""
     a, b = (np.asarray(image.convert("RGB"), dtype=int) for image in (before, after))
@@ -143,49 +148,16 @@ def measures(ax: Axes, table: pd.DataFrame, names: Sequence[str]) -> Axes:
             np.array([row[n + end] for n in names]) for end in ("_low", "", "_high")
         )
         x = np.arange(len(names)) + (i - (len(table) - 1) / 2) * width
-        ends = np.vstack([means - low, high - means])
-        look: dict[str, Any] = {
-            "capsize": 3,
-            "color": _colour(str(row["variant"])),
-            "label": row["variant"],
-        }
-        ax.bar(x, means, width * 0.92, yerr=ends, **look)
-    ax.set_xticks(np.arange(len(names)), [n.replace("_", " ") for n in names])
+        look: dict[str, Any] = {"color": _colour(str(row["variant"])), "label": row["variant"]}
+        ax.bar(x, means, width * 0.92, yerr=[means - low, high - means], capsize=3, **look)
+    ax.set_xticks(np.arange(len(names)), list(map(words, names)))
     ax.set_ylim(0, 1.05)
     ax.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.14))
     return ax
 
 
-def paired_runs(
-    ax: Axes,
-    runs: pd.DataFrame,
-    *,
-    before: str = "plain",
-    after: str = "sude",
-    x: str = "subject_fidelity",
-    y: str = "attribute_alignment",
-) -> Axes:
-    """Draw an arrow a (subject, seed) from the run without SuDe to the run with it."""
-    pairs = runs[runs["variant"] == before].merge(
-        runs[runs["variant"] == after], on=["subject", "seed"], suffixes=("_before", "_after")
-    )
-    subjects = list(dict.fromkeys(pairs["subject"]))
-    for row in pairs.to_dict("records"):
-        colour = f"C{subjects.index(row['subject']) % 10}"
-        start, end = ((row[f"{x}_{k}"], row[f"{y}_{k}"]) for k in ("before", "after"))
-        ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.3})
-        ax.plot(*start, "o", color=colour, markersize=4)
-    for k, subject in enumerate(subjects):
-        ax.plot([], [], "-", color=f"C{k % 10}", label=subject)
-    ax.set(xlim=(0, 1), ylim=(0, 1.02))
-    return _finish(ax, legend=8, beside=True, xlabel=_words(x), ylabel=_words(y))
-
-
 def half_space(
-    ax: Axes,
-    direction: Sequence[float] | np.ndarray,
-    before: np.ndarray,
-    after: Mapping[str, np.ndarray],
+    ax: Axes, direction: Numbers, before: np.ndarray, after: Mapping[str, np.ndarray]
 ) -> Axes:
     """Draw points of a plane and where they are moved; shaded: rho >= 1, where eq. 9 stops.
 
@@ -203,51 +175,36 @@ def half_space(
     ax.plot(0, 0, "k+", markersize=9)
     ax.plot(*before.T, "o", color="black", markersize=6, label="subject, a")
     for k, (name, points) in enumerate(after.items()):
-        colour, mark = _SAFE[k % len(_SAFE)], "s^Dv"[k % 4]
-        ax.plot(*points.T, mark, color=colour, markersize=5, alpha=0.85, label=name)
+        colour = _colour_of(k)
+        ax.plot(*points.T, "s^Dv"[k % 4], color=colour, markersize=5, alpha=0.85, label=name)
         for start, end in zip(before, points, strict=True):
             ax.plot(*np.stack([start, end]).T, color=colour, lw=0.9, alpha=0.6)
     everything = np.concatenate([before, *after.values(), [d, 0 * d]])
     low, high = everything.min(0), everything.max(0)
     margin = 0.15 * (high - low).max()
     ax.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
-    labels: dict[str, Any] = {
-        "xlabel": "prediction, first number",
-        "ylabel": "prediction, second number",
-    }
-    return _finish(ax, legend=9, beside=True, aspect="equal", **labels)
+    x, y = "prediction, first number", "prediction, second number"
+    return finish(ax, legend=9, beside=True, aspect="equal", xlabel=x, ylabel=y)
 
 
-def rule_lines(
-    ax: Axes,
-    table: pd.DataFrame,
-    *,
-    start: str = "plain",
-    x: str = "subject_fidelity",
-    y: str = "attribute_alignment",
-) -> Axes:
-    """Draw rules with a strength as lines through the plane of two measures.
+def rule_lines(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Draw rules with a strength as lines from the row of "plain" through two measures' plane.
 
-    `table`: columns rule, strength, x and y, one row a (rule, strength); every line begins at the
-    row of the rule `start`. Numbers at the marks are strengths.
+    `table`: columns rule, strength and both measures, a row a (rule, strength); numbers at the
+    marks are strengths.
     """
-    first = table[table["rule"] == start]
-    rules = [rule for rule in dict.fromkeys(table["rule"]) if rule != start]
-    for k, rule in enumerate(rules):
-        line = pd.concat([first, table[table["rule"] == rule].sort_values("strength")])
-        colour = _SAFE[k % len(_SAFE)]
-        ax.plot(line[x], line[y], f"{'os^D'[k % 4]}{_DASHES[k % 4]}", color=colour, label=rule)
-        for row in line[line["rule"] != start].to_dict("records"):
-            ax.annotate(
-                f"{row['strength']:g}",
-                (row[x], row[y]),
-                ((5, 4), (-7, -14))[k % 2],  # beside neighbouring lines, not on each other
-                textcoords="offset points",
-                color=colour,
-                fontsize=8,
-            )
-    ax.plot(first[x], first[y], "o", color="black", markersize=8, label=start)
-    return _finish(ax, legend=9, xlabel=_words(x), ylabel=_words(y))
+    x, y = "subject_fidelity", "attribute_alignment"
+    plain, others = table[table["rule"] == "plain"], table[table["rule"] != "plain"]
+    for k, (rule, part) in enumerate(others.groupby("rule", sort=False)):
+        part, colour = part.sort_values("strength"), _colour_of(k)
+        line = pd.concat([plain, part])
+        ax.plot(line[x], line[y], f"{_MARKS[k % 4]}{_DASHES[k % 4]}", color=colour, label=rule)
+        place = ((5, 4), (-7, -14))[k % 2]  # beside neighbouring lines, not on each other
+        look: dict[str, Any] = {"textcoords": "offset points", "color": colour, "fontsize": 8}
+        for row in part.to_dict("records"):
+            ax.annotate(f"{row['strength']:g}", (row[x], row[y]), place, **look)
+    ax.plot(plain[x], plain[y], "o", color="black", markersize=8, label="plain")
+    return finish(ax, legend=9, xlabel=words(x), ylabel=words(y))
 
 
 def response(
@@ -257,35 +214,32 @@ def response(
     *,
     x: str,
     interval: Callable[[pd.Series], Any],
-    each: str = "subject",
     unit: str = "",
 ) -> Axes:
     """Draw the change of a measure over a setting: every subject's line, their mean and interval.
 
-    `runs`: a row a picture or a run, with the columns `x`, `each` and `measure`. Changes are
+    `runs`: a row a picture or a run, with the columns `x`, subject and `measure`. Changes are
     against the smallest x; `interval` gives that of their mean, `evaluate.statistics.mean_interval`
-    for example, with its `mean` and `high`. Values of x stand at equal distances.
+    for example. Values of x stand at equal distances.
     """
-    means = runs.groupby([each, x])[measure].mean().unstack(x)
+    means = runs.groupby(["subject", x])[measure].mean().unstack(x)
     change = means.sub(means.iloc[:, 0], axis=0)
     places = range(change.shape[1])
     for k, (name, line) in enumerate(change.iterrows()):
-        colour, mark = _SAFE[k % len(_SAFE)], _MARKS[k % len(_MARKS)]
-        ax.plot(places, line, color=colour, marker=mark, lw=1, ms=4, alpha=0.6, label=str(name))
-    mean = change.mean()
+        ax.plot(places, line, **_mark(k), lw=1, ms=4, alpha=0.6, label=str(name))
     ends = [interval(change[value].dropna()) for value in change]
     spread = np.nan_to_num([end.high - end.mean for end in ends])
-    ax.errorbar(places, mean, yerr=spread, color="black", lw=2, capsize=4, label="mean")
+    ax.errorbar(places, change.mean(), spread, color="black", lw=2, capsize=4, label="mean")
     ax.axhline(0.0, **_EDGE)
     ax.set_xticks(places, [f"{value:g}{unit}" for value in change])
-    labels: dict[str, Any] = {"xlabel": _words(x), "ylabel": f"change of {_words(measure)}"}
-    return _finish(ax, legend=8, beside=True, **labels)
+    y = f"change of {words(measure)}"
+    return finish(ax, legend=8, beside=True, xlabel=words(x), ylabel=y)
 
 
 def curves(
     ax: Axes,
-    x: Sequence[float] | np.ndarray,
-    lines: Mapping[str, Sequence[float] | np.ndarray],
+    x: Numbers,
+    lines: Mapping[str, Numbers],
     *,
     xlabel: str,
     ylabel: str,
@@ -298,21 +252,18 @@ def curves(
     `log` names the logarithmic axes; `mark` is an x worth a thin vertical line.
     """
     for k, (name, y) in enumerate(lines.items()):
-        ax.plot(x, np.asarray(y), label=name, color=_SAFE[k % len(_SAFE)], ls=_DASHES[k % 4])
+        ax.plot(x, np.asarray(y), label=name, color=_colour_of(k), ls=_DASHES[k % 4])
     if mark is not None:
         ax.axvline(mark, color="black", lw=0.7)
-    if "x" in log:
-        ax.set_xscale("log")
-    if "y" in log:
-        ax.set_yscale("log")
-    return _finish(ax, title, legend=9 * (len(lines) > 1), xlabel=xlabel, ylabel=ylabel)
+    ax.set(**{f"{axis}scale": "log" for axis in log})
+    return finish(ax, title, legend=9 * (len(lines) > 1), xlabel=xlabel, ylabel=ylabel)
 
 
 def samples(
     ax: Axes,
-    drawn: Mapping[str, Sequence[float] | np.ndarray],
-    x: Sequence[float] | np.ndarray,
-    densities: Mapping[str, Sequence[float] | np.ndarray],
+    drawn: Mapping[str, Numbers],
+    x: Numbers,
+    densities: Mapping[str, Numbers],
     *,
     xlabel: str,
     title: str = "",
@@ -324,19 +275,18 @@ def samples(
     x = np.asarray(x)
     edges = np.linspace(x.min(), x.max(), 61)
     for k, name in enumerate(densities):
-        colour = _SAFE[k % len(_SAFE)]
+        colour = _colour_of(k)
         if name in drawn:
             ax.hist(np.asarray(drawn[name]), list(edges), density=True, color=colour, alpha=0.25)
         ax.plot(x, np.asarray(densities[name]), color=colour, ls=_DASHES[k % 4], label=name)
-    _finish(ax, title, legend=0, xlabel=xlabel, ylabel="density")
     ax.legend(frameon=False, fontsize=9, loc="upper right")
-    return ax
+    return finish(ax, title, legend=0, xlabel=xlabel, ylabel="density")
 
 
 def agreement(
     ax: Axes,
-    exact: Sequence[float] | np.ndarray,
-    estimates: Mapping[str, Sequence[float] | np.ndarray],
+    exact: Numbers,
+    estimates: Mapping[str, Numbers],
     *,
     xlabel: str,
     ylabel: str,
@@ -345,20 +295,14 @@ def agreement(
     """Draw estimates over the truth; on the thin diagonal they are equal."""
     exact = np.asarray(exact)
     for k, (name, values) in enumerate(estimates.items()):
-        colour, mark = _SAFE[k % len(_SAFE)], "o^sv"[k % 4]
-        points = np.asarray(values)
-        ax.plot(exact, points, color=colour, marker=mark, ls="", ms=3, alpha=0.6, label=name)
+        look: dict[str, Any] = {"color": _colour_of(k), "marker": "o^sv"[k % 4], "ls": ""}
+        ax.plot(exact, np.asarray(values), **look, ms=3, alpha=0.6, label=name)
     ax.axline((float(exact.mean()), float(exact.mean())), slope=1, color="black", lw=0.7)
-    return _finish(ax, title, legend=9 * (len(estimates) > 1), xlabel=xlabel, ylabel=ylabel)
+    return finish(ax, title, legend=9 * (len(estimates) > 1), xlabel=xlabel, ylabel=ylabel)
 
 
 def gate_over_time(
-    ax: Axes,
-    times: Sequence[float] | np.ndarray,
-    loss: Sequence[float] | np.ndarray,
-    threshold: Sequence[float] | np.ndarray,
-    *,
-    now: float | None = None,
+    ax: Axes, times: Numbers, loss: Numbers, threshold: Numbers, *, now: float | None = None
 ) -> Axes:
     """Draw L_sude and tau_t of one noised picture over t; the gate is open where it is shaded.
 
@@ -368,14 +312,12 @@ def gate_over_time(
     y, tau = (1000 * np.asarray(values, dtype=float) for values in (loss, threshold))
     ax.plot(x, y, "o-", color=COLOURS["sude"], markersize=3, label="$L_{sude}$ (eq. 7)")
     ax.plot(x, tau, "--", color="black", label=r"$\tau_t$ (eq. 8)")
-    ax.fill_between(
-        x, tau, y, where=y > tau, interpolate=True, color=COLOURS["sude"], alpha=0.15, lw=0
-    )
+    look: dict[str, Any] = {"color": COLOURS["sude"], "alpha": 0.15, "lw": 0}
+    ax.fill_between(x, tau, y, where=y > tau, interpolate=True, **look)
     ax.axhline(0, color="black", lw=0.5)
     if now is not None:
         ax.axvline(now, color=_SAFE[0], lw=1.2)
-    labels: dict[str, Any] = {"xlabel": "timestep t", "ylabel": "per dimension, in thousandths"}
-    return _finish(ax, legend=8, **labels)
+    return finish(ax, legend=8, xlabel="timestep t", ylabel="per dimension, in thousandths")
 
 
 def confusion(ax: Axes, counts: np.ndarray, names: Sequence[str]) -> Axes:
@@ -388,7 +330,7 @@ def confusion(ax: Axes, counts: np.ndarray, names: Sequence[str]) -> Axes:
             ax.text(j, i, str(int(counts[i, j])), ha="center", va="center", color=tone, fontsize=8)
     ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
     ax.set_yticks(range(len(names)), names)
-    return _finish(ax, legend=0, xlabel="what the model calls it", ylabel="what it is")
+    return finish(ax, legend=0, xlabel="what the model calls it", ylabel="what it is")
 
 
 def gains(ax: Axes, table: pd.DataFrame, measure: str, *, rows: str = "method") -> Axes:
@@ -405,38 +347,31 @@ def gains(ax: Axes, table: pd.DataFrame, measure: str, *, rows: str = "method") 
         part = drawn if rows == "variant" else drawn[drawn["variant"] == variant]
         y = [names.index(n) + 0.24 * (k - (len(variants) - 1) / 2) for n in part[rows]]
         ends = np.vstack([part["gain"] - part["low"], part["high"] - part["gain"]])
-        look: dict[str, Any] = {
-            "fmt": _MARKS[k % len(_MARKS)],
-            "color": _SAFE[k % len(_SAFE)],
-            "capsize": 3,
-        }
-        ax.errorbar(part["gain"], y, xerr=np.nan_to_num(ends).clip(min=0), label=variant, **look)
+        ends = np.nan_to_num(ends).clip(min=0)
+        ax.errorbar(part["gain"], y, xerr=ends, ls="", capsize=3, label=variant, **_mark(k))
     ax.axvline(0.0, **_EDGE)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)  # the first on top
     ax.locator_params(axis="x", nbins=6)
-    ax.set_xlabel(f"change of {_words(measure)}")
+    ax.set_xlabel(f"change of {words(measure)}")
     if len(variants) > 1:
         ax.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return ax
 
 
-def scatter(
-    ax: Axes, table: pd.DataFrame, x: str, y: str, *, group: str = "method", diagonal: bool = False
-) -> Axes:
-    """Draw one column over another, a mark a row, a colour and a shape a group.
+def scatter(ax: Axes, table: pd.DataFrame, x: str, y: str, *, diagonal: bool = False) -> Axes:
+    """Draw one column over another, a mark a row, a colour and a shape a method.
 
     `diagonal` adds the line y = x; the line y = 0 is always there.
     """
-    for k, (name, part) in enumerate(table.groupby(group, sort=False)):
-        colour, mark = _SAFE[k % len(_SAFE)], _MARKS[k % len(_MARKS)]
-        ax.plot(part[x], part[y], mark, color=colour, label=name, alpha=0.8)
+    for k, (name, part) in enumerate(table.groupby("method", sort=False)):
+        ax.plot(part[x], part[y], ls="", label=name, alpha=0.8, **_mark(k))
     ax.axhline(0.0, color="black", lw=0.8)
     if diagonal:
         ax.axline((0, 0), slope=1, **_EDGE)
     ax.locator_params(nbins=6)
-    size = 9 if table[group].nunique() > 1 else 0
-    return _finish(ax, legend=size, xlabel=_words(x), ylabel=_words(y))
+    legend = 9 * (table["method"].nunique() > 1)
+    return finish(ax, legend=legend, xlabel=words(x), ylabel=words(y))
 
 
 _SAFE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -450,7 +385,16 @@ def _colour(name: str) -> str | None:
     return COLOURS.get(name, "#059669" if name.startswith("untuned") else None)
 
 
-def _words(column: str) -> str:
+def _colour_of(k: int) -> str:
+    return _SAFE[k % len(_SAFE)]
+
+
+def _mark(k: int) -> dict[str, Any]:
+    return {"color": _colour_of(k), "marker": _MARKS[k % len(_MARKS)]}
+
+
+def words(column: str) -> str:
+    """Return a column's name as words."""
     return column.replace("_", " ")
 
 
@@ -459,7 +403,7 @@ def _over_steps(ax: Axes, metrics: Mapping[str, pd.DataFrame], column: str, wind
         ax.plot(table["step"], smooth(table[column], window), label=name, color=_colour(name))
 
 
-def _finish(
+def finish(
     ax: Axes, title: str | None = None, *, legend: int = 10, beside: bool = False, **labels: Any
 ) -> Axes:
     """Set labels, the title, and a legend of that size (0: none), perhaps beside the axis."""

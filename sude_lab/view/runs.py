@@ -18,19 +18,17 @@ from sude_lab.errors import UserError
 from sude_lab.view import plots
 from sude_lab.view.shown import Shown, png, short
 
+_PLACE = ["subject", "factor"]
+_X, _Y = "subject_fidelity", "attribute_alignment"
+
 
 class RunExplorer(Shown):
     """A button a run, coloured by a measure; a click marks the run in the plane and draws it.
 
-    Show it as the last line of a cell; what is stored is its last picture, see
-    `sude_lab.view.shown`.
-
     Args:
-        runs: a row a run.
+        runs: a row a run; its subject and factor say where its button stands.
         pictures: gives a run's pictures by their prompts; called at the first click on the run.
-        row, column: the columns of `runs` that say where its button stands.
-        x, y: the measures of the plane, between 0 and 1; buttons show and are coloured by y.
-        at: the (row, column) to begin with.
+        at: the (subject, factor) to begin with.
 
     Raises:
         UserError: there is no run, two have the same place, or `at` is not among them.
@@ -41,18 +39,14 @@ class RunExplorer(Shown):
         runs: pd.DataFrame,
         pictures: Callable[[pd.Series], dict[str, list[Image.Image]]],
         *,
-        row: str = "subject",
-        column: str = "factor",
-        x: str = "subject_fidelity",
-        y: str = "attribute_alignment",
         at: Sequence[Any] | None = None,
     ) -> None:
         if runs.empty:
             raise UserError("There is no run to show.")
-        if runs.duplicated([row, column]).any():
-            raise UserError(f"Two runs have the same {row} and {column}: choose among them first.")
-        self.runs = runs.sort_values(column, kind="stable").set_index([row, column], drop=False)
-        self._pictures, self.row, self.column, self.x, self.y = pictures, row, column, x, y
+        if runs.duplicated(_PLACE).any():
+            raise UserError("Two runs have the same subject and factor: choose among them first.")
+        self.runs = runs.sort_values("factor", kind="stable").set_index(_PLACE, drop=False)
+        self._pictures = pictures
         self._drawn: dict[tuple[Any, Any], bytes] = {}
         self.figure = Figure(figsize=(11, 3.1), dpi=72)
         self.canvas = FigureCanvasAgg(self.figure)
@@ -63,15 +57,15 @@ class RunExplorer(Shown):
         self._prepare()
         self.show(*(at or self.runs.index[0]))
 
-    def show(self, row: Any, column: Any) -> bytes:
+    def show(self, subject: Any, factor: Any) -> bytes:
         """Mark a run, draw its pictures, and return the figure as a PNG.
 
         Raises:
             UserError: there is no such run.
         """
-        if (row, column) not in self.runs.index:
-            raise UserError(f"There is no run with {self.row} {row} and {self.column} {column}.")
-        self.at = (row, column)
+        if (subject, factor) not in self.runs.index:
+            raise UserError(f"There is no run with subject {subject} and factor {factor}.")
+        self.at = (subject, factor)
         for place, button in self.buttons.items():
             button.layout.border = "3px solid black" if place == self.at else "3px solid white"
         if self.at not in self._drawn:
@@ -88,37 +82,32 @@ class RunExplorer(Shown):
 
     def widget(self) -> Any:
         """Return the table of buttons."""
-        columns = list(dict.fromkeys(self.runs.index.get_level_values(1)))
-        rows = list(dict.fromkeys(self.runs[self.row]))
-        width = {"width": "190px"}
-        lines = [[ipywidgets.Label(f"{self.row} \\ {self.column}", layout=width)]]
-        lines[0] += [ipywidgets.Label(short(c), layout={"width": "70px"}) for c in columns]
+
+        def label(text: Any, width: str = "70px") -> Any:
+            return ipywidgets.Label(short(text), layout={"width": width})
+
+        rows, columns = (list(dict.fromkeys(self.runs[name])) for name in _PLACE)
+        lines = [[label("subject \\ factor", "190px"), *map(label, columns)]]
         for row in rows:
-            line = [ipywidgets.Label(str(row), layout=width)]
-            for column in columns:
-                gap = ipywidgets.Label("", layout={"width": "70px"})
-                line.append(self.buttons.get((row, column), gap))
-            lines.append(line)
+            cells = [self.buttons.get((row, column)) or label("") for column in columns]
+            lines.append([label(row, "190px"), *cells])
         return ipywidgets.VBox([ipywidgets.HBox(line) for line in lines])
 
     def __str__(self) -> str:
         run = self.runs.loc[self.at]
         return (
-            f"{self.at[0]}, {self.column} {short(self.at[1])}: "
-            f"{_named(self.y)} {run[self.y]:.2f}, {_named(self.x)} {run[self.x]:.2f}"
+            f"{self.at[0]}, factor {short(self.at[1])}: "
+            f"{plots.words(_Y)} {run[_Y]:.2f}, {plots.words(_X)} {run[_X]:.2f}"
         )
 
     def _make_buttons(self) -> dict[tuple[Any, Any], Any]:
         shades = colormaps["cividis"]
         buttons = {}
         for place, run in self.runs.iterrows():
-            value = float(run[self.y])
-            button = ipywidgets.Button(
-                description=f"{value:.2f}",
-                tooltip=f"{place[0]}, {self.column} {short(place[1])}",
-                layout={"width": "70px"},
-            )
-            button.style.button_color = to_hex(shades(value))
+            value = float(run[_Y])
+            about = f"{place[0]}, factor {short(place[1])}"
+            button = ipywidgets.Button(description=f"{value:.2f}", tooltip=about)
+            button.layout.width, button.style.button_color = "70px", to_hex(shades(value))
             button.style.text_color = "black" if value > 0.5 else "white"
             button.on_click(lambda _, place=place: self.show(*place))
             buttons[place] = button
@@ -127,19 +116,20 @@ class RunExplorer(Shown):
     def _prepare(self) -> None:
         """Draw once what every state has: clearing axes costs more than all the rest."""
         plane, right = self._plane, self._right
-        plane.plot(self.runs[self.x], self.runs[self.y], "o", ms=4, color="#bbbbbb")
+        plane.plot(self.runs[_X], self.runs[_Y], "o", ms=4, color="#bbbbbb")
         (self._line,) = plane.plot([], [], "-o", ms=5, color="#0072B2", lw=1)
         (self._mark,) = plane.plot([], [], "o", ms=12, mfc="none", mec="#D55E00", mew=2)
-        plane.set(xlim=(0, 1.03), ylim=(-0.03, 1.03), xlabel=_named(self.x), ylabel=_named(self.y))
+        plane.set(xlim=(0, 1.03), ylim=(-0.03, 1.03))
+        plane.set(xlabel=plots.words(_X), ylabel=plots.words(_Y))
         self._canvas = right.imshow(np.full((2, 2, 3), 255, dtype=np.uint8))
         self._title = right.set_title("", fontsize=10)
         right.set_axis_off()
 
     def _move_mark(self) -> None:
-        of_row = self.runs[self.runs[self.row] == self.at[0]]
-        self._line.set_data(of_row[self.x], of_row[self.y])
+        of_row = self.runs[self.runs["subject"] == self.at[0]]
+        self._line.set_data(of_row[_X], of_row[_Y])
         run = self.runs.loc[self.at]
-        self._mark.set_data([run[self.x]], [run[self.y]])
+        self._mark.set_data([run[_X]], [run[_Y]])
         self._title.set_text(str(self))
 
     def _draw_pictures(self) -> None:
@@ -161,7 +151,3 @@ class RunExplorer(Shown):
         self._canvas.set_data(whole)
         self._canvas.set_extent((0, whole.shape[1], whole.shape[0], 0))
         self._right.set(xlim=(0, whole.shape[1]), ylim=(whole.shape[0], 0))
-
-
-def _named(measure: str) -> str:
-    return measure.replace("_", " ")

@@ -1,17 +1,17 @@
 """A picture with controls in a notebook: the notebook keeps the picture, the kernel the controls.
 
-An explorer shows two outputs: its controls, and below them its picture, which follows them in
-place. What is stored is therefore always the last picture. A control dies with the kernel that made
-it, and JupyterLab would show "Error displaying widget" in its place; the style beside the picture
-replaces that by a sentence. With the environment variable SUDE_LAB_STATIC=1, and outside a
-notebook, there is the picture alone: so the lessons are stored.
+An explorer, as a cell's last line, shows two outputs: its controls, and below them its picture,
+which follows them in place, so that the last one is stored. A control dies with its kernel, and
+JupyterLab would show "Error displaying widget" for it; the style beside the picture replaces that
+by a sentence. With SUDE_LAB_STATIC=1, and outside a notebook, there is the picture alone.
 """
 
 from __future__ import annotations
 
-import base64
 import html
 import os
+from base64 import b64encode
+from collections.abc import Callable, Iterable
 from io import BytesIO
 from typing import Any
 
@@ -44,9 +44,8 @@ _NAMED = (
 class Shown:
     """Mixin of all that a notebook shows: one output with a picture that is updated in place.
 
-    A class gives `picture()`, the bytes of what it shows now, and `str(self)`, which says the same
-    in words and is the picture's alternative text; one with controls gives `widget()`, too. After a
-    change it calls `publish()`.
+    A class gives `picture()`, its alternative text `str(self)`, and `widget()` where it has
+    controls; after a change it calls `publish()`.
     """
 
     format = "png"
@@ -74,15 +73,10 @@ class Shown:
             self._handle.update(self._page(), raw=True)
 
     def _page(self) -> dict[str, str]:
-        source = f"data:image/{self.format};base64,{_base64(self.picture())}"
-        image = (
-            f'<img src="{source}" alt="{html.escape(str(self))}" style="max-width: 100%" '
-            f'onload="{_NAMED}">'
-        )
-        return {
-            "text/plain": str(self),
-            "text/html": f'{_STYLE}<div class="sude-lab-shown">{image}</div>',
-        }
+        source = f"data:image/{self.format};base64,{b64encode(self.picture()).decode()}"
+        words = f'alt="{html.escape(str(self))}" style="max-width: 100%" onload="{_NAMED}"'
+        page = f'{_STYLE}<div class="sude-lab-shown"><img src="{source}" {words}></div>'
+        return {"text/plain": str(self), "text/html": page}
 
     def _ipython_display_(self) -> None:
         if os.environ.get("SUDE_LAB_STATIC", "0") not in ("", "0") or not is_listening():
@@ -95,7 +89,7 @@ class Shown:
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
         mime = f"image/{self.format}"
-        data = {"text/plain": str(self), mime: _base64(self.still())}
+        data = {"text/plain": str(self), mime: b64encode(self.still()).decode()}
         return data, {mime: {"alt": str(self)}}
 
 
@@ -113,11 +107,15 @@ def png(canvas: FigureCanvasAgg) -> bytes:
     return file.getvalue()
 
 
-def slider(name: str, options: Any, value: Any, width: str = "300px") -> Any:
-    """Return a slider over given values, which are shown as text beside it."""
-    return ipywidgets.SelectionSlider(
-        options=options, value=value, description=name, layout={"width": width}
-    )
+def slider(
+    name: str, values: Iterable[Any], value: Any, follow: Callable[[Any], None], width: str
+) -> Any:
+    """Return a slider over values, shown as text beside it; `follow` is called when it moves."""
+    options = [(short(v), v) for v in values]
+    made = ipywidgets.SelectionSlider(options=options, value=value, description=name)
+    made.layout.width = width
+    made.observe(follow, names="value")
+    return made
 
 
 def row(children: Any) -> Any:
@@ -128,7 +126,3 @@ def row(children: Any) -> Any:
 def short(value: Any) -> str:
     """Return a setting's value as a label."""
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")

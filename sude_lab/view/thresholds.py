@@ -5,6 +5,7 @@ The models are called once, on a grid (`ask`); a move of a slider only looks up 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,7 @@ from sude_lab.losses import guidance_projection, sude_weight
 from sude_lab.prompts import photo_of
 from sude_lab.sude import sude_terms
 from sude_lab.view import plots
-from sude_lab.view.shown import Shown, png, row, short, slider
+from sude_lab.view.shown import Shown, png, row, slider
 
 
 def sude_move(
@@ -39,9 +40,8 @@ def sude_move(
     """How far SuDe moves a prediction along d = mean_class - mean_uncond, when moving has a price.
 
     argmin_s ||s d||^2 + w_s hinge(x_prev + s d) = min(w_s / (2 sigma_t^2), max(0, 1 - rho)),
-    derived from arXiv 2403.06775, eq. 3 and 7-10: the price is what eq. 3 would charge for leaving
-    x_prev. In eps-space it is min(w_s w_t, max(0, 1 - rho)). Without truncation rho bounds nothing,
-    and s = w_s / (2 sigma_t^2).
+    derived from arXiv 2403.06775, eq. 3 and 7-10: the price is what eq. 3 charges for leaving
+    x_prev. In eps-space: min(w_s w_t, max(0, 1 - rho)). Without truncation s = w_s / (2 sigma_t^2).
 
     Args: as `sude_loss`; weight_sude: w_s. Returns s, (B,), in lengths of d, without a gradient.
 
@@ -89,25 +89,18 @@ def ask(
     """
     if not categories or not seeds:
         raise UserError("Give at least one category and one seed.")
-    prompts = ["", *(photo_of(category) for category in categories)]
-    noised, judged, tuned_eps = [], [], []
-    for seed in seeds:
-        parts = [p[1:5] for p in answers(judge, [picture], prompts, times, seed=seed)]
-        x_t, eps = (torch.cat([part[k] for part in parts]).cpu() for k in (0, 3))
-        noised.append(x_t.unflatten(0, (len(times), -1))[:, 0])
-        judged.append(eps.unflatten(0, (len(times), -1)))
-        batches = answers(tuned, [picture], [subject_prompt], times, seed=seed)
-        tuned_eps.append(torch.cat([batch[4] for batch in batches]).cpu())
-    by_judge = torch.stack(judged)
-    return Grid(
-        tuple(times),
-        tuple(categories),
-        tuple(seeds),
-        torch.stack(noised),
-        torch.stack(tuned_eps),
-        by_judge[:, :, 0],
-        by_judge[:, :, 1:],
-    )
+
+    def predicted(model: Backbone, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """x_t and eps_theta, (N, M, K, C, h, w) each."""
+        batches = [b for s in seeds for b in answers(model, [picture], prompts, times, seed=s)]
+        x_t, eps = (torch.cat([batch[k] for batch in batches]).cpu() for k in (1, 4))
+        sizes = (len(seeds), len(times), len(prompts))
+        return x_t.unflatten(0, sizes), eps.unflatten(0, sizes)
+
+    x_t, by_judge = predicted(judge, ["", *map(photo_of, categories)])
+    _, by_tuned = predicted(tuned, [subject_prompt])
+    eps = (by_tuned[:, :, 0], by_judge[:, :, 0], by_judge[:, :, 1:])
+    return Grid(tuple(times), tuple(categories), tuple(seeds), x_t[:, :, 0], *eps)
 
 
 @dataclass(frozen=True)
@@ -141,61 +134,50 @@ class ThresholdExplorer(Shown):
     """Sliders for t, category, noise and w_s over x_t, the push, and L_sude against tau_t.
 
     The push is where SuDe, arXiv 2403.06775, eq. 7-10, moves the tuned model's answer when moving
-    costs what eq. 3 would charge for it: e_sub + s d with s of `sude_move`. Show it
-    as the last line of a cell; `update` and `picture` do the same without a page.
+    costs what eq. 3 charges for it: e_sub + s d with s of `sude_move`.
 
     Args:
         judge: the model whose autoencoder shows latents as pictures.
         grid: what `ask` gave.
-        weights: the values of w_s on their slider.
-        weighting: exact, simple or reference, see `sude_lab.losses.sude_weight`.
     """
 
-    def __init__(
-        self,
-        judge: Backbone,
-        grid: Grid,
-        *,
-        weights: Sequence[float] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0),
-        weighting: str = "reference",
-    ) -> None:
-        self.judge, self.grid, self.weights, self.weighting = judge, grid, tuple(weights), weighting
+    def __init__(self, judge: Backbone, grid: Grid) -> None:
+        self.judge, self.grid = judge, grid
         # The grid holds eps, whatever the model predicts.
         self._schedule = replace(judge.schedule, prediction_type="epsilon")
         shape = grid.category.shape[:3]
-        rows = torch.cartesian_prod(*(torch.arange(size) for size in shape))
-        n, m, k = rows.T
+        n, m, k = torch.cartesian_prod(*map(torch.arange, shape)).T
         self._t = torch.tensor(grid.times)
-        terms = sude_terms(
-            grid.subject[n, m],
-            grid.category[n, m, k],
-            grid.uncond[n, m],
-            grid.x_t[n, m],
-            self._t[m],
-            self._schedule,
-            weighting=weighting,
-        )
+        eps = (grid.subject[n, m], grid.category[n, m, k], grid.uncond[n, m])
+        at = (grid.x_t[n, m], self._t[m], self._schedule)
+        terms = sude_terms(*eps, *at, weighting="reference")
         self.loss, self.threshold, self.gate, self.rho = (
             x.reshape(shape) for x in (terms.loss, terms.threshold, terms.gate, terms.rho)
         )
-        self._pictures: dict[tuple[object, ...], Image.Image] = {}
-        self._draw_all()
+        places = itertools.product(range(shape[0]), range(shape[1]))
+        self._pictures = {(n, m): self._drawn(n, m) for n, m in places}
+        self._pushed: dict[tuple[int, int, int, float], Image.Image] = {}
         self.figure = Figure(figsize=(11.5, 3.0), dpi=72)
         self.canvas = FigureCanvasAgg(self.figure)
-        places = self.figure.add_gridspec(
-            1, 2, width_ratios=(2.4, 1), left=0.01, right=0.99, bottom=0.17, top=0.86, wspace=0.16
-        )
-        self._left, self._right = (self.figure.add_subplot(places[0, k]) for k in range(2))
+        edges = {"left": 0.01, "right": 0.99, "bottom": 0.17, "top": 0.86, "wspace": 0.16}
+        axes = self.figure.add_gridspec(1, 2, width_ratios=(2.4, 1), **edges)
+        self._left, self._right = (self.figure.add_subplot(axes[0, k]) for k in range(2))
         plots.picture_table(self._left, self._cells(0, 0, 0, 0.0), per_cell=1)
         self._strip = self._left.get_images()[0]
         self._title = self.figure.text(0.01, 0.93, "", fontsize=10)
         for artist in (self._strip, self._title):
             artist.set_animated(True)
         # Axes, labels and curves cost most of the time and stay as they are while t and w_s move.
-        self._backgrounds = {
-            (n, k): self._background(n, k) for n in range(shape[0]) for k in range(shape[2])
+        places = itertools.product(range(shape[0]), range(shape[2]))
+        self._backgrounds = {(n, k): self._background(n, k) for n, k in places}
+        widest = grid.times[int(self.rho[0, :, 0].argmin())]  # where there is most to see
+        rows = {
+            "t": ("t", grid.times, widest),
+            "category": ("category", grid.categories, grid.categories[0]),
+            "seed": ("noise", grid.seeds, grid.seeds[0]),
+            "weight_sude": ("w_s", (0.0, 0.25, 0.5, 1.0, 2.0, 4.0), 1.0),
         }
-        self.sliders = self._make_sliders()
+        self.sliders = {name: slider(*row, self._follow, "300px") for name, row in rows.items()}
         self._follow()
 
     def read(self, t: int, category: str, seed: int, weight_sude: float) -> Reading:
@@ -205,19 +187,12 @@ class ThresholdExplorer(Shown):
             UserError: the grid has no such timestep, category or noise.
         """
         n, m, k = self._index(t, category, seed)
-        move = self._move(n, m, k, weight_sude)
-        values = (x[n, m, k].item() for x in (self.loss, self.threshold, self.gate, self.rho))
-        loss, threshold, is_open, rho = values
-        return Reading(
-            t, category, seed, weight_sude, loss, threshold, bool(is_open), rho, move.item()
-        )
+        loss, threshold, rho = (x[n, m, k].item() for x in (self.loss, self.threshold, self.rho))
+        is_open, move = bool(self.gate[n, m, k]), self._move(n, m, k, weight_sude).item()
+        return Reading(t, category, seed, weight_sude, loss, threshold, is_open, rho, move)
 
     def update(self, t: int, category: str, seed: int, weight_sude: float) -> Reading:
-        """Redraw the figure for one position and return its numbers.
-
-        Raises:
-            UserError: the grid has no such timestep, category or noise.
-        """
+        """Redraw the figure for one position and return its numbers; errors as `read`."""
         reading = self.read(t, category, seed, weight_sude)
         n, m, k = self._index(t, category, seed)
         self._strip.set_data(plots.tile(self._cells(n, m, k, weight_sude), per_cell=1)[0])
@@ -234,26 +209,11 @@ class ThresholdExplorer(Shown):
         return png(self.canvas)
 
     def widget(self) -> Any:
-        """Return the sliders, in two lines on a narrow page."""
+        """Return the sliders."""
         return row(self.sliders.values())
 
     def __str__(self) -> str:
         return str(self.read(**self._position()))
-
-    def _make_sliders(self) -> dict[str, Any]:
-        grid = self.grid
-        widest = grid.times[int(self.rho[0, :, 0].argmin())]  # where there is most to see
-        wanted = {
-            "t": ("t", grid.times, widest),
-            "category": ("category", grid.categories, grid.categories[0]),
-            "seed": ("noise", grid.seeds, grid.seeds[0]),
-            "weight_sude": ("w_s", self.weights, self.weights[len(self.weights) // 2]),
-        }
-        sliders = {}
-        for name, (label, values, value) in wanted.items():
-            sliders[name] = slider(label, [(short(v), v) for v in values], value)
-            sliders[name].observe(self._follow, names="value")
-        return sliders
 
     def _position(self) -> dict[str, Any]:
         return {name: slider.value for name, slider in self.sliders.items()}
@@ -283,15 +243,21 @@ class ThresholdExplorer(Shown):
         self.canvas.draw()
         return self.canvas.copy_from_bbox(self.figure.bbox)
 
-    def _cells(
-        self, n: int, m: int, k: int, weight_sude: float
-    ) -> dict[str, dict[str, list[Image.Image]]]:
+    def _cells(self, n: int, m: int, k: int, weight_sude: float) -> Any:
         """Return the row of pictures of one position."""
-        before, after = self._pictures["subject", n, m], self._pushed(n, m, k, weight_sude)
+        noisy, before, *categories = self._pictures[n, m]
+        move = self._move(n, m, k, weight_sude)
+        key, after = (n, m, k, move.item()), before
+        if move > 0:
+            if key not in self._pushed:
+                d = self.grid.category[n, m, k] - self.grid.uncond[n, m]
+                eps = self.grid.subject[n, m] + move.to(d) * d
+                (self._pushed[key],) = decode(self.judge, self._believed(eps[None], n, m))
+            after = self._pushed[key]
         cells = {
-            "$x_t$": self._pictures["x_t", n, m],
+            "$x_t$": noisy,
             "tuned model sees": before,
-            "judge sees": self._pictures["category", n, m, k],
+            "judge sees": categories[k],
             "after the push": after,
             "the push": plots.difference(before, after),
         }
@@ -299,36 +265,17 @@ class ThresholdExplorer(Shown):
 
     def _move(self, n: int, m: int, k: int, weight_sude: float) -> Tensor:
         t = self._t[m : m + 1]
-        variance = 0.5 / sude_weight(t, self._schedule, self.weighting)
+        variance = 0.5 / sude_weight(t, self._schedule, "reference")
         category, uncond = self.grid.category[n, m, k : k + 1], self.grid.uncond[n, m : m + 1]
         return sude_move(self.grid.subject[n, m : m + 1], category, uncond, variance, weight_sude)
 
-    def _pushed(self, n: int, m: int, k: int, weight_sude: float) -> Image.Image:
-        """Return the belief after the push; drawn once for every length of it."""
-        move = self._move(n, m, k, weight_sude)
-        if move == 0:
-            return self._pictures["subject", n, m]
-        key = ("pushed", n, m, k, move.item())
-        if key not in self._pictures:
-            d = self.grid.category[n, m, k] - self.grid.uncond[n, m]
-            eps = self.grid.subject[n, m] + move.to(d) * d
-            (self._pictures[key],) = self._believed(eps[None], n, m)
-        return self._pictures[key]
-
-    def _believed(self, eps: Tensor, n: int, m: int) -> list[Image.Image]:
-        """Return what predicted noises (B, ...) say is under the noise, as pictures."""
+    def _believed(self, eps: Tensor, n: int, m: int) -> Tensor:
+        """Return x_0, what predicted noises (B, ...) say is under the noise."""
         t = self._t[m].expand(len(eps))
-        x_0 = to_x_0(eps, self.grid.x_t[n, m].expand_as(eps), t, self._schedule)
-        return decode(self.judge, x_0)
+        return to_x_0(eps, self.grid.x_t[n, m].expand_as(eps), t, self._schedule)
 
-    def _draw_all(self) -> None:
-        """Draw every picture that does not depend on w_s."""
-        for n in range(len(self.grid.seeds)):
-            noisy = decode(self.judge, self.grid.x_t[n])
-            for m, picture in enumerate(noisy):
-                self._pictures["x_t", n, m] = picture
-                eps = torch.cat([self.grid.subject[n, m : m + 1], self.grid.category[n, m]])
-                subject, *categories = self._believed(eps, n, m)
-                self._pictures["subject", n, m] = subject
-                for k, category in enumerate(categories):
-                    self._pictures["category", n, m, k] = category
+    def _drawn(self, n: int, m: int) -> list[Image.Image]:
+        """Return x_t, and what the tuned model and the judge for each category see in it."""
+        eps = torch.cat([self.grid.subject[n, m : m + 1], self.grid.category[n, m]])
+        x_t = self.grid.x_t[n, m : m + 1]
+        return decode(self.judge, torch.cat([x_t, self._believed(eps, n, m)]))

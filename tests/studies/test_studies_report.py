@@ -10,7 +10,6 @@ from studies import report
 from sude_lab.evaluate import stored
 from sude_lab.evaluate.metrics import per_run
 from sude_lab.io.opening import data_folder
-from sude_lab.view import plots
 from sude_lab.world import drawing as world
 
 
@@ -130,7 +129,7 @@ def test_banks_are_compared_with_drawing_anew_by_their_size(tmp_path: Path) -> N
 
 
 def test_an_arrow_leads_from_the_plain_run_to_the_one_with_sude() -> None:
-    ax = plots.paired_runs(Figure().subplots(), per_run(hand_made()))
+    ax = report.paired_runs(Figure().subplots(), per_run(hand_made()))
     arrows = [text for text in ax.texts if text.arrow_patch is not None]
     starts = [value for a in arrows for value in a.xyann]
     ends = [value for a in arrows for value in a.xy]
