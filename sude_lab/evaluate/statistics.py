@@ -38,9 +38,12 @@ class Interval:
     number: int
 
     def __str__(self) -> str:
-        """Return "+0.24 [-0.03, +0.51]", or "+0.24" without an interval."""
-        ends = f" [{self.low:+.2f}, {self.high:+.2f}]" if self.low == self.low else ""
-        return f"{self.mean:+.2f}{ends}"
+        return self.words("+.2f")
+
+    def words(self, form: str) -> str:
+        """Return "+0.24 [-0.03, +0.51]" for "+.2f", or "+0.24" without an interval."""
+        mean, low, high = (format(x, form) for x in (self.mean, self.low, self.high))
+        return mean if math.isnan(self.low) else f"{mean} [{low}, {high}]"
 
 
 # --- Student's t: exact for whole degrees of freedom ---
