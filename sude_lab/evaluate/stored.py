@@ -12,7 +12,6 @@ gains are paired: same subject, same seed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import compress
 
 import numpy as np
 import pandas as pd
@@ -30,8 +29,6 @@ KEYS = ["subject", "method", "variant", "seed"]
 WATCHED = ("open_gates", "rho")
 WEIGHTS = {"dreambooth": 2.0, "custom_diffusion": 2.0, "vico": 1.5, "textual_inversion": 1.0}
 """w_s of the methods on the embedded model when these studies were made."""
-DRAWN_FROM = 500
-"""Pictures of a run tuned with seed k are drawn from seed k + 500: `evaluate: {seed: 500}`."""
 MARGIN = 0.05
 """What counts as no difference, in probabilities of the oracle."""
 PLAIN, GUIDANCE, COMPOSITION, TUNED = "plain", "guidance", "composition", "sude-tuned"
@@ -54,27 +51,6 @@ def read(name: str) -> pd.DataFrame:
 def _edits(table: pd.DataFrame) -> pd.DataFrame:
     """Return the pictures that ask for a new attribute."""
     return table[table["attribute"].fillna("") != ""]
-
-
-def scores(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a stored table in the schema of `evaluate` and of sweeps: a row a picture and metric.
-
-    So `metrics.compare` reads it, too. `seed` (of tuning) becomes `tuning_seed`, `image` becomes
-    `picture`, the method is the `settings`, and every measure a row with `metric` and `value`; what
-    is not known of a picture has no row. Stored tables keep no captions: the prompt stands there.
-    """
-    asked = [n for n in ("attribute", "background") if n in table]
-    is_asked = table[asked].fillna("").ne("").to_numpy()
-    rows = table.rename(columns={"seed": "tuning_seed", "image": "picture"}).assign(
-        settings=table["method"],
-        kind=[" x ".join(compress(asked, row)) or "plain" for row in is_asked],
-        number=table.groupby("subject")["prompt"].transform(lambda p: pd.factorize(p)[0]),
-        caption=table["prompt"],
-        seed=table["seed"] + DRAWN_FROM,
-    )
-    names = [n for n in (*MEASURES, BACKGROUND) if n in table]
-    others = [n for n in rows if n not in names]
-    return rows.melt(others, names, "metric", "value").dropna(subset="value", ignore_index=True)
 
 
 def by_factor(*tables: pd.DataFrame) -> pd.DataFrame:
@@ -302,7 +278,8 @@ def _change(table: pd.DataFrame, base: str, other: str, measure: str) -> tuple[I
 
 def means_table(table: pd.DataFrame) -> pd.DataFrame:
     """Return the README's table: a row a (method, variant), gains with their intervals."""
-    runs = one_row_a_run(table).groupby(["method", "variant"])[list(WATCHED)].mean()
+    # A row a run: some categories have more attributes, hence more pictures.
+    runs = table.drop_duplicates(KEYS).groupby(["method", "variant"])[list(WATCHED)].mean()
     lines = against(per_run(table), "plain", (ALIGNMENT, FIDELITY))
     watched = runs.loc[list(zip(lines["method"], lines["variant"], strict=True))]
     for place, (name, form) in enumerate(zip(WATCHED, ("{:.0%}", "{:.2f}"), strict=True)):
@@ -310,14 +287,6 @@ def means_table(table: pd.DataFrame) -> pd.DataFrame:
         lines.insert(4 + place, name.replace("_", " "), column)
     names = lines["method"].str.replace("_", " ")
     return lines.assign(method=names).rename(columns={"variant": ""})
-
-
-def one_row_a_run(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the first row of every run: for means of what was seen while it was tuned.
-
-    A study has a row a picture, and some categories have more attributes, hence more pictures.
-    """
-    return table.drop_duplicates(KEYS)
 
 
 def untuned_alignment(table: pd.DataFrame, subject: str) -> float:
