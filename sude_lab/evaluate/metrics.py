@@ -50,23 +50,6 @@ def per_run(table: pd.DataFrame) -> pd.DataFrame:
     return edits.groupby(keys, as_index=False)[list(MEASURES)].mean()
 
 
-def summarize(table: pd.DataFrame, *, against: str = "plain") -> pd.DataFrame:
-    """Return a row a (method, variant): means and paired differences with 95 % intervals.
-
-    The numbers of `gains` for the runs of `per_run`, with columns for every measure.
-    """
-    rows = []
-    changes = gains(per_run(table), MEASURES, against=against)
-    keys = ["method", "variant", "subjects", "runs"]
-    for values, group in changes.groupby(keys, sort=False):
-        line: dict[str, object] = dict(zip(keys, values, strict=True))
-        for row in group.to_dict("records"):
-            ends = {f"{row['measure']}_{name}": row[name] for name in ("gain", "low", "high")}
-            line |= {row["measure"]: row["mean"]} | ends
-        rows.append(line)
-    return pd.DataFrame(rows)
-
-
 def gains(
     table: pd.DataFrame,
     measures: Sequence[str] = MEASURES,

@@ -6,7 +6,7 @@ more of them weighs no more. What is said about other subjects follows from thes
 - `mean_interval`: Student's t on the subjects' means;
 - `jackknife_interval`: the same for what is read off all subjects together;
 - `t_test_p`, `sign_flip_p`, `holm`, `verdict`: what may be concluded;
-- `wilson_interval`, `share_difference`: shares of independent trials;
+- `wilson_interval`: shares of independent trials;
 - `drawings_interval`: drawings of one run, and nothing about other subjects.
 """
 
@@ -198,10 +198,11 @@ def verdict(interval: Interval, *, p: float | None = None, margin: float | None 
 
 # --- shares of independent trials ---
 
-_Z = 1.959963984540054
+Z = 1.959963984540054
+"""The normal 97.5 % quantile."""
 
 
-def wilson_interval(right: int, number: int, z: float = _Z) -> Interval:
+def wilson_interval(right: int, number: int, z: float = Z) -> Interval:
     """Return a share with Wilson's (1927) 95 % interval, which has a width at 0 and at 1, too.
 
     (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n). The trials are independent, such
@@ -211,19 +212,6 @@ def wilson_interval(right: int, number: int, z: float = _Z) -> Interval:
     middle = share + extra / 2
     half = z * math.sqrt(share * (1 - share) / number + extra / (4 * number))
     return Interval(share, (middle - half) / (1 + extra), (middle + half) / (1 + extra), number)
-
-
-def share_difference(lost: int, won: int, number: int, z: float = _Z) -> Interval:
-    """Return the difference of two shares of the same trials, with a 95 % interval.
-
-    From McNemar's two numbers, the trials that one way alone gets right: Wald's interval after half
-    a trial is added to each of the four cells (Agresti and Min, 2005), so that it has a width where
-    nothing differs.
-    """
-    total = number + 2
-    middle = (won - lost) / total
-    half = z * math.sqrt((won + lost + 1) / total - middle**2) / math.sqrt(total)
-    return Interval((won - lost) / number, middle - half, middle + half, number)
 
 
 # --- one run ---

@@ -1,6 +1,6 @@
 """Pictures whose category, public attribute and private look are known exactly, and their captions.
 
-A `Scene` says everything about a picture; `draw` paints it, `caption` describes it. The words fall
+A `Scene` says everything about a picture; `draw` paints it. Its words (`vocabulary`) fall
 into three groups: the category ("dog"), its public attributes ("running", shared by all dogs) and
 the private look (two colours, a pattern, a collar) that makes one dog *your* dog.
 """
@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
-
-from sude_lab.prompts import photo_of
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]
@@ -133,45 +131,6 @@ def vary(scene: Scene, rng: random.Random) -> Scene:
         stretch=rng.uniform(0.94, 1.06),
         tint=rng.random(),
     )
-
-
-# --- words -------------------------------------------------------------------------------------
-
-
-def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """Describe a scene; with `rng` every part is dropped at random and 10 % of captions are empty.
-
-    Without `rng` the caption is complete. The private look is named half of the time, so that the
-    text space can hold a subject's look.
-    """
-
-    def keep(probability: float) -> bool:
-        return rng is None or rng.random() < probability
-
-    if not keep(0.9):
-        return ""
-    look, named = scene.look, keep(0.55)
-    words = [scene.attribute] if keep(0.75) else []
-    words += [look.colour] if named and keep(0.85) else []
-    text = photo_of(" ".join([*words, scene.category]))
-    private = []
-    if named and look.pattern != "plain" and keep(0.85):
-        article = "a " if look.pattern == "patch" else ""
-        private.append(f"{article}{look.second} {look.pattern}")
-    if named and look.accent and keep(0.85):
-        private.append(f"a {look.accent} {'collar' if scene.category in ANIMALS else 'base'}")
-    if private:
-        text += " with " + " and ".join(private)
-    if scene.companion and keep(0.85):
-        text += f" {COMPANIONS[scene.companion]}"
-    if scene.background and keep(0.8):
-        text += f" {BACKGROUNDS[scene.background]}"
-    return text
-
-
-def attribute_prompt(attribute: str, subject: str) -> str:
-    """Return 'photo of a running sks dog' for an attribute and the words that name a subject."""
-    return photo_of(f"{attribute} {subject}")
 
 
 def vocabulary() -> tuple[str, ...]:

@@ -5,13 +5,13 @@ from itertools import product
 import numpy as np
 import pytest
 
+from studies.classify_tables import share_difference
 from sude_lab.evaluate.statistics import (
     Interval,
     drawings_interval,
     holm,
     jackknife_interval,
     mean_interval,
-    share_difference,
     sign_flip_p,
     subject_means,
     t_quantile,
