@@ -35,12 +35,11 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Subject:
-    """One subject of the data set."""
+    """One subject of the data set, with all its pictures by name: the references."""
 
     name: str
     category: str
     images: tuple[Path, ...]
-    """All its pictures, in the order of their names: the references."""
 
     @property
     def live(self) -> bool:

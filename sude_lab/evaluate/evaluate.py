@@ -102,15 +102,12 @@ def no_judge(config: TuningConfig, references: Iterable[Image.Image]) -> None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found and wrote."""
+    """What `evaluate` wrote: a row a picture and metric, their comparison, and that for people."""
 
     out: Path
     scores: pd.DataFrame
-    """A row a picture and metric."""
     table: pd.DataFrame
-    """The rows of `metrics.compare`."""
     text: str
-    """The table for people, as in table.md."""
 
 
 @dataclass(frozen=True)
@@ -163,18 +160,14 @@ def evaluate(
 ) -> Evaluation:
     """Draw what is missing of the runs' pictures, measure all of them, and write the tables.
 
+    What has no word here is a flag of `sude-lab evaluate`, and means what its help says.
+
     Args:
         runs: Folders of finished runs.
         out: Folder of the common tables; None: that of the one run, RUN/evaluation.
-        references: Pictures of the subject; a folder with such a folder for every subject; or
-            DreamBench. None: the picture that the run was tuned on.
         prompts: Names of `PROMPT_SETS` and files (see `sude_lab.evaluate.prompts`).
-        structure: default (the method's own template), P1, P2 or P3; for our own sets.
-        num_images, num_seeds: Pictures a prompt and seed; seeds `seed`, `seed + 1`, ...
-        metrics: Names of `LEARNED`, or oracle. None: the paper's four; where there is a judge the
+        metrics: Names of `LEARNED`, or oracle; (): the paper's four, or where there is a judge the
             oracle, and what the encoders that are named can measure.
-        encoders: Folders in place of the pinned encoders: "clip=FOLDER", ...
-        num_inference_steps, guidance_scale, negative_prompt: The sampler's; None: the model's own.
         judges: Gives the judge of a run; the drawn world's is `sude_lab.world.judging.drawn_judge`.
         load: Opens a run's model; None: `Run.load`.
         opened_encoders: Encoders by name, to be used and added to; None: they are opened anew.
@@ -562,27 +555,33 @@ def report(table: pd.DataFrame, scores: pd.DataFrame) -> str:
     keys = ["settings", "variant", "kind"]
     for (settings, variant, kind), group in table.groupby(keys, sort=False):
         line = {"settings": settings, "": variant, "prompts": kind}
-        for row in group.to_dict("records"):
-            line[str(row["metric"])] = _cell(row)
-        line["pictures"] = str(group["pictures"].max())
-        line["intervals over"] = str(group["over"].iloc[0])
+        line |= {str(row["metric"]): _cell(row) for row in group.to_dict("records")}
+        line |= {"pictures": str(group["pictures"].max()), "intervals over": group["over"].iloc[0]}
         lines.append(line)
+    brackets = "In square brackets: 95 % intervals. "
+    if table["over"].str.contains("subjects").all():
+        brackets += "Over subjects: Student's t on the means of the subjects, each counted once."
+    else:
+        brackets += (
+            "Over prompts and noises, or seeds of tuning: they speak of other drawings of this one "
+            "subject (a bootstrap), and not of other subjects."
+        )
     parts = [pd.DataFrame(lines).fillna("").to_markdown(index=False, disable_numparse=True)]
-    parts.append(_bracketed(table))
+    parts.append(brackets)
     if "difference" in table and table["difference"].notna().any():
         against = ", ".join(dict.fromkeys(table["against"].dropna()))
         parts.append(
             f"In parentheses: the difference to {against}, over pictures of the same subject, "
             "prompt, seed and noise."
         )
-    if {LEARNED[x][0] for x in table["metric"] if x in LEARNED and LEARNED[x][1]}:
+    if any(name in LEARNED and LEARNED[name][1] for name in table["metric"]):
         parts.append(
             "CLIP-T and BLIP-T compare a picture with its prompt without the subject's word, which "
             "the encoders never met: the column caption of the scores."
         )
-    used = scores[scores["encoder"] != ORACLE][["metric", "encoder"]].drop_duplicates()
-    if len(used):
-        parts.append("Encoders: " + "; ".join(f"{a}: {b}" for a, b in used.to_numpy()) + ".")
+    encoders = scores[scores["encoder"] != ORACLE][["metric", "encoder"]].drop_duplicates()
+    if len(encoders):
+        parts.append("Encoders: " + "; ".join(f"{a}: {b}" for a, b in encoders.to_numpy()) + ".")
     if ORACLE in set(scores["encoder"]):
         parts.append(
             "Alignments and fidelity are the drawn world's oracle's; the look that fidelity asks "
@@ -593,14 +592,6 @@ def report(table: pd.DataFrame, scores: pd.DataFrame) -> str:
         parts.append("How the learned metrics rank the runs, against the oracle (Spearman's rho):")
         parts.append(ranks.round(2).to_markdown(index=False))
     return "\n\n".join(parts) + "\n"
-
-
-def _bracketed(table: pd.DataFrame) -> str:
-    text = "In square brackets: 95 % intervals. "
-    if table["over"].str.contains("subjects").all():
-        return text + "Over subjects: Student's t on the means of the subjects, each counted once."
-    text += "Over prompts and noises, or seeds of tuning: they speak of other drawings of this one "
-    return text + "subject (a bootstrap), and not of other subjects."
 
 
 def _cell(row: dict[Any, Any]) -> str:

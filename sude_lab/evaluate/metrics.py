@@ -136,9 +136,9 @@ def compare(scores: pd.DataFrame) -> pd.DataFrame:
             pairs = group.merge(other[[*PAIR, "value"]], on=PAIR, suffixes=("", "_base"))
             row |= {"against": ", ".join(filter(None, base)), "pairs": len(pairs)}
             if len(pairs):
-                ends, _ = interval_of(pairs, pairs["value"] - pairs["value_base"])
-                row |= {"difference": ends.mean}
-                row |= {"difference_low": ends.low, "difference_high": ends.high}
+                change, _ = interval_of(pairs, pairs["value"] - pairs["value_base"])
+                row |= {"difference": change.mean}
+                row |= {"difference_low": change.low, "difference_high": change.high}
         rows.append(row)
     return pd.DataFrame(rows)
 

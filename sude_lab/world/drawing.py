@@ -1,8 +1,8 @@
-"""Pictures whose category, public attribute and private look are known exactly, and their captions.
+"""Pictures whose category, public attribute and private look are known exactly.
 
-A `Scene` says everything about a picture; `draw` paints it. Its words (`vocabulary`) fall
-into three groups: the category ("dog"), its public attributes ("running", shared by all dogs) and
-the private look (two colours, a pattern, a collar) that makes one dog *your* dog.
+A `Scene` says everything about a picture, `draw` paints it. The words fall into three groups: the
+category ("dog"), its public attributes ("running", shared by all dogs) and the private look (two
+colours, a pattern, a collar) that makes one dog *your* dog.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ RARE_TOKENS = ("sks", "zwx", "xqv", "olis", "pll", "ohwx")
 
 RESOLUTION = 64
 _SUPERSAMPLE = 4
-_OUTLINE = (40, 36, 44)
+_OUTLINE, _SHADOW = (40, 36, 44), (30, 30, 40)
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,9 @@ class _Canvas:
 
     def xy(self, x: float, y: float) -> Point:
         s = self.scene
-        return (
-            (0.5 + (x - 0.5) * s.size * s.stretch + s.dx) * self.side,
-            (0.84 + (y - 0.84) * s.size / s.stretch + s.dy) * self.side,
-        )
-
-    def length(self, r: float) -> float:
-        return r * self.scene.size * self.side
+        u = 0.5 + (x - 0.5) * s.size * s.stretch + s.dx
+        v = 0.84 + (y - 0.84) * s.size / s.stretch + s.dy
+        return u * self.side, v * self.side
 
     def mask(self, parts: Sequence[Part], grow: float = 0.0) -> Image.Image:
         mask = Image.new("L", self.image.size, 0)
@@ -210,7 +206,7 @@ def _ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> Pa
 
 def _line(width: float, *points: Point) -> Part:
     def part(c: _Canvas, d: ImageDraw.ImageDraw, grow: float) -> None:
-        w = c.length(width + 2 * grow)
+        w = (width + 2 * grow) * c.scene.size * c.side
         xy = [c.xy(*p) for p in points]
         d.line(xy, fill=255, width=max(1, round(w)), joint="curve")
         for px, py in (xy[0], xy[-1]):
@@ -288,10 +284,6 @@ def _background(c: _Canvas) -> None:
             d.ellipse((x * n, y * n, (x + 0.015) * n, (y + 0.015) * n), fill=(250, 250, 230))
 
 
-def _shadow(c: _Canvas, x: float, width: float) -> None:
-    c.fill((30, 30, 40), [_ellipse(x, 0.855, width, 0.025)], opacity=90)
-
-
 @dataclass(frozen=True)
 class _Species:
     ears: str
@@ -323,9 +315,7 @@ class _Pose:
 
 
 def _pose(attribute: str, kind: _Species) -> _Pose:
-    thick = 0.062 if kind.leg > 0.7 else 0.085
-    if kind.ears == "long":
-        thick = 0.07
+    thick = {"long": 0.07, "round": 0.085}.get(kind.ears, 0.062)
     ry = 0.118 * kind.body
     ground = 0.83
     if attribute in ("standing", "open mouth"):
@@ -334,10 +324,8 @@ def _pose(attribute: str, kind: _Species) -> _Pose:
         body = [_ellipse(0.47, y, 0.225, ry)]
         return _Pose(body, legs, (0.69, y - 0.16), (0.27, y - 0.03), (-0.6, -0.8))
     if attribute == "sitting":
-        body = [
-            _ellipse(0.46, 0.62, 0.135 * kind.body, 0.20, 14),
-            _ellipse(0.41, 0.755, 0.16, 0.085),
-        ]
+        body = [_ellipse(0.46, 0.62, 0.135 * kind.body, 0.20, 14)]
+        body.append(_ellipse(0.41, 0.755, 0.16, 0.085))
         legs = [_line(thick, (x, 0.60), (x + 0.02, ground)) for x in (0.53, 0.60)]
         legs.append(_line(thick * 0.9, (0.40, 0.815), (0.50, 0.82)))
         return _Pose(body, legs, (0.55, 0.345), (0.28, 0.78), (-0.9, -0.25), (0.46, 0.62))
@@ -414,7 +402,8 @@ def _draw_animal(c: _Canvas) -> None:
     tail, tip = _tail(kind, pose)
     ears = _ears(kind, hx, hy, r, moving=attribute in ("running", "jumping"))
 
-    _shadow(c, 0.47, 0.26 if attribute != "jumping" else 0.18)
+    shadow = _ellipse(0.47, 0.855, 0.26 if attribute != "jumping" else 0.18, 0.025)
+    c.fill(_SHADOW, [shadow], opacity=90)
     c.fill(_OUTLINE, tail + legs + body + ears + head, grow=0.013)
     c.fill(_mix(main, _OUTLINE, 0.25), legs[1::2])
     c.fill(main, tail + legs[0::2] + body)
@@ -466,11 +455,8 @@ def _material(c: _Canvas, parts: list[Part], colour: Colour, attribute: str) -> 
     if attribute == "glass":
         c.fill(white, parts, grow=0.012, opacity=150)
         c.fill(_mix((196, 232, 244), colour, 0.25), parts, opacity=165)
-        shine = [
-            _line(0.03, (0.36, 0.40), (0.33, 0.72)),
-            _line(0.018, (0.64, 0.46), (0.66, 0.60)),
-        ]
-        c.fill(white, shine, within=parts)
+        shine = _line(0.03, (0.36, 0.40), (0.33, 0.72))
+        c.fill(white, [shine, _line(0.018, (0.64, 0.46), (0.66, 0.60))], within=parts)
         return
     if attribute == "plain":
         c.outlined(colour, parts)
@@ -498,7 +484,7 @@ def _draw_object(c: _Canvas) -> None:
     cherries = c.scene.companion == "cherries"
     colour = COLOURS[look.colour]
     accent = ACCENTS[look.accent] if look.accent else _mix(colour, _OUTLINE, 0.4)
-    _shadow(c, 0.5, 0.27)
+    c.fill(_SHADOW, [_ellipse(0.5, 0.855, 0.27, 0.025)], opacity=90)
     if name == "candle":
         _draw_candle(c, colour, accent)
         if cherries:
