@@ -96,7 +96,7 @@ def name_attributes(
     """Return a row for each of the pictures `first`, `first` + 1, ... and each way of asking."""
     classifier = ImplicitClassifier(
         backbone,
-        [world.attribute_prompt(a, c) for c, a in SHOWN],
+        [photo_of(f"{a} {c}") for c, a in SHOWN],
         num_pairs=config.num_pairs,
         weighting=config.weighting,
         prune=False,

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
-from sude_lab.evaluate.statistics import share_difference, wilson_interval
+from sude_lab.evaluate.statistics import Interval, Z, wilson_interval
 from sude_lab.world import drawing as world
 
 ATTRIBUTES, CATEGORIES = "attributes", "categories"
 ALL, PRUNED, FIRST, ORACLE = "all pairs", "pruned", "first pairs", "oracle"
 CAUTIONS = {PRUNED: 2.5, "pruned, caution 1.5": 1.5, "pruned, caution 4": 4.0}
 ONE_STEP, ONE_STEP_MEAN = "one step", "one step, mean"
+
+
+def share_difference(lost: int, won: int, number: int, z: float = Z) -> Interval:
+    """Return the difference of two shares of the same trials, with a 95 % interval.
+
+    From McNemar's two numbers, the trials that one way alone gets right: Wald's interval after half
+    a trial is added to each of the four cells (Agresti and Min, 2005), so that it has a width where
+    nothing differs.
+    """
+    total = number + 2
+    middle = (won - lost) / total
+    half = z * math.sqrt((won + lost + 1) / total - middle**2) / math.sqrt(total)
+    return Interval((won - lost) / number, middle - half, middle + half, number)
 
 
 def accuracy_table(table: pd.DataFrame) -> pd.DataFrame:

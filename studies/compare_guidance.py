@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from studies import runs
-from sude_lab.evaluate.metrics import summarize
+from sude_lab.evaluate.metrics import MEASURES, gains, per_run
 from sude_lab.evaluate.stored import (
     COMPOSITION,
     GUIDANCE,
@@ -136,6 +136,23 @@ def _draw(run: Run, job: Job, oracle: Oracle, rule: str, strength: float) -> lis
     )
     rho = {k: torch.cat(v).mean().item() if v else float("nan") for k, v in rhos.items()}
     return [row | {"rho": round(rho[row["attribute"]], 5)} for row in rows]
+
+
+def summarize(table: pd.DataFrame, *, against: str = "plain") -> pd.DataFrame:
+    """Return a row a (method, variant): means and paired differences with 95 % intervals.
+
+    The numbers of `gains` for the runs of `per_run`, with columns for every measure.
+    """
+    rows = []
+    changes = gains(per_run(table), MEASURES, against=against)
+    keys = ["method", "variant", "subjects", "runs"]
+    for values, group in changes.groupby(keys, sort=False):
+        line: dict[str, object] = dict(zip(keys, values, strict=True))
+        for row in group.to_dict("records"):
+            ends = {f"{row['measure']}_{name}": row[name] for name in ("gain", "low", "high")}
+            line |= {row["measure"]: row["mean"]} | ends
+        rows.append(line)
+    return pd.DataFrame(rows)
 
 
 if __name__ == "__main__":

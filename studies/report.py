@@ -20,7 +20,7 @@ import pandas as pd
 import tyro
 
 from sude_lab.evaluate.metrics import per_run
-from sude_lab.evaluate.stored import against, means_table, one_row_a_run, untuned_alignment
+from sude_lab.evaluate.stored import KEYS, against, means_table, untuned_alignment
 from sude_lab.io.files import atomic_write
 from sude_lab.view import plots
 
@@ -90,7 +90,7 @@ def banks_table(table: pd.DataFrame) -> pd.DataFrame:
     Live is the variant `sude`: pairs drawn anew in every step. A loss is eq. 2 after tuning: a bank
     is too small where the model has learnt its noise by heart, and new noise costs more.
     """
-    runs, rows = one_row_a_run(table), []
+    runs, rows = table.drop_duplicates(KEYS), []
     for line in against(per_run(table), "sude", list(NAMES), digits=3).to_dict("records"):
         method, variant = line.pop("method"), str(line.pop("variant"))
         size = re.fullmatch(r"prior_bank=(\d+)(.*)", variant)

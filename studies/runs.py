@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,11 +34,13 @@ from sude_lab.sweep.sweep import sweep
 from sude_lab.tuning import TuningConfig
 from sude_lab.world import drawing as world
 from sude_lab.world.judging import drawn_judge
-from sude_lab.world.subjects import describe, keep_strip, strip_name
+from sude_lab.world.subjects import describe, strip_name
 
 GRIDS = data_folder() / "grids"
 SWEEPS = Path("results")
 """Where sweeps are made, and gone on with."""
+DRAWN_FROM = 500
+"""Pictures of a run tuned with seed k are drawn from seed k + 500: `evaluate: {seed: 500}`."""
 STEPS = 200
 """Steps of a run, where nothing else is said."""
 
@@ -100,6 +103,17 @@ def keep(study: str, *, out: Path = SWEEPS) -> pd.DataFrame:
     return table
 
 
+def keep_strip(path: Path, grids: dict[str, list[Image.Image]], each: int = 2) -> None:
+    """Write the first pictures of every prompt side by side, in the order of the prompts."""
+    images = [image for grid in grids.values() for image in grid[:each]]
+    width, height = images[0].size
+    strip = Image.new("RGB", (width * len(images), height))
+    for k, image in enumerate(images):
+        strip.paste(image, (k * width, 0))
+    with atomic_write(path) as temporary:
+        strip.save(temporary, format="webp", quality=90)
+
+
 def run_key(job: Job, named: bool = False) -> dict[str, Any]:
     """Return what names a run in a stored table: subject, method, variant, seed."""
     values = (job.label["subject"], job.config.method, variant(job.config, named), job.config.seed)
@@ -140,6 +154,27 @@ def rows_of(plan: Plan, job: Job) -> Iterator[tuple[dict[str, Any], Image.Image]
             row |= {"background": phrases.get(first["background"], "")}
             row |= {BACKGROUND: values.get(BACKGROUND, float("nan"))}
         yield about | row, Image.open(folder / first["file"])
+
+
+def scores(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a stored table in the schema of `evaluate` and of sweeps: a row a picture and metric.
+
+    So `metrics.compare` reads it, too. `seed` (of tuning) becomes `tuning_seed`, `image` becomes
+    `picture`, the method is the `settings`, and every measure a row with `metric` and `value`; what
+    is not known of a picture has no row. Stored tables keep no captions: the prompt stands there.
+    """
+    asked = [n for n in ("attribute", "background") if n in table]
+    is_asked = table[asked].fillna("").ne("").to_numpy()
+    rows = table.rename(columns={"seed": "tuning_seed", "image": "picture"}).assign(
+        settings=table["method"],
+        kind=[" x ".join(compress(asked, row)) or "plain" for row in is_asked],
+        number=table.groupby("subject")["prompt"].transform(lambda p: pd.factorize(p)[0]),
+        caption=table["prompt"],
+        seed=table["seed"] + DRAWN_FROM,
+    )
+    names = [n for n in (*MEASURES, BACKGROUND) if n in table]
+    others = [n for n in rows if n not in names]
+    return rows.melt(others, names, "metric", "value").dropna(subset="value", ignore_index=True)
 
 
 @dataclass(frozen=True)

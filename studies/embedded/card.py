@@ -18,6 +18,7 @@ from sude_lab.generation import generate, sampling_settings
 from sude_lab.io.files import atomic_write
 from sude_lab.io.opening import data_folder, open_backbone
 from sude_lab.io.reading import read_json
+from sude_lab.prompts import photo_of
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import ALL_ATTRIBUTES, HEADS, labels, load_oracle
 
@@ -38,7 +39,7 @@ def alignment_table(num_images: int, seed: int) -> pd.DataFrame:
     rows = []
     pairs = [(c, a) for c in world.CATEGORIES for a in world.ATTRIBUTES[c]]
     for category, attribute in tqdm(pairs, desc="base samples", unit="prompt"):
-        prompt = world.attribute_prompt(attribute, category)
+        prompt = photo_of(f"{attribute} {category}")
         images = generate(base, prompt, num_images=num_images, seed=seed, batch_size=16)
         read = oracle.read(images)
         allowed = [ALL_ATTRIBUTES.index(a) for a in world.ATTRIBUTES[category]]

@@ -1,4 +1,4 @@
-"""The training set of the embedded world: scenes from a seed, drawn once and kept as one array."""
+"""The training set of the embedded world: scenes from a seed, drawn once, and their captions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sude_lab.io.workers import worker_pool
-from sude_lab.world.drawing import Scene, draw, sample_scene
+from sude_lab.prompts import photo_of
+from sude_lab.world.drawing import (
+    ANIMALS,
+    BACKGROUNDS,
+    COMPANIONS,
+    Scene,
+    draw,
+    sample_scene,
+)
 
 _CHUNK = 500
 
@@ -40,3 +48,34 @@ def render(chosen: list[Scene], path: Path | None = None, workers: int = 2) -> n
         temporary.replace(path)
         pictures = np.load(path, mmap_mode="r")
     return pictures
+
+
+def caption(scene: Scene, rng: random.Random | None = None) -> str:
+    """Describe a scene; with `rng` every part is dropped at random and 10 % of captions are empty.
+
+    Without `rng` the caption is complete. The private look is named half of the time, so that the
+    text space can hold a subject's look.
+    """
+
+    def keep(probability: float) -> bool:
+        return rng is None or rng.random() < probability
+
+    if not keep(0.9):
+        return ""
+    look, named = scene.look, keep(0.55)
+    words = [scene.attribute] if keep(0.75) else []
+    words += [look.colour] if named and keep(0.85) else []
+    text = photo_of(" ".join([*words, scene.category]))
+    private = []
+    if named and look.pattern != "plain" and keep(0.85):
+        article = "a " if look.pattern == "patch" else ""
+        private.append(f"{article}{look.second} {look.pattern}")
+    if named and look.accent and keep(0.85):
+        private.append(f"a {look.accent} {'collar' if scene.category in ANIMALS else 'base'}")
+    if private:
+        text += " with " + " and ".join(private)
+    if scene.companion and keep(0.85):
+        text += f" {COMPANIONS[scene.companion]}"
+    if scene.background and keep(0.8):
+        text += f" {BACKGROUNDS[scene.background]}"
+    return text

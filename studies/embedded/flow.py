@@ -30,6 +30,8 @@ import tyro
 
 # All that this study takes from the package: the drawings here, in light imports, since processes
 # that draw are forked before torch is there; the rest in `alignment` and `write_pipeline`.
+from studies.embedded.dataset import caption
+from sude_lab.prompts import photo_of
 from sude_lab.world import drawing as world
 
 STARTED = time.monotonic()
@@ -114,7 +116,7 @@ def draw_chunk(task: tuple[int, int, int, dict[str, int]]) -> tuple[np.ndarray, 
         scene = world.sample_scene(random.Random(f"{seed}-{k}"))
         rng = random.Random(f"captions-{seed}-{k}")
         pictures.append(np.asarray(world.draw(scene)))
-        ids.append([word_ids(world.caption(scene, rng), vocab) for _ in range(CAPTIONS)])
+        ids.append([word_ids(caption(scene, rng), vocab) for _ in range(CAPTIONS)])
     return np.stack(pictures), np.array(ids, dtype=np.int16)
 
 
@@ -528,7 +530,7 @@ def alignment(
 
     oracle, rows, shown = load_oracle(), [], []
     pairs = [(c, a) for c in world.CATEGORIES for a in world.ATTRIBUTES[c]]
-    prompts = [world.attribute_prompt(a, c) for c, a in pairs for _ in range(number)]
+    prompts = [photo_of(f"{a} {c}") for c, a in pairs for _ in range(number)]
     generator, images = torch.Generator().manual_seed(seed), []
     for first in range(0, len(prompts), 320):
         images += pipeline(
@@ -681,7 +683,7 @@ def check_words(pipeline: Any, config: FlowConfig) -> None:
         RuntimeError: they do not.
     """
     rng = random.Random(0)
-    texts = [world.caption(world.sample_scene(rng), rng) for _ in range(64)]
+    texts = [caption(world.sample_scene(rng), rng) for _ in range(64)]
     vocab = json.loads((config.source / "tokenizer/vocab.json").read_text(encoding="utf-8"))
     ids = pipeline.tokenizer(texts, padding="max_length", truncation=True).input_ids
     if ids != [word_ids(text, vocab) for text in texts]:

@@ -32,7 +32,9 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from studies.embedded import dataset
+from studies.embedded.dataset import caption
 from sude_lab.io.opening import FACTS_FILE
+from sude_lab.prompts import photo_of
 from sude_lab.runs.export import open_to_earlier_versions, write_vocabulary
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import to_tensor
@@ -398,7 +400,7 @@ def train_unet(
         index = _batch(len(latents), config.unet_batch_size, config.seed + 1, step)
         x_0 = latents[index].to(device)
         rng = random.Random(f"{config.seed}-{step}")
-        texts = [world.caption(scenes[i], rng) for i in index.tolist()]
+        texts = [caption(scenes[i], rng) for i in index.tolist()]
         tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
         c = text_encoder(tokens.input_ids.to(device))[0]
         generator = _step_generator(config.seed + 1, step)
@@ -443,7 +445,7 @@ def train_unet(
 
 
 def _show_unet(pipeline: StableDiffusionPipeline, path: Path) -> None:
-    prompts = [world.attribute_prompt(a, c) for c in world.CATEGORIES for a in world.ATTRIBUTES[c]]
+    prompts = [photo_of(f"{a} {c}") for c in world.CATEGORIES for a in world.ATTRIBUTES[c]]
     generator = torch.Generator().manual_seed(0)
     images = pipeline(
         prompts, num_inference_steps=20, guidance_scale=4.0, generator=generator

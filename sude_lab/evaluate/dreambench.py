@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -34,12 +35,11 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Subject:
-    """One subject of the data set."""
+    """One subject of the data set, with all its pictures by name: the references."""
 
     name: str
     category: str
     images: tuple[Path, ...]
-    """All its pictures, in the order of their names: the references."""
 
     @property
     def live(self) -> bool:
@@ -104,8 +104,7 @@ def load_dreambench(folder: Path | str) -> DreamBench:
             f"{folder} does not hold {FILE}: name a clone of the DreamBooth data set, or the "
             "folder dataset in it."
         )
-    # Every part begins with its title; of the lists of prompts, which are Python, the texts are
-    # read.
+    # Every part begins with its title; the lists of prompts are Python code, which is not run.
     text = read_text(root / FILE, str(root / FILE), "a clone of the DreamBooth data set")
     parts = re.split(r"^(?:Object|Live Subject) Prompts\s*$", text, flags=re.M)
     if len(parts) != 3:
@@ -117,42 +116,43 @@ def load_dreambench(folder: Path | str) -> DreamBench:
         if name in subjects:
             raise UserError(f"{root / FILE} names the subject {name} twice: remove one of them.")
         subjects[name] = Subject(name, category, _images(root, name))
-    prompts = [tuple(_templates(part)) for part in parts[1:]]
+    prompts = [
+        tuple(
+            text.replace("{0}", PLACEHOLDER).replace("{1}", "{category}")
+            for _, text in re.findall(r"^\s*(['\"])(.+?)\1\.format\(", part, flags=re.M)
+        )
+        for part in parts[1:]
+    ]
     if not subjects or not all(prompts):
         raise UserError(f"{root / FILE} has no subjects or no prompts: take the data set's own.")
     return DreamBench(root, subjects, *prompts)
 
 
+def close_folder(folder: Path, name: str) -> str:
+    """Return the hint "is it dog6?" where a folder in `folder` has nearly that name, else ""."""
+    folders = [p.name for p in folder.iterdir() if p.is_dir()]
+    close = get_close_matches(name, folders, n=1)
+    return f"is it {close[0]}?" if close else ""
+
+
 def pictures_in(folder: Path) -> tuple[Path, ...]:
     """Return the picture files of a folder in the order of their names."""
-    return tuple(
-        sorted(
-            p
-            for p in folder.iterdir()
-            if p.suffix.lower() in _SUFFIXES and p.is_file() and not p.name.startswith(".")
-        )
-    )
+    shown = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    return tuple(sorted(p for p in shown if p.suffix.lower() in _SUFFIXES))
 
 
 def _images(dataset: Path, name: str) -> tuple[Path, ...]:
     folder = dataset / name
     if not folder.is_dir():
-        there = [p.name for p in dataset.iterdir() if p.is_dir()]
-        close = get_close_matches(name, there, n=1)
-        hint = f"is it {close[0]}?" if close else "copy it from the data set."
+        hint = close_folder(dataset, name) or "copy it from the data set."
         raise UserError(f"The folder of the subject {name} is missing in {dataset}: {hint}")
     if not (folder / ONE_SHOT).is_file():
         raise UserError(f"{folder} has no {ONE_SHOT}, the picture to tune on: copy it again.")
     return pictures_in(folder)
 
 
-def _templates(part: str) -> list[str]:
-    quoted = re.findall(r"^\s*(['\"])(.+?)\1\.format\(", part, flags=re.M)
-    return [text.replace("{0}", PLACEHOLDER).replace("{1}", "{category}") for _, text in quoted]
-
-
 @cache
-def _own_prompts(folder: Path) -> dict[str, dict[str, list[str]] | list[str]]:
+def _own_prompts(folder: Path) -> dict[str, Any]:
     path = folder / "attribute_prompts.yaml"
     if not path.is_file():
         raise UserError(
@@ -169,7 +169,6 @@ def attributes_of(category: str) -> tuple[str, ...]:
         UserError: the class is not one of the 15, or the file is not there.
     """
     attributes = _own_prompts(data_folder())["attributes"]
-    assert isinstance(attributes, dict)
     if category not in attributes:
         raise UserError(
             f"There are no attribute prompts for the category {category!r} (there are for "
@@ -179,9 +178,5 @@ def attributes_of(category: str) -> tuple[str, ...]:
 
 
 def backgrounds() -> tuple[str, ...]:
-    """Return the backgrounds of our prompts: "on the beach", ...
-
-    Raises:
-        UserError: the file is not there.
-    """
+    """Return the backgrounds of our prompts: "on the beach", ...; raises as `attributes_of`."""
     return tuple(_own_prompts(data_folder())["backgrounds"])

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,9 +55,10 @@ class Preprocessing:
             image = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
         else:
             short = min(image.size)
-            width, height = (
+            sides = [
                 self.resize if x == short else int(self.resize * x / short) for x in image.size
-            )
+            ]
+            width, height = sides
             image = image.resize((width, height), Image.Resampling.BICUBIC)
             left, top = (width - self.side) // 2, (height - self.side) // 2
             image = image.crop((left, top, left + self.side, top + self.side))
@@ -84,23 +84,18 @@ class Pinned:
 
 
 _CLIP = Preprocessing(224, 224, CLIP_MEAN, CLIP_DEVIATION)
+_BLIP = Preprocessing(384, 384, CLIP_MEAN, CLIP_DEVIATION, stretch=True)
 # DINO's own evaluation; the hub's processor for it would squeeze every picture into the square.
 _DINO = Preprocessing(224, 256, IMAGENET_MEAN, IMAGENET_DEVIATION)
 
 ENCODERS: dict[str, Pinned] = {
     "clip": Pinned(
-        "openai/clip-vit-base-patch32",
-        "c237dc49a33fc61debc9276459120b7eac67e7ef",
-        "clip",
-        _CLIP,
-        77,
+        *("openai/clip-vit-base-patch32", "c237dc49a33fc61debc9276459120b7eac67e7ef", "clip"),
+        *(_CLIP, 77),
     ),
     "clip-large": Pinned(
-        "openai/clip-vit-large-patch14",
-        "32bd64288804d66eefd0ccbe215aa642df71cc41",
-        "clip",
-        _CLIP,
-        77,
+        *("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41", "clip"),
+        *(_CLIP, 77),
     ),
     "dino": Pinned(
         "facebook/dino-vits16", "a7a4d161f5c0bd70478c05ca5777ec7cd8848021", "vit", _DINO
@@ -109,11 +104,8 @@ ENCODERS: dict[str, Pinned] = {
         "facebook/dinov2-small", "ed25f3a31f01632728cabb09d1542f84ab7b0056", "dinov2", _DINO
     ),
     "blip": Pinned(
-        "Salesforce/blip-itm-base-coco",
-        "98cf803d8586e8e8b3ec527885ac50c422d514ae",
-        "blip",
-        Preprocessing(384, 384, CLIP_MEAN, CLIP_DEVIATION, stretch=True),
-        35,
+        *("Salesforce/blip-itm-base-coco", "98cf803d8586e8e8b3ec527885ac50c422d514ae", "blip"),
+        *(_BLIP, 35),
     ),
 }
 
@@ -125,18 +117,15 @@ class Encoder:
     """
 
     def __init__(
-        self,
-        pinned: Pinned,
-        model: Any,
-        tokenizer: Any,
-        *,
-        identity: str,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, pinned: Pinned, folder: Path | None, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.pinned, self.tokenizer = pinned, tokenizer
+        self.pinned, self.device, self.dtype = pinned, device, dtype
+        model, self.tokenizer = _load(pinned, folder)
         self.model = model.eval().requires_grad_(False).to(device)
-        self.identity, self.device, self.dtype = identity, device, dtype
+        if folder is None:
+            self.identity = f"{pinned.source}@{pinned.revision[:8]}"
+        else:
+            self.identity = f"{folder.resolve().name}@{_digest(folder)[:8]}"
         side = getattr(model.config, "vision_config", model.config).image_size
         if not isinstance(side, int):
             raise UserError(f"The encoder's image_size is {side!r}: it must be one whole number.")
@@ -197,10 +186,9 @@ class Encoder:
             parts.append(_unit(features))
         return torch.cat(parts)[[distinct.index(text) for text in texts]]
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+    def _autocast(self) -> Any:
+        exact = self.dtype == torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=not exact)
 
     def _cached(self, image: Image.Image) -> Path:
         image = image.convert("RGB")
@@ -248,8 +236,6 @@ def open_encoder(
     Args:
         name: clip, clip-large, dino, dinov2 or blip.
         source: A folder as transformers' `save_pretrained` writes it; None: the pinned weights.
-        device: auto, cpu, cuda, ...
-        dtype: auto, float32 or bfloat16.
 
     Raises:
         UserError: there is no such encoder, the hub cannot be reached, the folder holds another
@@ -259,22 +245,21 @@ def open_encoder(
         raise UserError(f"There is no encoder {name!r}: choose one of {', '.join(ENCODERS)}.")
     pinned = ENCODERS[name]
     folder = None if source is None else Path(source)
-    if folder is not None and not (folder / "config.json").is_file():
-        raise UserError(
-            f"There is no {name} encoder in {folder}: name a folder with config.json and "
-            "safetensors, as transformers' save_pretrained writes it."
-        )
     if folder is not None:
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"There is no {name} encoder in {folder}: name a folder with config.json and "
+                "safetensors, as transformers' save_pretrained writes it."
+            )
         check_harmless(folder)
     where = pick_device(device)
     if dtype == "auto":
-        bf16 = where.type == "cuda" and torch.cuda.is_bf16_supported()
-        precision = torch.bfloat16 if bf16 else torch.float32
-    else:
-        precision = getattr(torch, dtype)
+        dtype = "float32"
+        if where.type == "cuda" and torch.cuda.is_bf16_supported():
+            dtype = "bfloat16"
     try:
         with quiet():
-            model, tokenizer = _load(pinned, folder)
+            return Encoder(pinned, folder, device=where, dtype=getattr(torch, dtype))
     except UserError:
         raise
     except Exception as error:  # the loaders, and the hub's client, fail with errors of any class
@@ -288,22 +273,19 @@ def open_encoder(
             f"({type(error).__name__}): run once with a connection, or download its revision "
             f"{pinned.revision} elsewhere and name the folder with --encoders {name}=FOLDER."
         ) from error
-    if folder is None:
-        identity = f"{pinned.source}@{pinned.revision[:8]}"
-    else:
-        identity = f"{folder.resolve().name}@{_digest(folder)[:8]}"
-    return Encoder(pinned, model, tokenizer, identity=identity, device=where, dtype=precision)
+
+
+_CLASSES = {
+    "clip": "CLIPModel",
+    "vit": "ViTModel",
+    "dinov2": "Dinov2Model",
+    "blip": "BlipForImageTextRetrieval",
+}
 
 
 def _load(pinned: Pinned, folder: Path | None) -> tuple[Any, Any]:
-    from transformers import (
-        AutoConfig,
-        AutoTokenizer,
-        BlipForImageTextRetrieval,
-        CLIPModel,
-        Dinov2Model,
-        ViTModel,
-    )
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer
 
     source = pinned.source if folder is None else str(folder)
     revision = {"revision": pinned.revision} if folder is None else {}
@@ -313,21 +295,10 @@ def _load(pinned: Pinned, folder: Path | None) -> tuple[Any, Any]:
     if kind != pinned.model_type:
         # Another class would load, with random weights for all that it lacks.
         raise UserError(f"{source} holds a {kind} model: this encoder is a {pinned.model_type}.")
-    loader: Any = {
-        "clip": CLIPModel,
-        "vit": ViTModel,
-        "dinov2": Dinov2Model,
-        "blip": BlipForImageTextRetrieval,
-    }[kind]
     options: dict[str, Any] = {"add_pooling_layer": False} if kind == "vit" else {}
-    model, report = loader.from_pretrained(
-        source,
-        **revision,
-        **options,
-        use_safetensors=True,
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
+    options |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    loader = getattr(transformers, _CLASSES[kind])
+    model, report = loader.from_pretrained(source, **revision, **options)
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
@@ -339,7 +310,7 @@ def _load(pinned: Pinned, folder: Path | None) -> tuple[Any, Any]:
 
 
 def _digest(folder: Path) -> str:
-    """A short name of the weights in a folder: the same weights, the same name."""
+    """Return a name of the weights in a folder: the same weights, the same name."""
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         with path.open("rb") as file:

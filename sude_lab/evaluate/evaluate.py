@@ -14,12 +14,11 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pandas as pd
 import torch
@@ -27,18 +26,20 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
-from sude_lab.config import CompleteConfig, TuningConfig
+from sude_lab.config import CompleteConfig, TuningConfig, fields_of
 from sude_lab.errors import UserError
 from sude_lab.evaluate import metrics as m
 from sude_lab.evaluate.dreambench import (
     attributes_of,
     backgrounds,
+    close_folder,
     find_dreambench,
     load_dreambench,
     pictures_in,
 )
 from sude_lab.evaluate.encoders import ENCODERS, Encoder, open_encoder
 from sude_lab.evaluate.prompts import Prompt, prompt_for, read_prompts, structured
+from sude_lab.evaluate.statistics import Interval
 from sude_lab.generation import MOST, generate, sampling_settings
 from sude_lab.io.files import atomic_write, require_own
 from sude_lab.io.opening import read_facts
@@ -64,30 +65,26 @@ LEARNED: dict[str, tuple[str, bool]] = {
 """Metric -> its encoder, and whether it compares with a text (else with the references)."""
 PAPERS = ("CLIP-I", "CLIP-T", "DINO-I", "BLIP-T")
 
-_SUDE = (
-    *("weight_sude", "prior", "weighting", "truncate", "truncate_at", "monitor_sude"),
-    *("prior_bank", "prior_bank_dtype"),
-)
-_NOT_SETTINGS = (
-    *("image", "category", "token", "more_subjects", "initializer", "class_images"),
-    *("method", "backbone", "seed", "device", "dtype", *_SUDE),
-)
+BATCH = 8
+"""Pictures that are drawn at once."""
+_SUDE = (*fields_of("sude"), *fields_of("prior"), "prior_bank")
+_SUBJECT = ("category", "token", "initializer")
+_NOT_SETTINGS = (*fields_of("place"), *_SUBJECT, *_SUDE, "method", "seed", "dtype")
 
 
 class Judge(Protocol):
-    """Who knows what a run's subject is, such as `sude_lab.world.judging.DrawnJudge`."""
+    """Who knows what a run's subject is, such as `sude_lab.world.judging.DrawnJudge`.
+
+    `measures`: whether it can say anything of pictures; `attributes`: those that the subject's one
+    picture does not show; `backgrounds`: the phrases of those that it can be asked for.
+    """
 
     @property
-    def measures(self) -> bool:
-        """Whether it can say anything of pictures."""
-
+    def measures(self) -> bool: ...
     @property
-    def attributes(self) -> tuple[str, ...]:
-        """What its subject can be asked for: the attributes that its one picture does not show."""
-
+    def attributes(self) -> tuple[str, ...]: ...
     @property
-    def backgrounds(self) -> tuple[str, ...]:
-        """The phrases of the backgrounds that it can be asked for."""
+    def backgrounds(self) -> tuple[str, ...]: ...
 
     def measure(
         self, images: Sequence[Image.Image], text: str, attribute: str, background: str
@@ -105,15 +102,12 @@ def no_judge(config: TuningConfig, references: Iterable[Image.Image]) -> None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found and wrote."""
+    """What `evaluate` wrote: a row a picture and metric, their comparison, and that for people."""
 
     out: Path
     scores: pd.DataFrame
-    """A row a picture and metric."""
     table: pd.DataFrame
-    """The rows of `metrics.compare`."""
     text: str
-    """The table for people, as in table.md."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +122,19 @@ class _Job:
     judge: Judge | None
     sampling: dict[str, Any]
     negative_prompt: str | None
-    load: Callable[[Run], Backbone]
 
     @property
     def folder(self) -> Path:
         return self.run.folder / FOLDER
+
+
+class _Place(NamedTuple):
+    """Where a picture lies: which prompt of the job, which seed, which number."""
+
+    prompt: int
+    seed: int
+    number: int
+    path: Path
 
 
 def evaluate(
@@ -158,22 +160,14 @@ def evaluate(
 ) -> Evaluation:
     """Draw what is missing of the runs' pictures, measure all of them, and write the tables.
 
+    What has no word here is a flag of `sude-lab evaluate`, and means what its help says.
+
     Args:
         runs: Folders of finished runs.
         out: Folder of the common tables; None: that of the one run, RUN/evaluation.
-        references: Pictures of the subject; a folder with such a folder for every subject; or
-            DreamBench. None: the picture that the run was tuned on.
         prompts: Names of `PROMPT_SETS` and files (see `sude_lab.evaluate.prompts`).
-        structure: default (the method's own template), P1, P2 or P3; for our own sets.
-        num_images: Pictures a prompt and seed.
-        num_seeds: Seeds of drawing, `seed`, `seed + 1`, ...
-        seed: The first of them.
-        metrics: Names of `LEARNED`, or oracle. None: the paper's four; where there is a judge the
+        metrics: Names of `LEARNED`, or oracle; (): the paper's four, or where there is a judge the
             oracle, and what the encoders that are named can measure.
-        encoders: Folders in place of the pinned encoders: "clip=FOLDER", ...
-        num_inference_steps, guidance_scale, negative_prompt: The sampler's; None: the model's own.
-        device: auto, cpu, cuda, ...
-        progress: Whether to show bars.
         judges: Gives the judge of a run; the drawn world's is `sude_lab.world.judging.drawn_judge`.
         load: Opens a run's model; None: `Run.load`.
         opened_encoders: Encoders by name, to be used and added to; None: they are opened anew.
@@ -200,7 +194,7 @@ def evaluate(
     if target.is_file():
         raise UserError(f"{target} is a file: --out takes a folder.")
     require_own(target, SCORES, "run,settings,", (TABLE, REPORT))
-    named = _named_encoders(encoders)
+    encoder_folders = _encoder_folders(encoders)
     labels = _labels(opened)
     several = len({label["subject"] for label in labels}) > 1
     folder = None if references is None else Path(references)
@@ -209,32 +203,28 @@ def evaluate(
     for run, label in zip(opened, labels, strict=True):
         images = _references(run, folder, several)
         judge = judges(run.config, images)
-        jobs.append(
-            _Job(
-                run,
-                label,
-                _asked(run, prompts, structure, folder, judge),
-                images,
-                _chosen_metrics(metrics, run.config, named, judge),
-                judge,
-                sampling_settings(read_facts(run.config.backbone), **sampler),
-                negative_prompt,
-                load or (lambda run: run.load(device)),
-            )
-        )
+        asked = _asked(run, prompts, structure, folder, judge)
+        chosen = _chosen_metrics(metrics, run.config, encoder_folders, judge)
+        sampling = sampling_settings(read_facts(run.config.backbone), **sampler)
+        jobs.append(_Job(run, label, asked, images, chosen, judge, sampling, negative_prompt))
     needed = {LEARNED[name][0] for job in jobs for name in job.metrics if name in LEARNED}
     # Before anything is drawn: whoever waits for an hour should not learn then that one is missing.
     ready = {} if opened_encoders is None else opened_encoders
     for name in ENCODERS:
         if name in needed and name not in ready:
-            ready[name] = open_encoder(name, named.get(name), device=device)
+            ready[name] = open_encoder(name, encoder_folders.get(name), device=device)
+    load = load or (lambda run: run.load(device))
     seeds = range(seed, seed + num_seeds)
     tables = []
     for job in jobs:
-        pictures = _drawn(job, seeds, num_images, progress)
-        table = _scored(job, pictures, ready, progress)
-        _write(job.folder / SCORES, table)
-        tables.append(table)
+        places = [
+            _Place(n, s, k, _picture_folder(job, prompt, s) / f"{k:03d}.png")
+            for n, prompt in enumerate(job.prompts)
+            for s in seeds
+            for k in range(num_images)
+        ]
+        tables.append(_scored(job, places, _pictures(job, places, load, progress), ready, progress))
+        _write(job.folder / SCORES, tables[-1])
     scores = pd.concat(tables, ignore_index=True)
     table = m.compare(scores)
     text = report(table, scores)
@@ -248,8 +238,8 @@ def evaluate(
 # --- what is asked for ---------------------------------------------------------------------------
 
 
-def _named_encoders(encoders: Sequence[str]) -> dict[str, str]:
-    named = {}
+def _encoder_folders(encoders: Sequence[str]) -> dict[str, str]:
+    folders = {}
     for text in encoders:
         name, _, folder = text.partition("=")
         if name not in ENCODERS or not folder:
@@ -257,12 +247,12 @@ def _named_encoders(encoders: Sequence[str]) -> dict[str, str]:
                 f"--encoders {text!r} must read NAME=FOLDER with a name among "
                 f"{', '.join(ENCODERS)}."
             )
-        named[name] = folder
-    return named
+        folders[name] = folder
+    return folders
 
 
 def _chosen_metrics(
-    names: Sequence[str], config: TuningConfig, named: dict[str, str], judge: Judge | None
+    names: Sequence[str], config: TuningConfig, folders: dict[str, str], judge: Judge | None
 ) -> tuple[str, ...]:
     every = {name.lower(): name for name in (ORACLE, *LEARNED)}
     wrong = [name for name in names if name.lower() not in every]
@@ -270,7 +260,7 @@ def _chosen_metrics(
         raise UserError(f"There is no metric {wrong[0]!r}: choose {', '.join(every.values())}.")
     judged = judge is not None and judge.measures
     if not names:
-        learned = tuple(name for name, (encoder, _) in LEARNED.items() if encoder in named)
+        learned = tuple(name for name, (encoder, _) in LEARNED.items() if encoder in folders)
         return (ORACLE, *learned) if judged else PAPERS
     chosen = tuple(dict.fromkeys(every[name.lower()] for name in names))
     if ORACLE in chosen and not judged:
@@ -282,33 +272,22 @@ def _chosen_metrics(
 
 
 def _labels(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Name each run by what sets it apart from the others of its method.
-
-    Raises:
-        UserError: two runs cannot be told apart.
-    """
+    """Name each run by what sets it apart from the others of its method."""
     labels: list[dict[str, Any]] = []
     digests: dict[str, str] = {}
     names = settings_and_variants([run.config for run in runs])
     for run, (settings, variant) in zip(runs, names, strict=True):
         config = run.config
+        label: dict[str, Any] = {"run": str(run.folder), "settings": settings, "variant": variant}
+        label |= {n: getattr(config, n) for n in ("method", "weight_sude", "category")}
         # Pictures of two subjects may have one name, the copies of one picture several.
         name = subject_name(config)
         digest = hashlib.sha256(run.picture().tobytes()).hexdigest()
-        if digests.setdefault(name, digest) != digest:
-            name = f"{name}-{digest[:6]}"
-        label = {
-            "run": str(run.folder),
-            "settings": settings,
-            "variant": variant,
-            "method": config.method,
-            "weight_sude": config.weight_sude,
-            "category": config.category,
-            "subject": name,
-            "tuning_seed": config.seed,
-        }
+        is_another = digests.setdefault(name, digest) != digest
+        label |= {"subject": f"{name}-{digest[:6]}" if is_another else name}
+        label |= {"tuning_seed": config.seed}
         for other in labels:
-            if all(other[k] == v for k, v in label.items() if k != "run"):
+            if other | {"run": label["run"]} == label:
                 raise UserError(
                     f"{other['run']} and {run.folder} are runs of the same settings, subject and "
                     "seed: give one of them."
@@ -323,25 +302,22 @@ def settings_and_variants(configs: Sequence[TuningConfig]) -> list[tuple[str, st
     ("dreambooth, lora_rank 4", "SuDe, weight_sude 2.0"), or "plain" for the latter; only what
     differs within a method is named.
     """
-    general: dict[str, list[str]] = {}
-    steered: dict[str, list[str]] = {}
+    every = [f.name for f in fields(TuningConfig)]
+    varying: dict[str, tuple[list[str], list[str]]] = {}
     for method in dict.fromkeys(c.method for c in configs):
         family = [c for c in configs if c.method == method]
-        names = [f.name for f in fields(TuningConfig)]
-        general[method] = _varying(family, [n for n in names if n not in _NOT_SETTINGS])
+        settings = _varying(family, [n for n in every if n not in _NOT_SETTINGS])
         # Where plain runs were tuned with several banks, each is compared with its own kind.
-        general[method] += _varying([c for c in family if not c.weight_sude], ["prior_bank"])
-        names = [n for n in _SUDE if n not in general[method]]
-        steered[method] = _varying([c for c in family if c.weight_sude], names)
+        settings += _varying([c for c in family if not c.weight_sude], ["prior_bank"])
+        of_sude = [n for n in every if n in _SUDE and n not in settings]
+        varying[method] = settings, _varying([c for c in family if c.weight_sude], of_sude)
     several = len({c.backbone for c in configs}) > 1
-    names_of_runs = []
+    names = []
     for c in configs:
-        settings = [c.method, *(f"{n} {getattr(c, n)}" for n in general[c.method])]
-        if several:
-            settings.append(Path(c.backbone).name)
-        sude = ["SuDe", *(f"{n} {getattr(c, n)}" for n in steered[c.method])]
-        names_of_runs.append((", ".join(settings), ", ".join(sude) if c.weight_sude else "plain"))
-    return names_of_runs
+        settings, sude = ([f"{n} {getattr(c, n)}" for n in part] for part in varying[c.method])
+        general = [c.method, *settings, *([Path(c.backbone).name] if several else [])]
+        names.append((", ".join(general), ", ".join(["SuDe", *sude]) if c.weight_sude else "plain"))
+    return names
 
 
 def _varying(configs: Sequence[TuningConfig], names: Sequence[str]) -> list[str]:
@@ -358,22 +334,17 @@ def subject_name(config: TuningConfig) -> str:
 
 
 def _asked(
-    run: Run,
-    names: Sequence[str],
-    structure: str,
-    references: Path | None,
-    judge: Judge | None,
+    run: Run, names: Sequence[str], structure: str, references: Path | None, judge: Judge | None
 ) -> list[Prompt]:
     if structure != "default":
         structured(structure, run.config.category)  # says so where there is no such structure
-    wanted: list[Prompt] = []
-    for name in names:
-        wanted += _prompt_set(name, run, references, structure, judge)
-    if not wanted:
+    sets = [_prompt_set(name, run, references, structure, judge) for name in names]
+    prompts = list(dict.fromkeys(prompt for asked in sets for prompt in asked))
+    if not prompts:
         raise UserError(f"Name prompts with --prompts: {', '.join(PROMPT_SETS)}, or a file.")
-    for prompt in wanted:
+    for prompt in prompts:
         run.prompt(prompt.text)  # says so where a subject is asked for that the run does not have
-    return list(dict.fromkeys(wanted))
+    return prompts
 
 
 def prompts_of(
@@ -411,9 +382,7 @@ def _references(run: Run, folder: Path | None, several: bool) -> list[Image.Imag
     else:
         paths = pictures_in(folder)
         if not paths:
-            there = [p.name for p in folder.iterdir() if p.is_dir()]
-            close = get_close_matches(name, there, n=1)
-            hint = f"is it {close[0]}?" if close else "put some there."
+            hint = close_folder(folder, name) or "put some there."
             raise UserError(f"{folder} has neither pictures nor a folder {name} of them: {hint}")
         if several:
             raise UserError(
@@ -442,8 +411,8 @@ def _prompt_set(
         return read_prompts(Path(name), *(s.category for s in config.subjects))
     template = config.prompt or get_method(config.method).template
     form = "" if structure == "default" else structure
-    attributes: tuple[str, ...] = ("",)
-    places: tuple[str, ...] = ("",)
+    nothing: tuple[str, ...] = ("",)
+    attributes = places = nothing
     if name in ("attributes", "combinations"):
         attributes = judge.attributes if judge else attributes_of(category)
     if name in ("backgrounds", "combinations"):
@@ -477,81 +446,54 @@ def _read(path: Path) -> Image.Image | None:
         return None
 
 
-@dataclass(frozen=True)
-class _Picture:
-    prompt: int
-    seed: int
-    number: int
-    path: Path
-    image: Image.Image
-
-
-def _drawn(
-    job: _Job, seeds: range, num_images: int, progress: bool, batch_size: int = 8
-) -> list[_Picture]:
-    """Return all pictures of a run in order, after drawing those that are missing."""
-    places = [
-        (n, seed, k, _picture_folder(job, prompt, seed) / f"{k:03d}.png")
-        for n, prompt in enumerate(job.prompts)
-        for seed in seeds
-        for k in range(num_images)
-    ]
-    images = {path: _read(path) for *_, path in places}
-    missing = list({place[3]: place for place in places if images[place[3]] is None}.values())
+def _pictures(
+    job: _Job, places: Sequence[_Place], load: Callable[[Run], Backbone], progress: bool
+) -> list[Image.Image]:
+    """Return a run's pictures in the order of their places; those that are missing are drawn."""
+    images = {place.path: _read(place.path) for place in places}
+    # Prompts that differ in their caption alone share their pictures.
+    missing = list({p.path: p for p in places if images[p.path] is None}.values())
     if missing:
-        backbone = job.load(job.run)
+        backbone = load(job.run)
         for prompt in job.prompts:
             backbone.beyond_reach(job.run.prompt(prompt.text), *job.run.tokens)
         _mention_unknown_words(backbone, job)
-        bar = tqdm(
-            total=len(missing),
-            desc=f"drawing, {job.label['variant']}",
-            unit="picture",
-            disable=not progress,
-        )
-        with bar:
-            for _, rest in groupby(missing, key=lambda place: place[:2]):
-                batch = list(rest)
-                while batch:
-                    batch = batch[_draw_some(job, backbone, batch, images, batch_size, bar) :]
+        about = f"drawing, {job.label['variant']}"
+        with tqdm(total=len(missing), desc=about, unit="picture", disable=not progress) as bar:
+            for batch in _batches(missing):
+                first = batch[0]
+                drawn = generate(
+                    backbone,
+                    job.run.prompt(job.prompts[first.prompt].text),
+                    num_images=len(batch),
+                    first=first.number,
+                    seed=first.seed,
+                    negative_prompt=job.negative_prompt,
+                    batch_size=BATCH,
+                    **job.sampling,
+                )
+                for place, picture in zip(batch, drawn, strict=True):
+                    with atomic_write(place.path) as file:
+                        picture.save(file)
+                    images[place.path] = picture
+                    bar.update()
         del backbone
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    pictures = []
-    for n, seed, k, path in places:
-        image = images[path]
-        assert image is not None  # read or drawn
-        pictures.append(_Picture(n, seed, k, path, image))
-    return pictures
+    return [image for place in places if (image := images[place.path]) is not None]
 
 
-def _draw_some(
-    job: _Job,
-    backbone: Backbone,
-    places: list[tuple[int, int, int, Path]],
-    images_at: dict[Path, Image.Image | None],
-    batch_size: int,
-    bar: Any,
-) -> int:
-    """Draw and keep the first places of one prompt and seed whose numbers follow each other."""
-    n, seed, first, _ = places[0]
-    follow = [p for i, p in enumerate(places[:batch_size]) if p[2] == first + i]
-    images = generate(
-        backbone,
-        job.run.prompt(job.prompts[n].text),
-        num_images=len(follow),
-        first=first,
-        seed=seed,
-        negative_prompt=job.negative_prompt,
-        batch_size=batch_size,
-        **job.sampling,
-    )
-    for (*_, path), image in zip(follow, images, strict=True):
-        with atomic_write(path) as file:
-            image.save(file)
-        images_at[path] = image
-        bar.update()
-    return len(follow)
+def _batches(places: Iterable[_Place]) -> Iterator[list[_Place]]:
+    """Yield places of one prompt and seed whose numbers follow each other, at most `BATCH`."""
+    batch: list[_Place] = []
+    for place in places:
+        if batch:
+            prompt, seed, number, _ = batch[-1]
+            if len(batch) == BATCH or place[:3] != (prompt, seed, number + 1):
+                yield batch
+                batch = []
+        batch.append(place)
+    yield batch
 
 
 def _mention_unknown_words(backbone: Backbone, job: _Job) -> None:
@@ -566,58 +508,42 @@ def _mention_unknown_words(backbone: Backbone, job: _Job) -> None:
 
 def _scored(
     job: _Job,
-    pictures: list[_Picture],
+    places: Sequence[_Place],
+    images: list[Image.Image],
     encoders: dict[str, Encoder],
     progress: bool,
 ) -> pd.DataFrame:
-    """Return the run's scores, a row a picture and metric."""
-    images = [p.image for p in pictures]
-    columns: dict[str, Any] = {}
+    prompts = [job.prompts[place.prompt] for place in places]
+    columns: dict[str, tuple[str, Sequence[float | None]]] = {}
     for name in job.metrics:
         if name in LEARNED:
             encoder, compares_text = LEARNED[name]
             reader = encoders[encoder]
             features = reader.images(images, progress=progress).numpy()
             if compares_text:
-                texts = reader.texts([job.prompts[p.prompt].caption for p in pictures]).numpy()
-                values = m.text_similarity(features, texts)
+                captions = reader.texts([prompt.caption for prompt in prompts]).numpy()
+                similarities = m.text_similarity(features, captions)
             else:
-                values = m.image_similarity(features, reader.images(job.references).numpy())
-            columns[name] = (reader.identity, values)
+                similarities = m.image_similarity(features, reader.images(job.references).numpy())
+            columns[name] = (reader.identity, similarities.tolist())
     if ORACLE in job.metrics and job.judge is not None:
-        columns |= _judged_columns(job.judge, job, pictures)
+        judged: dict[str, list[float | None]] = {}
+        for number, group in groupby(zip(places, images, strict=True), lambda p: p[0].prompt):
+            prompt, pictures = job.prompts[number], [image for _, image in group]
+            about = (prompt.text, prompt.attribute, prompt.background)
+            for name, measured in job.judge.measure(pictures, *about).items():
+                judged.setdefault(name, []).extend(measured)
+        columns |= {name: (ORACLE, values) for name, values in judged.items()}
     rows = []
-    for i, p in enumerate(pictures):
-        prompt = job.prompts[p.prompt]
-        about = job.label | {
-            "number": p.prompt,
-            "kind": prompt.kind,
-            "prompt": prompt.text,
-            "caption": prompt.caption,
-            "attribute": prompt.attribute,
-            "background": prompt.background,
-            "seed": p.seed,
-            "picture": p.number,
-            "file": p.path.relative_to(job.run.folder).as_posix(),
-        }
+    for i, (place, prompt) in enumerate(zip(places, prompts, strict=True)):
+        row = job.label | {"number": place.prompt, "kind": prompt.kind, "prompt": prompt.text}
+        row |= {name: getattr(prompt, name) for name in ("caption", "attribute", "background")}
+        row |= {"seed": place.seed, "picture": place.number}
+        row |= {"file": place.path.relative_to(job.run.folder).as_posix()}
         for name, (encoder, values) in columns.items():
-            if values[i] is not None:
-                value = round(float(values[i]), 5)
-                rows.append(about | {"metric": name, "encoder": encoder, "value": value})
+            if (value := values[i]) is not None:
+                rows.append(row | {"metric": name, "encoder": encoder, "value": round(value, 5)})
     return pd.DataFrame(rows)
-
-
-def _judged_columns(
-    judge: Judge, job: _Job, pictures: list[_Picture]
-) -> dict[str, tuple[str, list[float | None]]]:
-    """Return the judge's measures, picture by picture; None where nothing of it was asked."""
-    columns: dict[str, list[float | None]] = {}
-    for number, group in groupby(pictures, key=lambda p: p.prompt):
-        prompt, images = job.prompts[number], [p.image for p in group]
-        measured = judge.measure(images, prompt.text, prompt.attribute, prompt.background)
-        for name, values in measured.items():
-            columns.setdefault(name, []).extend(values)
-    return {name: (ORACLE, values) for name, values in columns.items()}
 
 
 # --- telling -------------------------------------------------------------------------------------
@@ -629,27 +555,33 @@ def report(table: pd.DataFrame, scores: pd.DataFrame) -> str:
     keys = ["settings", "variant", "kind"]
     for (settings, variant, kind), group in table.groupby(keys, sort=False):
         line = {"settings": settings, "": variant, "prompts": kind}
-        for row in group.to_dict("records"):
-            line[str(row["metric"])] = _cell(row)
-        line["pictures"] = str(group["pictures"].max())
-        line["intervals over"] = str(group["over"].iloc[0])
+        line |= {str(row["metric"]): _cell(row) for row in group.to_dict("records")}
+        line |= {"pictures": str(group["pictures"].max()), "intervals over": group["over"].iloc[0]}
         lines.append(line)
+    brackets = "In square brackets: 95 % intervals. "
+    if table["over"].str.contains("subjects").all():
+        brackets += "Over subjects: Student's t on the means of the subjects, each counted once."
+    else:
+        brackets += (
+            "Over prompts and noises, or seeds of tuning: they speak of other drawings of this one "
+            "subject (a bootstrap), and not of other subjects."
+        )
     parts = [pd.DataFrame(lines).fillna("").to_markdown(index=False, disable_numparse=True)]
-    parts.append(_bracketed(table))
+    parts.append(brackets)
     if "difference" in table and table["difference"].notna().any():
         against = ", ".join(dict.fromkeys(table["against"].dropna()))
         parts.append(
             f"In parentheses: the difference to {against}, over pictures of the same subject, "
             "prompt, seed and noise."
         )
-    if {LEARNED[x][0] for x in table["metric"] if x in LEARNED and LEARNED[x][1]}:
+    if any(name in LEARNED and LEARNED[name][1] for name in table["metric"]):
         parts.append(
             "CLIP-T and BLIP-T compare a picture with its prompt without the subject's word, which "
             "the encoders never met: the column caption of the scores."
         )
-    used = scores[scores["encoder"] != ORACLE][["metric", "encoder"]].drop_duplicates()
-    if len(used):
-        parts.append("Encoders: " + "; ".join(f"{a}: {b}" for a, b in used.to_numpy()) + ".")
+    encoders = scores[scores["encoder"] != ORACLE][["metric", "encoder"]].drop_duplicates()
+    if len(encoders):
+        parts.append("Encoders: " + "; ".join(f"{a}: {b}" for a, b in encoders.to_numpy()) + ".")
     if ORACLE in set(scores["encoder"]):
         parts.append(
             "Alignments and fidelity are the drawn world's oracle's; the look that fidelity asks "
@@ -662,24 +594,12 @@ def report(table: pd.DataFrame, scores: pd.DataFrame) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _bracketed(table: pd.DataFrame) -> str:
-    text = "In square brackets: 95 % intervals. "
-    if table["over"].str.contains("subjects").all():
-        return text + "Over subjects: Student's t on the means of the subjects, each counted once."
-    text += "Over prompts and noises, or seeds of tuning: they speak of other drawings of this one "
-    return text + "subject (a bootstrap), and not of other subjects."
-
-
 def _cell(row: dict[Any, Any]) -> str:
-    text = f"{row['mean']:.3f}"
-    if row["low"] == row["low"]:
-        text += f" [{row['low']:.3f}, {row['high']:.3f}]"
-    difference = row.get("difference")
-    if difference is not None and difference == difference:
-        text += f" ({difference:+.3f}"
-        low, high = row["difference_low"], row["difference_high"]
-        text += f" [{low:+.3f}, {high:+.3f}])" if low == low else ")"
-    return text
+    text = Interval(row["mean"], row["low"], row["high"], 0).words(".3f")
+    if pd.isna(row.get("difference")):
+        return text
+    gain = Interval(row["difference"], row["difference_low"], row["difference_high"], 0)
+    return f"{text} ({gain.words('+.3f')})"
 
 
 def _write(path: Path, table: pd.DataFrame) -> None:

@@ -12,24 +12,19 @@ from sude_lab.evaluate.statistics import Interval, drawings_interval, mean_inter
 
 MEASURES = ("attribute_alignment", "subject_fidelity", "category_alignment")
 TRUTH = {
-    "CLIP-T": "attribute_alignment",
-    "CLIP-L-T": "attribute_alignment",
-    "BLIP-T": "attribute_alignment",
-    "CLIP-I": "subject_fidelity",
-    "CLIP-L-I": "subject_fidelity",
-    "DINO-I": "subject_fidelity",
-    "DINOv2-I": "subject_fidelity",
+    **dict.fromkeys(("CLIP-T", "CLIP-L-T", "BLIP-T"), "attribute_alignment"),
+    **dict.fromkeys(("CLIP-I", "CLIP-L-I", "DINO-I", "DINOv2-I"), "subject_fidelity"),
 }
 """What the drawn world's oracle knows of what each learned metric is meant to measure."""
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the cosine of every row of `a` (N, D) with every row of `b` (M, D): (N, M).
+    """Return <a, b> / (|a| |b|) of every row of `a` (N, D) with every row of `b` (M, D): (N, M)."""
+    return _unit(a) @ _unit(b).T
 
-    cos(a, b) = <a, b> / (|a| |b|).
-    """
-    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
-    return a @ b.T
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def image_similarity(pictures: np.ndarray, references: np.ndarray) -> np.ndarray:
@@ -45,8 +40,7 @@ def text_similarity(pictures: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
     Args: features (N, D), a text a picture. Returns (N,).
     """
-    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (pictures, texts))
-    return (a * b).sum(1)
+    return (_unit(pictures) * _unit(texts)).sum(1)
 
 
 def per_run(table: pd.DataFrame) -> pd.DataFrame:
@@ -54,24 +48,6 @@ def per_run(table: pd.DataFrame) -> pd.DataFrame:
     edits = table[table["attribute"].fillna("") != ""]
     keys = [k for k in ("subject", "category", "method", "variant", "seed") if k in edits]
     return edits.groupby(keys, as_index=False)[list(MEASURES)].mean()
-
-
-def summarize(table: pd.DataFrame, *, against: str = "plain") -> pd.DataFrame:
-    """Return a row a (method, variant): means and paired differences with 95 % intervals.
-
-    The numbers of `gains` for the runs of `per_run`, with columns for every measure.
-    """
-    rows = []
-    changes = gains(per_run(table), MEASURES, against=against)
-    for (method, variant), group in changes.groupby(["method", "variant"], sort=False):
-        line: dict[str, object] = {"method": method, "variant": variant}
-        line |= group[["subjects", "runs"]].iloc[0].to_dict()
-        for row in group.to_dict("records"):
-            name = row["measure"]
-            line |= {name: row["mean"], f"{name}_gain": row["gain"]}
-            line |= {f"{name}_low": row["low"], f"{name}_high": row["high"]}
-        rows.append(line)
-    return pd.DataFrame(rows)
 
 
 def gains(
@@ -98,13 +74,11 @@ def gains(
             row: dict[str, object] = dict(zip([*by, "variant"], names, strict=True))
             row |= {"measure": measure, "mean": group.groupby("subject")[measure].mean().mean()}
             gain = (group[measure] - group[f"{measure}_base"]).dropna()
-            if row["variant"] == against or gain.empty:
-                row |= dict.fromkeys(("gain", "low", "high", "p"), float("nan"))
-            else:
-                subjects = group.loc[gain.index, "subject"]
-                ends = mean_interval(gain, subjects)
-                row |= {"gain": ends.mean, "low": ends.low, "high": ends.high}
-                row |= {"p": t_test_p(gain, subjects)}
+            gain = gain[:0] if row["variant"] == against else gain
+            subjects = group.loc[gain.index, "subject"]
+            ends = mean_interval(gain, subjects)  # nan of nothing
+            row |= {"gain": ends.mean, "low": ends.low, "high": ends.high}
+            row |= {"p": t_test_p(gain, subjects)}
             row |= {"subjects": group["subject"].nunique(), "runs": len(group)}
             rows.append(row)
     return pd.DataFrame(rows)
@@ -162,9 +136,9 @@ def compare(scores: pd.DataFrame) -> pd.DataFrame:
             pairs = group.merge(other[[*PAIR, "value"]], on=PAIR, suffixes=("", "_base"))
             row |= {"against": ", ".join(filter(None, base)), "pairs": len(pairs)}
             if len(pairs):
-                ends, _ = interval_of(pairs, pairs["value"] - pairs["value_base"])
-                row |= {"difference": ends.mean}
-                row |= {"difference_low": ends.low, "difference_high": ends.high}
+                change, _ = interval_of(pairs, pairs["value"] - pairs["value_base"])
+                row |= {"difference": change.mean}
+                row |= {"difference_low": change.low, "difference_high": change.high}
         rows.append(row)
     return pd.DataFrame(rows)
 

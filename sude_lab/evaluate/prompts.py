@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from sude_lab.errors import UserError
 from sude_lab.io.reading import read_text, read_yaml
-from sude_lab.prompts import (
-    PLACEHOLDER,
-    article,
-    checked,
-    photo_of,
-    placeholder,
-    with_attribute,
-)
+from sude_lab.prompts import PLACEHOLDER, article, checked, photo_of, placeholder, with_attribute
 
 STRUCTURES = {
     "P1": "photo of a {attribute} {S*} {category}",
@@ -114,9 +106,6 @@ def prompt_for(
     )
 
 
-_KEYS = ("prompt", "caption", "attribute", "background", "group")
-
-
 def read_prompts(path: Path, *categories: str) -> list[Prompt]:
     """Return the prompts of a file for a subject of a category; `{category}` is filled in.
 
@@ -128,27 +117,25 @@ def read_prompts(path: Path, *categories: str) -> list[Prompt]:
         UserError: the file cannot be read, is empty, or a prompt lacks {S*}.
     """
     words = read_text(path, f"The prompts in {path}", "a text file with a prompt a line")
-    entries: Any
+    lines = [line.strip() for line in words.splitlines()]
+    entries: Any = [line for line in lines if line and not line.startswith("#")]
     if path.suffix in (".yaml", ".yml", ".json"):
         entries = read_yaml(words, str(path))
-    else:
-        entries = [x.strip() for x in words.splitlines()]
-        entries = [x for x in entries if x and not x.startswith("#")]
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} holds no list of prompts: write one prompt a line.")
     return list(dict.fromkeys(_read_prompt(entry, path, categories) for entry in entries))
 
 
-def _read_prompt(entry: Any, path: Path, categories: Iterable[str]) -> Prompt:
+def _read_prompt(entry: Any, path: Path, categories: tuple[str, ...]) -> Prompt:
     # YAML reads an unquoted {S*} as a mapping: what is no text and no mapping of ours ends here.
     values = entry if isinstance(entry, dict) else {"prompt": entry}
-    wrong = [k for k, v in values.items() if k not in _KEYS or not isinstance(v, str)]
+    keys = ("prompt", *[f.name for f in fields(Prompt)][1:])
+    wrong = [k for k, v in values.items() if k not in keys or not isinstance(v, str)]
     if wrong or "prompt" not in values:
         raise UserError(
             f"{path}: the entry {str(entry)[:200]} must be a quoted prompt, or a mapping of texts "
-            f"under {', '.join(_KEYS)}."
+            f"under {', '.join(keys)}."
         )
-    categories = tuple(categories)
     text = " ".join(checked(values["prompt"]).replace("{category}", categories[0]).split())
     if PLACEHOLDER not in text:
         raise UserError(

@@ -12,8 +12,6 @@ gains are paired: same subject, same seed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -31,8 +29,6 @@ KEYS = ["subject", "method", "variant", "seed"]
 WATCHED = ("open_gates", "rho")
 WEIGHTS = {"dreambooth": 2.0, "custom_diffusion": 2.0, "vico": 1.5, "textual_inversion": 1.0}
 """w_s of the methods on the embedded model when these studies were made."""
-DRAWN_FROM = 500
-"""Pictures of a run tuned with seed k are drawn from seed k + 500: `evaluate: {seed: 500}`."""
 MARGIN = 0.05
 """What counts as no difference, in probabilities of the oracle."""
 PLAIN, GUIDANCE, COMPOSITION, TUNED = "plain", "guidance", "composition", "sude-tuned"
@@ -52,32 +48,14 @@ def read(name: str) -> pd.DataFrame:
     return table[table["error"].isna()] if "error" in table else table
 
 
-def scores(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a stored table in the schema of `evaluate` and of sweeps: a row a picture and metric.
-
-    So `metrics.compare` reads it, too. `seed` (of tuning) becomes `tuning_seed`, `image` becomes
-    `picture`, the method is the `settings`, and every measure a row with `metric` and `value`; what
-    is not known of a picture has no row. Stored tables keep no captions: the prompt stands there.
-    """
-    named = {n: table[n].fillna("") != "" for n in ("attribute", "background") if n in table}
-    shown = pd.DataFrame(named, index=table.index).to_dict("records")
-    kinds = [" x ".join(name for name, is_said in row.items() if is_said) for row in shown]
-    kinds = [kind or "plain" for kind in kinds]
-    numbers = table.groupby("subject")["prompt"].transform(lambda p: pd.factorize(p)[0])
-    rows = table.rename(columns={"seed": "tuning_seed", "image": "picture"})
-    rows = rows.assign(
-        settings=table["method"], kind=kinds, number=numbers, caption=table["prompt"]
-    )
-    rows = rows.assign(seed=table["seed"] + DRAWN_FROM)
-    names = [n for n in (*MEASURES, BACKGROUND) if n in table]
-    others = [n for n in rows if n not in names]
-    return rows.melt(others, names, "metric", "value").dropna(subset="value", ignore_index=True)
+def _edits(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the pictures that ask for a new attribute."""
+    return table[table["attribute"].fillna("") != ""]
 
 
 def by_factor(*tables: pd.DataFrame) -> pd.DataFrame:
     """Return the pictures that ask for a new attribute, with `factor`: w_s over its default."""
-    rows = pd.concat(tables, ignore_index=True)
-    rows = rows[rows["attribute"].fillna("") != ""]
+    rows = _edits(pd.concat(tables, ignore_index=True))
     factor = rows["weight_sude"] / rows["method"].map(WEIGHTS)
     rows = rows.assign(factor=factor.round(4), variant=factor.map("{:g} w_s".format))
     return rows.drop_duplicates(["method", "subject", "seed", "factor", "attribute", "image"])
@@ -102,11 +80,9 @@ def against(
     for names, group in changes.groupby([*by, "variant"], sort=False):
         line = dict(zip([*by, "variant"], names, strict=True))
         for row in group.to_dict("records"):
-            text = f"{row['mean']:.{digits}f}"
-            if row["gain"] == row["gain"]:
-                gain, low, high = (f"{row[k]:+.{digits}f}" for k in ("gain", "low", "high"))
-                text += f" ({gain} [{low}, {high}])" if row["low"] == row["low"] else f" ({gain})"
-            line[str(row["measure"]).replace("_", " ")] = text
+            gain = Interval(row["gain"], row["low"], row["high"], row["subjects"])
+            words = "" if pd.isna(gain.mean) else f" ({gain.words(f'+.{digits}f')})"
+            line[str(row["measure"]).replace("_", " ")] = f"{row['mean']:.{digits}f}{words}"
         subjects, runs = group[["subjects", "runs"]].iloc[0]
         rows.append(line | {"runs": f"{subjects} x {runs // subjects}"})
     return pd.DataFrame(rows)
@@ -134,10 +110,9 @@ def best_factors(table: pd.DataFrame, measure: str = ALIGNMENT) -> pd.DataFrame:
 
 def table1() -> pd.DataFrame:
     """Return Table 1: its methods, plain, and the gain of SuDe at 0.5, 1, 2 w_s and their best."""
-    others = [read("methods_w_s"), _first_seed("w_s")]
-    held_out = read("held_out")
-    swept = held_out["method"].isin(pd.concat(others)["method"])
-    rows = by_factor(held_out[swept & (held_out["seed"] == 0)], *others)
+    others = pd.concat([read("methods_w_s"), read("w_s").query("seed == 0")])
+    held_out = read("held_out").query("seed == 0")
+    rows = by_factor(held_out[held_out["method"].isin(others["method"])], others)
     plain = rows[rows["factor"] == 0].groupby("method")[ALIGNMENT].mean()
     lines = []
     for method, group in best_factors(rows).groupby("method", sort=False):
@@ -164,10 +139,9 @@ def truncation() -> pd.DataFrame:
         "prior=current": "stops at rho = 1, prior current",
         "prior=current,truncate=false": "never stops, prior current",
     }
-    rows = read("truncation")
-    rows = rows[rows["variant"].isin(names) & (rows["attribute"].fillna("") != "")]
-    order = {name: k for k, name in enumerate(names)}
-    rows = rows.sort_values("variant", key=lambda v: v.map(order), kind="stable")
+    rows = _edits(read("truncation"))
+    rows = rows[rows["variant"].isin(names)]
+    rows = rows.sort_values("variant", key=lambda v: v.map(list(names).index), kind="stable")
     return rows.assign(variant=rows["variant"].map(names))
 
 
@@ -179,10 +153,9 @@ def fig5() -> pd.DataFrame:
 def collapse() -> pd.DataFrame:
     """Return the pictures of new attributes after 50, 100 and 200 steps, truncated and not."""
     few, all_steps = read("collapse"), read("truncation")
-    never = all_steps["variant"] == "prior=current,truncate=false"
-    all_steps = all_steps[never | (all_steps["variant"] == "weight_sude=2")]
-    rows = pd.concat([all_steps[all_steps["subject"].isin(few["subject"])], few])
-    rows = rows[rows["attribute"].fillna("") != ""]
+    compared = all_steps["variant"].isin(["weight_sude=2", "prior=current,truncate=false"])
+    all_steps = all_steps[compared & all_steps["subject"].isin(few["subject"])]
+    rows = _edits(pd.concat([all_steps, few]))
     names = {True: "stops at rho = 1", False: "never stops, prior current"}
     return rows.assign(run=rows["truncate"].astype(bool).map(names)).reset_index(drop=True)
 
@@ -200,9 +173,12 @@ def table2() -> pd.DataFrame:
 
 def fig6() -> pd.DataFrame:
     """Return Fig. 6: an attribute and a background asked for at once; `both` multiplies the two."""
+    return against(_both(), "plain", (ALIGNMENT, BACKGROUND, "both", FIDELITY), by=("ask",))
+
+
+def _both() -> pd.DataFrame:
     rows = prompted("attribute and background")
-    rows = rows.assign(both=rows[ALIGNMENT] * rows[BACKGROUND])
-    return against(rows, "plain", (ALIGNMENT, BACKGROUND, "both", FIDELITY), by=("ask",))
+    return rows.assign(both=rows[ALIGNMENT] * rows[BACKGROUND])
 
 
 def class_images() -> pd.DataFrame:
@@ -212,8 +188,8 @@ def class_images() -> pd.DataFrame:
         "prior_loss_weight=1": "SuDe and class images",
     }
     others = read("class_images")
-    rows = prompted("P1", "background")
-    rows = pd.concat([rows, others.assign(variant=others["variant"].map(names))], ignore_index=True)
+    others = others.assign(variant=others["variant"].map(names))
+    rows = pd.concat([prompted("P1", "background"), others], ignore_index=True)
     aimed = rows[ALIGNMENT].where(rows["ask"] == "P1", rows[BACKGROUND])
     order = ["plain", "class images", "sude", "SuDe and class images"]
     rows = rows.assign(alignment=aimed, edit=rows["ask"].replace({"P1": "attribute"}))
@@ -234,63 +210,60 @@ def claims() -> pd.DataFrame:
     are BLIP-T points of real photographs, ours are probabilities of a drawn world's oracle: only
     signs and order can be compared.
     """
-    held_out = read("held_out")
-    held_out = held_out[held_out["attribute"].fillna("") != ""]
-    rows: list[tuple[str, str, str, bool, tuple[Interval, float]]] = []
+    rows: list[tuple[tuple[str, str, str], bool, Interval, float]] = []
+
+    def claim(
+        where: tuple[str, str, str],
+        table: pd.DataFrame,
+        base: str = "plain",
+        other: str = "sude",
+        measure: str = ALIGNMENT,
+        holds: bool = False,
+    ) -> None:
+        rows.append((where, holds, *_change(table, base, other, measure)))
+
+    held_out, w_s, edits = _edits(read("held_out")), dosed(), class_images()
     for method, name, reported in (
         ("vico", "ViCo", "+4.2 / +2.6"),
         ("custom_diffusion", "Custom Diffusion", "+0.9 / +2.0"),
         ("dreambooth", "DreamBooth", "+1.2 / +1.5"),
     ):
         runs = held_out[held_out["method"] == method]
-        change = _change(runs, "plain", "sude", ALIGNMENT)
-        rows.append(("Table 1", f"SuDe raises alignment: {name}", reported, False, change))
-        change = _change(runs, "plain", "sude", FIDELITY)
-        rows.append(("Table 1", f"fidelity holds: {name}", "slight fluctuation", True, change))
-    w_s = dosed()
-    for claim, reported, a, b, measure, holds in (
+        claim(("Table 1", f"SuDe raises alignment: {name}", reported), runs)
+        where = ("Table 1", f"fidelity holds: {name}", "slight fluctuation")
+        claim(where, runs, measure=FIDELITY, holds=True)
+    for text, reported, a, b, measure, holds in (
         ("2 w_s raises alignment over 1 w_s", "more with more", 1, 2, ALIGNMENT, False),
         ("4 w_s raises alignment over 1 w_s", "more with more", 1, 4, ALIGNMENT, False),
         ("fidelity holds at 2 w_s", "holds", 0, 2, FIDELITY, True),
         ("at 4 w_s fidelity is below 1 w_s", "lost for a bowl", 4, 1, FIDELITY, False),
     ):
-        change = _change(w_s, f"{a} w_s", f"{b} w_s", measure)
-        rows.append(("Fig. 4", claim, reported, holds, change))
-    stops, never = "SuDe, stops at rho = 1", "never stops, prior current"
-    change = _change(truncation(), never, stops, CATEGORY)
-    claim = "never stopping costs the category"
-    rows.append(("Fig. 5", claim, "collapse at epoch 3", False, change))
+        claim(("Fig. 4", text, reported), w_s, f"{a} w_s", f"{b} w_s", measure, holds)
+    where = ("Fig. 5", "never stopping costs the category", "collapse at epoch 3")
+    claim(where, truncation(), "never stops, prior current", "SuDe, stops at rho = 1", CATEGORY)
     for ask in ("P1", "P2", "P3"):
-        change = _change(prompted(ask), "plain", "sude", ALIGNMENT)
-        rows.append(("Table 2", f"SuDe adds to {ask}", "over +1.5", False, change))
-    plain = prompted("P1", "P3")
-    plain = plain[plain["variant"] == "plain"]
-    change = _change(plain.assign(variant=plain["ask"]), "P1", "P3", ALIGNMENT)
-    rows.append(("Table 2", "without SuDe P3 is above P1", "41.2, the highest", False, change))
-    both = prompted("attribute and background")
-    change = _change(both.assign(both=both[ALIGNMENT] * both[BACKGROUND]), "plain", "sude", "both")
-    rows.append(("Fig. 6", "attribute and background combine", "pictures", False, change))
-    edits = class_images()
-    for claim, edit, base, other in (
+        claim(("Table 2", f"SuDe adds to {ask}", "over +1.5"), prompted(ask))
+    plain = prompted("P1", "P3").query("variant == 'plain'")
+    where = ("Table 2", "without SuDe P3 is above P1", "41.2, the highest")
+    claim(where, plain.assign(variant=plain["ask"]), "P1", "P3")
+    claim(("Fig. 6", "attribute and background combine", "pictures"), _both(), measure="both")
+    for text, edit, base, other in (
         ("class images raise background edits", "background", "plain", "class images"),
         ("attributes: SuDe above class images", "attribute", "class images", "sude"),
     ):
-        change = _change(edits[edits["edit"] == edit], base, other, "alignment")
-        rows.append(("Fig. 8", claim, "pictures", False, change))
-    corrected = holm([p for *_, (_, p) in rows])
-    return pd.DataFrame(
-        [
-            {
-                "paper": where,
-                "claim": claim,
-                "reported there": reported,
-                "seen here": str(change),
-                "by itself": verdict(change, margin=MARGIN if holds else None),
-                "verdict": verdict(change, p=p, margin=MARGIN if holds else None),
-            }
-            for (where, claim, reported, holds, (change, _)), p in zip(rows, corrected, strict=True)
-        ]
+        of_edit = edits[edits["edit"] == edit]
+        claim(("Fig. 8", text, "pictures"), of_edit, base, other, "alignment")
+    table = pd.DataFrame(
+        [where for where, *_ in rows], columns=["paper", "claim", "reported there"]
     )
+    corrected = holm([p for *_, p in rows])
+    table["seen here"] = [str(change) for _, _, change, _ in rows]
+    table["by itself"] = [verdict(c, margin=MARGIN if h else None) for _, h, c, _ in rows]
+    table["verdict"] = [
+        verdict(change, p=p, margin=MARGIN if holds else None)
+        for (_, holds, change, _), p in zip(rows, corrected, strict=True)
+    ]
+    return table
 
 
 def _change(table: pd.DataFrame, base: str, other: str, measure: str) -> tuple[Interval, float]:
@@ -300,33 +273,20 @@ def _change(table: pd.DataFrame, base: str, other: str, measure: str) -> tuple[I
     return Interval(row["gain"], row["low"], row["high"], row["subjects"]), row["p"]
 
 
-def _first_seed(name: str) -> pd.DataFrame:
-    rows = read(name)
-    return rows[rows["seed"] == 0]
-
-
 # --- the study of the README ---
 
 
 def means_table(table: pd.DataFrame) -> pd.DataFrame:
     """Return the README's table: a row a (method, variant), gains with their intervals."""
-    runs = one_row_a_run(table).groupby(["method", "variant"])[list(WATCHED)].mean()
+    # A row a run: some categories have more attributes, hence more pictures.
+    runs = table.drop_duplicates(KEYS).groupby(["method", "variant"])[list(WATCHED)].mean()
     lines = against(per_run(table), "plain", (ALIGNMENT, FIDELITY))
     watched = runs.loc[list(zip(lines["method"], lines["variant"], strict=True))]
-    steered = (lines["variant"] != "plain").to_numpy()
-    for place, (name, form) in enumerate((("open gates", "{:.0%}"), ("rho", "{:.2f}"))):
-        column = watched[name.replace(" ", "_")].map(form.format)
-        lines.insert(4 + place, name, np.where(steered, column, ""))
+    for place, (name, form) in enumerate(zip(WATCHED, ("{:.0%}", "{:.2f}"), strict=True)):
+        column = np.where(lines["variant"] == "plain", "", watched[name].map(form.format))
+        lines.insert(4 + place, name.replace("_", " "), column)
     names = lines["method"].str.replace("_", " ")
     return lines.assign(method=names).rename(columns={"variant": ""})
-
-
-def one_row_a_run(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the first row of every run: for means of what was seen while it was tuned.
-
-    A study has a row a picture, and some categories have more attributes, hence more pictures.
-    """
-    return table.drop_duplicates(KEYS)
 
 
 def untuned_alignment(table: pd.DataFrame, subject: str) -> float:
@@ -349,19 +309,17 @@ def lost_and_gained(table: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     as_tuned = table[table["attribute"].fillna("") == ""]
-    own = as_tuned.groupby(["method", "subject", "variant"])["attribute_alignment"].mean()
-    runs = per_run(table)
+    own = as_tuned.groupby(["method", "subject", "variant"])[ALIGNMENT].mean()
     steered = table[table["variant"] == "sude"].groupby(["method", "subject"])[list(WATCHED)].mean()
-    for (method, subject), group in runs.groupby(["method", "subject"], sort=False):
+    for (method, subject), group in per_run(table).groupby(["method", "subject"], sort=False):
         means = group.groupby("variant")[[ALIGNMENT, FIDELITY]].mean()
         if not {"plain", "sude"} <= set(means.index):
             continue
-        change = means.loc["sude"] - means.loc["plain"]
-        untuned = untuned_alignment(table, subject)
+        plain, sude = means.loc["plain"], means.loc["sude"]
         row = {"method": method, "subject": subject}
-        row |= {"lost": untuned - means.loc["plain", "attribute_alignment"]}
-        row |= {"gained": change["attribute_alignment"]}
-        row |= {"fidelity_change": change["subject_fidelity"]}
+        row |= {"lost": untuned_alignment(table, subject) - plain[ALIGNMENT]}
+        row |= {"gained": sude[ALIGNMENT] - plain[ALIGNMENT]}
+        row |= {"fidelity_change": sude[FIDELITY] - plain[FIDELITY]}
         row |= {"freed": own[method, subject, "plain"] - own[method, subject, "sude"]}
         rows.append(row | steered.loc[(method, subject)].to_dict())
     return pd.DataFrame(rows)
@@ -388,12 +346,10 @@ def at_equal_fidelity(table: pd.DataFrame, *, against: float = 1.0) -> pd.DataFr
     Raises:
         UserError: there is no such variant, or no subject has all variants.
     """
-    runs = per_run(table)
-    means = runs.groupby(["subject", "variant"])[[FIDELITY, ALIGNMENT]].mean()
-    strengths = table.groupby("variant")["strength"].first()
-    rules = table.groupby("variant")["rule"].first()
+    means = per_run(table).groupby(["subject", "variant"])[[FIDELITY, ALIGNMENT]].mean()
+    named = table.groupby("variant")[["rule", "strength"]].first()
     goal = rule_name(TUNED, against)
-    if goal not in rules:
+    if goal not in named.index:
         raise UserError(f"There is no {goal!r} to compare with: add {against:g} to --sude-weights.")
     # Only subjects that every variant has: the same ones on both sides.
     wide = means.unstack("variant").dropna()
@@ -401,41 +357,28 @@ def at_equal_fidelity(table: pd.DataFrame, *, against: float = 1.0) -> pd.DataFr
         raise UserError("No subject has every variant yet: let the comparison run to its end.")
     rows = []
     for rule in (GUIDANCE, COMPOSITION):
-        line = sorted((strengths[v], v) for v in rules.index if rules[v] in (rule, PLAIN))
-        ends = jackknife_interval(partial(_difference, wide, line, goal), len(wide))
+        line = named[named["rule"].isin([rule, PLAIN])]["strength"].sort_values()
+
+        def difference(index: np.ndarray, line: pd.Series = line) -> float:
+            return _read_off(wide.iloc[index], line, goal)["difference"]
+
+        ends = jackknife_interval(difference, len(wide))
         row = {"rule": rule} | _read_off(wide, line, goal) | {"low": ends.low, "high": ends.high}
         rows.append(row | {"subjects": len(wide)})
     return pd.DataFrame(rows)
 
 
-def _read_off(
-    subjects: pd.DataFrame, line: Sequence[tuple[float, str]], goal: str
-) -> dict[str, float]:
-    """Return the point of a rule's mean line that has the fidelity of the goal, and the goal."""
+def _read_off(subjects: pd.DataFrame, line: pd.Series, goal: str) -> dict[str, float]:
+    """Return where a rule's line (strength by variant) first falls to the fidelity of the goal."""
     fidelity, alignment = subjects[FIDELITY].mean(), subjects[ALIGNMENT].mean()
-    points = [(strength, fidelity[v], alignment[v]) for strength, v in line]
-    point = _first_crossing(points, fidelity[goal])
-    row = dict(zip(("strength", "fidelity", "alignment"), point, strict=True))
+    points = np.array([(strength, fidelity[v], alignment[v]) for v, strength in line.items()])
+    below = points[:, 1] <= fidelity[goal]
+    k = int(below.argmax()) if below.any() else len(points) - 1
+    point = points[k]
+    if below[k] and k > 0:  # between the two strengths around it, linearly
+        before = points[k - 1]
+        share = (before[1] - fidelity[goal]) / (before[1] - point[1])
+        point = before + share * (point - before)
+    row = dict(zip(("strength", "fidelity", "alignment"), point.tolist(), strict=True))
     row |= {"goal fidelity": fidelity[goal], "goal alignment": alignment[goal]}
-    return row | {"difference": point[2] - alignment[goal]}
-
-
-def _difference(
-    wide: pd.DataFrame, line: Sequence[tuple[float, str]], goal: str, subjects: np.ndarray
-) -> float:
-    return _read_off(wide.iloc[subjects], line, goal)["difference"]
-
-
-def _first_crossing(
-    points: list[tuple[float, float, float]], fidelity: float
-) -> tuple[float, float, float]:
-    """Return the (strength, fidelity, alignment) where such a line first falls to `fidelity`."""
-    if points[0][1] <= fidelity:
-        return points[0]
-    for before, after in pairwise(points):
-        if after[1] <= fidelity:
-            share = (before[1] - fidelity) / (before[1] - after[1])
-            low, high = np.array(before), np.array(after)
-            s, f, a = (low + share * (high - low)).tolist()
-            return s, f, a
-    return points[-1]
+    return row | {"difference": row["alignment"] - alignment[goal]}

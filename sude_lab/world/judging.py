@@ -49,27 +49,22 @@ class DrawnJudge:
         assert self.oracle is not None
         of_category, pictures = world.ATTRIBUTES[self.scene.category], list(images)
         name = attribute or _mentioned(text, of_category)
-        reading = judge(self.oracle, pictures, self.scene, name if name in of_category else None)
+        is_known = name in of_category
+        reading = judge(self.oracle, pictures, self.scene, name if is_known else None)
         nothing: Values = [None] * len(pictures)
-        alignment = reading.attribute_alignment.tolist() if name in of_category else nothing
-        return {
-            "attribute_alignment": alignment,
-            "background_alignment": self._background(pictures, f"{text} {background}") or nothing,
+        measures = {
+            "attribute_alignment": reading.attribute_alignment.tolist() if is_known else nothing,
+            "background_alignment": nothing,
             "category_alignment": reading.category_alignment.tolist(),
             "subject_fidelity": reading.subject_fidelity.tolist(),
         }
-
-    def _background(self, images: list[Image.Image], text: str) -> Values | None:
-        """Return the probability of the background, or the companion, that was asked for."""
-        assert self.oracle is not None
-        for head, phrases in (("background", world.BACKGROUNDS), ("companion", world.COMPANIONS)):
-            phrase = _mentioned(text, tuple(phrases.values()))
-            if phrase:
-                name = next(k for k, v in phrases.items() if v == phrase)
-                probabilities = self.oracle.read(images)[head]
-                values: Values = probabilities[:, HEADS[head].index(name)].tolist()
-                return values
-        return None
+        for head, phrases in (("companion", world.COMPANIONS), ("background", world.BACKGROUNDS)):
+            phrase = _mentioned(f"{text} {background}", tuple(phrases.values()))
+            if phrase:  # a background goes before a companion
+                index = HEADS[head].index(next(k for k, v in phrases.items() if v == phrase))
+                probabilities = self.oracle.read(pictures)[head][:, index]
+                measures["background_alignment"] = probabilities.tolist()
+        return measures
 
 
 def drawn_judge(

@@ -27,6 +27,9 @@ class GaussianMixture:
 
     p(x_0) = sum_n w_n N(x_0; m_n, s_n^2 I): the data behind eq. 1, arXiv 2403.06775.
 
+    Its methods raise ValueError where ``t`` is not a LongTensor (B,) of the schedule's steps, or no
+    component has the label that they are asked for.
+
     Args:
         weights: w, (N,), non-negative, summing to one.
         means: m, (N, D).
@@ -81,11 +84,7 @@ class GaussianMixture:
         return replace(self, weights=kept / kept.sum())
 
     def given(self, label: int | None) -> "GaussianMixture":
-        """The mixture of one class, p(x_0 | c) of arXiv 2403.06775, eq. 5; None: no condition.
-
-        Raises:
-            ValueError: no component has this label.
-        """
+        """The mixture of one class, p(x_0 | c) of arXiv 2403.06775, eq. 5; None: no condition."""
         return self if label is None else self.restrict(self.labels == label)
 
     def log_prob(
@@ -94,9 +93,6 @@ class GaussianMixture:
         """log p(x_t | c) = log sum_n w_n N(x_t; sqrt(abar_t) m_n, (abar_t s_n^2 + 1 - abar_t) I).
 
         The marginal of arXiv 2403.06775, eq. 1. Args: x_t (B, D), t (B,). Returns nats, (B,).
-
-        Raises:
-            ValueError: ``t`` is not a valid LongTensor (B,), or no component has this label.
         """
         abar, _ = alpha_bars(t, schedule)
         return self.given(label)._log_joint(x_t, abar).logsumexp(1)
@@ -105,9 +101,6 @@ class GaussianMixture:
         """log p(c | x_t) for every class: log C_t of arXiv 2403.06775, eq. 5, exactly.
 
         Args: x_t (B, D), t (B,). Returns nats, (B, C); a class without weight has -inf.
-
-        Raises:
-            ValueError: ``t`` is not a valid LongTensor (B,).
         """
         abar, _ = alpha_bars(t, schedule)
         return self._class_log_posterior(x_t, abar)
@@ -117,9 +110,6 @@ class GaussianMixture:
 
         x_t adds nothing once x_{t-1} is known (Markov): p(c | x_{t-1}, x_t) = p(c | x_{t-1}).
         At t = 0, x_{-1} is the clean sample. Args: x_prev (B, D), t (B,). Returns nats, (B, C).
-
-        Raises:
-            ValueError: ``t`` is not a valid LongTensor (B,).
         """
         _, abar_prev = alpha_bars(t, schedule)
         return self._class_log_posterior(x_prev, abar_prev)
@@ -131,9 +121,6 @@ class GaussianMixture:
 
         sum_n p(n | x_t, c) [m_n + sqrt(abar_t) s_n^2 / v_n (x_t - sqrt(abar_t) m_n)],
         v_n = abar_t s_n^2 + 1 - abar_t. Args: x_t (B, D), t (B,). Returns (B, D).
-
-        Raises:
-            ValueError: ``t`` is not a valid LongTensor (B,), or no component has this label.
         """
         abar, _ = alpha_bars(t, schedule)
         responsibilities = self.given(label)._log_joint(x_t, abar).softmax(1)
@@ -145,9 +132,6 @@ class GaussianMixture:
         (x_t - sqrt(abar_t) E[x_0 | x_t, c]) / sqrt(1 - abar_t), arXiv 2403.06775, eq. 1 solved for
         eps; it is also -sqrt(1 - abar_t) grad log p(x_t | c). Args: x_t (B, D), t (B,).
         Returns (B, D).
-
-        Raises:
-            ValueError: ``t`` is not a valid LongTensor (B,), or no component has this label.
         """
         sample_schedule = replace(schedule, prediction_type="sample")
         return diffusion.to_eps(self.x_0_mean(x_t, t, schedule, label), x_t, t, sample_schedule)
@@ -159,9 +143,6 @@ class GaussianMixture:
 
         posterior_mean(x_t, E[x_0 | x_t, c]), the minimiser of arXiv 2403.06775, eq. 2: the mean of
         q(x_{t-1} | x_t, x_0) is linear in x_0. Args: x_t (B, D), t (B,). Returns (B, D).
-
-        Raises:
-            ValueError: ``t`` is not a valid LongTensor (B,), or no component has this label.
         """
         x_0 = self.x_0_mean(x_t, t, schedule, label)
         return diffusion.posterior_mean(x_t, x_0, t, schedule)
@@ -175,9 +156,6 @@ class GaussianMixture:
         u_n = (variance of q(x_{t-1} | x_t, x_0)) + b^2 s_n^2 (1 - abar_t) / v_n,
         b = sqrt(abar_{t-1}) beta_t / (1 - abar_t) the weight of x_0 in the posterior mean.
         Args: x_prev, x_t (B, D), t (B,). Returns nats, (B,).
-
-        Raises:
-            ValueError: ``t`` is not a valid LongTensor (B,), or no component has this label.
         """
         abar, abar_prev = alpha_bars(t, schedule)
         log_weights = self.given(label)._log_joint(x_t, abar).log_softmax(1)
@@ -202,17 +180,9 @@ class GaussianMixture:
         """Draw clean samples and their labels: x_0 (n, D) and labels (n,).
 
         x_0 ~ p(x_0 | c) = sum_n w_n N(m_n, s_n^2 I), the data of arXiv 2403.06775, eq. 1.
-
-        Raises:
-            ValueError: no component has this label.
         """
         component = torch.multinomial(self.given(label).weights, n, True, generator=generator)
-        noise = torch.randn(
-            (n, self.means.shape[1]),
-            generator=generator,
-            dtype=self.means.dtype,
-            device=self.means.device,
-        )
+        noise = torch.empty_like(self.means[component]).normal_(generator=generator)
         x_0 = self.means[component] + self.variances[component].sqrt().unsqueeze(1) * noise
         return x_0, self.labels[component]
 
@@ -245,25 +215,19 @@ class GaussianMixture:
 
 
 def implicit_classifier_error(
-    mixture: GaussianMixture,
-    x_prev: Tensor,
-    x_t: Tensor,
-    t: Tensor,
-    schedule: Schedule,
-    label: int,
+    mixture: GaussianMixture, x_prev: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, label: int
 ) -> Tensor:
     """What eq. 5 loses by taking eq. 6 for a Gaussian: estimated minus exact log p(c | x_{t-1}).
 
     log C_t + class_log_ratio(x_{t-1}; exact means, sigma_t^2) - log p(c | x_{t-1}),
-    arXiv 2403.06775, eq. 5 with eq. 6. Everything but the Gaussian is exact, so this is the price
-    of eq. 6 alone. With x_{t-1} drawn from the reverse step it shrinks in proportion to the step
-    beta_t, i.e. to 1/T, while the signal log p(c | x_{t-1}) - log C_t shrinks with its square root.
+    arXiv 2403.06775, eq. 5 with eq. 6; all but the Gaussian is exact. With x_{t-1} drawn from the
+    reverse step it shrinks with the step beta_t, i.e. with 1/T, while the signal
+    log p(c | x_{t-1}) - log C_t shrinks with its square root.
 
     Args: x_prev, x_t: (B, D); t: (B,). Returns nats, (B,), signed.
 
     Raises:
-        ValueError: ``t`` is not a valid LongTensor (B,), no component has this label, or the
-            variance is zero (fixed_small at t = 0).
+        ValueError: as the mixture's methods, or the variance is zero (fixed_small at t = 0).
     """
     mean_class = mixture.reverse_mean_exact(x_t, t, schedule, label)
     mean_uncond = mixture.reverse_mean_exact(x_t, t, schedule)

@@ -8,6 +8,7 @@ autoencoder renders them with a little latent noise, so that it reads the sample
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -65,11 +66,9 @@ class Oracle(nn.Module):
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         w = width
+        blocks = (_block(a, b) for a, b in pairwise((3, w, 2 * w, 3 * w, 4 * w)))
         self.features = nn.Sequential(
-            *(_block(3, w)),
-            *(_block(w, 2 * w)),
-            *(_block(2 * w, 3 * w)),
-            *(_block(3 * w, 4 * w)),
+            *(layer for block in blocks for layer in block),
             nn.Flatten(),
             nn.Dropout(0.1),
             nn.Linear(4 * w * (world.RESOLUTION // 16) ** 2, 8 * w),
@@ -79,8 +78,8 @@ class Oracle(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Return the logits of every head for pictures (B, 3, 64, 64) in [-1, 1]."""
-        h = self.features(x)
-        return {name: head(h) for name, head in self.heads.items()}
+        features = self.features(x)
+        return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()
     def read(self, images: list[Image.Image] | Tensor) -> dict[str, Tensor]:
@@ -105,16 +104,17 @@ def _block(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the oracle says of a set of pictures, per picture (B,), each between 0 and 1."""
+    """What the oracle says of a set of pictures: probabilities, each (B,).
+
+    Of the attribute among those that its category can have, of the category, of the parts of the
+    private look that a picture can show (their mean), and of the background (of none, where none is
+    asked for).
+    """
 
     attribute_alignment: Tensor
-    """Probability of the attribute among the attributes its category can have."""
     category_alignment: Tensor
-    """Probability of the category."""
     subject_fidelity: Tensor
-    """Mean probability of the parts of the private look that a picture can show."""
     background_alignment: Tensor
-    """Probability of the background (of none, where none is asked for)."""
 
 
 def judge(
@@ -128,10 +128,9 @@ def judge(
     attribute = attribute or scene.attribute
     where = HEADS["background"].index(background or scene.background or "none")
     read = oracle.read(images)
-    allowed = [ALL_ATTRIBUTES.index(a) for a in world.ATTRIBUTES[scene.category]]
-    wanted = world.ATTRIBUTES[scene.category].index(attribute)
-    among = read["attribute"][:, allowed]
+    among = read["attribute"][:, _allowed(scene.category)]
     among = among / among.sum(-1, keepdim=True).clamp_min(1e-12)
+    wanted = world.ATTRIBUTES[scene.category].index(attribute)
     truth = labels(world.replace(scene, attribute=attribute))
     look = [read[part][:, truth[part]] for part in LOOK if truth[part] >= 0]
     return Reading(
@@ -149,15 +148,18 @@ def read_scene(oracle: Oracle, images: list[Image.Image], category: str) -> worl
     probabilities over the pictures; a part that they do not show is a guess.
     """
     means = {name: p.mean(0) for name, p in oracle.read(images).items()}
-    allowed = world.ATTRIBUTES[category]
-    index = [ALL_ATTRIBUTES.index(a) for a in allowed]
     best = {name: HEADS[name][int(p.argmax())] for name, p in means.items()}
     others = means["second"].clone()
     others[HEADS["second"].index(best["colour"])] = -1.0  # the second colour is another one
     accent = None if best["accent"] == "none" else best["accent"]
     second = HEADS["second"][int(others.argmax())]
     look = world.Look(best["colour"], second, best["pattern"], accent)
-    return world.Scene(category, allowed[int(means["attribute"][index].argmax())], look)
+    attribute = int(means["attribute"][_allowed(category)].argmax())
+    return world.Scene(category, world.ATTRIBUTES[category][attribute], look)
+
+
+def _allowed(category: str) -> list[int]:
+    return [ALL_ATTRIBUTES.index(a) for a in world.ATTRIBUTES[category]]
 
 
 def load_oracle(folder: Path | None = None) -> Oracle:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,6 @@ from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.generation import generate
-from sude_lab.io.files import atomic_write
 from sude_lab.methods import get_method
 from sude_lab.prompts import fill, photo_of, with_attribute
 from sude_lab.world import drawing as world
@@ -91,67 +90,34 @@ def measure(
     `guide` gives the context in which those of an attribute are drawn.
     """
     rows = []
-    for attribute, prompt in _prompts(who, config):
+    for attribute in (None, *who.other_attributes):
+        prompt = photo_of(f"{attribute or ''} {who.scene.category}".strip())
+        if config is not None:
+            template = config.prompt or get_method(config.method).template
+            tuned = template.replace("{category}", who.scene.category)
+            prompt = fill(with_attribute(tuned, attribute), config.token)
         with guide(attribute) if guide else nullcontext():
             images = generate(backbone, prompt, num_images=num_images, seed=seed, batch_size=16)
         reading = judge(oracle, images, who.scene, attribute)
         if grids is not None:
             grids[attribute or "as tuned"] = images
-        rows += [
-            {
-                "attribute": attribute or "",
-                "prompt": prompt,
-                "image": k,
-                "attribute_alignment": round(reading.attribute_alignment[k].item(), 5),
-                "subject_fidelity": round(reading.subject_fidelity[k].item(), 5),
-                "category_alignment": round(reading.category_alignment[k].item(), 5),
-            }
-            for k in range(num_images)
-        ]
+        measures = ("attribute_alignment", "subject_fidelity", "category_alignment")
+        for k in range(num_images):
+            row = {"attribute": attribute or "", "prompt": prompt, "image": k}
+            rows.append(row | {n: round(getattr(reading, n)[k].item(), 5) for n in measures})
     return rows
-
-
-def _prompts(who: Subject, config: TuningConfig | None) -> Iterator[tuple[str | None, str]]:
-    """Yield what to draw: the attribute that is asked for, and the prompt."""
-    category = who.scene.category
-    for attribute in (None, *who.other_attributes):
-        if config is None:
-            yield attribute, photo_of(f"{attribute} {category}" if attribute else category)
-        else:
-            template = config.prompt or get_method(config.method).template
-            tuned = template.replace("{category}", category)
-            yield attribute, fill(with_attribute(tuned, attribute), config.token)
 
 
 def describe(config: TuningConfig) -> dict[str, Any]:
     """Return the settings that a row of results carries."""
-    return {
-        "category": config.category,
-        "method": config.method,
-        "weight_sude": config.weight_sude,
-        "truncate": config.truncate,
-        "truncate_at": config.truncate_at,
-        "prior": config.prior,
-        "weighting": config.weighting,
-        "seed": config.seed,
-        "steps": config.max_train_steps,
-    }
+    names = ("category", "method", "weight_sude", "truncate", "truncate_at", "prior", "weighting")
+    settings = {name: getattr(config, name) for name in (*names, "seed")}
+    return settings | {"steps": config.max_train_steps}
 
 
 def strip_name(name: str, method: str, variant: str, seed: int) -> str:
     """Return the file name of a run's pictures."""
     return "_".join([name, method, re.sub(r"[^\w.=]+", "-", variant), str(seed)]) + ".webp"
-
-
-def keep_strip(path: Path, grids: dict[str, list[Image.Image]], each: int = 2) -> None:
-    """Write the first pictures of every prompt side by side, in the order of the prompts."""
-    images = [image for grid in grids.values() for image in grid[:each]]
-    width, height = images[0].size
-    strip = Image.new("RGB", (width * len(images), height))
-    for k, image in enumerate(images):
-        strip.paste(image, (k * width, 0))
-    with atomic_write(path) as temporary:
-        strip.save(temporary, format="webp", quality=90)
 
 
 def read_strip(folder: Path, rows: pd.DataFrame) -> dict[str, list[Image.Image]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions import Normal
 from torch.testing import assert_close
 
+from studies.compare_guidance import summarize
 from sude_lab.classifier import (
     checked_variance,
     class_log_posterior,
@@ -530,7 +531,7 @@ def test_gains_are_differences_of_means_whatever_the_order_of_the_rows(
     table: pd.DataFrame, shift: float, seed: int
 ) -> None:
     """Every run has its partner here, so the mean gain is the difference of the means."""
-    told = m.summarize(table).set_index("variant")
+    told = summarize(table).set_index("variant")
     asked = table[table["attribute"] != ""]
     assert len(m.per_run(table)) == len(asked.drop_duplicates(["subject", "seed", "variant"]))
     for name in m.MEASURES:
@@ -540,7 +541,7 @@ def test_gains_are_differences_of_means_whatever_the_order_of_the_rows(
             low, high = told.loc["sude", [f"{name}_low", f"{name}_high"]]
             assert low - 1e-12 <= high
     mixed = table.sample(frac=1, random_state=seed % 2**31)
-    again = m.summarize(mixed).set_index("variant")
+    again = summarize(mixed).set_index("variant")
     for name in m.MEASURES:
         assert again.loc["sude", f"{name}_gain"] == pytest.approx(
             told.loc["sude", f"{name}_gain"], abs=1e-12

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from studies.compare_guidance import summarize
 from sude_lab.evaluate.metrics import (
     MEASURES,
     compare,
@@ -12,7 +13,6 @@ from sude_lab.evaluate.metrics import (
     image_similarity,
     per_run,
     rank_agreement,
-    summarize,
     text_similarity,
 )
 from sude_lab.evaluate.statistics import drawings_interval, t_quantile, t_test_p

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from studies.runs import scores
 from sude_lab.errors import UserError
 from sude_lab.evaluate import stored
 from sude_lab.evaluate.metrics import PAIR, compare, gains
@@ -199,14 +200,14 @@ def test_runs_that_failed_are_left_out_and_missing_studies_named(results: Path) 
 
 
 def test_a_stored_table_has_the_schema_of_evaluations(results: Path) -> None:
-    table = stored.scores(stored.read("prompts").head(2))
+    table = scores(stored.read("prompts").head(2))
     assert len(table) == 2 * 4  # alignment, fidelity, category, background
     first = table[(table["metric"] == "attribute_alignment")].iloc[0]
     assert (first["tuning_seed"], first["seed"], first["picture"]) == (0, 500, 0)
     assert (first["subject"], first["kind"], first["settings"]) == (DOG, "attribute", "dreambooth")
     assert {*PAIR, "method", "variant", "metric", "value"} <= set(table)
     nothing = pd.DataFrame([row(DOG, "plain", float("nan"), attribute=None)])
-    nothing = stored.scores(nothing)
+    nothing = scores(nothing)
     assert nothing["metric"].tolist() == ["subject_fidelity", "category_alignment"]
     assert nothing["kind"].tolist() == ["plain"] * 2
 
@@ -215,7 +216,7 @@ def test_one_schema_one_answer() -> None:
     """The stored study, compared as evaluations are, has the gains and intervals of `gains`."""
     table = stored.read("held_out")
     table = table[table["attribute"].fillna("") != ""]
-    compared = compare(stored.scores(table)).set_index(["settings", "variant", "metric"])
+    compared = compare(scores(table)).set_index(["settings", "variant", "metric"])
     for change in gains(table).to_dict("records"):
         line = compared.loc[(change["method"], change["variant"], change["measure"])]
         assert line["mean"] == pytest.approx(change["mean"], abs=1e-9)

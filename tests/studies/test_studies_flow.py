@@ -12,6 +12,8 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from studies.embedded.dataset import caption
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -68,7 +70,7 @@ def test_texts_are_those_of_the_pipeline(flow, tmp_path):
     pipeline = flow.build_pipeline(config)
     flow.check_words(pipeline, config)
     rng = random.Random(3)
-    texts = [flow.world.caption(flow.world.sample_scene(rng), rng) for _ in range(12)]
+    texts = [caption(flow.world.sample_scene(rng), rng) for _ in range(12)]
     hidden, _, pooled, _ = pipeline.encode_prompt(texts, None, None, max_sequence_length=2)
     ids = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
     ours = flow.Texts(pipeline)(ids, 2)

@@ -21,7 +21,7 @@ from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.tuning import tune
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import load_oracle
-from sude_lab.world.subjects import keep_strip, measure, strip_name, subject
+from sude_lab.world.subjects import measure, strip_name, subject
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_grid_gives_the_rows_and_pictures_of_tuning_and_measuring(
             values = rows.loc[asked.to_numpy(), name].tolist()
             assert values == pytest.approx(other.loc[asked, name].tolist(), abs=2e-5)
         name = strip_name(*rows.iloc[0][KEYS].tolist())
-        keep_strip(tmp_path / name, grids)
+        runs.keep_strip(tmp_path / name, grids)
         # The strip of what was drawn by hand: the same file.
         assert (tmp_path / "kept" / "few" / name).read_bytes() == (tmp_path / name).read_bytes()
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from studies.embedded.dataset import render, scenes
+from studies.embedded.dataset import caption, render, scenes
+from sude_lab.prompts import photo_of
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import HEADS, LOOK, labels, to_tensor
 from sude_lab.world.subjects import subject
@@ -68,14 +69,14 @@ def test_captions_use_the_vocabulary_alone_and_never_a_rare_token() -> None:
     words = set(world.vocabulary())
     assert not words & set(world.RARE_TOKENS)
     for _ in range(2000):
-        text = world.caption(world.sample_scene(rng), rng)
+        text = caption(world.sample_scene(rng), rng)
         assert set(text.split()) <= words, text
 
 
 def test_captions_say_what_is_there_and_drop_parts_at_the_stated_rates() -> None:
     rng = random.Random(1)
     drawn = [world.sample_scene(rng) for _ in range(4000)]
-    said = [world.caption(scene, rng) for scene in drawn]
+    said = [caption(scene, rng) for scene in drawn]
     empty = np.mean([text == "" for text in said])
     assert 0.085 < empty < 0.115  # 10 %, three standard errors
     for scene, text in zip(drawn, said, strict=True):
@@ -85,7 +86,7 @@ def test_captions_say_what_is_there_and_drop_parts_at_the_stated_rates() -> None
         for background, words in world.BACKGROUNDS.items():
             if background != scene.background:
                 assert words not in text
-    full = world.caption(
+    full = caption(
         world.Scene(
             "dog", "open mouth", world.Look("orange", "blue", "patch", "red"), "beach", "ball"
         )
@@ -97,9 +98,9 @@ def test_captions_say_what_is_there_and_drop_parts_at_the_stated_rates() -> None
 
 
 def test_prompts_name_the_attribute_with_the_right_article() -> None:
-    assert world.attribute_prompt("running", "dog") == "photo of a running dog"
-    assert world.attribute_prompt("open mouth", "dog") == "photo of an open mouth dog"
-    assert world.attribute_prompt("plain", "bowl") == "photo of a plain bowl"
+    assert photo_of("running dog") == "photo of a running dog"
+    assert photo_of("open mouth dog") == "photo of an open mouth dog"
+    assert photo_of("plain bowl") == "photo of a plain bowl"
 
 
 def test_unknown_words_are_refused() -> None:

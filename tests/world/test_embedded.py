@@ -18,6 +18,7 @@ from sude_lab.config import TuningConfig
 from sude_lab.generation import generate
 from sude_lab.io.opening import open_backbone
 from sude_lab.methods import METHODS, configure
+from sude_lab.prompts import photo_of
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import ALL_ATTRIBUTES, HEADS, Oracle, labels, load_oracle
 
@@ -75,7 +76,7 @@ def test_it_draws_every_attribute_of_a_category(
     """The bar of the model card, on four pictures each; the card's table has more."""
     right = []
     for attribute in world.ATTRIBUTES[category]:
-        prompt = world.attribute_prompt(attribute, category)
+        prompt = photo_of(f"{attribute} {category}")
         seen = oracle.read(generate(base, prompt, num_images=4, seed=1))
         right.append(seen["category"][:, HEADS["category"].index(category)])
         right.append(seen["attribute"][:, ALL_ATTRIBUTES.index(attribute)])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from studies.runs import keep_strip
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
@@ -69,7 +70,7 @@ def test_kept_pictures_come_back_by_what_was_asked(tmp_path: Path) -> None:
     colours = {"as tuned": "red", "running": "green", "open mouth": "blue"}
     grids = {name: [Image.new("RGB", (32, 32), colour)] * 8 for name, colour in colours.items()}
     key = {"subject": "development-0-dog", "method": "dreambooth", "variant": "a=1,b=2", "seed": 0}
-    study.keep_strip(tmp_path / "strips" / study.strip_name(*key.values()), grids)
+    keep_strip(tmp_path / "strips" / study.strip_name(*key.values()), grids)
     attributes = ["" if name == "as tuned" else name for name in colours for _ in range(8)]
     rows = pd.DataFrame(
         [key | {"attribute": a, "prompt": f"photo of a {a} dog"} for a in attributes]
