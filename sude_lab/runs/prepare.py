@@ -24,14 +24,8 @@ def prepare(
     """Build, or find in the cache, what a run draws from and who answers its eq. 5.
 
     With `prior_bank` the samples are pairs of the subjects' banks, and the banks answer; with
-    `prior_loss_weight` above 0 class images of every category come beside them, drawn by the model
-    where the run names no folder. None for the classifier: the run asks its own model.
-
-    Args:
-        config: The settings of the run.
-        backbone: The model before tuning.
-        pictures: The subject's picture, or one of each subject.
-        accelerator: The processes that share the run: the first one builds, the others find it.
+    `prior_loss_weight` above 0 class images of every category come beside them. None for the
+    classifier: the run asks its own model. Of an accelerator's processes the first one builds.
 
     Raises:
         UserError: the backbone has been used already, the settings do not fit it, or the cache

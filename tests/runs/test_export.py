@@ -27,7 +27,7 @@ from sude_lab.errors import UserError
 from sude_lab.generation import generate
 from sude_lab.io.opening import FACTS_FILE, open_backbone
 from sude_lab.io.weights import LORA_FILE
-from sude_lab.runs.card import CARD, is_plain, loading_lines, model_card
+from sude_lab.runs.card import CARD, is_plain, loading_code, model_card
 from sude_lab.runs.export import (
     XL,
     Precision,
@@ -262,7 +262,7 @@ def test_the_words_after_the_subjects_have_a_say_in_the_whole_prompt(
     assert ours is not None and (ours[0] - ours[1]).abs().max() > 0.1
     exported = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     found: dict[str, Any] = {"pipeline": DiffusionPipeline.from_pretrained(folder)}
-    lines = "\n".join(loading_lines(config, run.weights, is_xl=True))
+    lines = loading_code(config, run.weights, is_xl=True)
     exec(lines.replace('"weights/', f'"{run.weights}/'), found | {"load_file": load_file})
     for pipeline in (exported, found["pipeline"]):
         _, _, pooled, _ = pipeline.encode_prompt(prompts, negative_prompt=["", ""])
