@@ -8,16 +8,12 @@ from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 
 from sude_lab.errors import UserError
-
-if TYPE_CHECKING:
-    from diffusers.image_processor import VaeImageProcessor
 
 MAX_ASPECT = 20
 """Longest over shortest side beyond which a centre square says nothing of the picture."""
@@ -119,20 +115,10 @@ def _from_array(values: np.ndarray) -> Image.Image:
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """The picture as a float32 tensor of shape (1, 3, H, W) with values in [-1, 1]."""
-    return _processor().preprocess(image)
-
-
-def to_images(tensor: torch.Tensor) -> list[Image.Image]:
-    """The inverse of `to_tensor` for a batch (B, 3, H, W); values outside [-1, 1] are clipped."""
-    return _processor().postprocess(tensor.detach(), output_type="pil")
-
-
-@cache
-def _processor() -> "VaeImageProcessor":
-    # Imported on first use: whoever only checks a picture does not wait for diffusers.
+    # Imported here: whoever only checks a picture does not wait for diffusers.
     from diffusers.image_processor import VaeImageProcessor
 
-    return VaeImageProcessor(do_resize=False, do_convert_rgb=True)
+    return VaeImageProcessor(do_resize=False, do_convert_rgb=True).preprocess(image)
 
 
 def _require_file(path: Path) -> None:

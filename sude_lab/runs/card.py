@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from sude_lab import __version__
 from sude_lab.backbone import Backbone
-from sude_lab.config import EMBEDDED, TuningConfig
+from sude_lab.config import EMBEDDED, TuningConfig, fields_of
 from sude_lab.generation import sampling_settings
 from sude_lab.io.opening import hub_id
 from sude_lab.io.weights import EMBEDDINGS, LORA_FILE
@@ -28,10 +28,7 @@ _PAPERS = {
     "vico": "ViCo (arXiv 2306.00971)",
     "textual_inversion": "Textual Inversion (arXiv 2208.01618)",
 }
-_NO_SETTINGS = (
-    *("image", "category", "token", "more_subjects", "initializer", "prompt", "class_images"),
-    *("backbone", "device", "dtype"),
-)
+_NO_SETTINGS = (*fields_of("place"), "category", "token", "initializer", "prompt", "dtype")
 """What a card's table leaves out: it stands elsewhere in the card, or is of one machine."""
 _CLONED = "data/embedded"
 """Where the embedded model is in a clone; its whole path differs from machine to machine."""
@@ -53,12 +50,10 @@ def model_card(
     grid: str | None = "samples.png",
     pipeline: bool = False,
 ) -> str:
-    """Return the model card of a run: what it is, how it is loaded, how it was made, its licence.
-
-    It depends on the settings alone: two equal runs have equal cards.
+    """Return the model card of a run, which depends on the settings alone.
 
     Args:
-        config: The run's settings, resolved.
+        config: The run's settings.
         backbone: The model it was tuned on.
         weights: The run's folder of weights.
         prompts: The prompts of the grid, with the tokens filled in.
