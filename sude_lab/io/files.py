@@ -163,14 +163,12 @@ def lock_holder(path: Path | str) -> str | None:
     path = Path(path)
     if not path.is_file():
         return None
-    try:
-        with FileLock(path, timeout=0):
-            return None
-    except Timeout:
-        with suppress(OSError):
+    with suppress(OSError):
+        try:
+            with FileLock(path, timeout=0):
+                return None
+        except Timeout:
             return path.read_text(encoding="utf-8").strip() or "?"
-    except OSError:
-        pass
     return None
 
 

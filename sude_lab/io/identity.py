@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,13 @@ def _identity(source: str) -> str:
         return source
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    try:
+    with suppress(Exception):  # no connection, no such model: errors of any class
         return f"{name}@{HfApi().model_info(name, revision=revision, timeout=10).sha}"
-    except Exception:  # no connection, no such model: errors of any class
-        try:
-            cached = try_to_load_from_cache(name, "model_index.json", revision=revision)
-        except ValueError:  # no id of a repository at all
-            cached = None
-    return f"{name}@{Path(cached).parent.name}" if isinstance(cached, str) else source
+    with suppress(ValueError):  # no id of a repository at all
+        cached = try_to_load_from_cache(name, "model_index.json", revision=revision)
+        if isinstance(cached, str):
+            return f"{name}@{Path(cached).parent.name}"
+    return source
 
 
 def is_known(source: str) -> bool:

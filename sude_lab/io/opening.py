@@ -378,15 +378,15 @@ def all_files(folder: Path) -> Iterator[Path]:
 def _entries(file: Path) -> Iterator[tuple[str, Any]]:
     """Yield every name and value of a JSON file, however deep."""
     try:
-        left = [read_json(file)]
+        nodes = [read_json(file)]
     except (ValueError, OSError) as error:
         raise UserError(f"{file} cannot be read as JSON: the folder is damaged.") from error
-    while left:
-        node = left.pop()
+    while nodes:
+        node = nodes.pop()
         if isinstance(node, list):
-            left += node
+            nodes += node
         elif isinstance(node, dict):
-            left += node.values()
+            nodes += node.values()
             yield from node.items()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,12 +51,10 @@ def base_version(backbone: Backbone) -> str:
 
 def _run_version(weights: Path) -> str:
     """Return the same for a run's weights; runs of earlier versions do not say it themselves."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         version = read_json(weights.parent / "environment.json")["base_version"]
         if version in _ARCHITECTURES:
             return str(version)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     tokens = next(iter(weights.glob(EMBEDDINGS)), None)
     tensors = load_file(tokens) if tokens else {}
     if XL_KEYS["text_encoder_2"] in tensors:

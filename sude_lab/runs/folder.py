@@ -226,10 +226,9 @@ def _check_length(text: str, config: TuningConfig, backbone: Backbone) -> None:
 
 def _filled(text: str, config: TuningConfig) -> str:
     filled = fill(checked(text), *(s.token for s in config.subjects))
-    left = re.search(r"\{S\*\d*\}", filled)
-    if left:
+    if unfilled := re.search(r"\{S\*\d*\}", filled):
         raise UserError(
-            f"The prompt {text[:200]!r} asks for {left.group()}, but the run has "
+            f"The prompt {text[:200]!r} asks for {unfilled.group()}, but the run has "
             f"{len(config.subjects)} subject(s): the first is {PLACEHOLDER}."
         )
     return filled
@@ -282,8 +281,8 @@ def _alone(run: _Function) -> _Function:
     def alone(config: TuningConfig, out: Path | str, **settings: Any) -> Run:
         if settings.get("resume") and not Path(out).exists():
             raise UserError(f"There is no run to resume in {out}: leave --resume out to start one.")
-        ours = process_number() == 0 and not (Path(out) / ENVIRONMENT).is_file()
-        with sole_writer(out, inside=True) if ours else nullcontext():
+        writes = process_number() == 0 and not (Path(out) / ENVIRONMENT).is_file()
+        with sole_writer(out, inside=True) if writes else nullcontext():
             return run(config, out, **settings)
 
     return cast(_Function, alone)
@@ -339,11 +338,11 @@ def run_tuning(
     main = accelerator is None or accelerator.is_main_process
     _check_folder(out, resume)
     if (out / ENVIRONMENT).is_file():
-        if resume:
-            if main:
-                tqdm.write(f"The run in {out} is already finished.")
-            return Run.open(out)
-        raise UserError(f"{out} already holds a finished run: choose another --out.")
+        if not resume:
+            raise UserError(f"{out} already holds a finished run: choose another --out.")
+        if main:
+            tqdm.write(f"The run in {out} is already finished.")
+        return Run.open(out)
     # Bad input is found before the model is opened and before anything is written.
     for subject in config.subjects:
         load_picture(subject.image, resolution=64)
@@ -404,17 +403,10 @@ def run_tuning(
         if not done:
             _begin(out, config, pictures)
         trackers.begin(out / LOGS, config, first.number)
+    total, hidden = config.max_train_steps, not (progress and main)
+    bar = tqdm(total=total, initial=done, desc=label, unit="step", disable=hidden)
     try:
-        with (
-            _until_terminated() as terminated,
-            tqdm(
-                total=config.max_train_steps,
-                initial=done,
-                desc=label,
-                unit="step",
-                disable=not (progress and main),
-            ) as bar,
-        ):
+        with _until_terminated() as terminated, bar:
             for step in chain([first], steps):
                 rows.append(step.row())
                 bar.update()
@@ -422,7 +414,7 @@ def run_tuning(
                 bar.set_postfix(loss=f"{loss:.4f}", gates=f"{gates:.2f}", refresh=False)
                 if on_step:
                     on_step(step)
-                last = step.number >= config.max_train_steps
+                last = step.number >= total
                 if main:
                     trackers.log(rows[-1])
                     due = step.number % checkpoint_every == 0 or terminated()

@@ -217,12 +217,12 @@ def _build(
 ) -> dict[str, Tensor]:
     half = config.prior_bank_dtype == "float16"
     with torch.no_grad():
-        null, of = backbone.null_condition(), backbone.encode_prompts([photo_of(category)])
+        null, photo = backbone.null_condition(), backbone.encode_prompts([photo_of(category)])
     uncond, second = [], []
     words = "asking the model before tuning"
     with tqdm(total=pairs.number, desc=words, unit="pair", delay=_WAIT) as bar:
         for index in torch.arange(pairs.number).split(PAIRS_AT_ONCE if half else 1):
-            no_condition, conditional = ask_pairs(backbone, pairs, index, null, of)
+            no_condition, conditional = ask_pairs(backbone, pairs, index, null, photo)
             uncond.append(no_condition.half() if half else no_condition)
             second.append((conditional - no_condition).half() if half else conditional)
             bar.update(len(index))
