@@ -347,7 +347,7 @@ def run_tuning(
     for subject in config.subjects:
         load_picture(subject.image, resolution=64)
     if validation_every and not num_samples:
-        raise UserError("--validation-every draws --num-samples pictures a prompt: give some.")
+        raise UserError("--validation-every draws --num-samples pictures a prompt: at least 1.")
     if backbone is None:
         backbone = _open_backbone(config, accelerator)
     else:
@@ -520,7 +520,7 @@ def read_config(path: Path) -> CompleteConfig:
             settings["backbone"] = os.path.abspath(path.parent / settings["backbone"])
         return CompleteConfig(**settings)
     except UserError as error:
-        raise UserError(f"{path} is damaged, or of another version: {error}") from error
+        raise UserError(f"{path} is damaged, or of another version of sude_lab: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a run's configuration: the file is damaged.") from error
 

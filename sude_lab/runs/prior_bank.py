@@ -156,12 +156,9 @@ def open_bank(
             header = {"about": json.dumps(about), "sum": _sum(tensors)}
             with atomic_write(path) as temporary:
                 save_tensors(tensors, temporary, metadata=header)
-            size = path.stat().st_size / 2**20
-            tqdm.write(
-                f"The prior bank of {pairs.number:,} pairs takes {size:.1f} MiB on the disk and in "
-                f"memory: {path}",
-                file=sys.stderr,
-            )
+            what = f"The prior bank of {pairs.number:,} pairs takes"
+            size = f"{path.stat().st_size / 2**20:.1f} MiB on the disk and in memory"
+            tqdm.write(f"{what} {size}: {path}", file=sys.stderr)
     pairs = replace(pairs, mean=tensors.pop("mean"), deviation=tensors.pop("deviation"))
     return PriorBank(pairs, tensors, path)
 
@@ -198,8 +195,7 @@ class BankClassifier:
             raise ValueError("These samples are from no bank: draw them with BankDraws.")
         drawn = zip(batch.which.tolist(), batch.index.cpu().split(1), strict=True)
         outputs = torch.cat([self.banks[who].outputs(k) for who, k in drawn]).to(x_t.device)
-        uncond, category = outputs.unbind(1)
-        return uncond, category
+        return outputs[:, 0], outputs[:, 1]
 
 
 def ask_pairs(
