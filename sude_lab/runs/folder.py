@@ -520,7 +520,10 @@ def read_config(path: Path) -> CompleteConfig:
             settings["backbone"] = os.path.abspath(path.parent / settings["backbone"])
         return CompleteConfig(**settings)
     except UserError as error:
-        raise UserError(f"{path} is damaged, or of another version of sude_lab: {error}") from error
+        raise UserError(
+            f"{path} is damaged: {str(error).rstrip('.')}: open it with the version of sude_lab "
+            "that wrote it."
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a run's configuration: the file is damaged.") from error
 
