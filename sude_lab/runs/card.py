@@ -81,24 +81,22 @@ def model_card(
         tags=[*dict.fromkeys([*tags, config.method.replace("_", "-"), family])],
         **about,
     )
-    sude = f"with SuDe (arXiv 2403.06775), w_s = {config.weight_sude:g}"
-    licence = f"What was tuned derives from {base}: the licence of that model applies."
     values = {name: value for name, value in vars(config).items() if name not in _NO_SETTINGS}
     card = _TEMPLATES.get_template("card.md.jinja").render(
         card_data=data.to_yaml(),
         title=", ".join(_plain(s.category) for s in config.subjects),
         paper=_PAPERS.get(config.method, config.method),
-        sude=sude if config.weight_sude else "without SuDe (w_s = 0)",
+        weight_sude=config.weight_sude,
         words=", ".join(f"{_code(s.token)} (a {_plain(s.category)})" for s in config.subjects),
         grid=grid,
         rows="; ".join(f"“{_code(p)}”" for p in prompts),
-        before=_before(config, weights, pipeline),
+        plain=is_plain(weights),
         code=_drawing_code(config, backbone, weights, prompts[0], pipeline),
         base=base,
         version=__version__,
         pipeline=pipeline,
         settings=values,
-        licence="Apache-2.0, as the embedded model." if embedded else licence,
+        embedded=embedded,
     )
     return f"{card.rstrip()}\n"
 
@@ -110,17 +108,6 @@ def default_prompts(config: TuningConfig) -> list[str]:
         template.replace(PLACEHOLDER, placeholder(k)).replace("{category}", s.category)
         for k, s in enumerate(config.subjects)
     ]
-
-
-def _before(config: TuningConfig, weights: Path, pipeline: bool) -> str:
-    """Return the sentence before the lines of Python."""
-    if pipeline:
-        return "In plain diffusers, from this folder:"
-    if not is_plain(weights):
-        why = "Plain diffusers has no place for what this method adds to the UNet."
-        return f"{why}\nFrom this folder:"
-    where = " (`data/embedded` is in a clone of sude_lab)" if config.backbone == EMBEDDED else ""
-    return f"In plain diffusers, from this folder; it draws the first picture of the grid{where}:"
 
 
 def loading_code(config: TuningConfig, weights: Path, *, is_xl: bool) -> str:
