@@ -45,7 +45,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
-from sude_lab.config import EMBEDDED, CompleteConfig, TuningConfig, fields_of, read_settings
+from sude_lab.config import CompleteConfig, TuningConfig, fields_of, read_settings
 from sude_lab.draws import side_of
 from sude_lab.errors import UserError, flag, machine_failure
 from sude_lab.generation import generate
@@ -185,8 +185,8 @@ class Run:
 
 
 def _is_folder(source: str) -> bool:
-    """Whether a model's name is neither that of the embedded one nor a hub id."""
-    return source != EMBEDDED and hub_id(source) is None and bool(source.strip())
+    """Whether a model's name is neither that of an included one nor a hub id."""
+    return resolve_source(source) == source and hub_id(source) is None and bool(source.strip())
 
 
 def _came_along(run: Path, source: str) -> bool:
