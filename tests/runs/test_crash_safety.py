@@ -128,12 +128,12 @@ def contents(folder: Path, *, halves: bool = True) -> dict[str, bytes]:
 def named_alike(files: dict[str, bytes], folder: Path) -> dict[str, bytes]:
     """Without the folder's own name, and the part of the pictures' that follows from it."""
     mark = re.compile(rb"(/pictures/[^\n]*?)-[0-9a-f]{10}/")
-    files = {}
+    renamed = {}
     for name, content in files.items():
         if name.endswith((".csv", ".json", ".md")):
             content = mark.sub(rb"\1/", content.replace(str(folder).encode(), b"OUT"))
-        files[mark.sub(rb"\1/", name.encode()).decode()] = content
-    return files
+        renamed[mark.sub(rb"\1/", name.encode()).decode()] = content
+    return renamed
 
 
 def moments(name: str, share: float, touches: int) -> list[tuple[int, float]]:
