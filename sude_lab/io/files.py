@@ -1,4 +1,8 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all.
+
+Where nothing can be written, or the disk is full (`DiskFullError`), there is a `UserError`; what
+was there before stays, and half-written files and new parent folders are removed.
+"""
 
 import errno
 import os
@@ -29,13 +33,11 @@ class DiskFullError(UserError):
 def atomic_write(path: Path | str) -> Iterator[Path]:
     """Write the file `path` whole, or leave what was there before.
 
-    Yields a temporary path in the same folder, with the same suffix (savers that choose the format
-    by the suffix work), for the body to create. It takes the place of `path` when the body
-    succeeds and is removed when the body fails or is interrupted. Missing parent folders are
-    created, and removed again on failure.
+    Yields a path in the same folder, with the same suffix, for the body to create; it takes the
+    place of `path` when the body succeeds.
 
     Raises:
-        UserError: `path` is a folder, cannot be written there, or the disk is full.
+        UserError: `path` is a folder, or as the module says.
     """
     path = Path(os.path.abspath(path))
     if path.is_dir():
@@ -50,25 +52,17 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Write the folder `path` whole, or not at all.
 
-    Yields a new, empty temporary folder beside `path` for the body to fill. It is renamed to
-    `path` when the body succeeds and removed when the body fails or is interrupted. Missing parent
-    folders are created, and removed again on failure. An empty folder at `path` is replaced.
+    Yields a new folder beside `path` for the body to fill; it is renamed when the body succeeds. An
+    empty folder at `path` is replaced.
 
     Raises:
-        UserError: `path` is a file, a folder that is not empty, the current folder or a mount
-            point, cannot be written there, or the disk is full.
+        UserError: `path` is a file, a link, a mount point, the current folder or not empty, or as
+            the module says.
     """
     path = Path(os.path.abspath(path))
     _require_free(path)  # before the work, which may take minutes
     with _temporary_sibling(path) as temporary:
-        try:
-            temporary.mkdir()
-        except OSError as error:  # of /proc, say, that lets nobody write
-            if error.errno in _FULL:
-                raise
-            raise UserError(
-                f"The folder {path} cannot be made ({error.strerror}): name another one."
-            ) from error
+        _make_folder(temporary, path)  # /proc, for example, lets nobody write
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
@@ -90,37 +84,23 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 def replaced_folder(path: Path | str) -> Iterator[Path]:
     """Write the folder `path` whole, in place of the one that is there, or leave that as it is.
 
-    As `atomic_folder`, for results that a command makes anew. The old folder is moved aside, not
-    deleted, until the new one is in place.
-
     Raises:
-        UserError: as `atomic_folder`.
+        UserError: as the module says.
     """
     path = Path(os.path.abspath(path))
-    if not path.is_dir():
-        with atomic_folder(path) as folder:
-            yield folder
-        return
-    with _temporary_sibling(path) as old, _temporary_sibling(path) as temporary:
-        temporary.mkdir()
-        yield temporary
-        os.replace(path, old)
-        try:
-            os.replace(temporary, path)
-        except BaseException:
-            os.replace(old, path)
-            raise
-        shutil.rmtree(old)
+    whole = path.with_name(f"{PARTIAL}{uuid4().hex[:8]}-whole")
+    with atomic_folder(whole) as folder:
+        yield folder
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(whole, path)
 
 
 def require_own(folder: Path | str, mark: str, beginning: str, others: Sequence[str] = ()) -> None:
     """Check that the results about to be written take the place of nobody else's files.
 
-    The file `mark`, which is written first, tells whose they are: it begins with `beginning`; where
-    there is none, there may be none of `others` either.
-
     Raises:
-        UserError: one of them is somebody else's.
+        UserError: the file `mark` does not begin with `beginning`, or `others` are without it.
     """
     path = Path(folder) / mark
     try:
@@ -141,13 +121,11 @@ def require_own(folder: Path | str, mark: str, beginning: str, others: Sequence[
 def locked(path: Path | str, *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock that the file `path` stands for, for the body; yields whether it is held.
 
-    Without `wait` it yields False at once where another process holds it. The lock is the system's:
-    it ends with the process that holds it, however that ends, so that no lock is ever stale and
-    none is to be deleted by hand. In the file stands who holds it.
+    Without `wait` it yields False at once where another process holds it. The lock is the system's
+    and ends with the process that holds it, however that ends. In the file stands who holds it.
 
     Raises:
         UserError: the file cannot be written, or its disk knows no locks.
-        DiskFullError: there is no space for the file.
     """
     from filelock import FileLock, Timeout
 
@@ -179,23 +157,18 @@ def locked(path: Path | str, *, wait: bool = True) -> Iterator[bool]:
 
 
 def lock_holder(path: Path | str) -> str | None:
-    """Return "host pid since" of the process that holds a lock of `locked` now; None: no process.
-
-    `since` is in seconds since 1970.
-    """
+    """Return "host pid since" (since in seconds) of who holds a lock of `locked`; None: nobody."""
     from filelock import FileLock, Timeout
 
     path = Path(path)
     if not path.is_file():
         return None
-    try:
-        with FileLock(path, timeout=0):
-            return None
-    except Timeout:
-        with suppress(OSError):
+    with suppress(OSError):
+        try:
+            with FileLock(path, timeout=0):
+                return None
+        except Timeout:
             return path.read_text(encoding="utf-8").strip() or "?"
-    except OSError:
-        pass
     return None
 
 
@@ -203,10 +176,8 @@ def lock_holder(path: Path | str) -> str | None:
 def sole_writer(path: Path | str, *, inside: bool = False) -> Iterator[None]:
     """Let nobody else write `path` as long as the body takes.
 
-    Args:
-        path: A file or folder that the body writes whole.
-        inside: It is a folder that the body fills bit by bit: it is made here, and removed again
-            where the body leaves it empty.
+    With `inside` it is a folder that the body fills bit by bit: it is made here, and removed again
+    where the body leaves it empty.
 
     Raises:
         UserError: another process is writing there, or nobody can.
@@ -233,24 +204,24 @@ def process_number() -> int:
 def save_tensors(
     tensors: Mapping[str, Any], path: Path | str, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors, for whoever may read new files here.
-
-    `safetensors` itself closes its files to everyone but their owner; a run on a disk that many
-    share would be of use to nobody else.
-    """
+    """Write tensors as safetensors, for whoever may read new files here."""
     from safetensors.torch import save_file
 
     path = Path(path)
     path.touch()
-    mode = path.stat().st_mode
+    mode = path.stat().st_mode  # safetensors closes its files to everyone but their owner
     save_file(dict(tensors), path, metadata=metadata)
     path.chmod(mode)
 
 
 def remove_partials(folder: Path | str) -> None:
     """Remove what killed processes left half written in a folder; none may be writing there now."""
-    for left in list(Path(folder).rglob(f"{PARTIAL}*")):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for path in list(Path(folder).rglob(f"{PARTIAL}*")):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -265,10 +236,7 @@ def _temporary_sibling(path: Path) -> Iterator[Path]:
         except BaseException as error:  # KeyboardInterrupt too: nothing half-written stays
             full = _means_full_disk(error, path.parent)  # before the clean-up frees some
             with suppress(OSError):  # a failing clean-up must not hide the first error
-                if temporary.is_dir():
-                    shutil.rmtree(temporary)
-                else:
-                    temporary.unlink(missing_ok=True)
+                _remove(temporary)
             if full:
                 raise DiskFullError(
                     f"No space is left on the disk to write {path}: free some and run again."
@@ -293,14 +261,15 @@ def _end(name: str) -> str:
     return os.fsdecode(os.fsencode(name)[-200:])
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path, name: Path | None = None) -> None:
+    """Make a folder, which is spoken of as `name`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if error.errno in _FULL:
             raise
         raise UserError(
-            f"The folder {folder} cannot be made ({error.strerror}): name another one."
+            f"The folder {name or folder} cannot be made ({error.strerror}): name another one."
         ) from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"The folder {folder} is not writable: name another one.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 from diffusers.configuration_utils import register_to_config
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from sude_lab.errors import UserError
 from sude_lab.frozen import without_adapters
 from sude_lab.guidance import sude_correction
+
+_ASKED = ["pred_class", "pred_null"]
 
 
 class SudeGuidance(ClassifierFreeGuidance):
@@ -31,21 +34,14 @@ class SudeGuidance(ClassifierFreeGuidance):
     Args:
         strength: g.
         class_inputs: the model inputs of the class prompt, one row each, by the names the pipeline
-            gives its guider (SDXL: prompt_embeds and text_embeds); other inputs are taken from the
-            drawn prompt.
+            gives its guider; other inputs are those of the drawn prompt.
         null_inputs: the same for no prompt.
         frozen: the denoiser as it was before tuning; None switches the LoRA off.
 
-    The rest are `ClassifierFreeGuidance`'s. Tensors and models are no part of the configuration
-    that `save_pretrained` writes; `new` hands them on.
+    The rest are `ClassifierFreeGuidance`'s. `save_pretrained` writes no tensors and models.
     """
 
-    _input_predictions: ClassVar[list[str]] = [
-        "pred_cond",
-        "pred_uncond",
-        "pred_class",
-        "pred_null",
-    ]
+    _input_predictions: ClassVar[list[str]] = ["pred_cond", "pred_uncond", *_ASKED]
     ignore_for_config: ClassVar[list[str]] = ["class_inputs", "null_inputs", "frozen"]
 
     @register_to_config
@@ -89,26 +85,19 @@ class SudeGuidance(ClassifierFreeGuidance):
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
         """Return the batches of a step: conditional, unconditional, class, null."""
-        return self._batches(lambda index, name: self._prepare_batch(data, index, name))
+        return self._batches(partial(self._prepare_batch, data))
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
         """Return the batches of a step: conditional, unconditional, class, null."""
-        return self._batches(
-            lambda index, name: self._prepare_batch_from_block_state(
-                input_fields, data, index, name
-            )
-        )
+        make = partial(self._prepare_batch_from_block_state, input_fields, data)
+        return self._batches(make)
 
     def prepare_models(self, denoiser: nn.Module) -> None:
         """Before the batches of the class and of no prompt, make the model the frozen one."""
         super().prepare_models(denoiser)
         if self._count_prepared > super().num_conditions:
-            switched = (
-                without_adapters(denoiser)
-                if self.frozen is None
-                else _answering_as(denoiser, self.frozen)
-            )
-            self._switched.enter_context(switched)
+            frozen = self.frozen and _answering_as(denoiser, self.frozen)
+            self._switched.enter_context(frozen or without_adapters(denoiser))
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
         """Put the model back."""
@@ -135,10 +124,7 @@ class SudeGuidance(ClassifierFreeGuidance):
         if self._is_cfg_enabled():
             batches.append(make(1, "pred_uncond"))
         if self._is_sude_enabled():
-            for name, inputs in (
-                ("pred_class", self.class_inputs),
-                ("pred_null", self.null_inputs),
-            ):
+            for name, inputs in zip(_ASKED, (self.class_inputs, self.null_inputs), strict=True):
                 batch = make(0, name)
                 for key, value in inputs.items():
                     if not hasattr(batch, key):

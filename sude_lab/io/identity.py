@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sude_lab.io.opening import hub_id, resolve_source
+from sude_lab.io.opening import all_files, hub_id, resolve_source
 
 
 def hash_of(content: Any) -> str:
@@ -39,23 +39,20 @@ def _identity(source: str) -> str:
     folder = Path(source)
     if folder.is_dir():
         kinds = (".json", ".txt", ".safetensors", ".model")
-        walked = os.walk(folder, followlinks=True)
-        files = sorted(Path(root, name) for root, _, names in walked for name in names)
-        files = [path for path in files if path.suffix in kinds]
+        files = [path for path in sorted(all_files(folder)) if path.suffix in kinds]
         return hash_of([(p.relative_to(folder).as_posix(), digest(p)) for p in files])
     name, revision = hub_id(source) or ("", None)
     if not name or _is_commit(revision):
         return source
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    try:
+    with suppress(Exception):  # no connection, no such model: errors of any class
         return f"{name}@{HfApi().model_info(name, revision=revision, timeout=10).sha}"
-    except Exception:  # no connection, no such model: errors of any class
-        try:
-            cached = try_to_load_from_cache(name, "model_index.json", revision=revision)
-        except ValueError:  # no id of a repository at all
-            cached = None
-    return f"{name}@{Path(cached).parent.name}" if isinstance(cached, str) else source
+    with suppress(ValueError):  # no id of a repository at all
+        cached = try_to_load_from_cache(name, "model_index.json", revision=revision)
+        if isinstance(cached, str):
+            return f"{name}@{Path(cached).parent.name}"
+    return source
 
 
 def is_known(source: str) -> bool:

@@ -1,8 +1,7 @@
 """Open a pipeline: embedded, a local folder, or a hub id; check it before anything of it is used.
 
-A pipeline folder may carry a `sude_lab.json` beside its `model_index.json`, with what is known of
-that model: the words it was trained on, and the settings that suit it for tuning and for drawing.
-The embedded model has one; without it the settings of the methods' papers apply.
+A pipeline folder may carry a `sude_lab.json` with the words that the model was trained on, and the
+settings that suit it for tuning and for drawing, as the embedded model does.
 """
 
 from __future__ import annotations
@@ -70,10 +69,7 @@ def resolve_source(source: str | Path) -> str:
 
 
 def hub_id(source: str | Path) -> tuple[str, str | None] | None:
-    """Return a hub id and its revision (None: the newest) of "owner/name@revision"; None: a folder.
-
-    A revision is a commit, a tag or a branch; only a commit is the same for ever.
-    """
+    """Return id and revision (None: the newest) of "owner/name@revision"; None: it is a folder."""
     parts = _HUB_ID.fullmatch(str(source))
     if parts is None or is_dir(source):
         return None
@@ -105,16 +101,13 @@ def open_backbone(
 ) -> Backbone:
     """Open a Stable Diffusion pipeline: "embedded", a local folder, or a hub id.
 
-    A hub id may name its revision, "owner/name@commit"; without one it is the newest, and
-    `Backbone.commit` says which one that was. Nothing that a folder holds is run: weights are
-    safetensors, and classes are those of diffusers and transformers.
-
-    `dtype` auto computes in bfloat16 on a CUDA card that has it and in float32 elsewhere.
+    A hub id may name its revision, "owner/name@commit"; `Backbone.commit` says which was opened.
+    Nothing that a folder holds is run. `dtype` auto is bfloat16 on a CUDA card that has it, and
+    float32 elsewhere.
 
     Raises:
-        UserError: there is no such pipeline, it is not a Stable Diffusion text-to-image pipeline,
-            its weights are not safetensors or not whole, its parts do not fit each other, or the
-            device is not there.
+        UserError: there is no such pipeline, it is no Stable Diffusion, its weights are not
+            safetensors or not whole, its parts do not fit each other, or the device is not there.
     """
     with quiet():  # the first import hints at packages that are not needed
         from diffusers import DiffusionPipeline
@@ -124,17 +117,14 @@ def open_backbone(
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"There is no dtype {dtype!r}: use auto, float32, bfloat16 or float16.")
     hub = hub_id(folder)
-    if hub is None:
-        _check_source(folder)
     apart: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     apart["use_safetensors"] = True
     try:
         with quiet():
             if hub is not None:
-                name, revision = hub
-                folder = str(DiffusionPipeline.download(name, revision=revision, **apart))
-                _check_source(folder)
-            facts = _read_facts(Path(folder) / FACTS_FILE)
+                folder = str(DiffusionPipeline.download(hub[0], revision=hub[1], **apart))
+            _check_source(folder)
+            facts = read_facts(folder)
             encoders = _text_encoders(Path(folder))
             pipeline = DiffusionPipeline.from_pretrained(folder, **apart, **encoders)
         if type(pipeline).__name__ not in PIPELINES:
@@ -147,7 +137,11 @@ def open_backbone(
             f"({type(error).__name__}: {str(error)[:160]}): name a complete pipeline folder with "
             "safetensors weights, or a hub id that this machine can reach."
         ) from error
-    _check_parts(pipeline, str(source))
+    if wrong := next(_misfits(pipeline), None):
+        raise UserError(
+            f"{source} is no Stable Diffusion pipeline that works: {wrong}. Name a complete one, "
+            "as diffusers' save_pretrained wrote it."
+        )
     pool_at_the_end(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
@@ -155,19 +149,14 @@ def open_backbone(
             part.requires_grad_(False).eval()
     if dtype == "auto":
         bf16 = where.type == "cuda" and torch.cuda.is_bf16_supported()
-        precision = torch.bfloat16 if bf16 else torch.float32
-    else:
-        precision = getattr(torch, dtype)
+        dtype = "bfloat16" if bf16 else "float32"
     pipeline.to(where)
     commit = Path(folder).name if hub else None  # the folder of a snapshot is named by its commit
-    return Backbone(pipeline, str(source), where, precision, facts, commit)
+    return Backbone(pipeline, str(source), where, getattr(torch, dtype), facts, commit)
 
 
 def _text_encoders(folder: Path) -> dict[str, Any]:
-    """Open the text encoders of a pipeline folder, whole.
-
-    Left to the pipeline, a tensor that the file lacks would be drawn at random, without a word.
-    """
+    """Open the text encoders: the pipeline would draw a tensor that a file lacks at random."""
     import transformers
 
     index = read_json(folder / "model_index.json")
@@ -175,10 +164,8 @@ def _text_encoders(folder: Path) -> dict[str, Any]:
     for part in ("text_encoder", "text_encoder_2"):
         if not (folder / part).is_dir():
             continue
-        kind = index[part][1]
-        if kind not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
-            raise ValueError(f"its {part} is a {kind}")
-        encoders[part], report = getattr(transformers, kind).from_pretrained(
+        kind = getattr(transformers, index[part][1])  # one of CLASSES
+        encoders[part], report = kind.from_pretrained(
             folder / part, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
         if report["missing_keys"]:
@@ -190,8 +177,7 @@ def pool_at_the_end(pipeline: Any) -> None:
     """Let the CLIPs read a whole prompt at its first end mark, which is where they learned to.
 
     Published configurations say `eos_token_id` 2, for which transformers reads at the highest id:
-    the end mark's, until a word is added. The configurations are set right, too, and with them what
-    is saved.
+    the end mark's, until a word is added.
     """
     for name in ("text_encoder", "text_encoder_2"):
         encoder = getattr(pipeline, name, None)
@@ -204,18 +190,8 @@ def pool_at_the_end(pipeline: Any) -> None:
                 module.eos_token_id = end
 
 
-def _check_parts(pipeline: Any, source: str) -> None:
-    """Check that the parts of a pipeline are whole and fit each other, before they are used."""
-    wrong = next(_misfits(pipeline), None)
-    if wrong:
-        raise UserError(
-            f"{source} is no Stable Diffusion pipeline that works: {wrong}. Name a complete one, "
-            "as diffusers' save_pretrained wrote it."
-        )
-
-
 def _misfits(pipeline: Any) -> Iterator[str]:
-    """Yield what is wrong with a pipeline, part by part."""
+    """Yield which parts of a pipeline are not whole, or do not fit each other."""
     for name, part in pipeline.components.items():
         if not isinstance(part, nn.Module):
             continue
@@ -223,8 +199,7 @@ def _misfits(pipeline: Any) -> Iterator[str]:
         if lacking := [n for n, p in tensors.items() if p.is_meta]:
             yield f"its {name} lacks the tensor {lacking[0]}"
         # A sum is finite only where all that it adds is.
-        sums = torch.stack([p.detach().float().sum() for p in tensors.values()])
-        if bad := [n for n, ok in zip(tensors, sums.isfinite().tolist(), strict=True) if not ok]:
+        if bad := [n for n, p in tensors.items() if not p.detach().float().sum().isfinite()]:
             yield f"its {name} holds values that are not finite, in {bad[0]}"
     try:
         Schedule.from_scheduler(pipeline.scheduler)
@@ -263,10 +238,7 @@ def read_facts(source: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file is damaged, or the embedded model is not where it should be.
     """
-    return _read_facts(Path(resolve_source(source)) / FACTS_FILE)
-
-
-def _read_facts(path: Path) -> dict[str, Any]:
+    path = Path(resolve_source(source)) / FACTS_FILE
     if not is_file(path):
         return {}
     try:
@@ -308,6 +280,7 @@ def quiet() -> Iterator[None]:
 
 
 def _check_source(folder: str) -> None:
+    """Refuse what is no pipeline folder, not complete, or not harmless, before it is opened."""
     if not folder.strip():
         raise UserError("--backbone is empty: name a pipeline folder, a hub id, or embedded.")
     path = Path(folder)
@@ -343,34 +316,30 @@ def _check_source(folder: str) -> None:
                 "Diffusion has there are opened."
             )
     check_harmless(path)
-    # Looked for here, because transformers makes an empty tokenizer where there is none.
     parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
     if name == "StableDiffusionXLPipeline":
         parts += ["text_encoder_2", "tokenizer_2"]
     for part in parts:
         if not (path / part).is_dir():
             raise UserError(f"{folder} lacks the folder {part}: the pipeline is not complete.")
-        if part.startswith("tokenizer"):
-            vocabularies = ("tokenizer.json", "vocab.json")
-            if not any((path / part / name).is_file() for name in vocabularies):
-                raise UserError(
-                    f"{folder}/{part} has no {' or '.join(vocabularies)}: the pipeline is not "
-                    "complete."
-                )
-        elif part != "scheduler":
+        if not part.startswith(("tokenizer", "scheduler")):
             _check_weights(path / part)
+        # transformers makes an empty tokenizer where there is none.
+        vocabularies = [path / part / name for name in ("tokenizer.json", "vocab.json")]
+        if part.startswith("tokenizer") and not any(v.is_file() for v in vocabularies):
+            raise UserError(
+                f"{folder}/{part} has no tokenizer.json or vocab.json: the pipeline is not "
+                "complete."
+            )
 
 
 def check_harmless(folder: Path) -> None:
     """Refuse what could make a loader run code, or open a model from elsewhere.
 
-    Some loaders do it on their own: for a file that is named like the library of a part, for a
-    pipeline in place of a part, for an entry of a configuration.
-
     Raises:
         UserError: the folder holds such a file or entry, or a configuration that cannot be read.
     """
-    for file in _files(folder, set()):
+    for file in all_files(folder):
         if file.suffix in _CODE:
             raise UserError(
                 f"{folder} holds a program, {file.relative_to(folder)}, which a loader might run: "
@@ -392,39 +361,35 @@ def check_harmless(folder: Path) -> None:
                     )
 
 
-def _files(folder: Path, passed: set[Path]) -> Iterator[Path]:
+def all_files(folder: Path) -> Iterator[Path]:
     """Yield every file below a folder, also behind links to other folders, each folder once."""
-    if folder.resolve() in passed:
-        return
-    passed.add(folder.resolve())
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            yield from _files(path, passed)
-        else:
-            yield path
+    visited: set[Path] = set()
+    for root, below, names in os.walk(folder, followlinks=True):
+        if (real := Path(root).resolve()) in visited:
+            below.clear()
+            continue
+        visited.add(real)
+        below.sort()
+        yield from (Path(root, name) for name in sorted(names))
 
 
 def _entries(file: Path) -> Iterator[tuple[str, Any]]:
     """Yield every name and value of a JSON file, however deep."""
     try:
-        left = [read_json(file)]
+        nodes = [read_json(file)]
     except (ValueError, OSError) as error:
         raise UserError(f"{file} cannot be read as JSON: the folder is damaged.") from error
-    while left:
-        node = left.pop()
+    while nodes:
+        node = nodes.pop()
         if isinstance(node, list):
-            left += node
+            nodes += node
         elif isinstance(node, dict):
-            left += node.values()
+            nodes += node.values()
             yield from node.items()
 
 
 def _check_weights(folder: Path) -> None:
-    """Look at the headers of the weights: whole numbers would be taken for weights, without a word.
-
-    Raises:
-        UserError: there are no safetensors, or weights that are no floating-point numbers.
-    """
+    """Look at the headers of the weights: whole numbers would be taken for weights."""
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
         lacking = "config.json" if files else "safetensors, the only weights that are opened"

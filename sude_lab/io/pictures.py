@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,15 +15,13 @@ from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 
 from sude_lab.errors import UserError
 
-if TYPE_CHECKING:
-    from diffusers.image_processor import VaeImageProcessor
-
 MAX_ASPECT = 20
 """Longest over shortest side beyond which a centre square says nothing of the picture."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "MPO", "AVIF", "JPEG2000", "PPM", "TGA")
 """What is opened, whatever a file's name says: Pillow's others are rare, and some start programs
 (EPS, Ghostscript)."""
+AnyPicture = Path | str | Image.Image | np.ndarray
 _ANIMATED = {"GIF", "WEBP", "PNG", "AVIF"}
 
 
@@ -34,21 +31,15 @@ class PictureError(UserError):
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture ready for the model: square, RGB, 8 bit, upright.
-
-    Attributes:
-        image: The square picture.
-        notes: One sentence for each liberty that was taken with the file; the command line prints
-            them.
-        source: The file it came from.
-    """
+    """A picture ready for the model: square, RGB, 8 bit, upright."""
 
     image: Image.Image
     notes: tuple[str, ...]
+    """One sentence for each liberty that was taken with the file."""
     source: Path
 
 
-def load_picture(path: Path | str | Image.Image | np.ndarray, *, resolution: int) -> Picture:
+def load_picture(path: AnyPicture, *, resolution: int) -> Picture:
     """Read one picture as an upright RGB square of `resolution` pixels.
 
     In this order: the first frame (a note says so), EXIF orientation, 16-bit and floating-point
@@ -61,8 +52,8 @@ def load_picture(path: Path | str | Image.Image | np.ndarray, *, resolution: int
         resolution: The side in pixels.
 
     Raises:
-        PictureError: the file does not exist, is a folder or empty, is not a picture, is damaged,
-            has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or is a single pixel or a thin strip.
+        PictureError: it is no file, no picture, damaged, larger than `PIL.Image.MAX_IMAGE_PIXELS`,
+            a single pixel, or a thin strip.
         UserError: `resolution` is not positive.
     """
     if resolution < 1:
@@ -85,7 +76,7 @@ def load_picture(path: Path | str | Image.Image | np.ndarray, *, resolution: int
     return Picture(image=square, notes=tuple(notes), source=path)
 
 
-def open_picture(path: Path | str | Image.Image | np.ndarray) -> Image.Image:
+def open_picture(path: AnyPicture) -> Image.Image:
     """Read one picture as `load_picture` does, upright and RGB, but whole and in its own size.
 
     Raises:
@@ -94,9 +85,7 @@ def open_picture(path: Path | str | Image.Image | np.ndarray) -> Image.Image:
     return _read(path, [])[0]
 
 
-def _read(
-    source: Path | str | Image.Image | np.ndarray, notes: list[str]
-) -> tuple[Image.Image, Path]:
+def _read(source: AnyPicture, notes: list[str]) -> tuple[Image.Image, Path]:
     """Return a picture as RGB, and the name by which sentences speak of it."""
     if isinstance(source, Image.Image | np.ndarray):
         name = Path(getattr(source, "filename", "") or "The picture")
@@ -126,20 +115,10 @@ def _from_array(values: np.ndarray) -> Image.Image:
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """The picture as a float32 tensor of shape (1, 3, H, W) with values in [-1, 1]."""
-    return _processor().preprocess(image)
-
-
-def to_images(tensor: torch.Tensor) -> list[Image.Image]:
-    """The inverse of `to_tensor` for a batch (B, 3, H, W); values outside [-1, 1] are clipped."""
-    return _processor().postprocess(tensor.detach(), output_type="pil")
-
-
-@cache
-def _processor() -> "VaeImageProcessor":
-    # Imported on first use: whoever only checks a picture does not wait for diffusers.
+    # Imported here: whoever only checks a picture does not wait for diffusers.
     from diffusers.image_processor import VaeImageProcessor
 
-    return VaeImageProcessor(do_resize=False, do_convert_rgb=True)
+    return VaeImageProcessor(do_resize=False, do_convert_rgb=True).preprocess(image)
 
 
 def _require_file(path: Path) -> None:
@@ -200,26 +179,24 @@ def _note_frames(file: Image.Image, path: Path, notes: list[str]) -> None:
     frames = getattr(file, "n_frames", 1)
     if frames == 1 or file.format == "MPO":  # a phone's JPEG with a preview or a depth map
         return
-    kind = (
-        f"is animated with {frames} frames"
-        if file.format in _ANIMATED
-        else (f"holds {frames} pictures")
-    )
+    animated = f"is animated with {frames} frames"
+    kind = animated if file.format in _ANIMATED else f"holds {frames} pictures"
     notes.append(f"{path.name} {kind}: only the first is used.")
 
 
 def _to_rgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         image = _to_8_bit(image, path, notes)
+    profile = image.info.get("icc_profile", b"")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        colours = _to_srgb(image.convert("RGB"), image.info, path, notes)
+        colours = _to_srgb(image.convert("RGB"), profile, path, notes)
         colours.putalpha(image.getchannel("A"))
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, colours).convert("RGB")
     if image.mode not in ("CMYK", "L", "RGB"):
         image = image.convert("RGB")
-    return _to_srgb(image, image.info, path, notes)
+    return _to_srgb(image, profile, path, notes)
 
 
 def _to_8_bit(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
@@ -237,11 +214,8 @@ def _to_8_bit(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
     return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
 
 
-def _to_srgb(
-    image: Image.Image, about: dict[Any, Any], path: Path, notes: list[str]
-) -> Image.Image:
+def _to_srgb(image: Image.Image, profile: bytes, path: Path, notes: list[str]) -> Image.Image:
     """Turn the colours of a picture into those of sRGB, by the profile that came with it."""
-    profile = about.get("icc_profile")
     if profile:
         try:
             converted = ImageCms.profileToProfile(

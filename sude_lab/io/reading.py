@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +12,19 @@ from sude_lab.errors import UserError, one_line
 MOST_BYTES = 1 << 18
 """The longest text that is read: what people write by hand is a hundred times shorter."""
 
-# --- files ---------------------------------------------------------------------------------------
 
-
-def is_file(path: Path | str) -> bool:
-    """Whether there is a file of this name; False also for what can be no name of a file."""
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):  # too long, or with a NUL
-        return False
-
-
-def is_dir(path: Path | str) -> bool:
-    """Whether there is a folder of this name; False also for what can be no name of a folder."""
-    try:
-        return Path(path).is_dir()
-    except (OSError, ValueError):
-        return False
+is_file, is_dir = os.path.isfile, os.path.isdir
+"""As `pathlib`'s, but False also for what can be no name: too long, or with a NUL."""
 
 
 def read_text(path: Path | str, what: str, instead: str) -> str:
     """Return the text of a file in UTF-8, of at most `MOST_BYTES`.
 
-    Args:
-        path: The file.
-        what: What it should be, for the sentence: "The grid sweep.yaml".
-        instead: What to name in its place, for the sentence: "a YAML file".
+    In the sentence `what` is what it should be, "The grid sweep.yaml", and `instead` what to name
+    in its place, "a YAML file".
 
     Raises:
-        UserError: there is no such file, it is none (a pipe may never end), it may not be read, is
-            too long, or is not UTF-8.
+        UserError: it is no file (a pipe may never end), may not be read, is too long or not UTF-8.
     """
     path = Path(path)
     try:
@@ -73,10 +57,8 @@ def read_json(path: Path) -> Any:
 def read_yaml(text: str, what: str) -> Any:
     """Return the content of a YAML text: texts, numbers, lists and mappings, never objects.
 
-    A key said twice, and aliases that stand for a hundred times what is written, are refused.
-
     Raises:
-        UserError: it is no such YAML.
+        UserError: it is no such YAML, a key is there twice, or aliases stand for far too much.
     """
     from omegaconf import OmegaConf
 

@@ -39,10 +39,7 @@ def save_weights(method: Method, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     backbone = method.backbone
     for number, subject in enumerate(method.subjects):
-        vectors = {
-            name: tokens.of(number).detach().cpu().contiguous()
-            for name, tokens in method.tokens.items()
-        }
+        vectors = {name: _plain(tokens.of(number)) for name, tokens in method.tokens.items()}
         if backbone.is_xl:
             tensors = {XL_KEYS[name]: rows for name, rows in vectors.items()}
         else:  # one vector without a dimension of its own, as most files have it
@@ -53,7 +50,7 @@ def save_weights(method: Method, folder: Path) -> None:
         save_tensors(tensors, path, metadata={"token": subject.token})
     for part in ("unet", *method.tokens):
         tensors = {
-            name.removeprefix(f"{part}."): p.detach().cpu().contiguous()
+            name.removeprefix(f"{part}."): _plain(p)
             for name, p in method.parameters.items()
             if name.startswith(f"{part}.")
         }
@@ -66,19 +63,18 @@ def save_weights(method: Method, folder: Path) -> None:
             tensors = {shared_name(part, name): value for name, value in tensors.items()}
             save_tensors(tensors, folder / f"{part}.safetensors")
     if isinstance(method, ViCo):
-        tensors = {n: p.detach().cpu().contiguous() for n, p in method.images.weights().items()}
-        tensors[REFERENCES] = method.images.references.cpu().contiguous()
+        tensors = {name: _plain(p) for name, p in method.images.weights().items()}
+        tensors[REFERENCES] = _plain(method.images.references)
         words = json.dumps([subject.token for subject in method.subjects])
         save_tensors(tensors, folder / VICO_FILE, metadata={"tokens": words})
 
 
-def load_weights(method: str, backbone: Backbone, folder: Path) -> None:
-    """Put the weights that `save_weights` wrote into a freshly opened backbone.
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
 
-    Args:
-        method: The name of the method that trained them.
-        backbone: The model.
-        folder: Where they are.
+
+def load_weights(method: str, backbone: Backbone, folder: Path) -> None:
+    """Put the weights of a `method` that `save_weights` wrote into a freshly opened backbone.
 
     Raises:
         UserError: the backbone has been used already, or the weights are not there, are damaged, or
@@ -90,8 +86,7 @@ def load_weights(method: str, backbone: Backbone, folder: Path) -> None:
         # A smaller model's weights would fit some layers of a larger one: all or nothing.
         if read_tensors(path)[0].keys() != keys_and_values(backbone.unet).keys():
             raise UserError(
-                f"The run's keys and values are not those of this model's cross-attentions: "
-                f"{_ELSEWHERE}"
+                f"The run's keys and values are not those of this model's attention: {_ELSEWHERE}"
             )
     if method == "vico":
         check_one_text_encoder(backbone)
@@ -110,10 +105,9 @@ def load_weights(method: str, backbone: Backbone, folder: Path) -> None:
         if path.is_file():
             _load_part(module, part, path)
     # Last, because a trained text encoder's table has rows for the tokens, too.
+    encoders = backbone.text_encoders.values()
     for ids, vectors in tokens:
-        for encoder, rows, vector in zip(
-            backbone.text_encoders.values(), ids, vectors, strict=True
-        ):
+        for encoder, rows, vector in zip(encoders, ids, vectors, strict=True):
             table = encoder.get_input_embeddings().weight
             with torch.no_grad():
                 table[list(rows)] = vector.to(table)
@@ -121,9 +115,7 @@ def load_weights(method: str, backbone: Backbone, folder: Path) -> None:
         try:
             backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
         except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"The run's LoRA weights do not fit this model: {_ELSEWHERE}"
-            ) from error
+            raise UserError(f"The run's LoRA does not fit this model: {_ELSEWHERE}") from error
     if method == "vico":
         _load_images(backbone, folder / VICO_FILE)
 
@@ -147,10 +139,7 @@ def _load_images(backbone: Backbone, path: Path) -> None:
         ids.append([vocabulary[one] for one in token_words(word, number)])
     images = ImageAttention(backbone, ids, references)
     weights = images.weights()
-    fits = tensors.keys() == weights.keys() and all(
-        tensors[name].shape == p.shape for name, p in weights.items()
-    )
-    if not fits:
+    if {n: v.shape for n, v in tensors.items()} != {n: p.shape for n, p in weights.items()}:
         raise UserError(f"The run's image attention does not fit this model: {_ELSEWHERE}")
     with torch.no_grad():
         for name, p in weights.items():
@@ -179,15 +168,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_token(backbone: Backbone, path: Path) -> tuple[str, list[Tensor]]:
     """Return a saved token and its vectors (V, D), for each text encoder."""
     tensors, about = read_tensors(path)
-    names = set(XL_KEYS.values()) if backbone.is_xl else set(tensors)
+    keys = [XL_KEYS[n] for n in backbone.text_encoders] if backbone.is_xl else list(tensors)
     token = about.get("token") or next(iter(tensors), None)
-    if set(tensors) != names or len(tensors) != len(backbone.text_encoders) or token is None:
+    if set(tensors) != set(keys) or len(keys) != len(backbone.text_encoders) or token is None:
         kind = "SDXL's two text encoders" if backbone.is_xl else "one text encoder"
         raise UserError(f"{path.name} holds no embedding for {kind}: {_ELSEWHERE}")
-    vectors = [
-        torch.atleast_2d(tensors[XL_KEYS[name] if backbone.is_xl else next(iter(tensors))])
-        for name in backbone.text_encoders
-    ]
+    vectors = [torch.atleast_2d(tensors[key]) for key in keys]
     for vector, encoder in zip(vectors, backbone.text_encoders.values(), strict=True):
         width = encoder.get_input_embeddings().weight.shape[1]
         if vector.ndim != 2 or len(vector) != len(vectors[0]) or vector.shape[1] != width:
@@ -211,13 +197,11 @@ def shared_name(part: str, name: str) -> str:
 def _load_part(module: nn.Module, part: str, path: Path) -> None:
     own = {name.removeprefix(_TEXT): name for name in module.state_dict()}
     tensors, _ = read_tensors(path)
-    tensors = {own.get(n.removeprefix(_TEXT), n): tensor for n, tensor in tensors.items()}
+    where = f"The run's {part} weights do not fit this model"
+    if unknown := [name for name in tensors if name.removeprefix(_TEXT) not in own]:
+        raise UserError(f"{where} (unknown tensor {unknown[0]}): {_ELSEWHERE}")
+    tensors = {own[name.removeprefix(_TEXT)]: tensor for name, tensor in tensors.items()}
     try:
-        result = module.load_state_dict(tensors, strict=False)
+        module.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
-        raise UserError(f"The run's {part} weights do not fit this model: {_ELSEWHERE}") from error
-    if result.unexpected_keys:
-        raise UserError(
-            f"The run's {part} weights do not fit this model (unknown tensor "
-            f"{result.unexpected_keys[0]}): {_ELSEWHERE}"
-        )
+        raise UserError(f"{where}: {_ELSEWHERE}") from error

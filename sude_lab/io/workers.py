@@ -17,12 +17,8 @@ def worker_pool(
 ) -> Iterator[ProcessPoolExecutor]:
     """Give a pool of processes of one thread each; none outlives this process, however it ends.
 
-    For small models one thread a process is faster than several, and what a process computes does
-    not depend on how many there are.
-
-    Args:
-        number: How many processes.
-        initializer: Called first in each of them, with `arguments`.
+    For small models one thread a process is faster than several. `initializer` is called first in
+    each of them, with `arguments`.
     """
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(number, spawn, _begin, (initializer, arguments))

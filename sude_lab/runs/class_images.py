@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sude_lab.draws import side_of
 from sude_lab.errors import UserError
 from sude_lab.generation import generate, sampling_settings
 from sude_lab.io.files import atomic_folder
+from sude_lab.io.identity import hash_of
 from sude_lab.io.pictures import load_picture
 from sude_lab.prompts import photo_of
 
@@ -29,6 +31,11 @@ def cache_folder() -> Path:
     """Return the folder of what is computed once: SUDE_LAB_CACHE, or ~/.cache/sude_lab."""
     named = os.environ.get("SUDE_LAB_CACHE")
     return Path(named) if named else Path.home() / ".cache" / "sude_lab"
+
+
+def place_in_cache(kind: str, about: Mapping[str, Any], ending: str = "") -> Path:
+    """Return where the cache keeps a result, by all that it follows from."""
+    return cache_folder() / kind / f"{hash_of(about)[:16]}{ending}"
 
 
 def fingerprint(backbone: Backbone) -> str:
@@ -50,11 +57,8 @@ def drawn_class_images(
 ) -> list[Image.Image]:
     """Return `number` pictures of the category that this model draws; kept in the cache.
 
-    They are addressed by what made them (weights, prompt, sampler, seed): another run with the same
-    model and category finds them there.
-
     Raises:
-        UserError: the cache folder cannot be written.
+        UserError: the cache folder cannot be written, or the pictures in it are damaged.
     """
     about: dict[str, Any] = {
         "weights": fingerprint(backbone),
@@ -63,8 +67,7 @@ def drawn_class_images(
         "number": number,
         "sampling": sampling_settings(backbone),
     }
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_folder() / "class_images" / name
+    folder = place_in_cache("class_images", about)
     if not folder.is_dir():
         try:
             with atomic_folder(folder) as unfinished:
@@ -91,36 +94,28 @@ def drawn_class_images(
 def class_latents(config: CompleteConfig, backbone: Backbone, category: str) -> Tensor:
     """Return the latents of the category's pictures, (N, C, h, w), on the CPU.
 
-    They come from the folder `config.class_images` (with several categories: from its subfolder of
-    that name), all of them, or else are `config.num_class_images` drawn ones.
+    They are all of the folder `config.class_images` (with several categories: of its subfolder of
+    that name), or else `config.num_class_images` drawn ones.
 
     Raises:
         UserError: the user's folder holds no picture, or does not tell the categories apart.
     """
     side = side_of(config, backbone)
     if config.class_images is not None:
+        folder = config.class_images
         several = len({subject.category for subject in config.subjects}) > 1
-        images = _users_images(config.class_images, category, side, several)
+        if several or (folder / category).is_dir():
+            folder = folder / category
+        paths = sorted(p for p in folder.glob("*") if p.is_file() and p.name[0] != ".")
+        if not paths:
+            raise UserError(
+                f"There are no class images in {folder}: put pictures of the category there."
+            )
+        images = [load_picture(path, resolution=side).image for path in paths]
     else:
-        images = drawn_class_images(
-            backbone,
-            category,
-            number=config.num_class_images,
-            seed=config.seed + 10_000,
-            progress=True,
-        )
+        number, seed = config.num_class_images, config.seed + 10_000
+        images = drawn_class_images(backbone, category, number=number, seed=seed, progress=True)
     # Drawn at the model's own size; the subject's picture may be tuned at another.
     images = [i if i.size == (side, side) else i.resize((side, side), LANCZOS) for i in images]
     means = [backbone.encode_pictures([image])[0].cpu() for image in images]
     return torch.cat(means)
-
-
-def _users_images(folder: Path, category: str, resolution: int, several: bool) -> list[Image.Image]:
-    if several or (folder / category).is_dir():
-        folder = folder / category
-    paths = sorted(p for p in folder.glob("*") if p.is_file() and not p.name.startswith("."))
-    if not paths:
-        raise UserError(
-            f"There are no class images in {folder}: put pictures of the category there."
-        )
-    return [load_picture(path, resolution=resolution).image for path in paths]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,9 +21,7 @@ from sude_lab.io.files import atomic_folder, atomic_write, save_tensors, sole_wr
 from sude_lab.io.opening import FACTS_FILE
 from sude_lab.io.reading import read_json
 from sude_lab.io.weights import EMBEDDINGS, LORA_FILE, VICO_FILE, XL_KEYS, shared_name
-from sude_lab.methods import get_method
-from sude_lab.prompts import fill
-from sude_lab.runs.card import CARD, PARTS, is_plain, model_card
+from sude_lab.runs.card import CARD, PARTS, default_prompts, is_plain, model_card
 
 if TYPE_CHECKING:
     from sude_lab.runs.folder import Run
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 Precision = Literal["float32", "bfloat16", "float16"]
 
 # --- LoRA for the web UIs ------------------------------------------------------------------------
-
 
 _ARCHITECTURES = {
     "sd_v1": "stable-diffusion-v1",
@@ -53,12 +51,10 @@ def base_version(backbone: Backbone) -> str:
 
 def _run_version(weights: Path) -> str:
     """Return the same for a run's weights; runs of earlier versions do not say it themselves."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         version = read_json(weights.parent / "environment.json")["base_version"]
         if version in _ARCHITECTURES:
             return str(version)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     tokens = next(iter(weights.glob(EMBEDDINGS)), None)
     tensors = load_file(tokens) if tokens else {}
     if XL_KEYS["text_encoder_2"] in tensors:
@@ -71,16 +67,15 @@ def kohya_weights(
 ) -> dict[str, Tensor]:
     """Return LoRA weights of diffusers or peft under the names of kohya's scripts.
 
-    `unet.` is put before every name first: without it diffusers' converter writes names that no
-    program knows, and says nothing. `alpha` is the rank, as it was in tuning: a scale of 1. The
-    scripts name the blocks of SDXL's UNet as its authors did, those of the others as diffusers
-    does.
+    `alpha` is the rank, as it was in tuning: a scale of 1. The scripts name the blocks of SDXL's
+    UNet as its authors did, those of the others as diffusers does.
 
     Raises:
         UserError: the weights are no LoRA.
     """
     from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
 
+    # Without unet. before a name diffusers' converter writes one that no program knows.
     named = {
         name if name.startswith(("unet.", "text_encoder")) else f"unet.{name}": value
         for name, value in lora.items()
@@ -117,9 +112,8 @@ def write_kohya(
 ) -> Path:
     """Write the LoRA of a run's folder of weights as one file for the web UIs; return its path.
 
-    The subject's token is not in it: it is `learned_embeds.safetensors`, which the web UIs read as
-    an embedding, under its file's name. `version` is `base_version` of the model; None: what the
-    run says.
+    The subject's token is not in it: the web UIs read `learned_embeds.safetensors` as an embedding.
+    `version` is `base_version` of the model; None: what the run says.
 
     Raises:
         UserError: the run is no LoRA, or its text encoder was trained, which a LoRA cannot hold.
@@ -165,8 +159,7 @@ def write_kohya(
 def share(run: Run, out: Path | str) -> Path:
     """Write what of a run is for others: card, weights and samples, no photo; return the folder.
 
-    What names this machine's folders is left out. `Run.open` reads the folder, plain diffusers
-    loads what the card says, and the Hub finds a LoRA where it looks for one.
+    What names this machine's folders is left out.
 
     Raises:
         UserError: `out` is a folder that is not empty, or cannot be written, or the weights hold
@@ -190,8 +183,7 @@ def share(run: Run, out: Path | str) -> Path:
         if Path(source).is_absolute():
             config["backbone"] = Path(source).name
             card = (run.folder / CARD).read_text(encoding="utf-8")
-            quoted = json.dumps(source)[1:-1]
-            for text in (quoted, source):
+            for text in (json.dumps(source)[1:-1], source):
                 card = card.replace(text, Path(source).name)
             (folder / CARD).write_text(card, encoding="utf-8")
         text = json.dumps(config, indent=2, default=str)
@@ -202,9 +194,7 @@ def share(run: Run, out: Path | str) -> Path:
 def push(run: Run, repository: str | None = None) -> str:
     """Upload what `share` writes to the Hub, into a private repository where it is new.
 
-    Args:
-        run: A finished run.
-        repository: "name" or "owner/name"; None: the name of the run's folder.
+    `repository` is "name" or "owner/name"; None: the name of the run's folder.
 
     Raises:
         UserError: nobody is logged in, there is no network, or the Hub refuses.
@@ -235,8 +225,7 @@ def export_pipeline(
     """Write a run as a complete diffusers pipeline folder; return the folder.
 
     `DiffusionPipeline.from_pretrained(out)` needs nothing else: the tokens are in the tokenizers
-    and in the tables of the text encoders, a LoRA is merged into the UNet. The folder can be tuned
-    on in turn, as `--backbone`. A safety checker of the base model is left out.
+    and text encoders, a LoRA is merged into the UNet. A safety checker is left out.
 
     Raises:
         UserError: the run's method adds what plain diffusers has no place for, the weights do not
@@ -262,12 +251,8 @@ def export_pipeline(
         if backbone.facts:
             facts = json.dumps(backbone.facts, indent=1)
             (folder / FACTS_FILE).write_text(facts, encoding="utf-8")
-        tokens = [s.token for s in run.config.subjects]
-        template = run.config.prompt or get_method(run.config.method).template
-        text = template.replace("{category}", run.config.category)
-        card = model_card(
-            run.config, backbone, weights, [fill(text, *tokens)], grid=None, pipeline=True
-        )
+        prompts = [run.prompt(default_prompts(run.config)[0])]
+        card = model_card(run.config, backbone, weights, prompts, grid=None, pipeline=True)
         (folder / CARD).write_text(card, encoding="utf-8")
     return Path(out)
 

@@ -31,7 +31,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, wraps
 from importlib import metadata
@@ -45,15 +45,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
-from sude_lab.config import (
-    RENAMED,
-    CompleteConfig,
-    TuningConfig,
-    fields_of,
-    read_settings,
-)
+from sude_lab.config import CompleteConfig, TuningConfig, fields_of, read_settings
 from sude_lab.draws import side_of
-from sude_lab.errors import UserError, machine_failure
+from sude_lab.errors import UserError, flag, machine_failure
 from sude_lab.generation import generate
 from sude_lab.io.files import (
     LOCK,
@@ -69,8 +63,8 @@ from sude_lab.io.pictures import load_picture, open_picture
 from sude_lab.io.reading import read_json
 from sude_lab.io.weights import load_weights, save_weights
 from sude_lab.methods import configure, get_method
-from sude_lab.prompts import PLACEHOLDER, checked, fill, placeholder
-from sude_lab.runs.card import CARD, model_card
+from sude_lab.prompts import PLACEHOLDER, checked, fill
+from sude_lab.runs.card import CARD, default_prompts, model_card
 from sude_lab.runs.export import LORA_FILE, Precision, base_version, write_kohya
 from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.runs.trackers import Trackers
@@ -80,19 +74,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CONFIG, PICTURE, METRICS = "config.json", "picture.png", "metrics.csv"
-SAMPLES, WEIGHTS, ENVIRONMENT, CHECKPOINT = (
-    "samples.png",
-    "weights",
-    "environment.json",
-    "checkpoint.pt",
-)
+SAMPLES, WEIGHTS, ENVIRONMENT = "samples.png", "weights", "environment.json"
+CHECKPOINT = "checkpoint.pt"
 LOGS, VALIDATION = "logs", "validation"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, as its folder tells it."""
+    """A finished run; a file of its folder that is not there or is damaged is a UserError."""
 
     folder: Path
     config: CompleteConfig
@@ -114,11 +104,7 @@ class Run:
         return cls(folder, read_config(folder / CONFIG))
 
     def metrics(self) -> pd.DataFrame:
-        """Return the steps, one row each.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """Return the steps, one row each."""
         import pandas as pd
 
         try:
@@ -129,20 +115,12 @@ class Run:
             ) from error
 
     def picture(self, number: int = 0) -> Image.Image:
-        """Return the picture of subject `number`, as the model saw it.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """Return the picture of subject `number`, as the model saw it."""
         return open_picture(self.folder / picture_name(number))
 
     @property
     def weights(self) -> Path:
-        """The folder of the run's weights.
-
-        Raises:
-            UserError: no safetensors are there.
-        """
+        """The folder of the run's weights."""
         folder = self.folder / WEIGHTS
         if not any(folder.glob("*.safetensors")):
             raise UserError(
@@ -161,18 +139,15 @@ class Run:
     ) -> Backbone:
         """Open the backbone with the run's weights in it, or put them into an opened `backbone`.
 
-        A run says itself which model it was tuned on. One that came along with it, in its folder or
-        beside it, is opened only with `trust_backbone`.
-
         Args:
             device: Where to compute.
             backbone: The model, opened and untuned; None: the run's own is opened.
             dtype: The precision to draw in, as of `open_backbone`; None: the run's own.
-            trust_backbone: Whether a model that came along with the run may be opened.
+            trust_backbone: Whether a model in the run's folder or beside it, which may have come
+                along with the run, is opened.
 
         Raises:
-            UserError: the weights are missing, damaged, or not those of this model and method, or
-                the model came along with the run.
+            UserError: the weights are not those of this model and method, or the model came along.
         """
         weights = self.weights
         if backbone is None:
@@ -209,24 +184,19 @@ class Run:
         return _filled(text, self.config)
 
 
+def _is_folder(source: str) -> bool:
+    """Whether a model's name is neither that of an included one nor a hub id."""
+    return resolve_source(source) == source and hub_id(source) is None and bool(source.strip())
+
+
 def _came_along(run: Path, source: str) -> bool:
     """Whether a model is a folder in that of a run, or beside it."""
-    if _by_name(source):
+    if not _is_folder(source):
         return False
     folder, run = Path(source).resolve(), run.resolve()
     # Whole paths are of this machine. What is not whole fits wherever a folder was unpacked.
     beside = folder.parent == run.parent or not Path(source).is_absolute()
     return folder.is_relative_to(run) or (beside and folder.is_relative_to(run.parent))
-
-
-def _whole_path(source: str) -> str:
-    """Return a folder's path from the root: a run is opened from other working folders, too."""
-    return source if _by_name(source) or not source.strip() else os.path.abspath(source)
-
-
-def _by_name(source: str) -> bool:
-    """Whether a model is named by what is no path: an included one's name, or a hub id."""
-    return resolve_source(source) != source or hub_id(source) is not None
 
 
 def _portable(config: TuningConfig, out: Path) -> TuningConfig:
@@ -240,15 +210,6 @@ def _portable(config: TuningConfig, out: Path) -> TuningConfig:
 def picture_name(number: int) -> str:
     """Return the name of the file of subject `number`'s picture: picture.png, picture-2.png, ..."""
     return PICTURE if number == 0 else f"picture-{number + 1}.png"
-
-
-def default_prompts(config: TuningConfig) -> list[str]:
-    """Return the prompts of a run's sample grid: those it was tuned with."""
-    template = config.prompt or get_method(config.method).template
-    return [
-        template.replace(PLACEHOLDER, placeholder(k)).replace("{category}", s.category)
-        for k, s in enumerate(config.subjects)
-    ]
 
 
 def _check_length(text: str, config: TuningConfig, backbone: Backbone) -> None:
@@ -265,10 +226,9 @@ def _check_length(text: str, config: TuningConfig, backbone: Backbone) -> None:
 
 def _filled(text: str, config: TuningConfig) -> str:
     filled = fill(checked(text), *(s.token for s in config.subjects))
-    left = re.search(r"\{S\*\d*\}", filled)
-    if left:
+    if unfilled := re.search(r"\{S\*\d*\}", filled):
         raise UserError(
-            f"The prompt {text[:200]!r} asks for {left.group()}, but the run has "
+            f"The prompt {text[:200]!r} asks for {unfilled.group()}, but the run has "
             f"{len(config.subjects)} subject(s): the first is {PLACEHOLDER}."
         )
     return filled
@@ -280,28 +240,21 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def _until_terminated() -> Iterator[Callable[[], bool]]:
-    """Let a step be finished after SIGTERM; yields a function that says whether it came.
-
-    Clusters and notebooks in a cloud send it some seconds before they end a process by force.
-    """
-    came: list[int] = []
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    )
-    if ours:
-        signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    """Let a step be finished after SIGTERM; yields a function that says whether it came."""
+    signals: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield lambda: False
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     try:
-        yield lambda: bool(came)
+        yield lambda: bool(signals)
     finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def launched(device: str) -> Any:
-    """Return the Accelerator of the processes that `accelerate launch` started; None without it.
-
-    torchrun, mpirun and accelerate's `notebook_launcher` count, too.
+    """Return the Accelerator of the processes that a launcher started; None without one.
 
     Raises:
         UserError: accelerate cannot set the processes up.
@@ -311,11 +264,10 @@ def launched(device: str) -> Any:
         return None
     from accelerate import Accelerator
 
+    on_cpu = pick_device(device).type == "cpu"
     try:
-        return Accelerator(cpu=pick_device(device).type == "cpu")
+        return Accelerator(cpu=on_cpu)
     except (RuntimeError, ValueError, OSError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"accelerate could not set the processes up ({str(error)[:160]}): change what "
             "`accelerate config` or the flags of `accelerate launch` say."
@@ -329,8 +281,8 @@ def _alone(run: _Function) -> _Function:
     def alone(config: TuningConfig, out: Path | str, **settings: Any) -> Run:
         if settings.get("resume") and not Path(out).exists():
             raise UserError(f"There is no run to resume in {out}: leave --resume out to start one.")
-        ours = process_number() == 0 and not (Path(out) / ENVIRONMENT).is_file()
-        with sole_writer(out, inside=True) if ours else nullcontext():
+        writes = process_number() == 0 and not (Path(out) / ENVIRONMENT).is_file()
+        with sole_writer(out, inside=True) if writes else nullcontext():
             return run(config, out, **settings)
 
     return cast(_Function, alone)
@@ -357,22 +309,17 @@ def run_tuning(
 ) -> Run:
     """Tune on `config.image` and write the run's folder; with `resume` continue where it stopped.
 
-    A resumed run ends with the same weights as an unbroken one: what step k draws follows from
-    (seed, k), and the checkpoint holds the trained tensors and the optimiser. Under `accelerate
-    launch` each process computes `train_batch_size` samples of a larger batch, and the main process
-    alone writes, draws and tells.
+    A resumed run ends with the same weights as an unbroken one. Under `accelerate launch` each
+    process computes `train_batch_size` samples of a larger batch, and the main process alone
+    writes, draws and tells.
+
+    The settings that are not of `config` are those of `sude-lab tune`, which says what they mean.
 
     Args:
         config: The settings of the run.
         out: The run's folder.
-        preset: What fills the settings that are None first: paper, reference, or default for none.
-        resume: Whether to continue an unfinished run.
-        checkpoint_every: Steps between checkpoints.
-        sample_prompts: The rows of samples.png; none: the tuning prompts.
-        num_samples: Pictures a prompt; 0 draws no grid.
-        validation_every: Steps between grids of `validation_prompts` (none: `sample_prompts`); 0
-            draws none. Drawing changes no bit of the result.
-        report_to: tensorboard, another tracker of accelerate's, "all" that are installed, or none.
+        sample_prompts: The rows of samples.png; None: the tuning prompts.
+        validation_prompts: The rows of the grids in validation/; None: `sample_prompts`.
         kohya: The precision in which to write a LoRA for the web UIs as well; None writes none.
         backbone: The model that `config.backbone` names, opened; None: it is opened.
         on_step: Called after every step, in every process.
@@ -392,27 +339,27 @@ def run_tuning(
             end = f", and at most {most:,}" if most else ""
             raise UserError(f"--{name} is {number}: it must be at least {least}{end}.")
     out = Path(out)
-    config = replace(config, backbone=_whole_path(config.backbone))
+    if _is_folder(config.backbone):  # a run is opened from other working folders, too
+        config = replace(config, backbone=os.path.abspath(config.backbone))
     trackers = Trackers(report_to)
     accelerator = launched(config.device)
     main = accelerator is None or accelerator.is_main_process
     _check_folder(out, resume)
     if (out / ENVIRONMENT).is_file():
-        if resume:
-            if main:
-                tqdm.write(f"The run in {out} is already finished.")
-            return Run.open(out)
-        raise UserError(f"{out} already holds a finished run: choose another --out.")
+        if not resume:
+            raise UserError(f"{out} already holds a finished run: choose another --out.")
+        if main:
+            tqdm.write(f"The run in {out} is already finished.")
+        return Run.open(out)
     # Bad input is found before the model is opened and before anything is written.
     for subject in config.subjects:
         load_picture(subject.image, resolution=64)
     if validation_every and not num_samples:
-        raise UserError(
-            "--validation-every draws --num-samples pictures a prompt: give at least 1."
-        )
-    if backbone is not None:
+        raise UserError("--validation-every draws --num-samples pictures a prompt: at least 1.")
+    if backbone is None:
+        backbone = _open_backbone(config, accelerator)
+    else:
         _check_backbone(config, backbone)
-    backbone = backbone or _open_backbone(config, accelerator)
     config = configure(config, backbone, preset=preset)
     if config.class_images is not None and not config.prior_loss_weight:
         raise UserError(
@@ -424,19 +371,24 @@ def run_tuning(
         _check_length(prompt, config, backbone)
     samples = [_filled(p, config) for p in sample_prompts or default_prompts(config)]
     validated = [_filled(p, config) for p in validation_prompts or []] or samples
-    if kohya:
-        _check_lora(config)
+    is_lora = config.method == "dreambooth" and config.train == "lora"
+    if kohya and (not is_lora or config.train_text_encoder):
+        raise UserError(
+            "--kohya writes a LoRA of the UNet: tune with --method dreambooth --train lora and "
+            "without --train-text-encoder, or leave --kohya out."
+        )
     side = side_of(config, backbone)
-    loaded = [load_picture(s.image, resolution=side) for s in config.subjects]
-    for note in [note for picture in loaded for note in picture.notes if main]:
-        tqdm.write(note)
-    pictures = [picture.image for picture in loaded]
+    pictures = []
+    for subject in config.subjects:
+        picture = load_picture(subject.image, resolution=side)
+        pictures.append(picture.image)
+        for note in picture.notes if main else ():
+            tqdm.write(note)
 
     state: dict[str, Any] | None = None
     rows: list[dict[str, float]] = []
     if resume and (out / CONFIG).is_file():
-        _check_same(read_config(out / CONFIG), config, out)
-        _check_same_pictures(pictures, config, out)
+        _check_same(config, pictures, out)
         if (out / CHECKPOINT).is_file():
             state = _read_checkpoint(out / CHECKPOINT)
             if not 0 < state["step"] < config.max_train_steps:
@@ -459,28 +411,18 @@ def run_tuning(
         if not done:
             _begin(out, config, pictures)
         trackers.begin(out / LOGS, config, first.number)
+    total, hidden = config.max_train_steps, not (progress and main)
+    bar = tqdm(total=total, initial=done, desc=label, unit="step", disable=hidden)
     try:
-        with (
-            _until_terminated() as terminated,
-            tqdm(
-                total=config.max_train_steps,
-                initial=done,
-                desc=label,
-                unit="step",
-                disable=not (progress and main),
-            ) as bar,
-        ):
+        with _until_terminated() as terminated, bar:
             for step in chain([first], steps):
                 rows.append(step.row())
                 bar.update()
-                bar.set_postfix(
-                    loss=f"{rows[-1]['loss_subject']:.4f}",
-                    gates=f"{rows[-1]['open_gates']:.2f}",
-                    refresh=False,
-                )
+                loss, gates = rows[-1]["loss_subject"], rows[-1]["open_gates"]
+                bar.set_postfix(loss=f"{loss:.4f}", gates=f"{gates:.2f}", refresh=False)
                 if on_step:
                     on_step(step)
-                last = step.number >= config.max_train_steps
+                last = step.number >= total
                 if main:
                     trackers.log(rows[-1])
                     due = step.number % checkpoint_every == 0 or terminated()
@@ -511,9 +453,9 @@ def run_tuning(
         if num_samples:
             _draw_grid(out / SAMPLES, config, backbone, samples, num_samples, progress)
         if kohya:
-            name = f"{out.resolve().name}_kohya.safetensors"
-            (out / name).unlink(missing_ok=True)  # of a run stopped at this very point
-            write_kohya(out / WEIGHTS, out / name, kohya, base_version(backbone))
+            file = out / f"{out.resolve().name}_kohya.safetensors"
+            file.unlink(missing_ok=True)  # of a run stopped at this very point
+            write_kohya(out / WEIGHTS, file, kohya, base_version(backbone))
         grid_name = SAMPLES if num_samples else None
         settings = _portable(config, out)
         card = model_card(settings, backbone, out / WEIGHTS, samples, grid=grid_name)
@@ -533,16 +475,14 @@ def run_tuning(
 
 def _open_backbone(config: TuningConfig, accelerator: Any) -> Backbone:
     """Open the model where the launcher says, in the precision that the launcher says."""
-    device, dtype = config.device, config.dtype
+    device, dtype = config.device, str(config.dtype)
     if accelerator is not None:
         if accelerator.num_processes > 1 or device == "auto":
             # accelerate numbers CPUs, too: cpu:0, cpu:1.
             device = "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
         if dtype == "auto":
             names = {"bf16": "bfloat16", "fp16": "float16"}
-            return open_backbone(
-                config.backbone, device=device, dtype=names.get(accelerator.mixed_precision, "auto")
-            )
+            dtype = names.get(accelerator.mixed_precision, "auto")
     return open_backbone(config.backbone, device=device, dtype=dtype)
 
 
@@ -550,30 +490,18 @@ def _check_backbone(config: TuningConfig, backbone: Backbone) -> None:
     """A run's config.json names its model: it must be the one that is tuned."""
     named, revision = hub_id(config.backbone) or (config.backbone, None)
     opened, at = hub_id(backbone.source) or (backbone.source, None)
-    same = named == opened or _folder(named) == _folder(opened)
-    if not same or (revision and revision not in (at, backbone.commit)):
+    folders = {Path(resolve_source(source)).resolve() for source in (named, opened)}
+    if len(folders) > 1 or (revision and revision not in (at, backbone.commit)):
         raise UserError(
             f"The settings name the backbone {config.backbone}, and {backbone.source} was handed "
             "in: set backbone in them to the one that is tuned."
         )
 
 
-def _folder(source: str) -> Path:
-    return Path(resolve_source(source)).resolve()
-
-
-def _check_lora(config: TuningConfig) -> None:
-    if config.method != "dreambooth" or config.train != "lora" or config.train_text_encoder:
-        raise UserError(
-            "--kohya writes a LoRA of the UNet: tune with --method dreambooth --train lora and "
-            "without --train-text-encoder, or leave --kohya out."
-        )
-
-
 def _check_folder(out: Path, resume: bool) -> None:
     # What a process was killed at before it had written anything whole is no content.
-    written = [p for p in out.iterdir() if p.name != LOCK] if out.is_dir() else []
-    if any(not p.name.startswith(PARTIAL) for p in written):
+    names = [path.name for path in out.iterdir()] if out.is_dir() else []
+    if any(name != LOCK and not name.startswith(PARTIAL) for name in names):
         if not (out / CONFIG).is_file():
             raise UserError(
                 f"The folder {out} is not empty and holds no run: choose another --out."
@@ -592,27 +520,19 @@ def read_config(path: Path) -> CompleteConfig:
         UserError: the file is damaged, or of another version.
     """
     try:
-        values = read_json(path)
-        unknown = sorted(values.keys() - {f.name for f in fields(TuningConfig)} - RENAMED.keys())
-        if unknown:
-            raise UserError(
-                f"{path} has the unknown setting {unknown[0]!r}: open it with the version of "
-                "sude_lab that wrote it."
-            )
-        settings = read_settings(values)
+        settings = read_settings(read_json(path))
         get_method(settings["method"])
         if any("\0" in str(settings.get(name)) for name in fields_of("place")):
             raise ValueError(path)
         if str(settings.get("backbone")).startswith("./"):
             settings["backbone"] = os.path.abspath(path.parent / settings["backbone"])
-        try:
-            config = CompleteConfig(**settings)
-        except UserError as error:
-            raise UserError(f"{path} is damaged: {error}") from error
-        return config
+        return CompleteConfig(**settings)
+    except UserError as error:
+        raise UserError(
+            f"{path} is damaged: {str(error).rstrip('.')}: open it with the version of sude_lab "
+            "that wrote it."
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} is not a run's configuration: the file is damaged.") from error
 
 
@@ -622,9 +542,8 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # damaged bytes fail with errors of any class
         raise UserError(f"{path} is damaged: delete it, and --resume starts anew.") from error
     kinds = {"step": int, "trained": dict, "optimizer": dict, "rows": list}
-    if not isinstance(state, dict) or not all(
-        type(state.get(name)) is kind for name, kind in kinds.items()
-    ):
+    whole = isinstance(state, dict) and all(type(state.get(n)) is k for n, k in kinds.items())
+    if not whole:
         raise UserError(
             f"{path} is no checkpoint of this version of sude_lab: delete it, and --resume starts "
             "anew."
@@ -632,26 +551,21 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_same(old: TuningConfig, new: TuningConfig, out: Path) -> None:
+def _check_same(new: TuningConfig, pictures: list[Image.Image], out: Path) -> None:
+    """The files may have moved; the settings and what the pictures show must be the same."""
+    old = read_config(out / CONFIG)
     for f in fields(TuningConfig):
         before, now = getattr(old, f.name), getattr(new, f.name)
-        if f.name == "more_subjects":  # the files may have moved
+        if f.name == "more_subjects":
             before, now = ([(s.category, s.token) for s in c.subjects[1:]] for c in (old, new))
         if before != now and f.name not in ("image", "device"):
-            flag = f.name.replace("_", "-")
             raise UserError(
-                f"The run in {out} was started with --{flag} {before}, not {now}: resume it with "
-                "the same settings, or choose another --out."
+                f"The run in {out} was started with --{flag(f.name)} {before}, not {now}: resume "
+                "it with the same settings, or choose another --out."
             )
-
-
-def _check_same_pictures(pictures: list[Image.Image], config: TuningConfig, out: Path) -> None:
-    """The files may have moved; what they show must be what the run began with."""
-    for number, (picture, subject) in enumerate(zip(pictures, config.subjects, strict=True)):
-        kept = out / picture_name(number)
-        if not kept.is_file():  # stopped between the first files
-            continue
-        if open_picture(kept).tobytes() != picture.tobytes():
+    for number, (picture, subject) in enumerate(zip(pictures, new.subjects, strict=True)):
+        kept = out / picture_name(number)  # not there where the run stopped between its first files
+        if kept.is_file() and open_picture(kept).tobytes() != picture.tobytes():
             raise UserError(
                 f"The run in {out} was started on another picture than {subject.image}: resume it "
                 "with that one, or choose another --out."
@@ -678,9 +592,8 @@ def _keeping(begin: Callable[[], Iterator[Step]], out: Path, accelerator: Any) -
             last = step
             yield step
     except UserError as error:
-        with_kept: UserError = error
-        if accelerator is None or accelerator.is_main_process:
-            with_kept = _with_kept(error, out, last)
+        main = accelerator is None or accelerator.is_main_process
+        with_kept = _with_kept(error, out, last) if main else error
         # All fail alike and wait until the weights are kept: the first process that ends ends all.
         # Where the memory of one ran out the others know nothing of it, and waiting has no end.
         alone = error.__cause__ is not None and machine_failure(error.__cause__)
@@ -696,11 +609,9 @@ def _with_kept(error: UserError, out: Path, last: Step | None) -> UserError:
     kept = []
     if last is not None and (out / CONFIG).is_file():
         folder = out / f"weights-step-{last.number:06d}"
-        try:
+        with suppress(Exception):  # a full disk, or a device that is gone with the weights
             _keep_weights(folder, last)
             kept.append(f"the weights after step {last.number} ({folder})")
-        except Exception:  # a full disk, or a device that is gone with the weights
-            pass
     if (out / CHECKPOINT).is_file():
         step = _read_checkpoint(out / CHECKPOINT)["step"]
         kept.append(f"the checkpoint of step {step} ({out / CHECKPOINT})")
@@ -752,11 +663,10 @@ def _draw_grid(
 ) -> Image.Image:
     """Draw `number` pictures of every prompt into one file, a row a prompt; return it."""
     images: list[Image.Image] = []
+    bar = tqdm(prompts, desc="drawing samples", unit="prompt", disable=not progress)
     try:
         with _undisturbed(backbone):
-            for prompt in tqdm(
-                prompts, desc="drawing samples", unit="prompt", disable=not progress
-            ):
+            for prompt in bar:
                 images += generate(backbone, prompt, num_images=number, seed=config.seed)
     except (RuntimeError, MemoryError) as error:
         failure = machine_failure(error)
@@ -777,12 +687,10 @@ def _environment(
     backbone: Backbone, seconds: float, rows: list[dict[str, float]], accelerator: Any
 ) -> dict[str, Any]:
     names = ("sude-lab", "torch", "diffusers", "transformers", "peft", "accelerate")
-    versions = {}
-    for name in (*names, "safetensors", "pillow"):
-        try:
+    versions = dict.fromkeys((*names, "safetensors", "pillow"), "not installed")
+    for name in versions:
+        with suppress(metadata.PackageNotFoundError):  # a checkout that was not installed
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # a checkout that was not installed
-            versions[name] = "not installed"
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -8,8 +8,16 @@ from typing import Any
 from PIL import Image
 
 from sude_lab.backbone import Backbone
-from sude_lab.config import TuningConfig
-from sude_lab.draws import Draws, FreshDraws, WithClassImages, one_of_each, picture_latents
+from sude_lab.config import CompleteConfig, TuningConfig
+from sude_lab.draws import (
+    Draws,
+    FreshDraws,
+    WithClassImages,
+    one_of_each,
+    picture_latents,
+    side_of,
+)
+from sude_lab.io.pictures import load_picture
 from sude_lab.methods import configure
 from sude_lab.runs.class_images import class_latents
 from sude_lab.runs.prior_bank import BankClassifier, BankDraws, open_bank
@@ -24,14 +32,8 @@ def prepare(
     """Build, or find in the cache, what a run draws from and who answers its eq. 5.
 
     With `prior_bank` the samples are pairs of the subjects' banks, and the banks answer; with
-    `prior_loss_weight` above 0 class images of every category come beside them, drawn by the model
-    where the run names no folder. None for the classifier: the run asks its own model.
-
-    Args:
-        config: The settings of the run.
-        backbone: The model before tuning.
-        pictures: The subject's picture, or one of each subject.
-        accelerator: The processes that share the run: the first one builds, the others find it.
+    `prior_loss_weight` above 0 class images of every category come beside them. None for the
+    classifier: the run asks its own model. Of an accelerator's processes the first one builds.
 
     Raises:
         UserError: the backbone has been used already, the settings do not fit it, or the cache
@@ -39,7 +41,7 @@ def prepare(
     """
     backbone.use()
     config, processes = configure(config, backbone), Processes(accelerator)
-    images = one_of_each(config, pictures)
+    images = _squares(config, backbone, pictures)
     latents = [picture_latents(config, backbone, image) for image in images]
     draws: Draws = FreshDraws(latents, backbone.schedule.num_timesteps)
     classifier: Classifier | None = None
@@ -72,9 +74,15 @@ def prepared_tuning(
     return Tuning(
         config,
         backbone,
-        pictures,
+        _squares(configure(config, backbone), backbone, pictures),
         draws=draws,
         classifier=classifier,
         state=state,
         accelerator=accelerator,
     )
+
+
+def _squares(config: CompleteConfig, backbone: Backbone, pictures: Pictures) -> list[Image.Image]:
+    """Return the subjects' pictures with the care that files get: upright, RGB, cut to squares."""
+    side = side_of(config, backbone)
+    return [load_picture(p, resolution=side).image for p in one_of_each(config, pictures)]

@@ -1,27 +1,24 @@
 """A prior bank: what the model before tuning says of N pairs (t, noise), asked once for many runs.
 
 SuDe's prior `pretrained` is two predictions a step, eps_class and eps_uncond, of a model that never
-changes, of one picture. Both follow from (t, noise), so they are asked once for N pairs and kept;
-a step draws its samples from the pairs and asks nothing:
+changes. Both follow from (t, noise): they are asked once for N pairs, from which a step draws:
 
     bank = open_bank(config, backbone, "dog", picture, (mean, deviation))    # config.prior_bank = N
     x_0, eps, t = bank.pairs.batch(index)                                    # the step's samples
     uncond, category = bank.outputs(index).unbind(1)                         # its prior
 
-Kept in half precision are the null prediction and the *direction* d = category - null, not the
-category's prediction: SuDe's gradient is along d (`sude_lab.losses`), which is small beside both,
-so that the difference of two rounded predictions would lose a part of its digits. A bank takes
-4 C h w bytes a pair on the disk and in memory: 64 KiB for a latent of Stable Diffusion at 512
-pixels. The pairs themselves take none: pair k is drawn anew from its seed and k.
+Kept in half precision are the null prediction and the *direction* d = category - null: SuDe's
+gradient is along d (`sude_lab.losses`), which is small beside both predictions, so that the
+difference of two rounded ones would lose digits. A bank takes 4 C h w bytes a pair on the disk and
+in memory, 64 KiB for a latent of Stable Diffusion at 512 pixels; the pairs take none, because pair
+k is drawn anew from its seed and k.
 
-In float32 both predictions are kept as they are, asked a pair at a time: the very calls that a step
-of one sample makes. The last bits of a prediction hang on the batch it is made in, so the losses of
-a run with `train_batch_size` 1 are those of asking in every step bit for bit, those of larger
-batches to rounding.
+In float32 both predictions are kept, asked a pair at a time as a step of one sample asks: the
+losses of a run with `train_batch_size` 1 are those of asking in every step bit for bit, those of
+larger batches to rounding.
 
-Banks lie in the cache (`class_images.cache_folder`), named by a hash of all that they follow from:
-weights, schedule, picture, prompts, seed, number, precision. Runs that differ in anything else
-(method, w_s, learning rates) share one.
+Banks lie in the cache (`class_images.cache_folder`), named by a hash of all that they follow from;
+runs that differ in anything else (method, w_s, learning rates) share one.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +42,9 @@ from sude_lab.config import CompleteConfig
 from sude_lab.diffusion import add_noise
 from sude_lab.draws import Batch, Latents, draw_subjects, side_of
 from sude_lab.io.files import atomic_write, locked, save_tensors
+from sude_lab.io.identity import digest, hash_of
 from sude_lab.prompts import photo_of
-from sude_lab.runs.class_images import cache_folder, fingerprint
+from sude_lab.runs.class_images import fingerprint, place_in_cache
 from sude_lab.sude import ask
 
 FORMAT = 1
@@ -61,8 +59,8 @@ class Pairs:
     """N pairs of a timestep and noise for one picture, numbered from 0.
 
     Pair k is a draw of the picture's latent (which mirror image, and the encoder's deviation), of
-    eps and of t, from a generator of its own. The timesteps are spread: t of pair k is drawn evenly
-    from the k-th of N equal parts of 0 ... T-1, so that a small bank has early and late ones too.
+    eps and of t, from a generator of its own. Its t is drawn evenly from the k-th of N equal parts
+    of 0 ... T-1, so that a small bank has early and late ones too.
     """
 
     mean: Tensor
@@ -75,8 +73,8 @@ class Pairs:
     def pair(self, k: int) -> tuple[Tensor, Tensor, int]:
         """Return x_0 and eps, (C, h, w) each, and t of pair k."""
         # CPU generators read 32 bits of a seed: hashed, so that they are not those of the steps.
-        digest = hashlib.blake2b(f"pair {k} of seed {self.seed}".encode(), digest_size=4).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        bits = hashlib.blake2b(f"pair {k} of seed {self.seed}".encode(), digest_size=4).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(bits, "big"))
         within = torch.rand((), generator=generator, dtype=torch.float64).item()
         t = min(int((k + within) * self.num_timesteps / self.number), self.num_timesteps - 1)
         pick = int(torch.randint(len(self.mean), (), generator=generator))
@@ -106,7 +104,7 @@ class PriorBank:
         """Return the model outputs for no condition and for the category, (B, 2, C, h, w), float32.
 
         Raises:
-            KeyError: nothing is kept (`kept` is empty): ask the model then.
+            KeyError: nothing is kept.
         """
         uncond = self.kept["uncond"][index].float()
         if "category" in self.kept:
@@ -129,13 +127,12 @@ def open_bank(
     """Read the bank of a picture and its category from the cache; build it where it is not there.
 
     Without SuDe nothing is asked, and nothing kept: the pairs alone, so that a plain run sees the
-    samples that its like with SuDe sees. Who comes second waits for who builds it. A file that is
-    damaged is told, and built anew. The backbone must be as it was opened: no adapters, no new
-    words.
+    samples that its like with SuDe sees. Who comes second waits for who builds it. A damaged file
+    is built anew, with a line that says so.
 
     Args:
-        config: The run's settings, resolved: `prior_bank` pairs in `prior_bank_dtype`.
-        backbone: The model before tuning.
+        config: The run's settings: `prior_bank` pairs in `prior_bank_dtype`.
+        backbone: The model before tuning: no adapters, no new words.
         category: What the picture shows.
         picture: The picture that was encoded.
         latents: Mean and deviation of its latents, (K, C, h, w) each.
@@ -149,24 +146,20 @@ def open_bank(
     if config.prior_bank_dtype == "live" or not config.with_sude:
         return PriorBank(pairs, {})
     about = _about(config, backbone, category, picture)
-    path = cache_folder() / "prior_banks" / f"{_hash(about)[:16]}.safetensors"
+    path = place_in_cache("prior_banks", about, ".safetensors")
     with locked(path.with_suffix(".lock")):
         tensors = _read(path, about, pairs, config.prior_bank_dtype) if path.exists() else None
         if tensors is None:
             tensors = _build(config, backbone, category, pairs)
             # The latents go with them: a machine whose encoder rounds otherwise takes these.
             tensors |= {"mean": mean.contiguous(), "deviation": deviation.contiguous()}
-            told = {"about": json.dumps(about), "sum": _sum(tensors)}
+            header = {"about": json.dumps(about), "sum": _sum(tensors)}
             with atomic_write(path) as temporary:
-                save_tensors(tensors, temporary, metadata=told)
-            size = path.stat().st_size / 2**20
-            tqdm.write(
-                f"The prior bank of {pairs.number:,} pairs takes {size:.1f} MiB on the disk and in "
-                f"memory: {path}",
-                file=sys.stderr,
-            )
-    mean, deviation = tensors.pop("mean"), tensors.pop("deviation")
-    pairs = Pairs(mean, deviation, pairs.number, pairs.num_timesteps, pairs.seed)
+                save_tensors(tensors, temporary, metadata=header)
+            what = f"The prior bank of {pairs.number:,} pairs takes"
+            size = f"{path.stat().st_size / 2**20:.1f} MiB on the disk and in memory"
+            tqdm.write(f"{what} {size}: {path}", file=sys.stderr)
+    pairs = replace(pairs, mean=tensors.pop("mean"), deviation=tensors.pop("deviation"))
     return PriorBank(pairs, tensors, path)
 
 
@@ -202,17 +195,13 @@ class BankClassifier:
             raise ValueError("These samples are from no bank: draw them with BankDraws.")
         drawn = zip(batch.which.tolist(), batch.index.cpu().split(1), strict=True)
         outputs = torch.cat([self.banks[who].outputs(k) for who, k in drawn]).to(x_t.device)
-        uncond, category = outputs.unbind(1)
-        return uncond, category
+        return outputs[:, 0], outputs[:, 1]
 
 
 def ask_pairs(
     backbone: Backbone, pairs: Pairs, index: Tensor, null: Condition, category: Condition
 ) -> tuple[Tensor, Tensor]:
-    """Return what the model says of pairs: for no condition and for the category, (B, C, h, w).
-
-    As a step of tuning asks. Args: index: (B,); null, category: one row each.
-    """
+    """Return the model outputs of pairs, (B, C, h, w), for no condition and for the category."""
     x_0, eps, t = (x.to(backbone.device) for x in pairs.batch(index))
     x_t = add_noise(x_0, eps, t, backbone.schedule)
     uncond_output, class_output = ask(backbone.predict, x_t, t, null, category)
@@ -224,15 +213,14 @@ def _build(
 ) -> dict[str, Tensor]:
     half = config.prior_bank_dtype == "float16"
     with torch.no_grad():
-        null, of = backbone.null_condition(), backbone.encode_prompts([photo_of(category)])
+        null, photo = backbone.null_condition(), backbone.encode_prompts([photo_of(category)])
     uncond, second = [], []
-    with tqdm(
-        total=pairs.number, desc="asking the model before tuning", unit="pair", delay=_WAIT
-    ) as bar:
+    words = "asking the model before tuning"
+    with tqdm(total=pairs.number, desc=words, unit="pair", delay=_WAIT) as bar:
         for index in torch.arange(pairs.number).split(PAIRS_AT_ONCE if half else 1):
-            no_condition, said = ask_pairs(backbone, pairs, index, null, of)
+            no_condition, conditional = ask_pairs(backbone, pairs, index, null, photo)
             uncond.append(no_condition.half() if half else no_condition)
-            second.append((said - no_condition).half() if half else said)
+            second.append((conditional - no_condition).half() if half else conditional)
             bar.update(len(index))
     kept = {"uncond": uncond, "direction" if half else "category": second}
     # A UNet in channels_last answers so, and safetensors takes what is contiguous alone.
@@ -251,15 +239,18 @@ def _about(
     return {
         "format": FORMAT,
         "weights": fingerprint(backbone),
-        "schedule": _hash(backbone.schedule.alphas_cumprod.tolist()),
-        "settings": _hash([_public(part) for part in settings]),
+        "schedule": hash_of(backbone.schedule.alphas_cumprod.tolist()),
+        # Without a part's class, its version and the place it was read from.
+        "settings": hash_of(
+            [{str(k): v for k, v in s.items() if not str(k).startswith("_")} for s in settings]
+        ),
         "prompts": ["", photo_of(category)],
         # The words as the text encoder reads them, which is the tokenizer's part of the model.
         "tokens": [
             backbone.tokenize(["", photo_of(category)], tokenizer).tolist()
             for tokenizer in backbone.tokenizers
         ],
-        "picture": hashlib.sha256(f"{pixels.size}".encode() + pixels.tobytes()).hexdigest(),
+        "picture": digest(f"{pixels.size}".encode() + pixels.tobytes()),
         "resolution": side_of(config, backbone),
         "horizontal_flip": config.horizontal_flip,
         "seed": config.seed,
@@ -269,22 +260,13 @@ def _about(
     }
 
 
-def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a part's settings without its class, its version and the place it was read from."""
-    return {str(k): v for k, v in settings.items() if not str(k).startswith("_")}
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def _sum(tensors: Mapping[str, Tensor]) -> str:
     """Return a checksum of the tensors' bytes: safetensors knows a file's length and no more."""
-    digest = hashlib.blake2b(digest_size=8)
+    checksum = hashlib.blake2b(digest_size=8)
     for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()
+        checksum.update(f"{name} {tuple(tensors[name].shape)}".encode())
+        checksum.update(tensors[name].numpy().tobytes())
+    return checksum.hexdigest()
 
 
 def _read(
@@ -297,12 +279,12 @@ def _read(
     expected |= dict.fromkeys(("mean", "deviation"), tuple(pairs.mean.shape))
     try:
         with safe_open(path, "pt") as file:
-            told = file.metadata() or {}
+            header = file.metadata() or {}
             # Copies: these are views of the file, and a run must not die with a file cut short.
             tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        same = json.loads(told["about"]) == about and shapes == expected
-        if same and told["sum"] == _sum(tensors):
+        same = json.loads(header["about"]) == about and shapes == expected
+        if same and header["sum"] == _sum(tensors):
             return tensors
     except (SafetensorError, OSError, KeyError, ValueError, TypeError):
         pass

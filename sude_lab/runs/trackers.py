@@ -14,10 +14,14 @@ from sude_lab.errors import UserError
 
 
 class Trackers:
-    """The trackers of a run, by accelerate's names and classes; nothing is imported for none."""
+    """The trackers of a run, by accelerate's names and classes; nothing is imported for none.
+
+    Raises:
+        UserError: accelerate knows none of that name, or its package is not installed.
+    """
 
     def __init__(self, report_to: str) -> None:
-        self.names = tracker_names(report_to)
+        self.names = _tracker_names(report_to)
         self.begun: list[Any] = []
 
     def begin(self, folder: Path, config: TuningConfig, first: int) -> None:
@@ -32,10 +36,8 @@ class Trackers:
             "tensorboard": {"purge_step": first},
             "wandb": {"dir": str(folder), "name": folder.parent.name},
         }
-        settings = {
-            name: value if isinstance(value, bool | int | float | str) else str(value)
-            for name, value in asdict(config).items()
-        }
+        plain = (bool, int, float, str)
+        settings = {k: v if isinstance(v, plain) else str(v) for k, v in asdict(config).items()}
         for name in self.names:
             kind = LOGGER_TYPE_TO_CLASS[name]
             where = [str(folder)] if kind.requires_logging_directory else []
@@ -71,25 +73,20 @@ class Trackers:
             tracker.finish()
 
 
-def tracker_names(report_to: str) -> list[str]:
-    """Return accelerate's names of the trackers.
-
-    Raises:
-        UserError: accelerate knows none of that name, or its package is not installed.
-    """
+def _tracker_names(report_to: str) -> list[str]:
     if report_to == "none":
         return []
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import LoggerType
 
-    here = [str(name) for name in get_available_trackers()]
+    installed = [str(name) for name in get_available_trackers()]
     if report_to == "all":
-        return here
+        return installed
     if report_to not in LOGGER_TYPE_TO_CLASS:
         choices = ", ".join(["none", "all", *LOGGER_TYPE_TO_CLASS])
         raise UserError(f"There is no tracker {report_to!r}: choose --report-to among {choices}.")
     # A class that was registered with accelerate by hand is in no list of packages.
-    if report_to in LoggerType.list() and report_to not in here:
+    if report_to in LoggerType.list() and report_to not in installed:
         raise UserError(
             f"--report-to {report_to} needs the package {report_to}: pip install {report_to}, or "
             "use --report-to none."

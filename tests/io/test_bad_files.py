@@ -64,16 +64,16 @@ HOSTILE: dict[str, tuple[str | bytes, str]] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_refused_by_sweep_and_evaluate(name: str, tmp_path: Path) -> None:
-    text, told = HOSTILE[name]
+    text, reason = HOSTILE[name]
     file = tmp_path / "file.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     before = content(tmp_path)
     for flags in ((), ("--dry-run",)):
-        said = say("sweep", file, "--out", tmp_path / "new", *flags).sentence
-        assert told in said and "file.yaml" in said
+        sentence = say("sweep", file, "--out", tmp_path / "new", *flags).sentence
+        assert reason in sentence and "file.yaml" in sentence
     with pytest.raises(UserError) as error:
         read_prompts(file, "dog")
-    assert told in str(error.value) and "file.yaml" in str(error.value)
+    assert reason in str(error.value) and "file.yaml" in str(error.value)
     assert content(tmp_path) == before
 
 
@@ -193,11 +193,11 @@ def test_bytes_and_letters_as_a_grid_and_as_prompts(data: bytes | str, room: Pat
     (room / "grid.yaml").write_bytes(raw)
     planned(room)
     try:
-        found = read_prompts(room / "grid.yaml", "dog")
+        prompts = read_prompts(room / "grid.yaml", "dog")
     except UserError as error:
         assert "grid.yaml" in str(error)
     else:
-        assert all(PLACEHOLDER in prompt.text for prompt in found)
+        assert all(PLACEHOLDER in prompt.text for prompt in prompts)
 
 
 @generated(150)
@@ -210,12 +210,12 @@ def test_prompts_of_any_content(entries: Any, plain: bool, room: Path) -> None:
     if plain:
         path.write_bytes(file.read_bytes())
     try:
-        found = read_prompts(path, "dog")
+        prompts = read_prompts(path, "dog")
     except UserError as error:
         assert path.name in str(error) or "is no text" in str(error)
     else:
-        assert found and all(isinstance(p.text, str) and PLACEHOLDER in p.text for p in found)
-        assert all(isinstance(p.caption, str) for p in found)
+        assert prompts and all(isinstance(p.text, str) and PLACEHOLDER in p.text for p in prompts)
+        assert all(isinstance(p.caption, str) for p in prompts)
     finally:
         (room / "prompts.txt").unlink(missing_ok=True)
 
@@ -239,9 +239,9 @@ def test_facts_of_any_content(facts: Any, tmp_path_factory: pytest.TempPathFacto
     folder.mkdir(exist_ok=True)
     (folder / FACTS_FILE).write_text(json.dumps(facts, default=str), encoding="utf-8")
     try:
-        known = read_facts(folder)
-        config = configure(TuningConfig(Path("x.png"), "dog"), known)
-        drawing = sampling_settings(known)
+        facts = read_facts(folder)
+        config = configure(TuningConfig(Path("x.png"), "dog"), facts)
+        drawing = sampling_settings(facts)
     except UserError as error:
         assert str(error).isprintable()
     else:

@@ -28,17 +28,17 @@ TEXT = "text_encoder/model.safetensors"
 
 def tensors(file: str, change: Callable[[dict[str, Any]], Any]) -> Change:
     def apply(folder: Path) -> None:
-        found = {n: p.clone() for n, p in load_file(folder / file).items()}  # it is written over
-        change(found)
-        save_file(found, folder / file, metadata={"format": "pt"})
+        state = {n: p.clone() for n, p in load_file(folder / file).items()}  # it is written over
+        change(state)
+        save_file(state, folder / file, metadata={"format": "pt"})
 
     return apply
 
 
 def settings(file: str, **values: Any) -> Change:
     def apply(folder: Path) -> None:
-        found = json.loads((folder / file).read_text())
-        (folder / file).write_text(json.dumps(found | values))
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(content | values))
 
     return apply
 
@@ -48,11 +48,11 @@ def written(file: str, data: bytes) -> Change:
 
 
 def without(name: str) -> Callable[[dict[str, Any]], Any]:
-    return lambda found: found.pop(next(key for key in found if name in key))
+    return lambda state: state.pop(next(key for key in state if name in key))
 
 
 def every(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, Any]], Any]:
-    return lambda found: found.update({k: change(v) for k, v in found.items()})
+    return lambda state: state.update({k: change(v) for k, v in state.items()})
 
 
 def pickled(folder: Path) -> None:
@@ -112,7 +112,7 @@ PIPELINES: dict[str, tuple[Change, str]] = {
 def test_a_pipeline_that_is_not_whole_is_refused(
     name: str, tiny_folder: Path, subject_picture: Path, tmp_path: Path
 ) -> None:
-    change, told = PIPELINES[name]
+    change, reason = PIPELINES[name]
     folder = tmp_path / "pipeline"
     shutil.copytree(tiny_folder, folder)
     if name == "code of the folder":
@@ -123,8 +123,8 @@ def test_a_pipeline_that_is_not_whole_is_refused(
     before = content(tmp_path)
     command = ("tune", subject_picture, "--category", "dog", "--backbone", folder)
     few = ("--max-train-steps", 1, "--num-samples", 0, "--report-to", "none", "--device", "cpu")
-    said = say(*command, *few, "--out", tmp_path / "new" / "run").sentence
-    assert told in said and (str(folder) in said or "--train" in said)
+    sentence = say(*command, *few, "--out", tmp_path / "new" / "run").sentence
+    assert reason in sentence and (str(folder) in sentence or "--train" in sentence)
     assert content(tmp_path) == before
 
 
@@ -140,9 +140,9 @@ def test_weights_of_another_precision_are_read_right(
         )
     other = open_backbone(tmp_path / "other", device="cpu")
     for part in ("unet", "vae", "text_encoder"):
-        mine, theirs = getattr(other, part, None), getattr(tiny, part, None)
-        mine, theirs = mine or other.pipeline.vae, theirs or tiny.pipeline.vae
-        for (name, p), q in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+        module, theirs = getattr(other, part, None), getattr(tiny, part, None)
+        module, theirs = module or other.pipeline.vae, theirs or tiny.pipeline.vae
+        for (name, p), q in zip(module.named_parameters(), theirs.parameters(), strict=True):
             assert p.dtype == torch.float32, name
             torch.testing.assert_close(p, q.to(kind).float(), rtol=0, atol=0)
     x_t, t = torch.ones(1, 4, 8, 8), torch.tensor([5])
@@ -266,10 +266,10 @@ def test_weights_of_other_shapes_are_refused(
     for number, file in enumerate(sorted((runs[method] / "weights").iterdir())):
         room = tmp_path / f"run-{number}"
         shutil.copytree(runs[method], room)
-        found = load_file(file)
-        name = max(found, key=lambda n: found[n].numel())
-        found[name] = torch.zeros(3, 5, 7)
-        save_file(found, room / "weights" / file.name, metadata={"token": "<sks>"})
+        state = load_file(file)
+        name = max(state, key=lambda n: state[n].numel())
+        state[name] = torch.zeros(3, 5, 7)
+        save_file(state, room / "weights" / file.name, metadata={"token": "<sks>"})
         before = content(tmp_path)
         command = ("generate", room, "photo of a {S*}", "--device", "cpu", "--num-images", 1)
         assert say(*command, "--out", tmp_path / "new").sentence
@@ -283,8 +283,10 @@ def test_weights_as_a_pickle_are_refused(runs: dict[str, Path], tmp_path: Path) 
         torch.save(load_file(file), file.with_suffix(".bin"))
         file.unlink()
     before = content(tmp_path)
-    said = say("generate", room, "a {S*}", "--device", "cpu", "--out", tmp_path / "new").sentence
-    assert "no safetensors, the only weights that are read" in said
+    sentence = say(
+        "generate", room, "a {S*}", "--device", "cpu", "--out", tmp_path / "new"
+    ).sentence
+    assert "no safetensors, the only weights that are read" in sentence
     assert content(tmp_path) == before
 
 
@@ -301,11 +303,11 @@ def test_a_damaged_checkpoint_is_read_or_refused(
         data[int(where * (len(data) - 1))] = value
     path.write_bytes(data[: int(keep * len(data))])
     try:
-        found = _read_checkpoint(path)
+        checkpoint = _read_checkpoint(path)
     except UserError as error:
         assert CHECKPOINT in str(error)
     else:
-        assert isinstance(found["step"], int) and isinstance(found["rows"], list)
+        assert isinstance(checkpoint["step"], int) and isinstance(checkpoint["rows"], list)
 
 
 @pytest.mark.parametrize("wrong", [{"step": "1"}, {"rows": None}, {"trained": 3}, {"step": True}])

@@ -58,14 +58,14 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, dict[str, Any]]]:
 def complaints(source: str) -> list[str]:
     """What in a module's text would run what it reads."""
     tree = ast.parse(source)
-    found = []
+    risks = []
     for node in ast.walk(tree):
         names = (
             [a.name for a in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         )
         if isinstance(node, ast.ImportFrom) and node.module:
             names.append(node.module)
-        found += [
+        risks += [
             n
             for n in names
             if n.split(".")[0]
@@ -74,22 +74,22 @@ def complaints(source: str) -> list[str]:
     for name, keywords in calls(tree):
         last = name.rsplit(".", 1)[-1]
         if name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"):
-            found.append(name)
+            risks.append(name)
         if name == "torch.load" and keywords.get("weights_only") is not True:
-            found.append(name)
+            risks.append(name)
         if keywords.get("allow_pickle") not in (None, False):
-            found.append("allow_pickle")
+            risks.append("allow_pickle")
         if keywords.get("trust_remote_code") not in (None, False):
-            found.append("trust_remote_code")
+            risks.append("trust_remote_code")
         if keywords.get("shell") not in (None, False):
-            found.append("shell")
+            risks.append("shell")
         if name in ("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load"):
-            found.append(name)
+            risks.append(name)
         if last in ("read_pickle", "getoutput", "getstatusoutput", "mktemp"):
-            found.append(name)
+            risks.append(name)
         if re.search(r"yaml\.(Unsafe|Full|)Loader$", name):
-            found.append(name)
-    return found
+            risks.append(name)
+    return risks
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -137,8 +137,8 @@ def program(folder: Path, name: str) -> None:
 
 
 def say_in(folder: Path, name: str, **values: Any) -> None:
-    told = json.loads((folder / name).read_text())
-    (folder / name).write_text(json.dumps(told | values))
+    settings = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(settings | values))
 
 
 def linked(folder: Path) -> None:
@@ -189,12 +189,12 @@ def test_a_hostile_folder_is_refused_before_anything_is_opened(
 ) -> None:
     import diffusers
 
-    change, told = HOSTILE[name]
+    change, sentence = HOSTILE[name]
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)
     change(folder)
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", None)
-    with pytest.raises(UserError, match=re.escape(told)):
+    with pytest.raises(UserError, match=re.escape(sentence)):
         open_backbone(folder, device="cpu")
     assert not (tmp_path / "was-run").exists()
 
@@ -250,9 +250,9 @@ def hub(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> s
     for commit in (COMMIT, OTHER):
         shutil.copytree(tiny_folder, model / "snapshots" / commit)
     facts = model / "snapshots" / COMMIT / "sude_lab.json"
-    told = json.loads(facts.read_text())
-    told["generation"]["num_inference_steps"] = 3
-    facts.write_text(json.dumps(told))
+    values = json.loads(facts.read_text())
+    values["generation"]["num_inference_steps"] = 3
+    facts.write_text(json.dumps(values))
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text(OTHER)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -415,8 +415,8 @@ def test_names_of_pictures_and_subjects_stay_in_the_folder(
     around = content(pictures)
     command = ("tune", name, "--category", "dog", "--token", "../../up", "--backbone", tiny_folder)
     few = ("--max-train-steps", 1, "--num-samples", 1, "--device", "cpu", "--report-to", "none")
-    said = say(*command, *few, "--prompt", "../{S*}/../{category}", "--out", room / "run")
-    assert said.code == 0, said
+    result = say(*command, *few, "--prompt", "../{S*}/../{category}", "--out", room / "run")
+    assert result.code == 0, result
     drawn = ("generate", room / "run", "../../../{S*}\\..", "--num-images", 1, "--device", "cpu")
     assert say(*drawn, "--out", room / "drawn").code == 0
     assert {p.name for p in tmp_path.iterdir()} == {"room", "pictures"}
@@ -440,9 +440,9 @@ def test_a_link_in_place_of_a_folder_is_not_followed(finished: Run, tmp_path: Pa
         (tmp_path / name).symlink_to(target)
         before = content(tmp_path)
         command = ("generate", finished.folder, "a {S*}", "--num-images", 1, "--device", "cpu")
-        said = say(*command, "--out", tmp_path / name)
-        if said.code:
-            assert "Traceback" not in said.err and content(tmp_path) == before
+        result = say(*command, "--out", tmp_path / name)
+        if result.code:
+            assert "Traceback" not in result.err and content(tmp_path) == before
         else:  # the link itself gave way to the folder
             assert not (tmp_path / name).is_symlink()
         assert (tmp_path / "mine" / "letter.txt").read_text() == "mine"
@@ -474,13 +474,13 @@ class Page(HTMLParser):
 
 
 def harmless(page: str, times: int) -> Page:
-    found = Page(page)
-    names = {name for _, attributes in found.tags for name in attributes}
-    assert not {tag for tag, _ in found.tags} & {"script", "iframe", "object", "svg", "a"}
+    parsed = Page(page)
+    names = {name for _, attributes in parsed.tags for name in attributes}
+    assert not {tag for tag, _ in parsed.tags} & {"script", "iframe", "object", "svg", "a"}
     assert not [name for name in names if name.startswith("on")]
-    assert found.sources <= {"data:image"}
-    assert found.text.count("<script>alert(1)</script>") >= times
-    return found
+    assert parsed.sources <= {"data:image"}
+    assert parsed.text.count("<script>alert(1)</script>") >= times
+    return parsed
 
 
 def test_the_report_of_the_demo_escapes_every_text(finished: Run) -> None:
@@ -508,8 +508,8 @@ def test_the_page_of_a_sweep_escapes_every_text(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(folder / "000.png")
     state = sweep.State(EVIL, tmp_path / "run", "failed", EVIL)
-    found = harmless(sweep._page(state), 2)
-    assert ("img", frozenset({"src", "height"})) in found.tags
+    shown = harmless(sweep._page(state), 2)
+    assert ("img", frozenset({"src", "height"})) in shown.tags
 
 
 def test_the_card_of_a_run_quotes_what_it_says(finished: Run, tiny: Backbone) -> None:
@@ -528,8 +528,8 @@ def test_the_card_of_a_run_quotes_what_it_says(finished: Run, tiny: Backbone) ->
 
 
 def test_a_message_moves_no_cursor(tmp_path: Path) -> None:
-    said = say("tune", tmp_path / "\x1b[2J\x07.png", "--category", "dog", "--out", tmp_path / "x")
-    assert "\x1b" not in said.err and "\x07" not in said.err and "\\x1b[2J" in said.sentence
+    result = say("tune", tmp_path / "\x1b[2J\x07.png", "--category", "dog", "--out", tmp_path / "x")
+    assert "\x1b" not in result.err and "\x07" not in result.err and "\\x1b[2J" in result.sentence
 
 
 def test_a_picture_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

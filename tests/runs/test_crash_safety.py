@@ -32,21 +32,21 @@ KILLS = int(os.environ.get("SUDE_LAB_KILLS", "12"))
 """How many moments in all; 50 and more before a release."""
 
 
-def command(arguments: list[str], folder: str, number: int, delay: float, told: Any) -> None:
+def command(arguments: list[str], folder: str, number: int, delay: float, pipe: Any) -> None:
     """Run a command; end this process at touch `number` of `folder` and `delay` seconds more.
 
-    Without a number the touches are counted and sent to `told`.
+    Without a number the touches are counted and sent to `pipe`.
     """
     torch.set_num_threads(1)
-    seen = 0
+    touches = 0
 
     def watch(event: str, details: tuple[Any, ...]) -> None:
-        nonlocal seen
+        nonlocal touches
         written = event == "open" and isinstance(details[2], int) and details[2] & 3
         if not (written or event in TOUCHES) or not str(details[0]).startswith(folder):
             return
-        seen += 1
-        if seen == number:
+        touches += 1
+        if touches == number:
             if delay == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)  # no handler: it ends as by kill -9
@@ -57,8 +57,8 @@ def command(arguments: list[str], folder: str, number: int, delay: float, told: 
 
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
         code = main(arguments)
-    if told is not None:
-        told.send(seen)
+    if pipe is not None:
+        pipe.send(touches)
     sys.exit(code)
 
 
@@ -111,29 +111,29 @@ def contents(folder: Path, *, halves: bool = True) -> dict[str, bytes]:
 
     With `halves` left out what was being written: such names are never read.
     """
-    found = {}
+    files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         if path.name in ("timing.json", ".results.lock") or path.suffix == ".lock":
             continue
         if not halves and PARTIAL in name:
             continue
-        found[name] = path.read_bytes()
+        files[name] = path.read_bytes()
         if path.name == ENVIRONMENT:
-            about = json.loads(found[name])
-            found[name] = json.dumps({k: v for k, v in about.items() if "second" not in k}).encode()
-    return found
+            about = json.loads(files[name])
+            files[name] = json.dumps({k: v for k, v in about.items() if "second" not in k}).encode()
+    return files
 
 
 def named_alike(files: dict[str, bytes], folder: Path) -> dict[str, bytes]:
     """Without the folder's own name, and the part of the pictures' that follows from it."""
     mark = re.compile(rb"(/pictures/[^\n]*?)-[0-9a-f]{10}/")
-    found = {}
+    renamed = {}
     for name, content in files.items():
         if name.endswith((".csv", ".json", ".md")):
             content = mark.sub(rb"\1/", content.replace(str(folder).encode(), b"OUT"))
-        found[mark.sub(rb"\1/", name.encode()).decode()] = content
-    return found
+        renamed[mark.sub(rb"\1/", name.encode()).decode()] = content
+    return renamed
 
 
 def moments(name: str, share: float, touches: int) -> list[tuple[int, float]]:
@@ -199,8 +199,8 @@ def test_generate_is_killed(start: Start, run: Path, tmp_path: Path) -> None:
 
 def test_evaluate_is_killed(start: Start, run: Path, tmp_path: Path) -> None:
     def evaluate(out: Path, copy: Path) -> list[Any]:
-        asked = ["--prompts", "plain", "backgrounds", "--num-images", 2, "--device", "cpu"]
-        return ["evaluate", copy, "--out", out, *asked]
+        options = ["--prompts", "plain", "backgrounds", "--num-images", 2, "--device", "cpu"]
+        return ["evaluate", copy, "--out", out, *options]
 
     def copied(place: Path) -> Path:
         for path in (p for p in run.rglob("*") if p.is_file()):
@@ -220,23 +220,23 @@ def test_evaluate_is_killed(start: Start, run: Path, tmp_path: Path) -> None:
         code, _ = start(evaluate(place / "table", copy), place, number, delay)
         assert code in KILLED or code == 0
         assert start(evaluate(place / "table", copy), place)[0] == 0, (number, delay)
-        found = contents(place, halves=False)
-        assert found.keys() == expected.keys(), (number, delay)
+        files = contents(place, halves=False)
+        assert files.keys() == expected.keys(), (number, delay)
         for name in expected.keys() - tables:
-            assert found[name] == expected[name], (name, number, delay)
+            assert files[name] == expected[name], (name, number, delay)
         for name in (n for n in tables if n.endswith(".csv")):  # whose paths name the folder
-            mine, theirs = pd.read_csv(place / name), pd.read_csv(tmp_path / "whole" / name)
+            rows, theirs = pd.read_csv(place / name), pd.read_csv(tmp_path / "whole" / name)
             apart = [
-                c for c in mine if c == "run" or (mine[c].dtype == object and "/" in str(mine))
+                c for c in rows if c == "run" or (rows[c].dtype == object and "/" in str(rows))
             ]
-            pd.testing.assert_frame_equal(mine.drop(columns=apart), theirs.drop(columns=apart))
+            pd.testing.assert_frame_equal(rows.drop(columns=apart), theirs.drop(columns=apart))
 
 
 def test_sweep_is_killed(start: Start, tmp_path: Path) -> None:
     grid = tmp_path / "grid.yaml"
-    asked = {"subjects": ["held-out 0"], "w_s": [0, "x1"], "pictures": 1, "num_gpus": 0}
-    asked |= {"prompts": ["plain"], "settings": {"max_train_steps": 4, "device": "cpu"}}
-    grid.write_text(yaml.safe_dump(asked))
+    settings = {"subjects": ["held-out 0"], "w_s": [0, "x1"], "pictures": 1, "num_gpus": 0}
+    settings |= {"prompts": ["plain"], "settings": {"max_train_steps": 4, "device": "cpu"}}
+    grid.write_text(yaml.safe_dump(settings))
 
     def sweep(out: Path) -> list[Any]:
         return ["sweep", grid, "--out", out, "--checkpoint-every", 2]
@@ -251,7 +251,7 @@ def test_sweep_is_killed(start: Start, tmp_path: Path) -> None:
         code, _ = start(sweep(out), out, number, delay)
         assert code in KILLED or code == 0
         assert start(sweep(out), out)[0] == 0, (number, delay)
-        found = named_alike(contents(out), out)
-        assert found.keys() == expected.keys(), (number, delay)
+        files = named_alike(contents(out), out)
+        assert files.keys() == expected.keys(), (number, delay)
         for name in expected:
-            assert found[name] == expected[name], (name, number, delay)
+            assert files[name] == expected[name], (name, number, delay)

@@ -27,7 +27,7 @@ from sude_lab.errors import UserError
 from sude_lab.generation import generate
 from sude_lab.io.opening import FACTS_FILE, open_backbone
 from sude_lab.io.weights import LORA_FILE
-from sude_lab.runs.card import CARD, is_plain, loading_lines, model_card
+from sude_lab.runs.card import CARD, is_plain, loading_code, model_card
 from sude_lab.runs.export import (
     XL,
     Precision,
@@ -112,12 +112,12 @@ def test_the_lines_of_the_card_draw_the_grids_first_picture_in_plain_diffusers(
     lines = code(run.folder / CARD)
     assert "sude_lab" not in lines
     monkeypatch.chdir(run.folder)
-    found: dict[str, Any] = {}
-    exec(lines, found)
+    scope: dict[str, Any] = {}
+    exec(lines, scope)
     first = np.int16(Image.open(run.folder / SAMPLES).crop((0, 0, 32, 32)))
-    assert np.abs(first - np.int16(found["image"])).max() <= 1
+    assert np.abs(first - np.int16(scope["image"])).max() <= 1
     # Silence is no proof: the lines must have changed what the model says.
-    loaded = replace(tiny, pipeline=found["pipeline"])
+    loaded = replace(tiny, pipeline=scope["pipeline"])
     assert torch.equal(answers(loaded), answers(run.load("cpu")))
     untuned = open_backbone(run.config.backbone, device="cpu")
     untuned.add_token("<sks>", "sks" if name != "textual inversion" else "dog")
@@ -177,10 +177,10 @@ def test_what_plain_diffusers_cannot_hold_is_loaded_with_sude_lab(
     lines = code(run.folder / CARD)
     assert "from_pretrained" not in lines
     monkeypatch.chdir(run.folder)
-    found: dict[str, Any] = {}
-    exec(lines, found)
+    scope: dict[str, Any] = {}
+    exec(lines, scope)
     first = np.int16(Image.open(run.folder / SAMPLES).crop((0, 0, 32, 32)))
-    assert np.abs(first - np.int16(found["image"])).max() <= 1
+    assert np.abs(first - np.int16(scope["image"])).max() <= 1
     with pytest.raises(UserError, match="has no place for what vico adds"):
         export_pipeline(run, tmp_path / "pipeline", trust_backbone=True)
     assert not (tmp_path / "pipeline").exists()
@@ -220,15 +220,15 @@ def test_everything_a_run_writes_is_loaded_into_models_of_the_published_make(
     if lora:
         ways.append(lines.replace(LORA_FILE, "run_kohya.safetensors"))
     for way in ways:
-        found: dict[str, Any] = {}
-        exec(way, found)
-        assert np.abs(samples - np.int16(found["image"])).max() <= 1
+        scope: dict[str, Any] = {}
+        exec(way, scope)
+        assert np.abs(samples - np.int16(scope["image"])).max() <= 1
     assert len(set(ways)) == len(ways)
     export_pipeline(run, tmp_path / "pipeline", trust_backbone=True)
     monkeypatch.chdir(tmp_path / "pipeline")
-    found = {}
-    exec(code(tmp_path / "pipeline" / CARD), found)
-    assert np.abs(samples - np.int16(found["image"])).max() <= 1
+    scope = {}
+    exec(code(tmp_path / "pipeline" / CARD), scope)
+    assert np.abs(samples - np.int16(scope["image"])).max() <= 1
     # The picture is the subject's: with the word that its token started from, it is another one.
     plain = open_backbone(folder, device="cpu")
     plain.add_token("<sks>", "sks")
@@ -261,10 +261,10 @@ def test_the_words_after_the_subjects_have_a_say_in_the_whole_prompt(
         torch.testing.assert_close(ours, encoder.text_projection(hidden))
     assert ours is not None and (ours[0] - ours[1]).abs().max() > 0.1
     exported = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
-    found: dict[str, Any] = {"pipeline": DiffusionPipeline.from_pretrained(folder)}
-    lines = "\n".join(loading_lines(config, run.weights, is_xl=True))
-    exec(lines.replace('"weights/', f'"{run.weights}/'), found | {"load_file": load_file})
-    for pipeline in (exported, found["pipeline"]):
+    scope: dict[str, Any] = {"pipeline": DiffusionPipeline.from_pretrained(folder)}
+    lines = loading_code(config, run.weights, is_xl=True)
+    exec(lines.replace('"weights/', f'"{run.weights}/'), scope | {"load_file": load_file})
+    for pipeline in (exported, scope["pipeline"]):
         _, _, pooled, _ = pipeline.encode_prompt(prompts, negative_prompt=["", ""])
         torch.testing.assert_close(pooled, ours)
 
@@ -412,9 +412,9 @@ def test_names_without_the_unets_prefix_become_the_same(tuned: Tuned) -> None:
     lora = load_file(tuned("lora").weights / LORA_FILE)
     bare = {name.removeprefix("unet."): value for name, value in lora.items()}
     expected = kohya_weights(lora, torch.float32)
-    found = kohya_weights(bare, torch.float32)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    tensors = kohya_weights(bare, torch.float32)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
     with pytest.raises(UserError, match="no LoRA"):
         kohya_weights({"conv_in.weight": torch.zeros(2, 2)}, torch.float32)
 
@@ -503,9 +503,9 @@ def test_an_exported_pipeline_is_the_run_in_plain_diffusers(
     # It is a backbone like any other, with what is known of its words, and its card works.
     assert open_backbone(out, device="cpu").facts == own.facts
     monkeypatch.chdir(out)
-    found: dict[str, Any] = {}
-    exec(code(out / CARD), found)
-    assert found["image"].size == (32, 32)
+    scope: dict[str, Any] = {}
+    exec(code(out / CARD), scope)
+    assert scope["image"].size == (32, 32)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="not empty"):
         export_pipeline(run, out)
@@ -528,8 +528,8 @@ def test_what_is_shared_draws_and_shows_no_photo(
     name: str, tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, out = tuned(name), tmp_path / "for-you"
-    said = say("export", run.folder, "--share", out)
-    assert said.code == 0 and str(out) in said.out
+    result = say("export", run.folder, "--share", out)
+    assert result.code == 0 and str(out) in result.out
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     weights = {f"weights/{p.name}" for p in run.weights.iterdir()}
     lora = {LORA_FILE} if name == "lora" else set()
@@ -544,10 +544,10 @@ def test_what_is_shared_draws_and_shows_no_photo(
     assert torch.equal(answers(Run.open(out).load(backbone=backbone)), answers(run.load("cpu")))
     (tmp_path / Path(source).name).symlink_to(source)
     monkeypatch.chdir(out)
-    lines, found = code(out / CARD), {}
-    exec(lines.replace(f'"{Path(source).name}"', f'"../{Path(source).name}"'), found)
+    lines, scope = code(out / CARD), {}
+    exec(lines.replace(f'"{Path(source).name}"', f'"../{Path(source).name}"'), scope)
     first = np.int16(Image.open(SAMPLES).crop((0, 0, 32, 32)))
-    assert np.abs(first - np.int16(found["image"])).max() <= 1
+    assert np.abs(first - np.int16(scope["image"])).max() <= 1
     monkeypatch.chdir(tmp_path)
     assert "not empty" in say("export", run.folder, "--share", out).sentence
 
@@ -583,8 +583,8 @@ def test_a_run_is_uploaded_on_request_alone(
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(Hub, "calls", [])
     assert say("export", run.folder, "--share", tmp_path / "a").code == 0 and Hub.calls == []
-    said = say("export", run.folder, "--push-to-hub")
-    assert said.code == 0 and "someone/my-dog" in said.out
+    result = say("export", run.folder, "--push-to-hub")
+    assert result.code == 0 and "someone/my-dog" in result.out
     (_, made), (_, sent) = Hub.calls
     assert made == {"repo_id": "my-dog", "exist_ok": True, "private": True}
     assert sent["repo_id"] == "someone/my-dog"

@@ -43,8 +43,8 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         nonlocal mounted
         place.mkdir(exist_ok=True)
         again = "remount," if mounted else ""
-        told = ["mount", "-t", "tmpfs", "-o", f"{again}size={kib}k", "tmpfs", str(place)]
-        done = subprocess.run(told, capture_output=True, text=True)
+        mount = ["mount", "-t", "tmpfs", "-o", f"{again}size={kib}k", "tmpfs", str(place)]
+        done = subprocess.run(mount, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"No disk can be mounted here: {done.stderr.strip()}")
         mounted = True
@@ -84,8 +84,8 @@ def test_a_disk_that_fills_while_tuning(
         capsys.readouterr()
         resume = ["--resume"] if (disk / "run" / CONFIG).is_file() else []
         code = main(command(subject_picture, tiny_folder, disk / "run", *resume))
-        said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert code == 2 and said.startswith("sude-lab: ") and "space" in said, (kib, said)
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert code == 2 and message.startswith("sude-lab: ") and "space" in message, (kib, message)
         assert not (disk / "run" / ENVIRONMENT).exists()
         assert (disk / "earlier.txt").read_text() == "kept"
     small_disk(100_000)
@@ -106,20 +106,29 @@ def test_a_disk_that_fills_while_drawing_and_judging(
 ) -> None:
     run, disk = tmp_path / "run", small_disk(100_000)
     assert main(command(subject_picture, Path("embedded"), run)) == 0
-    mine = Path(shutil.copytree(run, disk / "run"))
+    copy = Path(shutil.copytree(run, disk / "run"))
     used = shutil.disk_usage(disk).used // 1024
     small_disk(used + 12)  # a few pictures' room
     before = tree(disk)
     drawn = ["generate", str(run), "a {S*}", "--out", str(disk / "drawn"), "--num-images", "16"]
     assert main(drawn) == 2 and "space" in capsys.readouterr().err
     assert tree(disk) == before  # all pictures, or none
-    judged = ["evaluate", str(mine), "--prompts", "plain", "--num-images", "16", "--device", "cpu"]
+    judged = [
+        "evaluate",
+        str(copy),
+        "--prompts",
+        "plain",
+        "--num-images",
+        "16",
+        "--device",
+        "cpu",
+    ]
     assert main(judged) == 2 and "space" in capsys.readouterr().err.splitlines()[-1]
     after = tree(disk)
     assert {name: after[name] for name in before} == before
     small_disk(100_000)
     assert main(drawn) == 0 and len(tree(disk / "drawn")) == 16
-    assert main(judged) == 0 and (mine / "evaluation" / "scores.csv").is_file()
+    assert main(judged) == 0 and (copy / "evaluation" / "scores.csv").is_file()
 
 
 LIMITED = """
@@ -144,16 +153,16 @@ def test_a_memory_that_is_too_small(
     out = tmp_path / "run"
     words = command(subject_picture, tiny_folder, out, "--train-batch-size", "4096")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", LIMITED, "400", *words],
         capture_output=True,
         text=True,
         env=environment,
         cwd=ROOT,
     )
-    told = found.stderr.strip().splitlines()[-1]
-    assert found.returncode == 2 and "Traceback" not in found.stderr, found.stderr
-    assert told.startswith("sude-lab: The machine ran out of memory: use") and "smaller" in told
+    line = process.stderr.strip().splitlines()[-1]
+    assert process.returncode == 2 and "Traceback" not in process.stderr, process.stderr
+    assert line.startswith("sude-lab: The machine ran out of memory: use") and "smaller" in line
     assert not (out / ENVIRONMENT).exists()
     enough = command(subject_picture, tiny_folder, tmp_path / "again", "--train-batch-size", "1")
     assert main(enough) == 0
@@ -212,9 +221,9 @@ def test_a_gpu_that_disappears_leaves_the_checkpoint(
         patch.setattr(Method, "predict", fails)
         patch.setattr("sude_lab.runs.folder.save_weights", gone)
         assert main(command(subject_picture, tiny_folder, out)) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "The device failed or is gone (CUDA error" in said and "--resume" in said
-    assert "kept: the checkpoint of step 4" in said
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "The device failed or is gone (CUDA error" in message and "--resume" in message
+    assert "kept: the checkpoint of step 4" in message
     assert {p.name for p in out.iterdir()} == {CONFIG, "picture.png", CHECKPOINT}
     assert main(command(subject_picture, tiny_folder, out, "--resume")) == 0
     assert (out / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
@@ -235,12 +244,12 @@ def test_memory_stays_flat_over_many_steps(
     config = TuningConfig(
         subject_picture, "dog", method=method, max_train_steps=LONG, train_batch_size=1
     )
-    seen = []
+    sizes = []
     for step in tune(config, fresh(), Image.open(subject_picture).convert("RGB")):
         if step.number % (LONG // 10) == 0:
-            seen.append(resident())
-    assert max(seen[1:]) - seen[1] < 8  # MiB; a leak of one latent a step would be more
-    assert seen[-1] - seen[len(seen) // 2] < 4
+            sizes.append(resident())
+    assert max(sizes[1:]) - sizes[1] < 8  # MiB; a leak of one latent a step would be more
+    assert sizes[-1] - sizes[len(sizes) // 2] < 4
 
 
 def test_a_full_disk_stops_a_sweep_and_the_same_command_continues(

@@ -114,9 +114,9 @@ def test_a_run_leaves_everything_that_tells_of_it(
     assert metrics["step"].tolist() == [1, 2, 3, 4]
     assert {"t", "loss_subject", "loss_sude", "tau", "open_gates", "rho"} < set(metrics.columns)
     assert np.isfinite(metrics.to_numpy(dtype=float)).all()
-    told = json.loads((run.folder / ENVIRONMENT).read_text())
-    assert told["steps"] == 4 and told["device"] == "cpu" and told["seconds"] > 0
-    assert {"torch", "diffusers", "sude-lab"} <= set(told["versions"])
+    about = json.loads((run.folder / ENVIRONMENT).read_text())
+    assert about["steps"] == 4 and about["device"] == "cpu" and about["seconds"] > 0
+    assert {"torch", "diffusers", "sude-lab"} <= set(about["versions"])
     assert Image.open(run.folder / SAMPLES).size == (2 * 32, 2 * 32)
     assert run.prompt("photo of a {S*}") == "photo of a <sks>"
 
@@ -203,11 +203,15 @@ def test_a_resumed_run_is_the_unbroken_one_byte_for_byte(
         Run.open(out)
     with pytest.raises(UserError, match="--resume"):
         tune_in(config, out)
-    seen: list[int] = []
+    steps: list[int] = []
     tune_in(
-        config, out, checkpoint_every=2, resume=True, on_step=lambda step: seen.append(step.number)
+        config,
+        out,
+        checkpoint_every=2,
+        resume=True,
+        on_step=lambda step: steps.append(step.number),
     )
-    assert seen == ([3, 4] if stopped > 2 else [1, 2, 3, 4])
+    assert steps == ([3, 4] if stopped > 2 else [1, 2, 3, 4])
     assert content(out) == content(whole.folder)
 
 
@@ -237,8 +241,8 @@ def test_the_command_says_how_a_run_that_was_ended_goes_on(
 
     monkeypatch.setattr(Step, "row", terminate)
     words = ["tune", config.image, "--category", "dog", "--backbone", config.backbone]
-    said = say(*words, "--device", "cpu", "--num-samples", 0, "--out", tmp_path / "run")
-    assert said.code == 143 and "--resume" in said.err and "checkpoint" in said.err
+    result = say(*words, "--device", "cpu", "--num-samples", 0, "--out", tmp_path / "run")
+    assert result.code == 143 and "--resume" in result.err and "checkpoint" in result.err
 
 
 LONG = " ".join(["a running dog on the"] * 20)
@@ -567,10 +571,10 @@ def test_a_failure_keeps_the_weights_of_the_last_step_and_names_them(
         spoil(patch, 4, how)
         with pytest.raises(UserError) as error:
             tune_in(config, out, checkpoint_every=2)
-    said = str(error.value)
-    assert expected in said and "\n" not in said
-    assert f"the weights after step 3 ({kept})" in said
-    assert f"the checkpoint of step 2 ({out / CHECKPOINT})" in said
+    message = str(error.value)
+    assert expected in message and "\n" not in message
+    assert f"the weights after step 3 ({kept})" in message
+    assert f"the checkpoint of step 2 ({out / CHECKPOINT})" in message
     assert names(out) == {CONFIG, PICTURE, CHECKPOINT, kept.name}
     assert content(kept) == content(three.folder / WEIGHTS)
     # With more memory, say, the run goes on as if nothing had been.
@@ -654,10 +658,10 @@ def test_validation_shows_the_model_as_it_is_and_changes_no_bit(
     modes: dict[int, list[bool]] = {0: [], 2: []}
     runs_of = {}
     chance = torch.get_rng_state()
-    for every, seen in modes.items():
+    for every, flags in modes.items():
 
-        def look(step: Step, seen: list[bool] = seen) -> None:
-            seen.append(step.method.backbone.unet.training)
+        def look(step: Step, flags: list[bool] = flags) -> None:
+            flags.append(step.method.backbone.unet.training)
 
         runs_of[every] = tune_in(
             config, tmp_path / str(every), validation_every=every, on_step=look
@@ -706,19 +710,19 @@ def test_tensorboard_shows_the_metrics_and_the_grids(
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    told = tune_in(config, tmp_path / "told", report_to="tensorboard", validation_every=4)
-    assert names(told.folder) == FINISHED | {LOGS, VALIDATION}
-    (logs,) = (told.folder / LOGS).iterdir()
+    tracked = tune_in(config, tmp_path / "tracked", report_to="tensorboard", validation_every=4)
+    assert names(tracked.folder) == FINISHED | {LOGS, VALIDATION}
+    (logs,) = (tracked.folder / LOGS).iterdir()
     for name in ("loss_subject", "loss_sude", "rho", "learning_rate"):
         steps, values = scalars(logs, name)
         assert steps == [1, 2, 3, 4]
-        assert values == pytest.approx(told.metrics()[name].tolist())
+        assert values == pytest.approx(tracked.metrics()[name].tolist())
     events = EventAccumulator(str(logs))
     events.Reload()
     (picture,) = events.Images("validation")
     assert (picture.step, picture.width, picture.height) == (4, 64, 32)
     plain = tune_in(config, tmp_path / "plain", validation_every=4)
-    assert content(told.folder) == content(plain.folder)
+    assert content(tracked.folder) == content(plain.folder)
 
 
 def test_the_curves_of_a_resumed_run_are_those_of_an_unbroken_one(
@@ -748,29 +752,29 @@ def test_any_tracker_of_accelerate_is_told(
     class Diary(tracking.GeneralTracker):
         name = "diary"
         requires_logging_directory = True
-        said: ClassVar[list[Any]] = []
+        entries: ClassVar[list[Any]] = []
 
         def __init__(self, run_name: str, logging_dir: str, **kwargs: Any) -> None:
             super().__init__()
-            self.said.append((run_name, Path(logging_dir)))
+            self.entries.append((run_name, Path(logging_dir)))
 
         @property
         def tracker(self) -> list[Any]:
-            return self.said
+            return self.entries
 
         def store_init_configuration(self, values: dict[str, Any]) -> None:
-            self.said.append(values["category"])
+            self.entries.append(values["category"])
 
         def log(self, values: dict[str, float], step: int | None = None, **kwargs: Any) -> None:
-            self.said.append((step, "loss_subject" in values))
+            self.entries.append((step, "loss_subject" in values))
 
         def finish(self) -> None:
-            self.said.append("the end")
+            self.entries.append("the end")
 
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "diary", Diary)
     out = tmp_path / "run"
     tune_in(replace(config, max_train_steps=2), out, report_to="diary")
-    assert Diary.said == [("sude_lab", out / LOGS), "dog", (1, True), (2, True), "the end"]
+    assert Diary.entries == [("sude_lab", out / LOGS), "dog", (1, True), (2, True), "the end"]
 
 
 def test_a_tracker_that_is_missing_is_one_sentence(
@@ -821,7 +825,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.mark.parametrize(
-    ("told", "dtype", "expected"),
+    ("precision", "dtype", "expected"),
     [
         ("bf16", "auto", "bfloat16"),
         ("bf16", "float32", "float32"),
@@ -830,15 +834,15 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     ],
 )
 def test_the_precision_follows_the_launcher_where_no_flag_says(
-    told: str | None,
+    precision: str | None,
     dtype: str,
     expected: str,
     config: TuningConfig,
     launcher: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    if told is not None:
-        launcher.setenv("ACCELERATE_MIXED_PRECISION", told)
+    if precision is not None:
+        launcher.setenv("ACCELERATE_MIXED_PRECISION", precision)
     config = replace(config, dtype=dtype, max_train_steps=1)
     run = run_tuning(config, tmp_path / "run", num_samples=0, progress=False, report_to="none")
     about = json.loads((run.folder / ENVIRONMENT).read_text())

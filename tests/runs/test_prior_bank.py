@@ -48,15 +48,15 @@ def picture(subject_picture: Path) -> Image.Image:
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The categories of the banks that were built, one after another."""
-    seen: list[str] = []
+    categories: list[str] = []
     build = prior_bank._build
 
     def watch(config: Any, backbone: Any, category: str, pairs: Any) -> dict[str, Tensor]:
-        seen.append(category)
+        categories.append(category)
         return build(config, backbone, category, pairs)
 
     monkeypatch.setattr(prior_bank, "_build", watch)
-    return seen
+    return categories
 
 
 def config(**settings: Any) -> TuningConfig:
@@ -173,8 +173,8 @@ def test_timesteps_are_spread_and_the_same_on_average() -> None:
         times = [Pairs(zeros, zeros, 50, 1000, seed).pair(k)[2] for k in range(50)]
         assert [t // 20 for t in times] == list(range(50))
     # Of one pair over many seeds: evenly over its part, both ends included.
-    seen = [Pairs(zeros, zeros, 4, 10, seed).pair(1)[2] for seed in range(400)]  # 2.5 to 5
-    share = [seen.count(t) / 400 for t in (2, 3, 4)]
+    steps = [Pairs(zeros, zeros, 4, 10, seed).pair(1)[2] for seed in range(400)]  # 2.5 to 5
+    share = [steps.count(t) / 400 for t in (2, 3, 4)]
     assert sum(share) == 1 and share == pytest.approx([0.2, 0.4, 0.4], abs=0.08)
     more = [Pairs(zeros, zeros, 40, 10, 0).pair(k)[2] for k in range(40)]  # more pairs than times
     assert sorted(more) == [t for t in range(10) for _ in range(4)]
@@ -208,17 +208,17 @@ def calls_of_a_step(
     settings: TuningConfig, backbone: Backbone, picture: Image.Image
 ) -> list[tuple[int, bool]]:
     """Rows and autograd of every call of the UNet in the second step."""
-    seen: list[tuple[int, bool]] = []
+    calls: list[tuple[int, bool]] = []
 
     def watch(unet: Any, args: tuple[Any, ...]) -> None:
-        seen.append((len(args[0]), torch.is_grad_enabled()))
+        calls.append((len(args[0]), torch.is_grad_enabled()))
 
     backbone.unet.register_forward_pre_hook(watch)
     steps = tune(settings, backbone, picture)
     next(steps)
-    seen.clear()
+    calls.clear()
     next(steps)
-    return seen
+    return calls
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -252,8 +252,8 @@ def test_a_model_in_channels_last_is_kept_as_any_other(fresh: Fresh, picture: Im
             backbone.null_condition(),
             backbone.encode_prompts(["photo of a dog"]),
         )
-        found = bank.outputs(index)
-        torch.testing.assert_close(found, torch.stack(live, dim=1), rtol=1e-2, atol=1e-2)
+        outputs = bank.outputs(index)
+        torch.testing.assert_close(outputs, torch.stack(live, dim=1), rtol=1e-2, atol=1e-2)
 
 
 def test_with_a_bank_no_copy_of_the_model_is_kept(fresh: Fresh, picture: Image.Image) -> None:
@@ -281,8 +281,8 @@ def test_its_size_is_what_is_said(
     assert bank.path is not None
     on_disk = bank.path.stat().st_size
     assert bank.num_bytes < on_disk < bank.num_bytes + 8192  # the latents, and what it follows from
-    told = capsys.readouterr().err
-    assert f"50 pairs takes {on_disk / 2**20:.1f} MiB on the disk and in memory" in told
+    printed = capsys.readouterr().err
+    assert f"50 pairs takes {on_disk / 2**20:.1f} MiB on the disk and in memory" in printed
     assert bank_of(config(prior_bank_dtype="live"), fresh(), picture).num_bytes == 0
 
 
@@ -373,21 +373,21 @@ def test_who_comes_second_waits_for_the_first(
         return build(*args)
 
     monkeypatch.setattr(prior_bank, "_build", slow)
-    found: list[PriorBank] = []
+    banks: list[PriorBank] = []
     backbones = [fresh(), fresh()]
     threads = [
-        threading.Thread(target=lambda b=b: found.append(bank_of(config(), b, picture)))
+        threading.Thread(target=lambda b=b: banks.append(bank_of(config(), b, picture)))
         for b in backbones
     ]
     threads[0].start()
     assert begun.wait(60)
     threads[1].start()
     threads[1].join(0.3)
-    assert threads[1].is_alive() and not found
+    assert threads[1].is_alive() and not banks
     go.set()
     for thread in threads:
         thread.join(60)
-    assert len(built) == 1 and len(found) == 2 and found[0].path == found[1].path
+    assert len(built) == 1 and len(banks) == 2 and banks[0].path == banks[1].path
 
 
 # --- files that are not as they were -------------------------------------------------------------
@@ -464,7 +464,7 @@ def test_a_run_is_resumed_with_its_own_bank_only(
     fresh: Fresh, subject_picture: Path, tmp_path: Path
 ) -> None:
     settings = config(image=subject_picture, backbone=fresh().source)
-    asked: dict[str, Any] = {"num_samples": 0, "report_to": "none", "progress": False}
+    quick: dict[str, Any] = {"num_samples": 0, "report_to": "none", "progress": False}
 
     class Stop(Exception):
         pass
@@ -480,7 +480,7 @@ def test_a_run_is_resumed_with_its_own_bank_only(
             backbone=fresh(),
             checkpoint_every=1,
             on_step=stop,
-            **asked,
+            **quick,
         )
     with pytest.raises(UserError, match="started with --prior-bank 6, not 5"):
         run_tuning(
@@ -488,10 +488,10 @@ def test_a_run_is_resumed_with_its_own_bank_only(
             tmp_path / "run",
             resume=True,
             backbone=fresh(),
-            **asked,
+            **quick,
         )
-    run_tuning(settings, tmp_path / "run", resume=True, backbone=fresh(), **asked)
-    run_tuning(settings, tmp_path / "whole", backbone=fresh(), **asked)
+    run_tuning(settings, tmp_path / "run", resume=True, backbone=fresh(), **quick)
+    run_tuning(settings, tmp_path / "whole", backbone=fresh(), **quick)
     files = [tmp_path / name / "metrics.csv" for name in ("run", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()
     files = [tmp_path / name / "weights" / "unet.safetensors" for name in ("run", "whole")]
