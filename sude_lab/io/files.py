@@ -88,12 +88,19 @@ def replaced_folder(path: Path | str) -> Iterator[Path]:
         UserError: as the module says.
     """
     path = Path(os.path.abspath(path))
-    whole = path.with_name(f"{PARTIAL}{uuid4().hex[:8]}-whole")
+    name = f"{PARTIAL}{uuid4().hex[:8]}"
+    whole, old = path.with_name(f"{name}-whole"), path.with_name(f"{name}-old")
     with atomic_folder(whole) as folder:
         yield folder
     if path.is_dir():
-        shutil.rmtree(path)
-    os.replace(whole, path)
+        os.replace(path, old)  # aside, not deleted, until the new one is in place
+    try:
+        os.replace(whole, path)
+    except BaseException:
+        if old.is_dir():
+            os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def require_own(folder: Path | str, mark: str, beginning: str, others: Sequence[str] = ()) -> None:
