@@ -296,9 +296,9 @@ def _load(pinned: Pinned, folder: Path | None) -> tuple[Any, Any]:
         # Another class would load, with random weights for all that it lacks.
         raise UserError(f"{source} holds a {kind} model: this encoder is a {pinned.model_type}.")
     options: dict[str, Any] = {"add_pooling_layer": False} if kind == "vit" else {}
-    options |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    options |= revision | {"dtype": torch.float32, "output_loading_info": True}
     loader = getattr(transformers, _CLASSES[kind])
-    model, report = loader.from_pretrained(source, **revision, **options)
+    model, report = loader.from_pretrained(source, use_safetensors=True, **options)
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(

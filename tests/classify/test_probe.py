@@ -13,6 +13,7 @@ from sude_lab.classify.probe import decode, prompt_errors, thresholds
 from sude_lab.diffusion import add_noise, posterior_mean, posterior_variance, reverse_mean
 from sude_lab.errors import UserError
 from sude_lab.losses import sude_weight
+from sude_lab.prompts import photo_of
 
 pytestmark = pytest.mark.quick
 
@@ -142,7 +143,7 @@ def test_the_embedded_model_names_its_own_drawings(fresh: Callable[[], Backbone]
 
     base, rng = open_backbone(device="cpu"), random.Random("to be named")
     scenes = [world.sample_scene(rng, c) for c in ("dog", "candle", "teapot", "rabbit")]
-    prompts = [world.photo_of(c) for c in world.CATEGORIES]
+    prompts = [photo_of(c) for c in world.CATEGORIES]
     errors = prompt_errors(base, [world.draw(s) for s in scenes], prompts, [100, 300, 500, 700])
     named = [world.CATEGORIES[k] for k in errors.mean(1).argmin(1).tolist()]
     assert named == ["dog", "candle", "teapot", "rabbit"]

@@ -89,7 +89,10 @@ def test_every_dotted_name_and_path_is_there(page: str) -> None:
         try:
             pkgutil.resolve_name(name)
         except (ImportError, AttributeError) as error:
-            raise AssertionError(name) from error
+            place, _, last = name.rpartition(".")
+            file = ROOT / f"{place.replace('.', '/')}.py"
+            extra = getattr(error, "name", None) == "nbgrader"  # of an extra, which is not here
+            assert extra and f"def {last}(" in file.read_text(encoding="utf-8"), name
     for name in re.findall(r"`((?:tests|data|notebooks|studies|sude_lab|\.ci)/[\w./]+)`", text):
         assert (ROOT / name).exists(), name
 
