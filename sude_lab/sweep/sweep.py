@@ -379,7 +379,7 @@ def _on_ray(plan: Plan, cluster: str) -> Iterator[Submit]:
             f"Ray could not be had with --cluster {cluster} ({str(error)[:160]}): give local, or "
             "start a cluster with `ray start` and give auto or ray://HOST:PORT."
         ) from error
-    task = ray.remote(num_gpus=gpus, max_retries=3)(perform)
+    task: Any = ray.remote(num_gpus=gpus, max_retries=3)(perform)
     try:
         there = ray.cluster_resources().get("GPU", 0)
         if cluster == "local" and there < gpus:
