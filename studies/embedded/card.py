@@ -20,7 +20,7 @@ from sude_lab.io.opening import data_folder, open_backbone
 from sude_lab.io.reading import read_json
 from sude_lab.prompts import photo_of
 from sude_lab.world import drawing as world
-from sude_lab.world.oracle import ALL_ATTRIBUTES, HEADS, labels, load_oracle
+from sude_lab.world.oracle import judge, labels, load_oracle
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,16 @@ def alignment_table(num_images: int, seed: int) -> pd.DataFrame:
     for category, attribute in tqdm(pairs, desc="base samples", unit="prompt"):
         prompt = photo_of(f"{attribute} {category}")
         images = generate(base, prompt, num_images=num_images, seed=seed, batch_size=16)
-        read = oracle.read(images)
-        allowed = [ALL_ATTRIBUTES.index(a) for a in world.ATTRIBUTES[category]]
-        among = read["attribute"][:, allowed]
-        among = among / among.sum(-1, keepdim=True)
-        place = world.ATTRIBUTES[category].index(attribute)
+        # What the prompt asks for; the look is anyone's, and not counted here.
+        scene = world.sample_scene(random.Random(0), category)
+        reading = judge(oracle, images, scene, attribute)
         rows.append(
             {
                 "category": category,
                 "attribute": attribute,
                 "prompt": prompt,
-                "attribute_alignment": round(among[:, place].mean().item(), 3),
-                "category_alignment": round(
-                    read["category"][:, HEADS["category"].index(category)].mean().item(), 3
-                ),
+                "attribute_alignment": round(reading.attribute_alignment.mean().item(), 3),
+                "category_alignment": round(reading.category_alignment.mean().item(), 3),
                 "pictures": num_images,
             }
         )

@@ -526,7 +526,7 @@ def alignment(
     import torch
     from diffusers.utils import make_image_grid
 
-    from sude_lab.world.oracle import ALL_ATTRIBUTES, HEADS, load_oracle
+    from sude_lab.world.oracle import judge, load_oracle
 
     oracle, rows, shown = load_oracle(), [], []
     pairs = [(c, a) for c in world.CATEGORIES for a in world.ATTRIBUTES[c]]
@@ -543,19 +543,16 @@ def alignment(
     for k, (category, attribute) in enumerate(pairs):
         drawn = images[k * number : (k + 1) * number]
         shown.append(drawn[0])
-        probabilities = oracle.read(drawn)
-        allowed = [ALL_ATTRIBUTES.index(a) for a in world.ATTRIBUTES[category]]
-        among = probabilities["attribute"][:, allowed]
-        among = among / among.sum(-1, keepdim=True).clamp_min(1e-12)
-        right = among[:, world.ATTRIBUTES[category].index(attribute)].mean().item()
-        place = HEADS["category"].index(category)
+        # What the picture asks for; the look is anyone's, and not counted here.
+        scene = world.sample_scene(random.Random(0), category)
+        reading = judge(oracle, drawn, scene, attribute)
         rows.append(
             {
                 "category": category,
                 "attribute": attribute,
                 "prompt": prompts[k * number],
-                "attribute_alignment": round(right, 3),
-                "category_alignment": round(probabilities["category"][:, place].mean().item(), 3),
+                "attribute_alignment": round(reading.attribute_alignment.mean().item(), 3),
+                "category_alignment": round(reading.category_alignment.mean().item(), 3),
                 "pictures": number,
             }
         )
