@@ -17,7 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -64,6 +64,8 @@ class Tune(TuningConfig):
     """Continue an unfinished run; it ends with the same weights as an unbroken one."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
+    keep_at: tuple[int, ...] = ()
+    """Keep the weights after these steps, too: draw and evaluate them as OUT@25."""
     num_samples: int = 4
     """Pictures a prompt in samples.png; 0 draws none."""
     sample_prompts: tuple[str, ...] = ()
@@ -108,7 +110,7 @@ class Generate(_Drawing):
     """Draw pictures with a finished run."""
 
     run: Positional[Path]
-    """The folder that `sude-lab tune` wrote."""
+    """The folder that `sude-lab tune` wrote; FOLDER@25, FOLDER@scale=0.5: another strength."""
     prompt: Positional[str]
     """What to draw; {S*} is the subject: "photo of a running {S*} dog"."""
     out: Path
@@ -123,7 +125,7 @@ class Evaluate(_Drawing):
     """Draw and measure runs, and compare them in pairs; the same command continues."""
 
     runs: Positional[tuple[Path, ...]]
-    """Folders that `sude-lab tune` wrote."""
+    """Folders that `sude-lab tune` wrote; FOLDER@25, FOLDER@scale=0.5: other strengths."""
     out: Path | None = None
     """Folder of scores.csv, table.csv and table.md; none: RUN/evaluation, for one run."""
     references: Path | None = None
@@ -281,6 +283,9 @@ def _generate(args: Generate) -> None:
     from sude_lab.runs.guided import guidance_for
 
     run = Run.open(args.run)
+    strength = run.strength
+    if args.sude_guidance:
+        strength = replace(strength, sude_guidance=args.sude_guidance)
     if not args.prompt.strip():
         raise UserError('The prompt is empty: for example "photo of a {S*}".')
     prompt, negative = run.prompt(args.prompt), run.prompt(args.negative_prompt or "")
@@ -292,10 +297,14 @@ def _generate(args: Generate) -> None:
     if words == prompt:
         _warn(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.")
     shared = ("num_images", "seed", "num_inference_steps", "guidance_scale")
-    guided = guidance_for(run.config, backbone, args.prompt, args.sude_guidance)
-    with guided, atomic_folder(args.out) as folder:
+    with (
+        guidance_for(run.config, backbone, args.prompt, strength),
+        atomic_folder(args.out) as folder,
+    ):
         settings = {name: getattr(args, name) for name in shared}
         settings |= {"negative_prompt": negative or None, "progress": True}
+        if args.guidance_scale is None:
+            settings["guidance_scale"] = strength.guidance_scale
         images = generate(backbone, prompt, **settings)
         for k, image in enumerate(images):
             image.save(folder / f"{k:03d}.png")
@@ -309,7 +318,7 @@ def _evaluate(args: Evaluate) -> None:
 
     settings = dict(vars(args))
     opening = {name: settings.pop(name) for name in ("dtype", "trust_backbone")}
-    settings["load"] = lambda run: run.load(args.device, **opening)
+    settings["open_base"] = lambda run: run.open_base(args.device, **opening)
     done = evaluate(**settings, judges=drawn_judge)
     print(done.text)
     print(f"The table is in {done.out / TABLE}, a row a picture in {done.out / SCORES}.")

@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -47,6 +48,7 @@ from sude_lab.io.pictures import open_picture
 from sude_lab.io.reading import is_file
 from sude_lab.methods import get_method
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run
+from sude_lab.runs.guided import guidance_for
 
 FOLDER, PICTURES = "evaluation", "pictures"
 SCORES, TABLE, REPORT = "scores.csv", "table.csv", "table.md"
@@ -155,7 +157,7 @@ def evaluate(
     device: str = "auto",
     progress: bool = True,
     judges: Judges = no_judge,
-    load: Callable[[Run], Backbone] | None = None,
+    open_base: Callable[[Run], Backbone] | None = None,
     opened_encoders: dict[str, Encoder] | None = None,
 ) -> Evaluation:
     """Draw what is missing of the runs' pictures, measure all of them, and write the tables.
@@ -163,13 +165,13 @@ def evaluate(
     What has no word here is a flag of `sude-lab evaluate`, and means what its help says.
 
     Args:
-        runs: Folders of finished runs.
+        runs: Folders of finished runs; RUN@25, RUN@scale=0.5: see `sude_lab.runs.strength`.
         out: Folder of the common tables; None: that of the one run, RUN/evaluation.
         prompts: Names of `PROMPT_SETS` and files (see `sude_lab.evaluate.prompts`).
         metrics: Names of `LEARNED`, or oracle; (): the paper's four, or where there is a judge the
             oracle, and what the encoders that are named can measure.
         judges: Gives the judge of a run; the drawn world's is `sude_lab.world.judging.drawn_judge`.
-        load: Opens a run's model; None: `Run.load`.
+        open_base: Opens the model that a run was tuned on, untuned; None: `Run.open_base`.
         opened_encoders: Encoders by name, to be used and added to; None: they are opened anew.
 
     Raises:
@@ -190,7 +192,7 @@ def evaluate(
     if len(runs) > 1 and out is None:
         raise UserError("Name a folder for the tables of several runs with --out.")
     opened = [Run.open(folder) for folder in runs]
-    target = Path(out) if out is not None else opened[0].folder / FOLDER
+    target = Path(out) if out is not None else _tables(opened[0])
     if target.is_file():
         raise UserError(f"{target} is a file: --out takes a folder.")
     require_own(target, SCORES, "run,settings,", (TABLE, REPORT))
@@ -205,7 +207,8 @@ def evaluate(
         judge = judges(run.config, images)
         asked = _asked(run, prompts, structure, folder, judge)
         chosen = _chosen_metrics(metrics, run.config, encoder_folders, judge)
-        sampling = sampling_settings(read_facts(run.config.backbone), **sampler)
+        own = sampler | _given(guidance_scale=run.strength.guidance_scale)
+        sampling = sampling_settings(read_facts(run.config.backbone), **own)
         jobs.append(_Job(run, label, asked, images, chosen, judge, sampling, negative_prompt))
     needed = {LEARNED[name][0] for job in jobs for name in job.metrics if name in LEARNED}
     # Before anything is drawn: whoever waits for an hour should not learn then that one is missing.
@@ -213,7 +216,7 @@ def evaluate(
     for name in ENCODERS:
         if name in needed and name not in ready:
             ready[name] = open_encoder(name, encoder_folders.get(name), device=device)
-    load = load or (lambda run: run.load(device))
+    open_base = open_base or (lambda run: run.open_base(device))
     seeds = range(seed, seed + num_seeds)
     tables = []
     for job in jobs:
@@ -223,8 +226,10 @@ def evaluate(
             for s in seeds
             for k in range(num_images)
         ]
-        tables.append(_scored(job, places, _pictures(job, places, load, progress), ready, progress))
-        _write(job.folder / SCORES, tables[-1])
+        tables.append(
+            _scored(job, places, _pictures(job, places, open_base, progress), ready, progress)
+        )
+        _write(_tables(job.run) / SCORES, tables[-1])
     scores = pd.concat(tables, ignore_index=True)
     table = m.compare(scores)
     text = report(table, scores)
@@ -236,6 +241,15 @@ def evaluate(
 
 
 # --- what is asked for ---------------------------------------------------------------------------
+
+
+def _tables(run: Run) -> Path:
+    """Return the folder of a run's own tables; the pictures of all its strengths lie together."""
+    return run.folder / FOLDER / str(run.strength)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _encoder_folders(encoders: Sequence[str]) -> dict[str, str]:
@@ -278,7 +292,10 @@ def _labels(runs: Sequence[Run]) -> list[dict[str, Any]]:
     names = settings_and_variants([run.config for run in runs])
     for run, (settings, variant) in zip(runs, names, strict=True):
         config = run.config
-        label: dict[str, Any] = {"run": str(run.folder), "settings": settings, "variant": variant}
+        strength = str(run.strength)
+        variant = ", ".join(filter(None, (variant, strength)))
+        label: dict[str, Any] = {"run": str(run), "settings": settings, "variant": variant}
+        label |= {"strength": strength}
         label |= {n: getattr(config, n) for n in ("method", "weight_sude", "category")}
         # Pictures of two subjects may have one name, the copies of one picture several.
         name = subject_name(config)
@@ -289,7 +306,7 @@ def _labels(runs: Sequence[Run]) -> list[dict[str, Any]]:
         for other in labels:
             if other | {"run": label["run"]} == label:
                 raise UserError(
-                    f"{other['run']} and {run.folder} are runs of the same settings, subject and "
+                    f"{other['run']} and {run} are runs of the same settings, subject and "
                     "seed: give one of them."
                 )
         labels.append(label)
@@ -434,6 +451,8 @@ def _picture_folder(job: _Job, prompt: Prompt, seed: int) -> Path:
         "negative_prompt": job.negative_prompt,
         "sampling": job.sampling,
     }
+    if strength := str(job.run.strength):
+        about["strength"] = strength
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:10]
     slug = re.sub(r"\W+", "-", prompt.text.replace("{S*}", "S"))[:48].strip("-")
     return job.folder / PICTURES / f"{slug}-{name}" / f"seed-{seed}"
@@ -447,37 +466,46 @@ def _read(path: Path) -> Image.Image | None:
 
 
 def _pictures(
-    job: _Job, places: Sequence[_Place], load: Callable[[Run], Backbone], progress: bool
+    job: _Job, places: Sequence[_Place], open_base: Callable[[Run], Backbone], progress: bool
 ) -> list[Image.Image]:
-    """Return a run's pictures in the order of their places; those that are missing are drawn."""
+    """Return a run's pictures in the order of their places; those that are missing are drawn.
+
+    The last bits of a picture depend on those that are drawn with it: a batch that lacks one, as a
+    stopped command leaves it, is drawn anew as a whole.
+    """
     images = {place.path: _read(place.path) for place in places}
     # Prompts that differ in their caption alone share their pictures.
-    missing = list({p.path: p for p in places if images[p.path] is None}.values())
+    batches = list(_batches({p.path: p for p in places}.values()))
+    missing = [batch for batch in batches if any(images[p.path] is None for p in batch)]
     if missing:
-        backbone = load(job.run)
+        backbone = job.run.load(backbone=open_base(job.run))
+        base = cache(partial(open_base, job.run))
         for prompt in job.prompts:
             backbone.beyond_reach(job.run.prompt(prompt.text), *job.run.tokens)
         _mention_unknown_words(backbone, job)
         about = f"drawing, {job.label['variant']}"
-        with tqdm(total=len(missing), desc=about, unit="picture", disable=not progress) as bar:
-            for batch in _batches(missing):
-                first = batch[0]
-                drawn = generate(
-                    backbone,
-                    job.run.prompt(job.prompts[first.prompt].text),
-                    num_images=len(batch),
-                    first=first.number,
-                    seed=first.seed,
-                    negative_prompt=job.negative_prompt,
-                    batch_size=BATCH,
-                    **job.sampling,
-                )
+        number = sum(map(len, missing))
+        with tqdm(total=number, desc=about, unit="picture", disable=not progress) as bar:
+            for batch in missing:
+                first, text = batch[0], job.prompts[batch[0].prompt].text
+                how = (job.run.config, backbone, text, job.run.strength)
+                with guidance_for(*how, open_base=base):
+                    drawn = generate(
+                        backbone,
+                        job.run.prompt(text),
+                        num_images=len(batch),
+                        first=first.number,
+                        seed=first.seed,
+                        negative_prompt=job.negative_prompt,
+                        batch_size=BATCH,
+                        **job.sampling,
+                    )
                 for place, picture in zip(batch, drawn, strict=True):
                     with atomic_write(place.path) as file:
                         picture.save(file)
                     images[place.path] = picture
                     bar.update()
-        del backbone
+        del backbone, base
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return [image for place in places if (image := images[place.path]) is not None]

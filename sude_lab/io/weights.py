@@ -10,6 +10,7 @@ vico.safetensors                     ViCo's blocks and references
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -73,14 +74,28 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
 
-def load_weights(method: str, backbone: Backbone, folder: Path) -> None:
+def load_weights(
+    method: str,
+    backbone: Backbone,
+    folder: Path,
+    *,
+    scale: float = 1.0,
+    initializers: Sequence[str] = (),
+) -> None:
     """Put the weights of a `method` that `save_weights` wrote into a freshly opened backbone.
 
+    Args:
+        scale: lambda of W_0 + lambda (W - W_0), W_0 the opened model's weights and the embeddings
+            that the words started from, W the written ones; of a LoRA its scale.
+        initializers: The words that each subject's token started from, where `scale` is not 1.
+
     Raises:
-        UserError: the backbone has been used already, or the weights are not there, are damaged, or
-            do not belong to this model.
+        UserError: the backbone has been used already, or the weights are not there, are damaged, do
+            not belong to this model, or cannot be scaled.
     """
     backbone.use()
+    if method == "vico" and scale != 1:
+        raise UserError("ViCo's weights begin at no image attention at all: draw them at scale 1.")
     if method == "custom_diffusion":
         path = folder / "unet.safetensors"
         # A smaller model's weights would fit some layers of a larger one: all or nothing.
@@ -96,26 +111,30 @@ def load_weights(method: str, backbone: Backbone, folder: Path) -> None:
     saved = [_read_token(backbone, path) for path in paths]
     backbone.use(f"holds the weights of a run ({folder})")
     tokens = []
-    for token, vectors in saved:
+    for number, (token, vectors) in enumerate(saved):
+        start = initializers[number] if number < len(initializers) else "photo"
         words = token_words(token, len(vectors[0]))
-        added = [backbone.add_token(word, "photo") for word in words]
+        added = [backbone.add_token(word, start) for word in words]
         tokens.append((zip(*added, strict=True), vectors))
     for part, module in (("unet", backbone.unet), *backbone.text_encoders.items()):
         path = folder / f"{part}.safetensors"
         if path.is_file():
-            _load_part(module, part, path)
+            _load_part(module, part, path, scale)
     # Last, because a trained text encoder's table has rows for the tokens, too.
     encoders = backbone.text_encoders.values()
     for ids, vectors in tokens:
         for encoder, rows, vector in zip(encoders, ids, vectors, strict=True):
             table = encoder.get_input_embeddings().weight
             with torch.no_grad():
-                table[list(rows)] = vector.to(table)
+                table[list(rows)] = _between(table[list(rows)], vector, scale)
     if (folder / LORA_FILE).is_file():
         try:
             backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"The run's LoRA does not fit this model: {_ELSEWHERE}") from error
+        if scale != 1:
+            names = list(backbone.unet.peft_config)
+            backbone.pipeline.set_adapters(names, [scale] * len(names))
     if method == "vico":
         _load_images(backbone, folder / VICO_FILE)
 
@@ -194,7 +213,13 @@ def shared_name(part: str, name: str) -> str:
     return _TEXT + name
 
 
-def _load_part(module: nn.Module, part: str, path: Path) -> None:
+def _between(start: Tensor, end: Tensor, scale: float) -> Tensor:
+    """Return W_0 + lambda (W - W_0) in the dtype of W_0; for lambda = 1 W to the bit."""
+    end = end.to(start)
+    return end if scale == 1 else torch.lerp(start, end, scale)
+
+
+def _load_part(module: nn.Module, part: str, path: Path, scale: float) -> None:
     own = {name.removeprefix(_TEXT): name for name in module.state_dict()}
     tensors, _ = read_tensors(path)
     where = f"The run's {part} weights do not fit this model"
@@ -202,6 +227,9 @@ def _load_part(module: nn.Module, part: str, path: Path) -> None:
         raise UserError(f"{where} (unknown tensor {unknown[0]}): {_ELSEWHERE}")
     tensors = {own[name.removeprefix(_TEXT)]: tensor for name, tensor in tensors.items()}
     try:
+        if scale != 1:
+            before = module.state_dict()
+            tensors = {n: _between(before[n], end, scale) for n, end in tensors.items()}
         module.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise UserError(f"{where}: {_ELSEWHERE}") from error

@@ -100,11 +100,16 @@ class Method:
 
     def initializer(self, number: int) -> str:
         """Return the words whose embedding the token of subject `number` starts from."""
-        if self.config.initializer:
-            return self.config.initializer
-        if self.initializers:
-            return self.initializers[number % len(self.initializers)]
-        return self.subjects[number].category
+        return self.initializer_of(self.config, number)
+
+    @classmethod
+    def initializer_of(cls, config: CompleteConfig, number: int) -> str:
+        """Return the words that the token of subject `number` of a run starts from."""
+        if config.initializer:
+            return config.initializer
+        if cls.initializers:
+            return cls.initializers[number % len(cls.initializers)]
+        return config.subjects[number].category
 
     def subject_prompts(self) -> list[str]:
         """Return the prompt c_sub of every subject, with its token in place of {S*}."""

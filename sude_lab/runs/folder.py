@@ -11,11 +11,13 @@
 and, where it was asked for,
     DIR/logs/              the tracker's files (TensorBoard's by default)
     DIR/validation/        step-000200.png, ...: the sample grid while tuning
+    DIR/kept/000025/       the weights after a step (--keep-at), drawn as DIR@25
     DIR/DIR_kohya.safetensors   a LoRA for the web UIs
-While a run is under way the folder holds config.json, the pictures, `checkpoint.pt`, validation/
-and logs/ alone; a run that failed after a step also leaves `weights-step-000123/`, the weights
-after the last step that was finished. Each file is written whole, except a tracker's, which grow;
-nothing is read from those. `environment.json` comes last: where it is, the run is finished.
+While a run is under way the folder holds config.json, the pictures, `checkpoint.pt`, validation/,
+kept/ and logs/ alone; a run that failed after a step also leaves `weights-step-000123/`, the
+weights after the last step that was finished. Each file is written whole, except a tracker's,
+which grow; nothing is read from those. `environment.json` comes last: where it is, the run is
+finished.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial, wraps
 from importlib import metadata
 from itertools import chain
@@ -67,6 +69,7 @@ from sude_lab.prompts import PLACEHOLDER, checked, fill
 from sude_lab.runs.card import CARD, default_prompts, model_card
 from sude_lab.runs.export import LORA_FILE, Precision, base_version, write_kohya
 from sude_lab.runs.prepare import prepared_tuning
+from sude_lab.runs.strength import Strength, split
 from sude_lab.runs.trackers import Trackers
 from sude_lab.tuning import Step
 
@@ -76,7 +79,7 @@ if TYPE_CHECKING:
 CONFIG, PICTURE, METRICS = "config.json", "picture.png", "metrics.csv"
 SAMPLES, WEIGHTS, ENVIRONMENT = "samples.png", "weights", "environment.json"
 CHECKPOINT = "checkpoint.pt"
-LOGS, VALIDATION = "logs", "validation"
+LOGS, VALIDATION, KEPT = "logs", "validation", "kept"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -86,22 +89,41 @@ class Run:
 
     folder: Path
     config: CompleteConfig
+    strength: Strength = field(default_factory=Strength)
+    """What of it is drawn."""
 
     @classmethod
     def open(cls, folder: Path | str) -> Run:
-        """Read a run's folder.
+        """Read a run's folder; RUN@25, RUN@scale=0.5: see `sude_lab.runs.strength`.
 
         Raises:
-            UserError: it is not a run's folder, or the run is not finished.
+            UserError: it is not a run's folder, the run is not finished, or it did not keep the
+                weights of that step.
         """
-        folder = Path(folder)
+        folder, strength = split(folder)
         if not (folder / CONFIG).is_file():
             raise UserError(
                 f"{folder} is not a run's folder: give the --out folder of `sude-lab tune`."
             )
         if not (folder / ENVIRONMENT).is_file():
             raise UserError(f"The run in {folder} is not finished: continue it with --resume.")
-        return cls(folder, read_config(folder / CONFIG))
+        run = cls(folder, read_config(folder / CONFIG), strength)
+        step = strength.step
+        if step and step != run.config.max_train_steps and not run._kept(step).is_dir():
+            kept = [str(int(path.name)) for path in sorted(folder.glob(f"{KEPT}/[0-9]*"))]
+            raise UserError(
+                f"The run in {folder} did not keep the weights of step {step} (it has "
+                f"{', '.join([*kept, str(run.config.max_train_steps)])}): tune it into another "
+                f"folder with --keep-at {step}."
+            )
+        return run
+
+    def __str__(self) -> str:
+        """Return the folder, and the strength behind an @."""
+        return f"{self.folder}@{self.strength}" if str(self.strength) else str(self.folder)
+
+    def _kept(self, step: int) -> Path:
+        return self.folder / KEPT / f"{step:06d}"
 
     def metrics(self) -> pd.DataFrame:
         """Return the steps, one row each."""
@@ -120,8 +142,10 @@ class Run:
 
     @property
     def weights(self) -> Path:
-        """The folder of the run's weights."""
-        folder = self.folder / WEIGHTS
+        """The folder of the weights of the run, or of the step that is drawn."""
+        step = self.strength.step
+        at_end = step in (None, self.config.max_train_steps)
+        folder = self.folder / WEIGHTS if step is None or at_end else self._kept(step)
         if not any(folder.glob("*.safetensors")):
             raise UserError(
                 f"{folder} holds no safetensors, the only weights that are read: put the run's "
@@ -149,18 +173,13 @@ class Run:
         Raises:
             UserError: the weights are not those of this model and method, or the model came along.
         """
-        weights = self.weights
+        weights, config, scale = self.weights, self.config, self.strength.scale
         if backbone is None:
-            if not trust_backbone and _came_along(self.folder, self.config.backbone):
-                raise UserError(
-                    f"The run in {self.folder} names as its model {self.config.backbone}, which "
-                    "may have come along with it: if you trust whoever made both, add "
-                    "--trust-backbone (in Python, trust_backbone=True)."
-                )
-            dtype = dtype or self.config.dtype
-            backbone = open_backbone(self.config.backbone, device=device, dtype=dtype)
+            backbone = self.open_base(device, dtype=dtype, trust_backbone=trust_backbone)
+        start = get_method(config.method).initializer_of
+        starts = [start(config, k) for k in range(len(config.subjects))]
         try:
-            load_weights(self.config.method, backbone, weights)
+            load_weights(config.method, backbone, weights, scale=scale, initializers=starts)
         except UserError:
             raise
         except Exception as error:  # foreign files fail in the loaders with errors of any class
@@ -169,6 +188,23 @@ class Run:
                 f"{str(error)[:160]}): they are damaged, or not a {self.config.method} run's."
             ) from error
         return backbone
+
+    def open_base(
+        self, device: str = "auto", *, dtype: str | None = None, trust_backbone: bool = False
+    ) -> Backbone:
+        """Open the model that the run was tuned on, as it was before; arguments as of `load`.
+
+        Raises:
+            UserError: it cannot be opened, or came along with the run.
+        """
+        if not trust_backbone and _came_along(self.folder, self.config.backbone):
+            raise UserError(
+                f"The run in {self.folder} names as its model {self.config.backbone}, which may "
+                "have come along with it: if you trust whoever made both, add --trust-backbone "
+                "(in Python, trust_backbone=True)."
+            )
+        dtype = dtype or self.config.dtype
+        return open_backbone(self.config.backbone, device=device, dtype=dtype)
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -296,6 +332,7 @@ def run_tuning(
     preset: str = "default",
     resume: bool = False,
     checkpoint_every: int = 100,
+    keep_at: Sequence[int] = (),
     sample_prompts: Sequence[str] | None = None,
     num_samples: int = 4,
     validation_every: int = 0,
@@ -338,6 +375,8 @@ def run_tuning(
         if number < least or (most and number > most):
             end = f", and at most {most:,}" if most else ""
             raise UserError(f"--{name} is {number}: it must be at least {least}{end}.")
+    if wrong := [step for step in keep_at if step < 1]:
+        raise UserError(f"--keep-at is {wrong[0]}: it must be at least 1.")
     out = Path(out)
     if _is_folder(config.backbone):  # a run is opened from other working folders, too
         config = replace(config, backbone=os.path.abspath(config.backbone))
@@ -361,6 +400,11 @@ def run_tuning(
     else:
         _check_backbone(config, backbone)
     config = configure(config, backbone, preset=preset)
+    if wrong := [step for step in keep_at if step > config.max_train_steps]:
+        raise UserError(
+            f"--keep-at is {wrong[0]}, and the run has {config.max_train_steps} steps: keep an "
+            "earlier one."
+        )
     if config.class_images is not None and not config.prior_loss_weight:
         raise UserError(
             "--class-images is of no use where --prior-loss-weight is 0: add "
@@ -397,6 +441,12 @@ def run_tuning(
                     f"{config.max_train_steps}: delete it, and --resume starts anew."
                 )
             rows = state.pop("rows")
+            for past in keep_at:
+                if past <= state["step"] and not (out / KEPT / f"{past:06d}").is_dir():
+                    raise UserError(
+                        f"The run in {out} is past step {past} (its checkpoint is of step "
+                        f"{state['step']}): leave --keep-at {past} out, or choose another --out."
+                    )
 
     started = time.time()
     done = state["step"] if state else 0
@@ -425,6 +475,8 @@ def run_tuning(
                 last = step.number >= total
                 if main:
                     trackers.log(rows[-1])
+                    if step.number in keep_at and not last:
+                        _keep_weights(out / KEPT / f"{step.number:06d}", step)
                     due = step.number % checkpoint_every == 0 or terminated()
                     if due and not last:
                         with atomic_write(out / CHECKPOINT) as path:

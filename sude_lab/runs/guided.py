@@ -1,18 +1,20 @@
-"""SuDe without training for a finished run: its own LoRA switched off, or its base beside it."""
+"""A finished run drawn with its category's guidance: SuDe without training, or composition."""
 
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.guidance import has_adapters, sude_guidance
 from sude_lab.io.opening import open_backbone
 from sude_lab.prompts import article, placeholder
+from sude_lab.runs.strength import Strength
 
 
 def to_class_prompt(prompt: str, *categories: str) -> str:
@@ -33,19 +35,29 @@ def to_class_prompt(prompt: str, *categories: str) -> str:
 
 
 def guidance_for(
-    config: TuningConfig, backbone: Backbone, prompt: str, strength: float
-) -> AbstractContextManager[list[Tensor]]:
-    """Return `sude_guidance` for a tuned backbone and a prompt with {S*}.
+    config: TuningConfig,
+    backbone: Backbone,
+    prompt: str,
+    strength: Strength,
+    *,
+    open_base: Callable[[], Backbone] | None = None,
+) -> AbstractContextManager[Any]:
+    """Return `sude_guidance` for a tuned backbone and a prompt with {S*}, as a strength says.
 
     A backbone whose UNet carries a LoRA is its own frozen base; else the base is opened again
     beside it, which takes its memory a second time.
+
+    Args:
+        open_base: Gives the untuned model; None: it is opened.
     """
+    share, hinge = strength.sude_guidance or strength.compose, not strength.compose
+    if not share:
+        return nullcontext()
     words = to_class_prompt(prompt, *(subject.category for subject in config.subjects))
     if has_adapters(backbone.unet) and not config.train_text_encoder:
-        return sude_guidance(backbone.pipeline, None, words, strength)
-    if not strength > 0:  # nothing to do, or refused: no base is needed for that
-        return sude_guidance(backbone.pipeline, backbone.unet, words, strength)
-    base = open_backbone(config.backbone, device=str(backbone.device), dtype=config.dtype)
+        return sude_guidance(backbone.pipeline, None, words, share, hinge=hinge)
+    where = {"device": str(backbone.device), "dtype": config.dtype}
+    base = open_base() if open_base else open_backbone(config.backbone, **where)
     with torch.no_grad():
         classes, null = base.encode_prompts([words]), base.null_condition()
-    return sude_guidance(backbone.pipeline, base.unet, classes, strength, null=null)
+    return sude_guidance(backbone.pipeline, base.unet, classes, share, null=null, hinge=hinge)

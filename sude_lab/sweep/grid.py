@@ -32,6 +32,7 @@ from sude_lab.io.opening import read_facts
 from sude_lab.io.pictures import load_picture
 from sude_lab.io.reading import is_file, read_text, read_yaml
 from sude_lab.methods import configure
+from sude_lab.runs.strength import Strength
 from sude_lab.world import subjects as study
 from sude_lab.world.drawing import Scene
 from sude_lab.world.judging import drawn_judge
@@ -122,6 +123,8 @@ class GridFile(Uses):
     backbone: list[str] = _entry([EMBEDDED], says=("backbone",))
     settings: list[Any] = _entry([{}])
     also: list[Uses] = _entry([])
+    strengths: list[Any] = _entry([{}])
+    """How strongly each run is drawn: mappings of lists, of the fields of `Strength`."""
     prompts: list[str] = _entry(["attributes"])
     pictures: int = _entry(4, least=1)
     evaluate: Asked = field(default_factory=Asked)
@@ -146,9 +149,9 @@ _SAID = {name: f.name for f in fields(GridFile) for name in f.metadata.get("says
 
 
 @cache
-def _settings_kind() -> type[Any]:
-    """Return a dataclass of lists, one for each field that `settings` may say."""
-    hints = get_type_hints(TuningConfig)
+def _axes_kind(kind: Any) -> type[Any]:
+    """Return a dataclass of lists, one for each field of `kind` that no key of the grid says."""
+    hints = get_type_hints(kind)
     axes = [(n, list.__class_getitem__(hint)) for n, hint in hints.items() if n not in _SAID]
     return make_dataclass("settings", [(*axis, _entry([])) for axis in axes], bases=(_Checked,))
 
@@ -219,6 +222,7 @@ class Grid:
     variants: tuple[dict[str, Any], ...]
     """The uses of SuDe: fields of `TuningConfig`, and `factor` for a w_s of the kind x2."""
     settings: tuple[dict[str, Any], ...]
+    strengths: tuple[Strength, ...]
 
 
 def read_grid(path: Path | str) -> Grid:
@@ -249,7 +253,8 @@ def _grid(file: GridFile) -> Grid:
         file.num_gpus = float(torch.cuda.is_available())
     variants = itertools.chain(*map(_variants, [file, *file.also]))
     settings = itertools.chain(*map(_settings, file.settings))
-    return Grid(file, subjects, tuple(variants), tuple(settings))
+    strengths = dict.fromkeys(itertools.chain(*map(_strengths, file.strengths)))
+    return Grid(file, subjects, tuple(variants), tuple(settings), tuple(strengths))
 
 
 def _product(axes: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
@@ -322,10 +327,20 @@ def _settings(content: Any) -> Iterator[dict[str, Any]]:
     for name in content if isinstance(content, dict) else ():
         if name in _SAID:
             raise UserError(f"settings: {name} is what the grid's key {_SAID[name]} says.")
-    axes = _filled(_settings_kind(), content, "settings")
+    for values in _choices(TuningConfig, content, "settings"):
+        yield {n: x.absolute() if isinstance(x, Path) else x for n, x in values.items()}
+
+
+def _strengths(content: Any) -> Iterator[Strength]:
+    """Return the product of one mapping of `strengths`: a list is an axis."""
+    for values in _choices(Strength, content, "strengths"):
+        yield Strength(**values)
+
+
+def _choices(kind: Any, content: Any, where: str) -> Iterator[dict[str, Any]]:
+    axes = _filled(_axes_kind(kind), content, where)
     for values in _product([getattr(axes, name) for name in content]):
-        whole = (x.absolute() if isinstance(x, Path) else x for x in values)
-        yield dict(zip(content, whole, strict=True))
+        yield dict(zip(content, values, strict=True))
 
 
 # --- the runs of a grid --------------------------------------------------------------------------
@@ -363,6 +378,8 @@ class Job:
     scene: Scene | None
     asked: dict[str, Any]
     """Arguments of `evaluate`."""
+    strengths: tuple[Strength, ...]
+    """How strongly it is drawn."""
     rows: str
     """Name of the file of its scores: a hash of all that is asked."""
     pictures: int
@@ -421,15 +438,30 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
             how: dict[str, Any] = {"judges": partial(drawn_judge, scene=who.scene)}
             how |= {"structure": asks.get("structure", "default"), "references": references}
             counts[kind] = len(prompts_of(config, file.prompts, **how))
-        rows = hash_of([asks | {"prompts": contents}, repr(who.scene)])[:10]
-        pictures = counts[kind] * file.pictures * asks.get("num_seeds", 1)
+        strengths = tuple(_of_run(s, config) for s in grid.strengths)
+        rows_of: list[Any] = [asks | {"prompts": contents}, repr(who.scene)]
+        rows_of += [list(map(str, strengths))] if strengths != (Strength(),) else []
+        rows = f"rows-{hash_of(rows_of)[:10]}.parquet"
+        pictures = counts[kind] * file.pictures * asks.get("num_seeds", 1) * len(strengths)
         label = _label(key, who.name, config, usual)
-        jobs[key] = Job(key, config, label, who.scene, asks, f"rows-{rows}.parquet", pictures)
+        jobs[key] = Job(key, config, label, who.scene, asks, strengths, rows, pictures)
     names = settings_and_variants([job.config for job in jobs.values()])
     for job, (general, sude) in zip(jobs.values(), names, strict=True):
         job.label.update(settings=general, variant=sude)
     where = Path(os.path.abspath(runs)) if runs is not None else out / "runs"
     return Plan(grid, out, where, tuple(jobs.values()), total - len(jobs))
+
+
+def _of_run(strength: Strength, config: CompleteConfig) -> Strength:
+    """Return a strength for a run: its last step needs no kept weights.
+
+    Raises:
+        UserError: the run has no such step.
+    """
+    step, last = strength.step or 0, config.max_train_steps
+    if step > last:
+        raise UserError(f"strengths: step {step} is asked for, and the run has {last} steps.")
+    return replace(strength, step=None) if step == last else strength
 
 
 def _label(key: str, subject: str, config: CompleteConfig, usual: float) -> dict[str, Any]:

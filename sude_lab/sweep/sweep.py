@@ -122,7 +122,7 @@ def _tune_and_judge(
     job: Job, runs: Path, checkpoint_every: int, on_step: Callable[[Step], None] | None
 ) -> None:
     folder, config = runs / job.key, job.config
-    _clear_halves(folder, job.asked["num_images"])
+    _clear_halves(folder)
     stamps = [time.perf_counter()]
     quiet: dict[str, Any] = {"report_to": "none", "num_samples": 0, "progress": False}
 
@@ -133,15 +133,17 @@ def _tune_and_judge(
 
     if not (folder / ENVIRONMENT).is_file():
         quiet |= {"checkpoint_every": checkpoint_every, "resume": folder.is_dir()}
+        quiet["keep_at"] = sorted({s.step for s in job.strengths if s.step})
         run_tuning(config, folder, backbone=fresh_backbone(config), on_step=stamp, **quiet)
     tuned = time.perf_counter()
     evaluation = evaluate(
-        [folder],
+        [f"{folder}@{strength}" if str(strength) else folder for strength in job.strengths],
+        out=folder / FOLDER,
         **job.asked,
         judges=partial(drawn_judge, scene=job.scene),
         device=config.device,
         progress=False,
-        load=lambda run: run.load(backbone=fresh_backbone(config)),
+        open_base=lambda run: fresh_backbone(run.config),
         opened_encoders=_encoders.setdefault((*job.asked.get("encoders", ()), config.device), {}),
     )
     now = time.perf_counter()
@@ -163,15 +165,9 @@ def _tune_and_judge(
         pq.write_table(rows.replace_schema_metadata(), path)
 
 
-def _clear_halves(folder: Path, num_images: int) -> None:
-    """Remove what a killed process left half done and a resume would trip over.
-
-    The last bits of pictures depend on their batch: a prompt that lacks some is drawn anew.
-    """
+def _clear_halves(folder: Path) -> None:
+    """Remove what a killed process left half done and a resume would trip over."""
     remove_partials(folder)
-    for drawn in list(folder.glob(f"{FOLDER}/{PICTURES}/*/seed-*")):
-        if len(list(drawn.glob("*.png"))) < num_images:
-            shutil.rmtree(drawn)
     if folder.is_dir() and not (folder / CONFIG).is_file():
         shutil.rmtree(folder)
 
@@ -418,7 +414,9 @@ def _write_plan(plan: Plan) -> None:
 
 _TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 _LABELS = pa.schema([(name, _TYPES[hint]) for name, hint in get_type_hints(Label).items()])
-_COLUMNS = "open_gates rho number kind prompt caption attribute background seed picture metric "
+_COLUMNS = (
+    "open_gates rho strength number kind prompt caption attribute background seed picture metric "
+)
 _COLUMNS += "encoder value"
 _KINDS: dict[str, Any] = dict.fromkeys(("open_gates", "rho", "value"), float)
 _KINDS |= dict.fromkeys(("number", "seed", "picture"), int)

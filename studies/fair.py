@@ -1,0 +1,95 @@
+"""Does SuDe beat less tuning? The registered comparison (data/grids/fair.md).
+
+    python -m studies.fair --arms plain sude     the held-out subjects; no --arms: all arms
+    python -m studies.fair --on development      the subjects on which everything was chosen
+
+Each arm is a grid of `data/grids/fair/`. What is missing is swept on every core; the command may be
+stopped and given again. Then the rows, a subject's mean a strength, are kept in
+`data/results/fair.csv` (or fair_development.csv).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import tyro
+import yaml
+
+from studies.runs import GRIDS, SWEEPS
+from sude_lab.errors import UserError
+from sude_lab.evaluate.metrics import MEASURES
+from sude_lab.evaluate.stored import RESULTS
+from sude_lab.io.files import atomic_write
+from sude_lab.sweep.sweep import RESULTS as ROWS
+from sude_lab.sweep.sweep import sweep
+
+SUBJECTS = {
+    "held-out": "held-out " + " ".join(map(str, range(100, 136))),
+    "development": "development " + " ".join(map(str, range(100, 106))),
+}
+"""Nobody had looked at either before the file was registered; four subjects a category, and one."""
+ARMS = ("plain", "sude", "drawn", "lora", "class_images", "rate")
+
+
+def run(arm: str, on: str, *, workers: int, out: Path = SWEEPS) -> Path:
+    """Sweep what is missing of an arm, a thread a process; return the sweep's folder.
+
+    Raises:
+        UserError: a run failed.
+    """
+    folder = out / "fair" / on / arm
+    grid = yaml.safe_load((GRIDS / "fair" / f"{arm}.yaml").read_text(encoding="utf-8"))
+    with atomic_write(folder.with_suffix(".yaml")) as path:
+        path.write_text(yaml.safe_dump(grid | {"subjects": [SUBJECTS[on]]}), encoding="utf-8")
+    failed = sweep(folder.with_suffix(".yaml"), folder, runs=out / "fair" / "runs", workers=workers)
+    if failed:
+        key, reason = next(iter(failed.items()))
+        raise UserError(f"{len(failed)} runs of {arm} failed, {key} because: {reason}")
+    return folder
+
+
+def subject_rows(arm: str, folder: Path) -> pd.DataFrame:
+    """Return a row a (subject, configuration, strength): means of the oracle's measures.
+
+    A prompt's pictures are averaged first, then the prompts: none weighs more for having more.
+    """
+    table = pd.read_parquet(folder / ROWS)
+    table = table[table["metric"].isin(MEASURES)].fillna({"strength": "", "settings": ""})
+    keys = ["subject", "category", "settings", "w_s", "strength", "steps", "rho", "open_gates"]
+    prompts = table.groupby([*keys, "attribute", "metric"], dropna=False)["value"].mean()
+    means = prompts.groupby([*keys, "metric"], dropna=False).mean().unstack("metric").reset_index()
+    return means.assign(arm=arm)
+
+
+@dataclass(frozen=True)
+class FairConfig:
+    """Which arms to run, and on whom."""
+
+    arms: tuple[str, ...] = ARMS
+    on: Literal["held-out", "development"] = "held-out"
+    run: bool = True
+    """Sweep what is missing first."""
+    workers: int = os.cpu_count() or 1
+    """Processes, one thread each."""
+    out: Path = SWEEPS
+    """Folder of the sweeps."""
+
+
+def main(config: FairConfig) -> pd.DataFrame:
+    """Sweep the arms one after another, and keep the subjects' means of all that are finished."""
+    for arm in config.arms if config.run else ():
+        run(arm, config.on, workers=config.workers, out=config.out)
+    folders = {arm: config.out / "fair" / config.on / arm for arm in config.arms}
+    table = pd.concat([subject_rows(arm, f) for arm, f in folders.items()], ignore_index=True)
+    name = "fair" if config.on == "held-out" else "fair_development"
+    with atomic_write(RESULTS / f"{name}.csv") as path:
+        table.round(5).to_csv(path, index=False)
+    return table
+
+
+if __name__ == "__main__":
+    main(tyro.cli(FairConfig))

@@ -1,0 +1,117 @@
+"""Lines in place of points: alignment read where two ways of tuning keep the subject equally well.
+
+Any way of tuning can be made weaker or stronger (steps, a scale of the weights, w_s, ...), and
+trades alignment (what the model keeps of its category) for fidelity (what it learned of the
+subject). So two ways are compared by their lines, at equal fidelity, and never point by point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from sude_lab.evaluate.statistics import Interval, jackknife_interval
+
+FIDELITY, ALIGNMENT = "subject_fidelity", "attribute_alignment"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One way of tuning over its strengths: values (n, K) of n subjects at K strengths."""
+
+    name: str
+    subjects: tuple[str, ...]
+    strengths: tuple[str, ...]
+    fidelity: np.ndarray
+    alignment: np.ndarray
+
+    @property
+    def means(self) -> tuple[np.ndarray, np.ndarray]:
+        """Fidelity and alignment, (K,) each: means over the subjects, by rising fidelity."""
+        fidelity, alignment = self.fidelity.mean(0), self.alignment.mean(0)
+        order = fidelity.argsort(kind="stable")
+        return fidelity[order], alignment[order]
+
+    def of(self, subjects: Sequence[str]) -> Line:
+        """Return the line of these subjects alone.
+
+        Raises:
+            ValueError: it lacks one.
+        """
+        rows = [self.subjects.index(subject) for subject in subjects]
+        return Line(self.name, tuple(subjects), self.strengths, *self._rows(rows))
+
+    def _rows(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.fidelity[rows], self.alignment[rows]
+
+    def at(self, fidelity: float, rows: np.ndarray | None = None) -> np.ndarray:
+        """Return each subject's alignment at the strength whose mean fidelity is `fidelity`, (n,).
+
+        The strengths are put in the order of their mean fidelity, and between two neighbours all
+        values are interpolated linearly: one strength for all subjects, as somebody who tunes must
+        choose it. nan where the line does not reach so low or so high.
+
+        Args:
+            rows: Indices of the subjects that are there; None: all.
+        """
+        f, a = (self.fidelity, self.alignment) if rows is None else self._rows(rows)
+        means = f.mean(0)
+        order = means.argsort(kind="stable")
+        means, a = means[order], a[:, order]
+        if not means[0] - 1e-9 <= fidelity <= means[-1] + 1e-9:  # of rounding
+            return np.full(len(a), np.nan)
+        k = int(np.searchsorted(means, fidelity, side="left").clip(1, len(means) - 1))
+        share = (fidelity - means[k - 1]) / (means[k] - means[k - 1])
+        return (1 - share) * a[:, k - 1] + share * a[:, k]
+
+
+def line(name: str, table: pd.DataFrame, by: str) -> Line:
+    """Return the line of a table with a row a subject and strength (`by`).
+
+    Only subjects that have all strengths count.
+
+    Raises:
+        ValueError: a subject has two rows of one strength, or none has all.
+    """
+    wide = table.pivot(index="subject", columns=by, values=[FIDELITY, ALIGNMENT]).dropna()
+    if wide.empty:
+        raise ValueError(f"No subject has all strengths of {name}.")
+    strengths = tuple(map(str, wide[FIDELITY].columns))
+    values = (wide[measure].to_numpy(float) for measure in (FIDELITY, ALIGNMENT))
+    return Line(name, tuple(wide.index), strengths, *values)
+
+
+def paired(a: Line, b: Line) -> tuple[Line, Line]:
+    """Return both lines for the subjects that both have."""
+    both = [subject for subject in a.subjects if subject in set(b.subjects)]
+    return a.of(both), b.of(both)
+
+
+def gain_at(a: Line, b: Line, fidelity: float) -> Interval:
+    """Return the alignment of `a` minus that of `b` at equal mean fidelity, paired by subject.
+
+    A_a(s_a) - A_b(s_b) with the strengths s_a, s_b at which the mean fidelity is `fidelity`; the
+    interval is the jackknife's over subjects, in which both strengths are found anew without each
+    subject. nan where a line does not reach that fidelity.
+    """
+    a, b = paired(a, b)
+    return jackknife_interval(
+        lambda rows: float((a.at(fidelity, rows) - b.at(fidelity, rows)).mean()), len(a.subjects)
+    )
+
+
+def mean_gain(a: Line, b: Line, low: float, high: float, *, points: int = 41) -> Interval:
+    """Return the mean over fidelities from `low` to `high` of `gain_at`: the area between them.
+
+    Over its length, so that it is in units of alignment.
+    """
+    a, b = paired(a, b)
+    at = np.linspace(low, high, points)
+
+    def read(rows: np.ndarray) -> float:
+        return float(np.mean([(a.at(f, rows) - b.at(f, rows)).mean() for f in at]))
+
+    return jackknife_interval(read, len(a.subjects))

@@ -1,0 +1,91 @@
+"""Reading two lines at equal fidelity: by hand, and in simulated studies."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sude_lab.evaluate.fronts import Line, gain_at, line, mean_gain
+
+
+def table(values: dict[str, list[tuple[float, float]]]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"subject": who, "steps": k, "subject_fidelity": f, "attribute_alignment": a}
+        for who, points in values.items()
+        for k, (f, a) in enumerate(points)
+    )
+
+
+def test_a_line_is_read_where_its_mean_fidelity_is_the_asked_one() -> None:
+    of = line(
+        "plain", table({"x": [(0.2, 1.0), (0.6, 0.4)], "y": [(0.4, 0.8), (0.8, 0.6)]}), "steps"
+    )
+    assert of.means[0].tolist() == pytest.approx([0.3, 0.7])
+    assert of.at(0.3) == pytest.approx([1.0, 0.8])
+    assert of.at(0.4) == pytest.approx([0.85, 0.75])  # a quarter of the way, for both
+    assert np.isnan(of.at(0.29)).all() and np.isnan(of.at(0.71)).all()
+
+
+def test_the_order_of_the_strengths_says_nothing() -> None:
+    points = [(0.2, 1.0), (0.6, 0.4), (0.4, 0.9)]
+    forward, backward = (line("", table({"x": p}), "steps") for p in (points, points[::-1]))
+    assert forward.at(0.5) == pytest.approx(backward.at(0.5))
+    assert forward.at(0.5) == pytest.approx([0.65])
+
+
+def test_subjects_without_a_strength_or_without_a_partner_do_not_count() -> None:
+    a = table({"x": [(0.2, 1.0), (0.6, 0.4)], "y": [(0.2, 0.0), (0.6, 0.0)]})
+    whole = line("a", a, "steps")
+    lacking = line("b", a.drop(index=3), "steps")
+    assert lacking.subjects == ("x",)
+    assert gain_at(whole, lacking, 0.4).mean == 0
+    with pytest.raises(ValueError, match="all strengths"):
+        line("c", a.drop(index=[0, 3]), "steps")
+
+
+def test_the_gain_is_read_at_equal_fidelity_and_not_at_equal_strength() -> None:
+    """`b` is `a` at half the strength: point by point it looks better, as a line it is equal."""
+    rng = np.random.default_rng(0)
+    slopes = rng.uniform(0.5, 1.5, (8, 1))
+    names = tuple(map(str, range(8)))
+
+    def made(name: str, at: np.ndarray, bonus: float = 0.0) -> Line:
+        return Line(name, names, tuple(map(str, at)), 0 * slopes + at, 1 - slopes * at + bonus)
+
+    a, b = made("a", np.linspace(0, 1, 6)), made("b", np.linspace(0, 0.5, 6))
+    assert (b.alignment - a.alignment).mean() > 0.2
+    assert abs(gain_at(b, a, 0.3).mean) < 1e-12
+    better = gain_at(made("c", np.linspace(0, 1, 6), bonus=0.1), a, 0.3)
+    assert better.mean == pytest.approx(0.1) and better.low == pytest.approx(0.1)
+    area = mean_gain(made("c", np.linspace(0, 1, 6), bonus=0.1), a, 0.1, 0.9)
+    assert area.mean == pytest.approx(0.1)
+    assert math.isnan(gain_at(b, a, 0.8).mean)
+
+
+def test_the_interval_of_a_gain_holds_the_truth_as_often_as_it_says() -> None:
+    """1,000 simulated studies of 36 subjects: their own levels, slopes and drawing noise.
+
+    Both lines are equal, but `b` has other strengths: the true gain is 0.
+    """
+    rng = np.random.default_rng(1)
+    names, held = tuple(map(str, range(36))), 0
+    for _ in range(1000):
+        reach, keeps = rng.normal(0.6, 0.15, (36, 1)), rng.normal(0.9, 0.1, (36, 1))
+        fall = rng.gamma(4, 0.2, (36, 1))
+
+        def made(at: np.ndarray, reach: np.ndarray = reach, *about: np.ndarray) -> Line:
+            keeps, fall = about
+            f = reach * at + rng.normal(0, 0.05, (36, len(at)))
+            a = keeps - fall * at**2 + rng.normal(0, 0.1, (36, len(at)))
+            return Line("", names, tuple(map(str, at)), f, a)
+
+        ends = gain_at(
+            made(np.linspace(0.1, 1, 7), reach, keeps, fall),
+            made(np.linspace(0.2, 1, 9), reach, keeps, fall),
+            0.45,
+        )
+        held += ends.low <= 0 <= ends.high
+    assert held >= 930
