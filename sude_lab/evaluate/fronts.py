@@ -2,7 +2,8 @@
 
 Any way of tuning can be made weaker or stronger (steps, a scale of the weights, w_s, ...), and
 trades alignment (what the model keeps of its category) for fidelity (what it learned of the
-subject). So two ways are compared by their lines, at equal fidelity, and never point by point.
+subject). So two ways are compared by their lines, at equal fidelity, and never point by point. Of a
+line its front counts: the strengths that no other one beats, in the means over subjects.
 """
 
 from __future__ import annotations
@@ -28,12 +29,24 @@ class Line:
     fidelity: np.ndarray
     alignment: np.ndarray
 
-    @property
-    def means(self) -> tuple[np.ndarray, np.ndarray]:
-        """Fidelity and alignment, (K,) each: means over the subjects, by rising fidelity."""
-        fidelity, alignment = self.fidelity.mean(0), self.alignment.mean(0)
-        order = fidelity.argsort(kind="stable")
-        return fidelity[order], alignment[order]
+    def front(self, rows: np.ndarray | None = None) -> np.ndarray:
+        """Return the indices of the strengths that no other one beats, by rising mean fidelity.
+
+        A strength is beaten where another keeps more of the subject and of the category, or as much
+        of one and more of the other: nobody would choose it, as nobody would tune for longer than
+        is good for anything.
+
+        Args:
+            rows: Indices of the subjects that are there; None: all.
+        """
+        f, a = self._means(rows)
+        order = np.lexsort((a, f))[::-1]  # by falling fidelity, of equal ones the best one first
+        best = np.maximum.accumulate(np.concatenate([[-np.inf], a[order]]))[:-1]
+        return order[a[order] > best][::-1]
+
+    def _means(self, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        f, a = (self.fidelity, self.alignment) if rows is None else self._rows(rows)
+        return f.mean(0), a.mean(0)
 
     def of(self, subjects: Sequence[str]) -> Line:
         """Return the line of these subjects alone.
@@ -48,23 +61,22 @@ class Line:
         return self.fidelity[rows], self.alignment[rows]
 
     def at(self, fidelity: float, rows: np.ndarray | None = None) -> np.ndarray:
-        """Return each subject's alignment at the strength whose mean fidelity is `fidelity`, (n,).
+        """Return each subject's alignment where the mean fidelity is at least `fidelity`, (n,).
 
-        The strengths are put in the order of their mean fidelity, and between two neighbours all
-        values are interpolated linearly: one strength for all subjects, as somebody who tunes must
-        choose it. nan where the line does not reach so low or so high.
-
-        Args:
-            rows: Indices of the subjects that are there; None: all.
+        On the front, and between two neighbours of it all values are interpolated linearly: one
+        strength for all subjects, as somebody who tunes must choose it. Below the front's first
+        strength that one is taken, which keeps more than is asked; nan where no strength reaches
+        so high.
         """
-        f, a = (self.fidelity, self.alignment) if rows is None else self._rows(rows)
-        means = f.mean(0)
-        order = means.argsort(kind="stable")
-        means, a = means[order], a[:, order]
-        if not means[0] - 1e-9 <= fidelity <= means[-1] + 1e-9:  # of rounding
+        front = self.front(rows)
+        f = self._means(rows)[0][front]
+        a = (self.alignment if rows is None else self.alignment[rows])[:, front]
+        if fidelity > f[-1] + 1e-9:  # of rounding
             return np.full(len(a), np.nan)
-        k = int(np.searchsorted(means, fidelity, side="left").clip(1, len(means) - 1))
-        share = (fidelity - means[k - 1]) / (means[k] - means[k - 1])
+        if fidelity <= f[0]:
+            return a[:, 0]
+        k = int(np.searchsorted(f, min(fidelity, f[-1])))
+        share = (min(fidelity, f[-1]) - f[k - 1]) / (f[k] - f[k - 1])
         return (1 - share) * a[:, k - 1] + share * a[:, k]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,7 +116,10 @@ def load_weights(
         start = initializers[number] if number < len(initializers) else "photo"
         words = token_words(token, len(vectors[0]))
         added = [backbone.add_token(word, start) for word in words]
-        tokens.append((zip(*added, strict=True), vectors))
+        ids = [list(of_encoder) for of_encoder in zip(*added, strict=True)]
+        tables = [e.get_input_embeddings().weight for e in backbone.text_encoders.values()]
+        starts = [table[rows].detach() for table, rows in zip(tables, ids, strict=True)]
+        tokens.append((ids, list(map(partial(_between, scale=scale), starts, vectors))))
     for part, module in (("unet", backbone.unet), *backbone.text_encoders.items()):
         path = folder / f"{part}.safetensors"
         if path.is_file():
@@ -126,7 +130,7 @@ def load_weights(
         for encoder, rows, vector in zip(encoders, ids, vectors, strict=True):
             table = encoder.get_input_embeddings().weight
             with torch.no_grad():
-                table[list(rows)] = _between(table[list(rows)], vector, scale)
+                table[rows] = vector
     if (folder / LORA_FILE).is_file():
         try:
             backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)

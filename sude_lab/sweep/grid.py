@@ -438,7 +438,7 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
             how: dict[str, Any] = {"judges": partial(drawn_judge, scene=who.scene)}
             how |= {"structure": asks.get("structure", "default"), "references": references}
             counts[kind] = len(prompts_of(config, file.prompts, **how))
-        strengths = tuple(_of_run(s, config) for s in grid.strengths)
+        strengths = tuple(dict.fromkeys(_of_run(s, config) for s in grid.strengths))
         rows_of: list[Any] = [asks | {"prompts": contents}, repr(who.scene)]
         rows_of += [list(map(str, strengths))] if strengths != (Strength(),) else []
         rows = f"rows-{hash_of(rows_of)[:10]}.parquet"
