@@ -32,10 +32,13 @@ SUBJECTS = {
     "development": "development " + " ".join(map(str, range(100, 106))),
 }
 """Nobody had looked at either before the file was registered; four subjects a category, and one."""
-ARMS = ("plain", "sude", "drawn", "lora", "class_images", "rate")
+On = Literal["held-out", "development"]
+FILES = {"held-out": "fair", "development": "fair_development"}
+"""The stored table of each."""
+ARMS = ("plain", "sude", "drawn")
 
 
-def run(arm: str, on: str, *, workers: int, out: Path = SWEEPS) -> Path:
+def run(arm: str, on: On, *, workers: int, out: Path = SWEEPS) -> Path:
     """Sweep what is missing of an arm, a thread a process; return the sweep's folder.
 
     Raises:
@@ -70,7 +73,7 @@ class FairConfig:
     """Which arms to run, and on whom."""
 
     arms: tuple[str, ...] = ARMS
-    on: Literal["held-out", "development"] = "held-out"
+    on: On = "held-out"
     run: bool = True
     """Sweep what is missing first."""
     workers: int = os.cpu_count() or 1
@@ -85,8 +88,7 @@ def main(config: FairConfig) -> pd.DataFrame:
         run(arm, config.on, workers=config.workers, out=config.out)
     folders = {arm: config.out / "fair" / config.on / arm for arm in config.arms}
     table = pd.concat([subject_rows(arm, f) for arm, f in folders.items()], ignore_index=True)
-    name = "fair" if config.on == "held-out" else "fair_development"
-    with atomic_write(RESULTS / f"{name}.csv") as path:
+    with atomic_write(RESULTS / f"{FILES[config.on]}.csv") as path:
         table.round(5).to_csv(path, index=False)
     return table
 

@@ -16,6 +16,7 @@ import pandas as pd
 
 from sude_lab.evaluate.statistics import Interval, jackknife_interval
 
+Fidelity = float | np.ndarray
 FIDELITY, ALIGNMENT = "subject_fidelity", "attribute_alignment"
 
 
@@ -60,14 +61,21 @@ class Line:
     def _rows(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.fidelity[rows], self.alignment[rows]
 
-    def at(self, fidelity: float, rows: np.ndarray | None = None) -> np.ndarray:
+    def at(self, fidelity: Fidelity, rows: np.ndarray | None = None) -> np.ndarray:
         """Return each subject's alignment where the mean fidelity is at least `fidelity`, (n,).
 
         On the front, and between two neighbours of it all values are interpolated linearly: one
         strength for all subjects, as somebody who tunes must choose it. Below the front's first
         strength that one is taken, which keeps more than is asked; nan where no strength reaches
         so high.
+
+        Args:
+            fidelity: One for all, or (n,) of which the mean is meant, such as a share of what
+                another way of tuning gives of each subject.
+            rows: Indices of the subjects that are there; None: all.
         """
+        if isinstance(fidelity, np.ndarray):
+            fidelity = float((fidelity if rows is None else fidelity[rows]).mean())
         front = self.front(rows)
         f = self._means(rows)[0][front]
         a = (self.alignment if rows is None else self.alignment[rows])[:, front]
@@ -102,26 +110,25 @@ def paired(a: Line, b: Line) -> tuple[Line, Line]:
     return a.of(both), b.of(both)
 
 
-def gain_at(a: Line, b: Line, fidelity: float) -> Interval:
+def gain_at(a: Line, b: Line, fidelity: Fidelity) -> Interval:
     """Return the alignment of `a` minus that of `b` at equal mean fidelity, paired by subject.
 
     A_a(s_a) - A_b(s_b) with the strengths s_a, s_b at which the mean fidelity is `fidelity`; the
-    interval is the jackknife's over subjects, in which both strengths are found anew without each
-    subject. nan where a line does not reach that fidelity.
+    interval is the jackknife's over subjects, in which the fronts and both strengths are found anew
+    without each subject. nan where a line does not reach that fidelity. Both lines are of the same
+    subjects (`paired`).
     """
-    a, b = paired(a, b)
     return jackknife_interval(
         lambda rows: float((a.at(fidelity, rows) - b.at(fidelity, rows)).mean()), len(a.subjects)
     )
 
 
-def mean_gain(a: Line, b: Line, low: float, high: float, *, points: int = 41) -> Interval:
-    """Return the mean over fidelities from `low` to `high` of `gain_at`: the area between them.
+def mean_gain(a: Line, b: Line, low: Fidelity, high: Fidelity, *, points: int = 41) -> Interval:
+    """Return the mean of `gain_at` over fidelities from `low` to `high`.
 
-    Over its length, so that it is in units of alignment.
+    The area between the lines over its length, so that it is in units of alignment.
     """
-    a, b = paired(a, b)
-    at = np.linspace(low, high, points)
+    at = list(np.linspace(low, high, points))
 
     def read(rows: np.ndarray) -> float:
         return float(np.mean([(a.at(f, rows) - b.at(f, rows)).mean() for f in at]))

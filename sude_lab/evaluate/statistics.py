@@ -38,6 +38,14 @@ class Interval:
     def __str__(self) -> str:
         return self.words("+.2f")
 
+    @property
+    def p(self) -> float:
+        """The two-sided p of Student's t that the mean is 0, of an interval of 95 % by t."""
+        half = (self.high - self.low) / 2
+        if not half > 0:
+            return math.nan if math.isnan(half) else float(self.mean == 0)
+        return 1 - t_within(self.mean / half * t_quantile(self.number - 1), self.number - 1)
+
     def words(self, form: str) -> str:
         """Return "+0.24 [-0.03, +0.51]" for "+.2f", or "+0.24" without an interval."""
         mean, low, high = (format(x, form) for x in (self.mean, self.low, self.high))

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sude_lab.evaluate.fronts import Line, gain_at, line, mean_gain
+from sude_lab.evaluate.fronts import Line, gain_at, line, mean_gain, paired
 
 
 def table(values: dict[str, list[tuple[float, float]]]) -> pd.DataFrame:
@@ -49,7 +49,8 @@ def test_subjects_without_a_strength_or_without_a_partner_do_not_count() -> None
     whole = line("a", a, "steps")
     lacking = line("b", a.drop(index=3), "steps")
     assert lacking.subjects == ("x",)
-    assert gain_at(whole, lacking, 0.4).mean == 0
+    both = paired(whole, lacking)
+    assert both[0].subjects == both[1].subjects == ("x",) and gain_at(*both, 0.4).mean == 0
     with pytest.raises(ValueError, match="all strengths"):
         line("c", a.drop(index=[0, 3]), "steps")
 
@@ -71,6 +72,9 @@ def test_the_gain_is_read_at_equal_fidelity_and_not_at_equal_strength() -> None:
     area = mean_gain(made("c", np.linspace(0, 1, 6), bonus=0.1), a, 0.1, 0.9)
     assert area.mean == pytest.approx(0.1)
     assert math.isnan(gain_at(b, a, 0.8).mean)
+    shares = np.linspace(0.1, 0.5, 8)  # a fidelity a subject: their mean is meant, here 0.3
+    assert a.at(shares) == pytest.approx(a.at(0.3))
+    assert a.at(shares, np.arange(4)) == pytest.approx(a.at(shares[:4].mean(), np.arange(4)))
 
 
 @pytest.mark.parametrize("over_trained", [False, True])

@@ -1,0 +1,165 @@
+"""What the comparison of data/grids/fair.md says: its lines, contrasts and figure.
+
+    python -m studies.fair_report                      data/results/fair.md and fair.png
+    python -m studies.fair_report --on development     of the subjects that chose the settings
+
+It reads what `python -m studies.fair` kept. Lines, fidelities, margin and contrasts stand here as
+they are registered there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import tyro
+
+from studies.fair import FILES, On
+from sude_lab.evaluate.fronts import Line, gain_at, line, mean_gain, paired
+from sude_lab.evaluate.statistics import Interval, holm, sign_flip_p, verdict
+from sude_lab.evaluate.stored import MARGIN, RESULTS, read
+from sude_lab.io.files import atomic_write
+
+_END = "strength == ''"
+_PLAIN_END = f"(arm == 'plain' and {_END})"
+_STEPS = f"({_END} or strength.str.isdigit())"
+LINES = {
+    "less tuning": "arm == 'plain'",
+    "SuDe": "arm == 'sude'",
+    "plain, steps": f"arm == 'plain' and {_STEPS}",
+    "plain, scale": f"arm == 'plain' and ({_END} or strength.str.startswith('scale'))",
+    "SuDe 1, steps": "arm == 'sude' and w_s == 1",
+    "SuDe 2, steps": "arm == 'sude' and w_s == 2",
+    "SuDe 50, w_s": "arm == 'sude' and strength == '50'",
+    "plain, composition": f"{_PLAIN_END} or strength.str.startswith('compose')",
+    "SuDe without training": f"{_PLAIN_END} or strength.str.startswith('sude_guidance')",
+}
+"""Every way of tuning, over its strengths: rows of the table."""
+
+
+def lines_of(table: pd.DataFrame) -> dict[str, Line]:
+    """Return the lines of a table of `studies.fair`, as far as their runs are there."""
+    keys = ["arm", "settings", "w_s", "strength"]
+    table = table.assign(point=table[keys].astype(str).agg(" ".join, axis=1))
+    rows = {name: table.query(asked, engine="python") for name, asked in LINES.items()}
+    return {n: line(n, r, "point") for n, r in rows.items() if r["point"].nunique() > 1}
+
+
+def contrast(a: Line, b: Line, whole: Line) -> list[dict[str, Any]]:
+    """Return a row a fidelity, and one for the area between the first and the last of them.
+
+    The fidelities are `SHARES` of what plain tuning gives of these subjects at the end of `whole`.
+    """
+    a, b = paired(*paired(a, b))
+    whole = whole.of(a.subjects)
+    end = whole.fidelity[:, whole.strengths.index(END)]
+    rows: list[tuple[str, Interval, float]] = []
+    for share in SHARES:
+        dots = a.at(share * end) - b.at(share * end)
+        flip = math.nan if np.isnan(dots).any() else sign_flip_p(dots)
+        rows.append((f"{share:g}", gain_at(a, b, share * end), flip))
+    low, high = min(SHARES), max(SHARES)
+    rows.append((f"{low:g} to {high:g}", mean_gain(a, b, low * end, high * end), math.nan))
+    about = {"arm": a.name, "against": b.name}
+    return [
+        about | {"fidelity": at, "gain": gain, "p": gain.p, "sign flip": flip}
+        for at, gain, flip in rows
+    ]
+
+
+def family(lines: dict[str, Line], pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Return the contrasts of pairs of lines, corrected together (Holm), with what they say."""
+    there = [(a, b) for a, b in pairs if a in lines and b in lines]
+    rows = [row for a, b in there for row in contrast(lines[a], lines[b], lines["less tuning"])]
+    table = pd.DataFrame(rows)
+    read = table["p"].notna()
+    table.loc[read, "p, Holm"] = holm(table.loc[read, "p"].to_numpy())
+    table["says"] = [
+        _says(gain, p) for gain, p in zip(table["gain"], table["p, Holm"], strict=True)
+    ]
+    return table
+
+
+def _says(gain: Interval, p: float) -> str:
+    """Return the verdict: better or worse after the correction, else no difference, or neither."""
+    if math.isnan(p):  # of the gain itself, or of one without a subject
+        return "not reached" if math.isnan(gain.mean) else "cannot tell"
+    sure = verdict(gain, p=p)
+    return verdict(gain, margin=MARGIN) if sure == "cannot tell" else sure
+
+
+END = "plain dreambooth 0.0 "
+"""The point of plain tuning after all its steps."""
+SHARES = (0.75, 0.85, 0.95)
+"""Of the fidelity that plain tuning ends with: where alignments are read."""
+PRIMARY = [("SuDe", "less tuning")]
+SECONDARY = [
+    *product(("SuDe 1, steps", "SuDe 2, steps"), ("plain, steps", "plain, scale")),
+    ("SuDe 50, w_s", "plain, steps"),
+    ("SuDe", "plain, composition"),
+    ("SuDe without training", "less tuning"),
+]
+
+
+def figure(lines: dict[str, Line], path: Path) -> None:
+    """Draw the means of every line, its front drawn through, over the fidelities that are read."""
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(figsize=(8, 5), layout="constrained", dpi=160)
+    for name, one in lines.items():
+        fidelity, alignment = one.fidelity.mean(0), one.alignment.mean(0)
+        front, sude = one.front(), name.startswith("SuDe")
+        style: dict[str, Any] = {"marker": "o" if sude else "s", "lw": 2.5 if sude else 1.3}
+        drawn = axes.plot(fidelity[front], alignment[front], label=name, ms=5, **style)
+        axes.plot(fidelity, alignment, style["marker"], ms=3, alpha=0.4, color=drawn[0].get_color())
+    whole = lines["less tuning"]
+    for share in SHARES:
+        at = share * whole.fidelity[:, whole.strengths.index(END)].mean()
+        axes.axvline(at, color="grey", lw=0.8, ls=":")
+    n = min(len(one.subjects) for one in lines.values())
+    axes.set_xlabel(f"subject fidelity (mean of {n} subjects)")
+    axes.set_ylabel("attribute alignment")
+    axes.legend(fontsize=9)
+    with atomic_write(path) as file:
+        fig.savefig(file, format="png")
+    plt.close(fig)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Whose table to read."""
+
+    on: On = "held-out"
+
+
+def main(config: ReportConfig) -> str:
+    """Write the contrasts as Markdown, and the figure; return the text."""
+    table, name = read(FILES[config.on]).fillna({"strength": "", "settings": ""}), FILES[config.on]
+    lines = lines_of(table)
+    parts = []
+    for title, pairs in {"Primary": PRIMARY, "Secondary": SECONDARY}.items():
+        shown = family(lines, pairs)
+        shown["gain"] = [gain.words("+.3f") for gain in shown["gain"]]
+        parts += [f"{title} contrasts", shown.round(4).to_markdown(index=False)]
+    points = table.groupby(["arm", "settings", "w_s", "strength"], sort=False)
+    means = points[["subject_fidelity", "attribute_alignment", "category_alignment"]].mean()
+    means["subjects"] = points["subject"].nunique()
+    parts += [
+        "Every point, means over the subjects",
+        means.round(3).reset_index().to_markdown(index=False),
+    ]
+    text = "\n\n".join(parts) + "\n"
+    with atomic_write(RESULTS / f"{name}.md") as path:
+        path.write_text(text, encoding="utf-8")
+    figure(lines, RESULTS / f"{name}.png")
+    return text
+
+
+if __name__ == "__main__":
+    print(main(tyro.cli(ReportConfig)))
