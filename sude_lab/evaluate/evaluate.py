@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from itertools import groupby
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import pandas as pd
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
@@ -69,6 +70,8 @@ PAPERS = ("CLIP-I", "CLIP-T", "DINO-I", "BLIP-T")
 
 BATCH = 8
 """Pictures that are drawn at once."""
+TOGETHER = "drawn together"
+"""What a picture's file calls the batch that it was drawn in: first number and size."""
 _SUDE = (*fields_of("sude"), *fields_of("prior"), "prior_bank")
 _SUBJECT = ("category", "token", "initializer")
 _NOT_SETTINGS = (*fields_of("place"), *_SUBJECT, *_SUDE, "method", "seed", "dtype")
@@ -468,15 +471,10 @@ def _read(path: Path) -> Image.Image | None:
 def _pictures(
     job: _Job, places: Sequence[_Place], open_base: Callable[[Run], Backbone], progress: bool
 ) -> list[Image.Image]:
-    """Return a run's pictures in the order of their places; those that are missing are drawn.
-
-    The last bits of a picture depend on those that are drawn with it: a batch that lacks one, as a
-    stopped command leaves it, is drawn anew as a whole.
-    """
+    """Return a run's pictures in the order of their places; those that are missing are drawn."""
     images = {place.path: _read(place.path) for place in places}
     # Prompts that differ in their caption alone share their pictures.
-    batches = list(_batches({p.path: p for p in places}.values()))
-    missing = [batch for batch in batches if any(images[p.path] is None for p in batch)]
+    missing = list(_batches({p.path: p for p in places}.values(), images))
     if missing:
         backbone = job.run.load(backbone=open_base(job.run))
         base = cache(partial(open_base, job.run))
@@ -500,10 +498,13 @@ def _pictures(
                         batch_size=BATCH,
                         **job.sampling,
                     )
+                together = PngInfo()
+                together.add_text(TOGETHER, f"{first.number} {len(batch)}")
                 for place, picture in zip(batch, drawn, strict=True):
-                    with atomic_write(place.path) as file:
-                        picture.save(file)
-                    images[place.path] = picture
+                    if images.get(place.path) is None:
+                        with atomic_write(place.path) as file:
+                            picture.save(file, pnginfo=together)
+                        images[place.path] = picture
                     bar.update()
         del backbone, base
         if torch.cuda.is_available():
@@ -511,17 +512,41 @@ def _pictures(
     return [image for place in places if (image := images[place.path]) is not None]
 
 
-def _batches(places: Iterable[_Place]) -> Iterator[list[_Place]]:
-    """Yield places of one prompt and seed whose numbers follow each other, at most `BATCH`."""
-    batch: list[_Place] = []
-    for place in places:
-        if batch:
-            prompt, seed, number, _ = batch[-1]
-            if len(batch) == BATCH or place[:3] != (prompt, seed, number + 1):
+def _batches(
+    places: Iterable[_Place], images: Mapping[Path, Image.Image | None]
+) -> Iterator[list[_Place]]:
+    """Yield what is drawn together: places of one prompt and seed whose numbers follow each other.
+
+    The last bits of a picture depend on those that are drawn with it. So what a stopped command
+    left out is drawn with those that were drawn with it, as their files say; the rest in batches of
+    at most `BATCH`.
+    """
+    for _, group in groupby(places, lambda place: place[:2]):
+        of_prompt = list(group)
+        lost = [place for place in of_prompt if images[place.path] is None]
+        there = [place.path for place in of_prompt if images[place.path] is not None]
+        for first, count in sorted(set(map(_drawn_with, there))) if lost else ():
+            numbers = range(first, first + count)
+            if any(place.number in numbers for place in lost):
+                one = lost[0]
+                folder = one.path.parent
+                yield [one._replace(number=k, path=folder / f"{k:03d}.png") for k in numbers]
+                lost = [place for place in lost if place.number not in numbers]
+        batch: list[_Place] = []
+        for place in lost:
+            if batch and (len(batch) == BATCH or place.number != batch[-1].number + 1):
                 yield batch
                 batch = []
-        batch.append(place)
-    yield batch
+            batch.append(place)
+        if batch:
+            yield batch
+
+
+def _drawn_with(path: Path) -> tuple[int, int]:
+    """Return the first number and the size of the batch that a picture's file was drawn in."""
+    with Image.open(path) as image:
+        first, _, count = str(image.info.get(TOGETHER, "")).partition(" ")
+    return (int(first), int(count)) if first.isdecimal() and count.isdecimal() else (0, 0)
 
 
 def _mention_unknown_words(backbone: Backbone, job: _Job) -> None:
