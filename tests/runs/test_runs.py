@@ -215,6 +215,15 @@ def test_a_resumed_run_is_the_unbroken_one_byte_for_byte(
     assert content(out) == content(whole.folder)
 
 
+@pytest.fixture
+def system_signals() -> Iterator[None]:
+    """SIGTERM as a process begins with it: Ray, where a test before used it, leaves its own."""
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.usefixtures("system_signals")
 def test_a_run_that_the_system_ends_is_continued_from_its_last_step(
     config: TuningConfig, tune_in: Callable[..., Run], tmp_path: Path
 ) -> None:
@@ -230,6 +239,7 @@ def test_a_run_that_the_system_ends_is_continued_from_its_last_step(
     assert content(tune_in(config, out, resume=True).folder) == content(whole.folder)
 
 
+@pytest.mark.usefixtures("system_signals")
 def test_the_command_says_how_a_run_that_was_ended_goes_on(
     config: TuningConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
