@@ -54,7 +54,7 @@ def _descents(draw: Draw) -> list[Call]:
     along = torch.tensor([-0.5, 0.3, 0.8, 1.5]).double()[:, None]
     settings = (along * class_0 + 0.7 * across, class_0, weight, draw.number(0.55, 0.65))
     kinds = [(prior, cut) for prior in ("pretrained", "current") for cut in (True, False)]
-    return [(*settings, 40 - draw.seed, *kind) for kind in kinds]
+    return [(*settings, 20 - draw.seed, *kind) for kind in kinds]
 
 
 @check(_descents)

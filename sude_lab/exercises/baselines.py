@@ -102,7 +102,8 @@ class TinyPlugUNet(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> object:
         """Return an object whose `sample` is the predicted noise, as diffusers' UNets do."""
         words = self.words(encoder_hidden_states).mean(1)[..., None, None]
-        return SimpleNamespace(sample=self.picture(sample) * (1 + words) + words)
+        time = 1 + timestep[:, None, None, None] / 100
+        return SimpleNamespace(sample=self.picture(sample) * (1 + words) + words * time)
 
 
 def plug_batch(
@@ -123,7 +124,7 @@ def plug_batch(
 
 def _plugged(answer: Answer, call: Call) -> Tensor:
     """Return an answer's values, (B,), then the gradients of the UNet's weights by their mean."""
-    unet, inputs = plug_batch(call[0], torch.tensor([-0.4, 0.1, 0.5, 0.8, 1.3, 1.9]))
+    unet, inputs = plug_batch(*call)
     given = ask(lambda: answer(unet, *inputs), ())
     if not isinstance(given, Tensor) or not given.requires_grad:
         raise Mistake("No gradient reaches the UNet by `model_pred`: leave that one its gradient.")
@@ -133,7 +134,15 @@ def _plugged(answer: Answer, call: Call) -> Tensor:
     return torch.cat([given.detach(), nn.utils.parameters_to_vector(slopes)])
 
 
-@check(lambda draw: (draw.seed,), run=_plugged, tolerance=1e-5)
+@check(
+    lambda draw: [
+        (draw.seed, torch.tensor(rho))  # the gate of the batch's means is once open, once shut
+        for rho in ([-0.4, 0.1, 0.5, 0.8, 1.3, 1.9], [0.1, 0.9, 1.9, 2.0, 2.2, 0.7])
+    ],
+    run=_plugged,
+    tolerance=1e-5,
+    hint="Places from 6 on are gradients of the UNet's weights: they flow by `model_pred` alone.",
+)
 def plug(
     unet: Any,
     x_t: Tensor,

@@ -65,8 +65,9 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _plan_call(draw: Draw) -> Call:
-    gain, subjects = draw.number(0.12, 0.18), 5 + draw.seed % 3
-    return gain, 0.2, 0.3, subjects, 3, np.random.default_rng(draw.seed)
+    gain, between, within = (draw.number(low, low + 0.05) for low in (0.12, 0.2, 0.3))
+    more = draw.seed // 10
+    return gain, between, within, 5 + 2 * more, 3 + more, np.random.default_rng(draw.seed)
 
 
 @check(_plan_call)

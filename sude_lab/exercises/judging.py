@@ -6,6 +6,7 @@ Whatever judges raises `Mistake` where the answer is wrong, and returns None whe
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -113,6 +114,7 @@ class Check:
                     for says, wrong in self.wrong(calls, part, right):
                         if self._match(its_own, should, wrong):
                             raise Mistake(says)
+                    self._judge_use(answer, calls, given[0])
                     raise Mistake(f"{difference(one, value, self.tolerance)} {self.hint}".strip())
             if self.learns:
                 judge_gradients(answer, call, self.learns, self.fixed)
@@ -120,6 +122,20 @@ class Check:
     def _read(self, answer: Answer, call: Call, right: list[Any]) -> list[Any]:
         given = self._parts(self.run(answer, call))
         return [read(*pair) for pair in zip(given, right, strict=True)]
+
+    def _judge_use(self, answer: Answer, calls: list[Call], given: list[Any]) -> None:
+        """Say so if a number or a word in the first call makes no difference to an answer."""
+        names = list(inspect.signature(self.right).parameters)
+        for k, value in enumerate(calls[0] if len(names) == len(calls[0]) else ()):
+            others = [call[k] for call in calls if isinstance(value, int | float | str)]
+            for other in [each for each in others if each != value][:1]:
+                call = (*calls[0][:k], other, *calls[0][k + 1 :])
+                right = self._parts(self.run(self.right, call))
+                if all(map(same, self._read(answer, call, right), given)):
+                    says = (
+                        "makes no difference: is it used, or does a number of your own stand there?"
+                    )
+                    raise Mistake(f"`{names[k]}` {says}")
 
     def _match(self, given: list[Any], right: list[Any], wrong: Iterator[Any]) -> bool:
         """Say whether all results are those of a slip; a change may be no code that runs."""

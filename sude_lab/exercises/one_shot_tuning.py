@@ -46,13 +46,16 @@ def smoothed(losses: Tensor, decay: float) -> Tensor:
     return torch.stack(curve)
 
 
-def _parts_call(draw: Draw) -> Call:
+def _parts_calls(draw: Draw) -> list[Call]:
     eps, eps_null, d, noise = (draw.normal(4, 3, 2) for _ in range(4))
-    along = torch.tensor([-0.5, 0.4, 0.8, 1.6]).double().reshape(4, 1, 1)
-    return eps_null + along * d + 0.1 * noise, eps_null + d, eps_null, eps, draw.number(0.5, 0.9)
+    calls: list[Call] = []
+    for rho in ([-0.5, 0.4, 0.8, 1.6], [0.5, 0.9, 2.2, 2.5]):  # the mean's gate: open, shut
+        eps_sub = eps_null + torch.tensor(rho).double().reshape(4, 1, 1) * d + 0.1 * noise
+        calls.append((eps_sub, eps_null + d, eps_null, eps, draw.number(0.5, 0.9)))
+    return calls
 
 
-@check(_parts_call, learns=("eps_sub",), fixed=("eps_class", "eps_null"))
+@check(_parts_calls, learns=("eps_sub",), fixed=("eps_class", "eps_null"))
 def batch_loss(
     eps_sub: Tensor, eps_class: Tensor, eps_null: Tensor, eps: Tensor, weight_sude: float
 ) -> Tensor:

@@ -56,12 +56,12 @@ BINARY: dict[type[ast.operator], Sequence[tuple[str, str]]] = {
         ("You multiplied by `{b}`: it is an exponent.", "({a}) * ({b})"),
     ),
 }
-COMPARE: dict[type[ast.cmpop], tuple[str, str, str]] = {  # itself, opposite, with or without equals
-    ast.Eq: ("==", "!=", "=="),
-    ast.Gt: (">", "<=", ">="),
-    ast.GtE: (">=", "<", ">"),
-    ast.Lt: ("<", ">=", "<="),
-    ast.LtE: ("<=", ">", "<"),
+COMPARE: dict[type[ast.cmpop], Sequence[str]] = {  # itself, other ways, with or without equals
+    ast.Eq: ("==", "!=", "!=", "=="),
+    ast.Gt: (">", "<=", "<", ">="),
+    ast.GtE: (">=", "<", "<=", ">"),
+    ast.Lt: ("<", ">=", ">", "<="),
+    ast.LtE: ("<=", ">", ">=", "<"),
 }
 MEASURES = {
     "sum": "a sum",
@@ -181,8 +181,9 @@ def _changes(
                 of(x),
             )
         case ast.Compare(left, [op], [right]) if type(op) in COMPARE:
-            a, b, (sign, opposite, equal) = of(left), of(right), COMPARE[type(op)]
-            yield f"The wrong way round: `{a} {sign} {b}` is asked for.", f"({a}) {opposite} ({b})"
+            a, b, (sign, *others, equal) = of(left), of(right), COMPARE[type(op)]
+            for other in others:
+                yield f"The wrong way round: `{a} {sign} {b}` is asked for.", f"({a}) {other} ({b})"
             yield f"Where `{a}` equals `{b}` it goes the other way.", f"({a}) {equal} ({b})"
             yield f"`{a} {sign} {b}` is not looked at: here it always holds.", f"({a}) == ({a})"
             yield f"`{a} {sign} {b}` is not looked at: here it never holds.", f"({a}) != ({a})"
@@ -194,6 +195,8 @@ def _changes(
         case ast.Call(ast.Attribute(_, method) as function, given):
             x, call = of(function)[: -len(method) - 1], of(node)[len(of(function)) :]
             yield f"`.{method}(...)` is missing at `{x}`.", x
+            if method in MEASURES:
+                yield "A root too many: squares are asked for, not a length.", f"{of(node)} ** 0.5"
             for other in MEASURES.keys() - {method} if method in MEASURES else ():
                 says = f"You took {MEASURES[other]}: {MEASURES[method]} is asked for."
                 yield says, f"{x}.{other}{call}"

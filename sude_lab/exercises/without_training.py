@@ -17,6 +17,8 @@ Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 def _directions(draw: Draw) -> tuple[Tensor, Tensor]:
     """a and d, (B, 4), with given rho."""
     a, d = draw.normal(4, 4), draw.normal(4, 4)
+    # so long that rho, <a, d> and <a, d> / ||d|| are not all on the same side of 1
+    d = draw.uniform(1.7, 2.3, 4, 1) * d / d.norm(dim=1, keepdim=True)
     rho = torch.tensor([-0.5, 0.3, 1.4, 0.8]).double()[:, None]
     return a + (rho - (a * d).sum(1, keepdim=True) / d.square().sum(1, keepdim=True)) * d, d
 
