@@ -19,6 +19,7 @@ _TASKS = {
     "baselines": "paper_prompt combined keys_and_values given_back plug",
     "evaluating": "judged_text image_score paired_interval spearman detects",
     "without_training": "hinge_gradient corrected after_steps at_fidelity drawn",
+    "less_tuning": "best_kept area covers decided sign_flip",
 }
 _GIVEN = {
     "judging": "Mistake check_letter",
@@ -28,6 +29,7 @@ _GIVEN = {
     "ablate_w_s": "made_up_sweep",
     "baselines": "TinyUNet plug_batch",
     "without_training": "my_dog",
+    "less_tuning": "made_up_lines",
 }
 _MODULES = {name: module for module, names in _GIVEN.items() for name in names.split()}
 _MODULES |= {f"check_{task}": module for module, tasks in _TASKS.items() for task in tasks.split()}

@@ -68,6 +68,7 @@ MEASURES = {
     "mean": "a mean",
     "median": "a median",
     "amax": "the largest",
+    "max": "the largest",
     "any": "whether any",
     "all": "whether all",
 }

@@ -552,6 +552,41 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         (", strength)\n", ", 0.0)\n", "plain sampling"),
         ("t - 1, schedule)", "t, schedule)", "`1` is missing: subtract it."),
     ],
+    "best_kept": [
+        ("alignment[fidelity >= goal].max()", "alignment[abs(fidelity - goal).argmin()]",
+         "nearest to `goal`"),
+        (".max()", "[-1]", "a weaker one may align better"),
+        ("alignment[fidelity >= goal].max()", "alignment.max()", "whatever it keeps"),
+        (">= goal", "<= goal", "The wrong way round"),
+    ],
+    "registered": [
+        ('"c"', '"a"', "What is help"),
+        ('"c"', '"b"', "chosen after looking"),
+        ('"c"', '"d"', "have been looked at"),
+    ],
+    "area": [
+        ("fidelity[::-1], alignment[::-1]", "fidelity, alignment", "growing x"),
+        (".mean()", ".mean() * (high - low)", "divided by its width"),
+        ("    return np.interp", "    return 0.5 * np.interp", "Half as large"),
+    ],
+    "covers": [
+        (" / np.sqrt(studies.shape[1])", "", "s / sqrt(n)"),
+        ("ddof=1", "ddof=0", "divides by n - 1"),
+        ("<= half).mean()", "> half).mean()", "how often it misses"),
+        (" - truth", "", "holds 0"),
+    ],
+    "decided": [
+        ("if low > 0", "if gains.mean() > 0", "The mean alone decides nothing"),
+        ('"no difference" if -margin < low and high < margin else "cannot tell"',
+         '"no difference"', "no proof of no difference"),
+        ("-margin < low and high < margin", "abs(gains.mean()) < margin", "is not enough"),
+        (" / np.sqrt(len(gains))", "", "s / sqrt(N)"),
+    ],
+    "sign_flip": [
+        ("abs((signs * gains).mean(1))", "(signs * gains).mean(1)", "Both directions count"),
+        (">= abs(gains.mean()) - 1e-12", "> abs(gains.mean()) + 1e-12", "As far counts, too"),
+        ("- 1e-12).mean()", "- 1e-12).sum()", "how many"),
+    ],
 }  # fmt: skip
 
 
