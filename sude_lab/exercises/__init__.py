@@ -10,24 +10,26 @@ from typing import Any
 
 _TASKS = {
     "start_here": "noised even_time open_share training_step paired_gain",
-    "bayes_classifier": "log_density log_ratio normaliser log_posterior chain noise_errors",
+    "bayes_classifier": "log_density log_ratio log_posterior chain noise_errors",
     "sude_loss": "sude push along eps_weight same_push both_sides",
-    "truncation": "threshold truncated rho rho_depends hinge settle",
-    "one_shot_tuning": "lora_count must_keep latent_batch smoothed batch_loss sude_step",
+    "truncation": "threshold truncated rho hinge settle",
+    "one_shot_tuning": "lora_count latent_batch smoothed batch_loss sude_step",
     "ablate_w_s": "by_weight paired_gains cluster_interval front best_weight naive_and_honest",
-    "ablate_truncation": "loss_along shifted at_half end_rho rest tuned",
-    "baselines": "paper_prompt combined must_know keys_and_values given_back plug",
-    "evaluating": "judged_text image_score fooled paired_interval spearman detects",
-    "without_training": "hinge_gradient corrected through_guidance after_steps at_fidelity drawn",
+    "ablate_truncation": "loss_along shifted end_rho rest tuned",
+    "baselines": "paper_prompt combined keys_and_values given_back plug",
+    "evaluating": "judged_text image_score paired_interval spearman detects",
+    "without_training": "hinge_gradient corrected after_steps at_fidelity drawn",
+    "less_tuning": "best_kept area covers decided sign_flip",
 }
 _GIVEN = {
-    "judging": "Mistake",
+    "judging": "Mistake check_letter",
     "worlds": "animals short_schedule stable_diffusion_schedule steps things",
     "start_here": "TinyDenoiser",
     "one_shot_tuning": "dog_prior",
     "ablate_w_s": "made_up_sweep",
     "baselines": "TinyUNet plug_batch",
     "without_training": "my_dog",
+    "less_tuning": "made_up_lines",
 }
 _MODULES = {name: module for module, names in _GIVEN.items() for name in names.split()}
 _MODULES |= {f"check_{task}": module for module, tasks in _TASKS.items() for task in tasks.split()}
@@ -37,7 +39,8 @@ __all__ = sorted(_MODULES)
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    module = import_module(f"{__name__}.{_MODULES[name]}")
+    return getattr(module, name if name in vars(module) else name.removeprefix("check_"))
 
 
 def __dir__() -> list[str]:

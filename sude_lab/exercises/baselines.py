@@ -1,73 +1,45 @@
 """Checks of the exercises to lesson 07; equations of arXiv 2403.06775 unless named."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sude_lab.evaluate.prompts import STRUCTURES, structured
-from sude_lab.exercises.judging import Answer, Draw, Mistake, Trial, ask, check, choice
-from sude_lab.exercises.worlds import short_schedule
+from sude_lab.exercises.judging import Answer, Call, Draw, Mistake, ask, check
 from sude_lab.prompts import article
 
 WORDS = (("dog", "running"), ("candle", "unlit"), ("cat", "open mouth"))
 
 
-@check
-def check_paper_prompt(draw: Draw) -> list[Trial]:
-    """Check paper_prompt(structure, attribute, category): P1-P3 of Table 2."""
-    category, trials = WORDS[draw.seed % 3][0], []
-    for structure in STRUCTURES:
-        for attribute in ("running", "open mouth"):
-            right = structured(structure, category, attribute)
-            with_a = right.replace(f"{article(attribute)} {attribute}", f"a {attribute}")
-            slips = {
-                "“an” stands before a vowel: `article(words)` knows.": with_a,
-                "The subject is missing: {S*} stays in the prompt.": right.replace("{S*} ", ""),
-                "The attribute is missing.": structured(structure, category),
-            }
-            for other in STRUCTURES:
-                says = f"That is {other}, and {structure} was asked for: where does each word go?"
-                slips[says] = structured(other, category, attribute)
-            trials.append(Trial((structure, attribute, category), right, slips))
-    return trials
-
-
-@check
-def check_combined(draw: Draw) -> Trial:
-    """Check combined(attributes, backgrounds, category): each attribute on each background."""
-    category, own = WORDS[draw.seed % 3]
-    attributes = [own, "open", "golden"]
-    backgrounds = ["on the beach", "in the snow", "with a ball"]
-
-    def prompt(attribute: str, background: str, a: str = "") -> str:
-        a = a or article(attribute)
-        return f"photo of {a} {attribute} {{S*}} {category} {background}"
-
-    pairs = [(a, b) for a in attributes for b in backgrounds]
-    right = [prompt(*pair) for pair in pairs]
-    by_background = [prompt(a, b) for b in backgrounds for a in attributes]
-
-    def without(part: str) -> list[str]:
-        return [line.replace(part, "") for line in right]
-
-    slips = {
-        "You paired them off: every attribute goes with every background.": right[::4],
-        "All are there, in another order: the first attribute with all backgrounds.": by_background,
-        "“an” stands before a vowel: `article` knows.": [prompt(*pair, "a") for pair in pairs],
-        "The subject is missing: {S*} stands before the category.": without("{S*} "),
-        "The category is missing: it stands behind {S*}.": without(f" {category}"),
-    }
-    return Trial((attributes, backgrounds, category), right, slips)
-
-
-check_must_know = choice(
-    "b",
-    "what SuDe has to know of a method to regularise it, eq. 7-10.",
-    a="No: the gradient finds what is trained by itself, whatever that is.",
-    c="No: the method predicts with its own prompt, and SuDe sees the prediction.",
-    d="No: eq. 10 adds the losses, and none of them sees the others.",
+@check(
+    lambda draw: [
+        (structure, attribute, WORDS[draw.seed % 3][0])
+        for structure in ("P1", "P2", "P3")
+        for attribute in ("running", "open mouth")
+    ],
 )
+def paper_prompt(structure: str, attribute: str, category: str) -> str:
+    """Check paper_prompt(structure, attribute, category): P1-P3 of Table 2."""
+    its = f"{article(attribute)} {attribute}"
+    return {
+        "P1": f"photo of {its} {{S*}} {category}",
+        "P2": f"photo of {its} {{S*}} and it is {article(category)} {category}",
+        "P3": f"photo of a {{S*}} and it is {its} {category}",
+    }[structure]
+
+
+def _words_call(draw: Draw) -> Call:
+    category, own = WORDS[draw.seed % 3]
+    return [own, "open", "golden"], ["on the beach", "in the snow", "with a ball"], category
+
+
+@check(_words_call)
+def combined(attributes: Sequence[str], backgrounds: Sequence[str], category: str) -> list[str]:
+    """Check combined(attributes, backgrounds, category): each attribute on each background."""
+    pairs = [(a, b) for a in attributes for b in backgrounds]
+    return [f"photo of {article(a)} {a} {{S*}} {category} {b}" for a, b in pairs]
 
 
 class TinyUNet(nn.Module):
@@ -91,59 +63,30 @@ class TinyUNet(nn.Module):
         self.up_blocks = nn.ModuleList([block()])
 
 
-@check
-def check_keys_and_values(draw: Draw) -> Trial:
+def _learning(answer: Answer, call: Call) -> Tensor:
+    """Return which parameters an answer lets learn, and the number that it returns."""
+    unet = TinyUNet(*call)
+    given = torch.as_tensor(ask(lambda: answer(unet), ())).double().reshape(1)
+    return torch.cat([torch.tensor([p.requires_grad for p in unet.parameters()]).double(), given])
+
+
+@check(lambda draw: (4 + draw.seed,), run=_learning)
+def keys_and_values(unet: nn.Module) -> int:
     """Check keys_and_values(unet): train K and V of `attn2` alone, arXiv 2212.04488, sec. 3.1."""
-    unet = TinyUNet(4 + draw.seed)
-    parameters = dict(unet.named_parameters())
-
-    def where(*parts: str, within: str = "attn2") -> set[str]:
-        return {n for n in parameters if within in n and any(f".{p}." in n for p in parts)}
-
-    right = where("to_k", "to_v")
-    slips = {
-        "Everything learns: switch all others off, `requires_grad_(False)`.": set(parameters),
-        "Nothing learns: switch K and V of `attn2` on, `requires_grad_(True)`.": set(),
-        "attn1 is self-attention: words come in by attn2.": where("to_k", "to_v", within="attn"),
-        "That is attn1, self-attention: take attn2.": where("to_k", "to_v", within="attn1"),
-        "The queries learn, too, the picture's side: leave to_q out.": right | where("to_q"),
-        "The whole cross-attention learns: K and V alone.": right | where("to_q", "to_out"),
-        "Only the keys learn: the values, too.": where("to_k"),
-    }
-
-    def count(answer: Answer) -> object:
-        given = ask(answer, unet)
-        learns = {name for name, p in parameters.items() if p.requires_grad}
-        for says, wrong in slips.items():
-            if learns == wrong:
-                raise Mistake(says)
-        for name in parameters:
-            if (name in learns) != (name in right):
-                raise Mistake(f"{name} should {'learn' if name in right else 'stay'}.")
-        return given
-
-    sizes = {name: p.numel() for name, p in parameters.items()}
-    counts = {
-        "That is how many tensors are trained: count their numbers, `.numel()`.": len(right),
-        "That counts the whole UNet: what is trained alone.": sum(sizes.values()),
-    }
-    return Trial(count, sum(sizes[name] for name in right), counts)
+    for name, p in unet.named_parameters():
+        p.requires_grad_("attn2.to_k" in name or "attn2.to_v" in name)
+    return sum(p.numel() for p in unet.parameters() if p.requires_grad)
 
 
-@check
-def check_given_back(draw: Draw) -> Trial:
-    """Check given_back(lost, gained): sum gained / sum lost over subjects, (S,) -> (), no unit."""
+def _lost_call(draw: Draw) -> Call:
     lost = torch.tensor([0.5, 0.4, 0.02, 0.6]).double() + 0.05 * draw.uniform(0, 1, 4)
-    gained = torch.tensor([0.3, 0.1, -0.03, 0.5]).double() + 0.05 * draw.uniform(0, 1, 4)
-    right = gained.sum() / lost.sum()
-    slips = {
-        "You averaged ratios: who lost little decides. Divide the sums.": (gained / lost).mean(),
-        "Upside down: gained over lost.": 1 / right,
-        "That is what was gained on average; relative to what was lost, please.": gained.mean(),
-        "One number for the method is asked for.": gained / lost,
-        "That is the share that is still lost.": 1 - right,
-    }
-    return Trial((lost, gained), right, slips)
+    return lost, torch.tensor([0.3, 0.1, -0.03, 0.5]).double() + 0.05 * draw.uniform(0, 1, 4)
+
+
+@check(_lost_call)
+def given_back(lost: Tensor, gained: Tensor) -> Tensor:
+    """Check given_back(lost, gained): sum gained / sum lost over subjects, (S,) -> (), no unit."""
+    return gained.sum() / lost.sum()
 
 
 class TinyPlugUNet(nn.Module):
@@ -159,7 +102,8 @@ class TinyPlugUNet(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> object:
         """Return an object whose `sample` is the predicted noise, as diffusers' UNets do."""
         words = self.words(encoder_hidden_states).mean(1)[..., None, None]
-        return SimpleNamespace(sample=self.picture(sample) * (1 + words) + words)
+        time = 1 + timestep[:, None, None, None] / 100
+        return SimpleNamespace(sample=self.picture(sample) * (1 + words) + words * time)
 
 
 def plug_batch(
@@ -178,43 +122,41 @@ def plug_batch(
     return unet, (x_t, t, prediction, dog.expand(size, -1, -1), nothing.expand(size, -1, -1))
 
 
-@check
-def check_plug(draw: Draw) -> list[Trial]:
+def _plugged(answer: Answer, call: Call) -> Tensor:
+    """Return an answer's values, (B,), then the gradients of the UNet's weights by their mean."""
+    unet, inputs = plug_batch(*call)
+    given = ask(lambda: answer(unet, *inputs), ())
+    if not isinstance(given, Tensor) or not given.requires_grad:
+        raise Mistake("No gradient reaches the UNet by `model_pred`: leave that one its gradient.")
+    if given.shape != (6,):
+        raise Mistake(f"One number a sample is asked for, (6,): yours is {tuple(given.shape)}.")
+    slopes = torch.autograd.grad(given.mean(), list(unet.parameters()), materialize_grads=True)
+    return torch.cat([given.detach(), nn.utils.parameters_to_vector(slopes)])
+
+
+@check(
+    lambda draw: [
+        (draw.seed, torch.tensor(rho))  # the gate of the batch's means is once open, once shut
+        for rho in ([-0.4, 0.1, 0.5, 0.8, 1.3, 1.9], [0.1, 0.9, 1.9, 2.0, 2.2, 0.7])
+    ],
+    run=_plugged,
+    tolerance=1e-5,
+    hint="Places from 6 on are gradients of the UNet's weights: they flow by `model_pred` alone.",
+)
+def plug(
+    unet: Any,
+    x_t: Tensor,
+    t: Tensor,
+    model_pred: Tensor,
+    class_embeds: Tensor,
+    uncond_embeds: Tensor,
+) -> Tensor:
     """Check plug(unet, x_t, t, model_pred, class_embeds, uncond_embeds), eq. 7-9; (B,)."""
-    from sude_lab.sude import SudeRegularizer  # here: it imports diffusers, which is slow
-
-    along = torch.tensor([-0.4, 0.1, 0.5, 0.8, 1.3, 1.9])
-    unet, (x_t, t, prediction, dog, nothing) = plug_batch(draw.seed, along)
-    call = (unet, x_t, t, prediction, dog, nothing)
-    terms, swapped = (
-        SudeRegularizer(
-            unet, short_schedule(), one[:1], two[:1], prior="current", weighting="simple"
-        ).terms(x_t, t, prediction)
-        for one, two in ((dog, nothing), (nothing, dog))
-    )
-    slips = {
-        "The gate is missing: eq. 9 gives 0 where L_sude <= tau.": terms.loss,
-        "The gate is the wrong way round: open is L_sude > tau.": terms.loss * ~terms.gate,
-        "Class and no prompt are exchanged.": swapped.gated,
-        "You summed the squares: take their mean, as the loop's MSE does.": 32 * terms.gated,
-        "That is the hinge: leave - tau out.": (terms.loss - terms.threshold) * terms.gate,
-        "That is the gate: times L_sude.": terms.gate,
-        "One number a sample is asked for; the loop averages them.": terms.gated.mean(),
-    }
-
-    def slope(values: Tensor) -> Tensor:
-        weights = list(unet.parameters())
-        slopes = torch.autograd.grad(
-            values.mean(), weights, retain_graph=True, materialize_grads=True
-        )
-        return nn.utils.parameters_to_vector(slopes)
-
-    def pushed(answer: Answer) -> Tensor:
-        given = ask(answer, *call)
-        if not isinstance(given, Tensor) or not given.requires_grad:
-            raise Mistake("The values are right, but no gradient reaches the UNet by `model_pred`.")
-        return slope(given)
-
-    hint = "A gradient flows through the predictions for class or no prompt: `torch.no_grad()`."
-    gradients = Trial(pushed, slope(terms.gated), {}, tolerance=1e-5, hint=hint)
-    return [Trial(call, terms.gated, slips), gradients]
+    with torch.no_grad():
+        eps_class = unet(x_t, t, class_embeds).sample
+        eps_uncond = unet(x_t, t, uncond_embeds).sample
+    to_class = (model_pred - eps_class).square().flatten(1).mean(1)
+    to_uncond = (model_pred - eps_uncond).square().flatten(1).mean(1)
+    tau = -(eps_class - eps_uncond).square().flatten(1).mean(1)
+    loss = to_class - to_uncond
+    return loss * (loss > tau)

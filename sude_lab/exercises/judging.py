@@ -1,12 +1,17 @@
-"""How an answer is judged: against the right values, then against typical slips, by name.
+"""How an answer is judged: beside a right one, then beside that one with a slip put into it.
 
 Whatever judges raises `Mistake` where the answer is wrong, and returns None where it is right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,7 +19,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-Answer = Callable[..., Any]
+from sude_lab.exercises.slips import Answer, made, one_change_slips, source_of
+
+Call: TypeAlias = tuple[Any, ...]
 Table: TypeAlias = pd.Series | pd.DataFrame
 
 
@@ -42,89 +49,20 @@ class Draw:
         unit = torch.rand(shape, generator=self.generator, dtype=torch.float64)
         return low + (high - low) * unit
 
-    def fresh(self, after: int = 0) -> torch.Generator:
-        """Return a new generator with the seed `after` places later."""
-        return torch.Generator().manual_seed(self.seed + after)
+    def number(self, low: float, high: float) -> float:
+        """Return one number between `low` and `high`."""
+        return float(self.uniform(low, high))
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One question to an answer, the right result, and those of typical slips by what to say.
-
-    `call`: the arguments, or a function that runs the answer. Where `two` says what two results
-    are asked for, `right` and `slips` are pairs. `learns` and `fixed` name the first arguments:
-    a gradient must reach those that learn, and not those that are fixed.
-    """
-
-    call: tuple[Any, ...] | Callable[[Answer], Any]
-    right: Any
-    slips: Any
-    tolerance: float = 1e-6
-    hint: str = ""
-    two: str = ""
-    learns: Sequence[str] = ()
-    fixed: Sequence[str] = ()
-
-    def judge(self, answer: Answer) -> None:
-        """Try an answer."""
-        given = self.call(answer) if callable(self.call) else ask(answer, *self.call)
-        parts = [(given, self.right, self.slips)]
-        if self.two:
-            if not isinstance(given, tuple | list) or len(given) != 2:
-                raise Mistake(f"Return {self.two}.")
-            parts = list(zip(given, self.right, self.slips, strict=True))
-        for value, right, slips in parts:
-            if isinstance(right, str | list):
-                judge_words(value, right, slips)
-            elif isinstance(right, Table):
-                judge_table(value, right, slips)
-            else:
-                judge(value, right, slips, self.tolerance, self.hint)
-        if self.learns and not callable(self.call):
-            judge_gradients(answer, self.call, self.learns, self.fixed)
-
-
-def check(trials: Callable[[Draw], Trial | list[Trial]]) -> Callable[..., None]:
-    """Make a check, called as check(answer, *, seed=0), of a function that draws its trials.
-
-    It tries two seeds: what is right by chance is wrong at once, not only when graded.
-    """
-
-    def checked(answer: Answer, *, seed: int = 0) -> None:
-        for each in (seed, seed + 10):
-            drawn = trials(Draw(each))
-            for trial in [drawn] if isinstance(drawn, Trial) else drawn:
-                trial.judge(answer)
-
-    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
-        setattr(checked, name, getattr(trials, name))
-    return checked
-
-
-def choice(right: str, about: str, **reasons: str) -> Callable[[str], None]:
-    """Make the check of a question with letters; `reasons`: what to say to every wrong one."""
-
-    def checked(letter: Any) -> None:
-        chosen = str(letter).strip().lower()
-        if chosen != right:
-            letters = ", ".join(sorted([right, *reasons]))
-            says = f"Answer with one of the letters {letters}, in quotes."
-            raise Mistake(reasons.get(chosen, says))
-
-    checked.__doc__ = f"Check {about}"
-    return checked
-
-
-def ask(answer: Answer, *arguments: Any) -> Any:
-    """Return answer(*arguments), with copies, so that no answer spoils the next.
+def ask(answer: Answer, call: Call) -> Any:
+    """Return answer(*call), with copies, so that no answer spoils the next.
 
     An error inside the answer is not touched: its traceback is what helps.
     """
     if not callable(answer):
         raise Mistake("Give the function itself, without calling it.")
-    copies = [_copied(argument) for argument in arguments]
     try:
-        given = answer(*copies)
+        given = answer(*(x.clone() if isinstance(x, Tensor) else copy.deepcopy(x) for x in call))
     except NotImplementedError:
         raise Mistake("Still to be written: replace `raise NotImplementedError()`.") from None
     if given is None:
@@ -132,63 +70,190 @@ def ask(answer: Answer, *arguments: Any) -> Any:
     return given
 
 
-def judge(
-    given: Any, right: Any, slips: Mapping[str, Any], tolerance: float = 1e-6, hint: str = ""
-) -> None:
-    """Accept the right values, name a slip by its values, else say where the first difference is.
-
-    Values are the same to four digits and in shape; `tolerance` is how far they may be apart
-    besides, for answers with chance in them. `hint` is said of values that are no known slip.
-    """
-    right = torch.as_tensor(right).detach().double()
+def interval(answer: Answer, call: Call) -> Tensor:
+    """Return the two ends that an answer gives as a tensor, (2,)."""
     try:
-        given = torch.as_tensor(given).detach().double()
+        return torch.as_tensor(np.asarray(ask(answer, call), dtype=float)).reshape(2)
+    except (TypeError, ValueError, RuntimeError):
+        raise Mistake("Return two numbers, the interval's lower and upper end.") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """The check of a task, called as check(answer, *, seed=0); `right` is a right answer.
+
+    `draws` makes the calls it is tried with, and `run` asks an answer in one of them. A wrong one
+    is compared with the task's slips in `slips.txt`, all of `one_change_slips`, and `USUAL`. Where
+    `two` says what two results are asked for, each is judged by itself. `learns` and `fixed` name
+    the first arguments: a gradient must reach those that learn, and not those that are fixed.
+    """
+
+    right: Answer
+    draws: Callable[[Draw], Call | list[Call]]
+    run: Callable[[Answer, Call], Any] = ask
+    tolerance: float = 1e-6
+    hint: str = ""
+    two: str = ""
+    learns: Sequence[str] = ()
+    fixed: Sequence[str] = ()
+
+    def calls(self, seed: int = 0) -> list[Call]:
+        """Return all calls for a seed: of two seeds, so that nothing is right by chance."""
+        drawn = [self.draws(Draw(each)) for each in (seed, seed + 10)]
+        return [call for part in drawn for call in (part if isinstance(part, list) else [part])]
+
+    def __call__(self, answer: Answer, *, seed: int = 0) -> None:
+        """Raise `Mistake` with what slipped if an answer is wrong."""
+        calls = self.calls(seed)
+        right = [self._parts(self.run(self.right, call)) for call in calls]
+        given = [self._read(answer, *pair) for pair in zip(calls, right, strict=True)]
+        for k, call in enumerate(calls):
+            for part, (one, its) in enumerate(zip(given[k], right[k], strict=True)):
+                if not same(one, value := read(its, its), self.tolerance):
+                    its_own, should = ([row[part] for row in rows] for rows in (given, right))
+                    for says, wrong in self.wrong(calls, part, right):
+                        if self._match(its_own, should, wrong):
+                            raise Mistake(says)
+                    self._judge_use(answer, calls, given[0])
+                    raise Mistake(f"{difference(one, value, self.tolerance)} {self.hint}".strip())
+            if self.learns:
+                judge_gradients(answer, call, self.learns, self.fixed)
+
+    def _read(self, answer: Answer, call: Call, right: list[Any]) -> list[Any]:
+        given = self._parts(self.run(answer, call))
+        return [read(*pair) for pair in zip(given, right, strict=True)]
+
+    def _judge_use(self, answer: Answer, calls: list[Call], given: list[Any]) -> None:
+        """Say so if a number or a word in the first call makes no difference to an answer."""
+        names = list(inspect.signature(self.right).parameters)
+        for k, value in enumerate(calls[0] if len(names) == len(calls[0]) else ()):
+            others = [call[k] for call in calls if isinstance(value, int | float | str)]
+            for other in [each for each in others if each != value][:1]:
+                call = (*calls[0][:k], other, *calls[0][k + 1 :])
+                right = self._parts(self.run(self.right, call))
+                if all(map(same, self._read(answer, call, right), given)):
+                    says = (
+                        "makes no difference: is it used, or does a number of your own stand there?"
+                    )
+                    raise Mistake(f"`{names[k]}` {says}")
+
+    def _match(self, given: list[Any], right: list[Any], wrong: Iterator[Any]) -> bool:
+        """Say whether all results are those of a slip; a change may be no code that runs."""
+        try:
+            with warnings.catch_warnings(), np.errstate(all="ignore"):
+                warnings.simplefilter("ignore")
+                return all(
+                    same(one, read(its, should), self.tolerance)
+                    for one, its, should in zip(given, wrong, right, strict=True)
+                )
+        except Exception:
+            return False
+
+    def wrong(
+        self, calls: list[Call], part: int, right: list[list[Any]]
+    ) -> Iterator[tuple[str, Iterator[Any]]]:
+        """Yield what to say of every slip, and its results of all calls as `read` has them."""
+        text = source_of(self.right)
+
+        def results(answer: Answer) -> Iterator[Any]:
+            return (self._parts(self.run(answer, call))[part] for call in calls)
+
+        def of_right(change: Answer) -> Iterator[Any]:
+            return (change(read(parts[part], parts[part])) for parts in right)
+
+        for change, says in slips_of(self.right.__name__):
+            if "->" in change:
+                yield says, results(made(self.right, changed(text, change)))
+            else:
+                yield says, of_right(eval(f"lambda right: {change}"))
+        yield from ((says, results(answer)) for says, answer in one_change_slips(self.right))
+        yield from ((says, of_right(change)) for says, change in USUAL.items())
+
+    def _parts(self, given: Any) -> list[Any]:
+        if not self.two:
+            return [given]
+        if not isinstance(given, tuple | list) or len(given) != 2:
+            raise Mistake(f"Return {self.two}.")
+        return list(given)
+
+
+def check(draws: Callable[[Draw], Call | list[Call]], **settings: Any) -> Callable[[Answer], Check]:
+    """Make the `Check` of a task out of its right answer."""
+    return lambda right: Check(right=right, draws=draws, **settings)
+
+
+def slips_of(task: str) -> list[list[str]]:
+    """Return the rows of a task in `slips.txt`: a change, and what to say."""
+    table = files("sude_lab.exercises").joinpath("slips.txt").read_text(encoding="utf-8")
+    section = re.search(rf"^\[{task}\]\n((?:.+\n)*)", table, re.M)
+    return [row.split("  # ") for row in section[1].splitlines()] if section else []
+
+
+def changed(text: str, changes: str) -> str:
+    """Return a source with "old -> new; old -> new" done in it, or its result: "return -> new"."""
+    for change in changes.split("; "):
+        old, new = (part.strip() for part in change.split("->"))
+        if old == "return":
+            old, new = text[text.rindex("return ") :], f"return {new}"
+        assert old in text, (old, text)
+        text = text.replace(old, new)
+    return text
+
+
+def check_letter(letter: Any, right: str = "", **reasons: str) -> None:
+    """Check a choice: that it is a letter from a to d, and with `right` that it is the right one.
+
+    Only the hidden checks know `right` and what to say of the others, `reasons`: trying all four
+    wins nothing.
+    """
+    chosen = str(letter).strip().lower()
+    if chosen not in ("a", "b", "c", "d"):
+        raise Mistake("Answer with one of the letters a, b, c, d, in quotes.")
+    if right and chosen != right:
+        raise Mistake(reasons[chosen])
+
+
+def read(given: Any, right: Any) -> Any:
+    """Return a result in the form of the right one: texts in a list, all else a float64 tensor."""
+    if isinstance(right, str | list):
+        kind, texts = ("text", [given]) if isinstance(right, str) else ("list of texts", given)
+        if not isinstance(texts, list | tuple) or not all(isinstance(x, str) for x in texts):
+            raise Mistake(f"A {kind} is expected, your answer is a {type(given).__name__}.")
+        return list(texts)
+    if isinstance(right, Table):
+        if type(given) is not type(right):
+            kinds = f"{type(right).__name__} is expected, not a {type(given).__name__}"
+            raise Mistake(f"A pandas {kinds}.")
+        alike = all(set(a) == set(b) for a, b in zip(given.axes, right.axes, strict=True))
+        given = (given.reindex_like(right) if alike else given).to_numpy(dtype=float, copy=True)
+    try:
+        value = torch.as_tensor(given).detach().double()
     except (TypeError, ValueError, RuntimeError):
         raise Mistake(f"A tensor is expected, your answer is a {type(given).__name__}.") from None
-    if right.dim() == 0 and given.numel() == 1:
-        given = given.reshape(())
-    if _same(given, right, tolerance):
-        return
-    for says, wrong in [*slips.items(), *_usual(right)]:
-        if _same(given, torch.as_tensor(wrong).detach().double(), tolerance):
-            raise Mistake(says)
+    scalar = torch.as_tensor(right).dim() == 0 if not isinstance(right, Table) else False
+    return value.reshape(()) if scalar and value.numel() == 1 else value
+
+
+def same(one: Any, other: Any, tolerance: float = 1e-6) -> bool:
+    """Say whether texts are equal, or numbers to four digits (and `tolerance`) and in shape."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return one == other
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=tolerance)
+
+
+def difference(given: Any, right: Any, tolerance: float = 1e-6) -> str:
+    """Say where two results, as `read` has them, differ first."""
+    if isinstance(right, list):
+        if len(given) != len(right):
+            return f"{len(right)} texts are expected, you gave {len(given)}."
+        text, line = next(pair for pair in zip(given, right, strict=True) if pair[0] != pair[1])
+        return f"You gave “{text}”; it should be “{line}”."
     if given.shape != right.shape:
         shapes = f"{tuple(right.shape)} is expected, yours is {tuple(given.shape)}"
-        raise Mistake(f"The shape {shapes}: which axis is summed, and which is kept?")
+        return f"The shape {shapes}: which axis is summed, and which is kept?"
     where = tuple((~torch.isclose(given, right, rtol=1e-4, atol=tolerance)).nonzero()[0].tolist())
     place = f" at {list(where)}" if where else ""
-    says = f"The value{place} is {given[where]:.5g} and should be {right[where]:.5g}."
-    raise Mistake(f"{says} {hint}".strip())
-
-
-def judge_table(given: Any, right: Table, slips: Mapping[str, Table]) -> None:
-    """As `judge`, for tables of pandas; their rows and columns may come in any order."""
-    if type(given) is not type(right):
-        raise Mistake(f"A pandas {type(right).__name__} is expected, not a {type(given).__name__}.")
-
-    def values(table: Table) -> Tensor:
-        same = all(set(a) == set(b) for a, b in zip(table.axes, right.axes, strict=True))
-        ordered = table.reindex_like(right) if same else table
-        return torch.as_tensor(ordered.to_numpy(dtype=float, copy=True))
-
-    judge(values(given), values(right), {says: values(wrong) for says, wrong in slips.items()})
-
-
-def judge_words(given: Any, right: str | list[str], slips: Mapping[str, str | list[str]]) -> None:
-    """As `judge`, for a text or a list of texts."""
-    kind, lines = ("text", [right]) if isinstance(right, str) else ("list of texts", right)
-    texts = [given] if isinstance(given, str) and isinstance(right, str) else given
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise Mistake(f"A {kind} is expected, your answer is a {type(given).__name__}.")
-    if list(texts) == lines:
-        return
-    for says, wrong in slips.items():
-        if list(texts) == ([wrong] if isinstance(wrong, str) else wrong):
-            raise Mistake(says)
-    if len(texts) != len(lines):
-        raise Mistake(f"{len(lines)} texts are expected, you gave {len(texts)}.")
-    text, line = next(pair for pair in zip(texts, lines, strict=True) if pair[0] != pair[1])
-    raise Mistake(f"You gave “{text}”; it should be “{line}”.")
+    return f"The value{place} is {given[where]:.5g} and should be {right[where]:.5g}."
 
 
 def judge_gradients(
@@ -197,8 +262,7 @@ def judge_gradients(
     """Check that a gradient of answer(*arguments) reaches `learns` and not `fixed`, the first."""
     names = [*learns, *fixed]
     leaves = {n: x.clone().requires_grad_() for n, x in zip(names, arguments, strict=False)}
-    rest, reached = arguments[len(names) :], set()
-    value = ask(lambda: answer(*leaves.values(), *rest))  # as they are: a copy would be no leaf
+    value, reached = answer(*leaves.values(), *arguments[len(names) :]), set()
     if isinstance(value, Tensor) and value.requires_grad:
         slopes = torch.autograd.grad(
             value.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
@@ -212,71 +276,27 @@ def judge_gradients(
         raise Mistake(f"The values are right, but {says}")
 
 
-def interval(draw: Draw, *arguments: Any) -> Callable[[Answer], Tensor]:
-    """Return what runs an answer that draws, answer(*arguments, rng): (low, high) as a tensor."""
-
-    def given(answer: Answer) -> Tensor:
-        ends = ask(answer, *arguments, np.random.default_rng(draw.seed))
-        try:
-            return torch.as_tensor(np.asarray(ends, dtype=float)).reshape(2)
-        except (TypeError, ValueError, RuntimeError):
-            raise Mistake("Return two numbers, the interval's lower and upper end.") from None
-
-    return given
-
-
-def named(made: Callable[[str], Any], slips: Mapping[str, str]) -> dict[str, Any]:
-    """Return made(slip) by what to say of it; slips: what to say, by the slip's short name."""
-    return {says: made(slip) for slip, says in slips.items()}
-
-
-def of_variance(right: Tensor, variance: Tensor, equation: str) -> dict[str, Tensor]:
-    """Return the slips of what is divided by sigma_t^2; right: (B,) or (B, D), variance: (B,)."""
-    each = variance.reshape(-1, *[1] * (right.dim() - 1))
-    slips = {
-        f"You divided by sigma: {equation} has its square, `variance`.": right * each.sqrt(),
-        "`variance` is sigma^2 already: you squared it once more.": right / each,
-        f"Divide by sigma^2, as {equation} does.": right * each,
-    }
-    if right.dim() > 1:
-        says = "`variance` is one number a sample, you spread it over the last axis: use (B, 1)."
-        slips[says] = right * each / variance
-    return slips
-
-
-def _copied(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.clone()
-    return argument.copy() if isinstance(argument, np.ndarray | Table | list) else argument
-
-
-def _usual(right: Tensor) -> list[tuple[str, Tensor]]:
-    """Slips that may happen in any answer, after those of the task itself."""
-    slips = {
-        "The sign is turned.": -right,
-        "Twice as large as it should be: is a 2 missing that divides, or one too many?": 2 * right,
-        "Half as large as it should be: is a 2 missing, or does one divide too much?": right / 2,
-        "Upside down: these are one divided by the right values.": 1 / right,
-        "Take the logarithm: these are the exponentials of the right values.": right.exp(),
-        "These are the logarithms of the right values.": right.log(),
-        "These are the squares of the right values.": right.square(),
-        "These are the roots of the right values.": right.sqrt(),
-        "Nothing but zeros: is a result lost on the way?": torch.zeros_like(right),
-    }
-    if right.dim():
-        own = "every sample has its own value."
-        slips |= {
-            f"You averaged over the batch: {own}": right.mean(0),
-            f"Every row is the batch's mean: {own}": right.mean(0).expand_as(right),
-            f"You summed over the batch: {own}": right.sum(0),
-            "All are there, in the opposite order.": right.flip(0),
-        }
-    if right.dim() > 1:
-        slips["Rows and columns are exchanged."] = right.transpose(0, 1)
-    if right.dim() == 1:
-        slips["One number a sample, (B,), and not (B, 1)."] = right[:, None]
-    return [(says, wrong) for says, wrong in slips.items() if bool(wrong.isfinite().all())]
-
-
-def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=tolerance)
+USUAL: dict[str, Callable[[Any], Any]] = {
+    "The sign is turned.": lambda right: -right,
+    "Twice as large as it should be: is a 2 missing that divides, or one too many?": (
+        lambda right: 2 * right
+    ),
+    "Half as large as it should be: is a 2 missing, or does one divide too much?": (
+        lambda right: right / 2
+    ),
+    "Upside down: these are one divided by the right values.": lambda right: 1 / right,
+    "Take the logarithm: these are the exponentials of the right values.": torch.exp,
+    "These are the logarithms of the right values.": torch.log,
+    "These are the squares of the right values.": torch.square,
+    "These are the roots of the right values.": torch.sqrt,
+    "Nothing but zeros: is a result lost on the way?": torch.zeros_like,
+    "You averaged over the batch: every sample has its own value.": lambda right: right.mean(0),
+    "Every row is the batch's mean: every sample has its own value.": (
+        lambda right: right.mean(0).expand_as(right)
+    ),
+    "You summed over the batch: every sample has its own value.": lambda right: right.sum(0),
+    "All are there, in the opposite order.": lambda right: right.flip(0),
+    "Rows and columns are exchanged.": lambda right: right.transpose(0, -1),
+    "One number a sample, (B,), and not (B, 1).": lambda right: right[..., None],
+}
+"""Slips that may happen in any answer, as functions of the right results."""

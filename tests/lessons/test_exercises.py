@@ -4,7 +4,9 @@ Answers are tried as a student's are: the source of the notebook's own cell, sol
 with a slip put into it, then the notebook's own check with its hidden tests.
 """
 
+import contextlib
 import copy
+import inspect
 import json
 import os
 import re
@@ -18,14 +20,19 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from wrong_answers import WRONG
 
-from sude_lab import exercises
+from sude_lab import exercises, losses
+from sude_lab.classifier import class_log_posterior, class_log_ratio, reverse_log_prob
 from sude_lab.cli import main
-from sude_lab.evaluate.metrics import per_run
-from sude_lab.exercises import Mistake, judging
-from sude_lab.exercises.judging import ask, judge, judge_table, judge_words
+from sude_lab.evaluate.metrics import image_similarity, per_run
+from sude_lab.evaluate.prompts import caption, structured
+from sude_lab.exercises import Mistake, check_letter, judging
+from sude_lab.exercises.judging import Check, ask, changed, difference, same, slips_of
+from sude_lab.exercises.slips import made, source_of
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "sude_lab" / "exercises"
 SOURCES = sorted((ROOT / "notebooks" / "exercises").glob("ex_*.ipynb"))
 NAMES = [path.stem for path in SOURCES]
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n(.*?)^ *### END SOLUTION\n?", re.M | re.S)
@@ -40,23 +47,26 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ("abar.reshape(-1, 1, 1, 1)", "abar", "spread it over the last axis"),
         ("a.sqrt() * x_0 + (1 - a).sqrt() * eps", "a * x_0 + (1 - a) * eps", "square roots"),
         ("(1 - a).sqrt() * eps", "(1 - a.sqrt()) * eps", "not 1 - sqrt"),
-        ("a.sqrt() * x_0 + (1 - a).sqrt() * eps", "(1 - a).sqrt() * x_0 + a.sqrt() * eps", "gave"),
+        ("a.sqrt() * x_0 + (1 - a).sqrt() * eps", "(1 - a).sqrt() * x_0 + a.sqrt() * eps",
+         "You exchanged `x_0` and `eps`."),
     ],
     "even_time": [
-        ("alphas_cumprod <", "alphas_cumprod.sqrt() <", "power is their square"),
+        ("alphas_cumprod <", "alphas_cumprod.sqrt() <", "You took the root of `alphas_cumprod`,"),
         ("[0, 0])", "[0, 0]) + 1", "count from 0"),
         ("[0, 0])", "[0, 0]) - 1", "One too early"),
         ("(alphas_cumprod < 0.5).nonzero()[0, 0]", "(alphas_cumprod < 0.5).sum()", "counted"),
     ],
     "open_share": [
-        ("rho < 1", "rho >= 1", "share of shut gates"),
-        ("rho < 1", "rho <= 1", "At rho = 1 the gate is shut"),
-        ("(rho < 1).double().mean()", "float(rho.mean() < 1)", "averaged rho first"),
-        (".double().mean()", ".sum()", "how many gates"),
+        ("rho < 1", "rho >= 1", "The wrong way round: `rho < 1` is asked"),
+        ("rho < 1", "rho <= 1", "Where `rho` equals `1` it goes the"),
+        ("(rho < 1).double().mean()", "float(rho.mean() < 1)",
+         "`rho < 1` is not looked at: here it"),
+        (".double().mean()", ".sum()", "You took a sum: a mean is asked for."),
     ],
     "paired_gain": [
         ('table[table["attribute"].notna()]', "table", "Rows without an attribute"),
-        ('means["sude"] - means["plain"]', 'means["plain"] - means["sude"]', "Plain minus SuDe"),
+        ('means["sude"] - means["plain"]', 'means["plain"] - means["sude"]',
+         'A sign is turned: `means["sude"]` minus'),
         ('["subject", "variant"]', '["subject", "seed", "variant"]', "Seeds of one subject"),
         ('["attribute_alignment"]', '["subject_fidelity"]', "fidelity"),
         ('["sude"] - means["plain"]', '["sude"].mean()', "A pandas Series is expected"),
@@ -64,34 +74,41 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
     "training_step": [
         ("    optimizer.zero_grad()\n", "", "optimizer.zero_grad()"),
         ("    optimizer.step()\n", "", "Nothing moved"),
-        ("(prediction - eps)", "(prediction - x_0)", "learns x_0"),
+        ("(prediction - eps)", "(prediction - x_0)", "You took `x_0` in the place of `eps`."),
         ("generator=generator)\n    eps", "generator=generator) * 0 + 1\n    eps", "should be"),
         ("(len(x_0),), generator=generator)", "(1,), generator=generator).expand(8)", "its own"),
-        ("square().mean()", "square().sum()", "summed the squares"),
+        ("square().mean()", "square().sum()", "You took a sum: a mean is asked for."),
         ("loss.backward()", "(-loss).backward()", "It climbs"),
     ],
     "log_density": [
-        ("squares.sum(1) / (2 * variance)", "squares.sum(1) / (2 * variance.sqrt())", "its square"),
+        ("squares.sum(1) / (2 * variance)", "squares.sum(1) / (2 * variance.sqrt())",
+         "You took the root of `variance`, which"),
         ("dims = squares.shape[1]", "dims = 1", "once for each of the D"),
-        (" - dims / 2 * torch.log(2 * math.pi * variance)", "", "normaliser is missing"),
-        ("squares.sum(1) / (2 * variance)", "squares.sum(1) / variance", "your 2 is missing"),
-        ("squares.sum(1)", "squares.mean(1)", "averaged the squares"),
-        ("squares.sum(1) / (2 * variance)", "squares.sum(1) / (2 * variance**2)", "once more"),
-        ("squares.shape[1]", "squares.shape[0]", "you took it B times"),
-        ("squares.shape[1]", "x_prev.shape[1]", "each of the C channels"),
-        ("return -squares", "return squares", "less likely: its sign"),
-        (" - dims / 2", " + dims / 2", "a wide density lower"),
-        ("squares.sum(1) / (2", "squares.sum(1).sqrt() / (2", "not the distance"),
-        ("dims / 2 *", "dims *", "-D/2, not -D"),
+        (" - dims / 2 * torch.log(2 * math.pi * variance)", "",
+         "`dims / 2 * torch.log(2 * math.pi *"),
+        ("squares.sum(1) / (2 * variance)", "squares.sum(1) / variance",
+         "The factor `2` is missing."),
+        ("squares.sum(1)", "squares.mean(1)", "You took a mean: a sum is asked for."),
+        ("squares.sum(1) / (2 * variance)", "squares.sum(1) / (2 * variance**2)",
+         "You squared `variance`, which stands"),
+        ("squares.shape[1]", "squares.shape[0]", "The normaliser counts once for each of"),
+        ("squares.shape[1]", "x_prev.shape[1]", "The normaliser counts once for each of"),
+        ("return -squares", "return squares", "A minus is missing before"),
+        (" - dims / 2", " + dims / 2", "You added `dims / 2 * torch.log(2 *"),
+        ("squares.sum(1) / (2", "squares.sum(1).sqrt() / (2",
+         "A root too many: squares are asked for,"),
+        ("dims / 2 *", "dims *", "It is not divided by `2` yet."),
         ("return -squares", "return 0 * squares.sum(1)  # -squares", "Nothing but zeros"),
     ],
     "log_ratio": [
         ("return under_class - ", "return -under_class + ", "sign is turned"),
-        (" - log_density(x_prev, mean_uncond, variance)", "", "numerator alone"),
-        ("variance)\n    return", "variance.sqrt())\n    return", "should be"),
-        ("under_class - ", "under_class / ", "You divided the logarithms"),
-        ("under_class - ", "under_class + ", "You added the logarithms"),
-        ("return under_class - ", "return 2 * under_class - 2 * ", "your 2 is missing"),
+        (" - log_density(x_prev, mean_uncond, variance)", "", "`below` is missing: subtract it."),
+        ("variance)\n    return", "variance.sqrt())\n    return",
+         "You took the root of `variance`, which"),
+        ("under_class - ", "under_class / ", "That is the quotient of `above` and"),
+        ("under_class - ", "under_class + ", "You added `below`: subtract it."),
+        ("return under_class - ", "return 2 * under_class - 2 * ",
+         "`variance` counts half: a 2 divides"),
         ("return under_class - ", "return 0 * under_class + ", "denominator alone"),
     ],
     "normaliser": [
@@ -101,117 +118,116 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ('"c"', '"e"', "one of the letters a, b, c, d"),
     ],
     "log_posterior": [
-        ("dim=1", "dim=0", "over the batch"),
-        ("prior.log() - ", "prior - ", "to a logarithm"),
-        ("prior.log() - squares", "-squares", "prior C_t is missing"),
-        ("prior.log() - ", "prior.log() + ", "nearest mean"),
-        ("variance[:, None]", "variance", "(B, 1)"),
-        ("torch.log_softmax", "torch.softmax", "logarithms are asked for"),
+        ("dim=1", "dim=0", "`(prior.log() - squares / (2 *"),
+        ("prior.log() - ", "prior - ", "`.log(...)` is missing at `prior`."),
+        ("prior.log() - squares", "-squares", "`prior.log()` is missing, from which"),
+        ("prior.log() - ", "prior.log() + ", "You added `squares / (2 * variance[:,"),
+        ("variance[:, None]", "variance", "`[:, None]` is missing at `variance`."),
+        ("torch.log_softmax", "torch.softmax", "Take the logarithm: these are the"),
     ],
     "chain": [
         ("news.flip(0).cumsum(0).flip(0)", "news.cumsum(0)", "from the other end"),
-        ("last + ", "", "add what was known of x_T"),
-        ("cumsum(0).flip(0)", "cumsum(0)", "wrong order"),
-        ("news.flip(0).cumsum(0).flip(0)", "news.sum(0)", "the whole way"),
+        ("last + ", "", "`last` is missing: add it."),
+        ("cumsum(0).flip(0)", "cumsum(0)", "`.flip(...)` is missing at"),
+        ("news.flip(0).cumsum(0).flip(0)", "news.sum(0)",
+         "That is the end of the chain; all of it"),
         (".cumsum(0).flip(0)", ".cumsum(0).flip(0).clamp(max=-last)", "You cut at 0"),
-        ("last + news", "last - news", "The news is turned"),
+        ("last + news", "last - news", "You subtracted"),
     ],
     "noise_errors": [
-        ("(eps - guess)", "(x_0 - guess)", "compared with x_0"),
-        ("schedule, c)", "schedule)", "The model gets no class"),
-        ("dim=1)", "dim=0)", "stand in the rows"),
-        (
-            "        guess =",
-            "        if c:\n"
-            "            eps = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype)\n"
-            "            x_t = add_noise(x_0, eps, t, schedule)\n"
-            "        guess =",
-            "noise of its own",
-        ),
-        (".square().sum(1)", ".square().mean(1)", "averaged over the dimensions"),
-        ("(eps - guess)", "(x_t - guess)", "compared with x_t"),
+        ("(eps - guess)", "(x_0 - guess)", "You took `x_0` in the place of `eps`."),
+        ("schedule, c)", "schedule)", "`c` is missing in `world.eps(...)`."),
+        ("dim=1)", "dim=0)", "`torch.stack(dim=1)` is asked for: you"),
+        ("        guess =",
+         "        if c:\n"
+         "            eps = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype)\n"
+         "            x_t = add_noise(x_0, eps, t, schedule)\n        guess =",
+         "noise of its own"),
+        (".square().sum(1)", ".square().mean(1)", "You took a mean: a sum is asked for."),
+        ("(eps - guess)", "(x_t - guess)", "You took `x_t` in the place of `eps`."),
         ("(x_t, t, schedule, c)", "(x_t, t + 1, schedule, c)", "one too late"),
         ("(x_t, t, schedule, c)", "(x_t, t - 1, schedule, c)", "one too early"),
-        (".square().sum(1)", ".norm(dim=1)", "squared length"),
+        (".square().sum(1)", ".norm(dim=1)", "A root too many: squares are asked for,"),
     ],
     "sude": [
         ("to_class - to_uncond", "to_uncond - to_class", "sign is turned"),
         ("mean_class.detach()", "mean_class", "the bar over theta"),
         ("mean_uncond.detach()", "mean_uncond", "the bar over theta"),
         ("x_sub - mean", "x_sub.detach() - mean", "no gradient reaches x_sub"),
-        ("(2 * variance)", "(2 * variance.sqrt())", "its square"),
-        ("to_class - to_uncond", "to_class + to_uncond", "subtracts the second square"),
-        ("(to_class - to_uncond)", "to_class", "towards the class alone"),
+        ("(2 * variance)", "(2 * variance.sqrt())", "You took the root of `variance`, which"),
+        ("to_class - to_uncond", "to_class + to_uncond", "You added `to_uncond`: subtract it."),
+        ("(to_class - to_uncond)", "to_class", "`to_uncond` is missing: subtract it."),
     ],
     "push": [
-        ("mean_class - mean_uncond", "mean_uncond - mean_class", "descent moves against it"),
+        ("mean_class - mean_uncond", "mean_uncond - mean_class",
+         "A sign is turned: `mean_class` minus"),
         ("mean_class - mean_uncond", "mean_class - x_sub", "x_sub is not in the gradient"),
-        ("variance[:, None]", "variance", "(B, 1)"),
-        ("variance[:, None]", "variance[:, None].sqrt()", "its square"),
-        (" / variance[:, None]", "", "Divide by sigma^2"),
+        ("variance[:, None]", "variance", "`[:, None]` is missing at `variance`."),
+        ("variance[:, None]", "variance[:, None].sqrt()", "You took the root of `variance`, which"),
+        (" / variance[:, None]", "", "It is not divided by `variance[:,"),
     ],
     "along": [
-        ("d.square().sum(1, keepdim=True)", "d.norm(dim=1, keepdim=True)", "square of d's length"),
-        (" / d.square().sum(1, keepdim=True)", "", "Not divided by anything"),
-        ("d.square().sum(1, keepdim=True)", "a.square().sum(1, keepdim=True)", "should be"),
+        ("d.square().sum(1, keepdim=True)", "d.norm(dim=1, keepdim=True)",
+         "A root too many: squares are asked for,"),
+        (" / d.square().sum(1, keepdim=True)", "", "It is not divided by `d.square().sum(1,"),
+        ("d.square().sum(1, keepdim=True)", "a.square().sum(1, keepdim=True)",
+         "You took `a` in the place of `d`."),
         ("return number * d", "return number[:, 0]", "the number rho"),
         ("return number * d", "return a - number * d", "what remains"),
-        (
-            "(a * d).sum(1, keepdim=True) / d.square().sum(1, keepdim=True)",
-            "(a * d).sum() / d.square().sum()",
-            "over the whole batch",
-        ),
+        ("(a * d).sum(1, keepdim=True) / d.square().sum(1, keepdim=True)",
+         "(a * d).sum() / d.square().sum()",
+         "over the whole batch"),
     ],
     "eps_weight": [
-        ("(1 - abar_prev)", "(1 - abar)", "sigma_t^2 = beta_t"),
-        ("alpha = abar / abar_prev", "alpha = abar", "belongs to one step"),
-        ("(2 * alpha", "(alpha", "The 2 of 2 sigma_t^2"),
+        ("(1 - abar_prev)", "(1 - abar)", "You took `abar` in the place of"),
+        ("alpha = abar / abar_prev", "alpha = abar", "It is not divided by `abar_prev` yet."),
+        ("(2 * alpha", "(alpha", "The factor `2` is missing."),
     ],
     "same_push": [
-        ("* before / after", "* after / before", "Upside down"),
+        ("* before / after", "* after / before", "You exchanged `old` and `new`."),
         ("weight_sude * before / after", "weight_sude", "another w_t"),
-        ("weight_sude * before / after", "before / after", "multiply it with the old"),
-        ("* before / after", "* before", "That is the push"),
+        ("weight_sude * before / after", "before / after", "The factor `weight_sude` is missing."),
+        ("* before / after", "* before", "It is not divided by `after` yet."),
     ],
     "both_sides": [
         ("judge = -known", "judge = -world", "Left: the judge of eq. 12 knows"),
-        ("joint + S_t", "joint - S_t", "Right: S_t is minus"),
+        ("joint + S_t", "joint - S_t", "A minus is missing before"),
         ("joint = -known", "joint = -world", "Right: the step must know both"),
         ("S_t = -known", "S_t = -world", "Right: S_t = -log p"),
         ("_prev(x_prev", "(x_t", "Left: you asked the judge about x_t"),
         ("return step + judge, joint + S_t", "return step + judge", "two tensors"),
     ],
     "threshold": [
-        ("return -", "return ", "sign is turned"),
-        (" / (2 * variance)", " / variance", "your 2 is missing"),
-        (".square().sum(1)", ".norm(dim=1)", "squared length"),
-        ("sum(1)", "mean(1)", "averaged over the dimensions"),
-        ("(2 * variance)", "(2 * variance**2)", "squared it once more"),
-        ("(2 * variance)", "2", "Divide by sigma^2"),
-        (".square().sum(1)", ".sum(1).square()", "squares first"),
+        ("return -", "return ", "A minus is missing before"),
+        (" / (2 * variance)", " / variance", "The factor `2` is missing."),
+        (".square().sum(1)", ".norm(dim=1)", "A root too many: squares are asked for,"),
+        ("sum(1)", "mean(1)", "You took a mean: a sum is asked for."),
+        ("(2 * variance)", "(2 * variance**2)", "You squared `variance`, which stands"),
+        ("(2 * variance)", "2", "The factor `variance` is missing."),
+        (".square().sum(1)", ".sum(1).square()", "First the squares, then their sum: you"),
         (".square().sum(1)", ".abs().sum(1)", "absolute values"),
-        ("(2 * variance)", "(2 * variance.sqrt())", "divided by sigma"),
+        ("(2 * variance)", "(2 * variance.sqrt())", "You took the root of `variance`, which"),
     ],
     "truncated": [
         ("(loss > tau)", "(loss.mean() > tau.mean())", "averaged over the batch"),
         ("loss * (loss > tau)", "torch.maximum(loss, tau)", "gives 0, not tau"),
         ("loss > tau", "loss <= tau", "wrong way round"),
-        ("loss > tau", "loss >= tau", "eq. 9 says <="),
-        ("loss * (loss > tau)", "(loss > tau)", "That is the gate"),
-        ("loss * (loss", "(loss - tau) * (loss", "you also subtracted tau"),
+        ("loss > tau", "loss >= tau", "Where `loss` equals `tau` it goes the"),
+        ("loss * (loss > tau)", "(loss > tau)", "The factor `loss` is missing."),
+        ("loss * (loss", "(loss - tau) * (loss", "Eq. 9 has the loss times the gate; you"),
         ("loss * (", "loss.detach() * (", "no gradient reaches loss"),
-        ("(loss > tau)", "(loss > 0)", "not with 0"),
-        ("(loss > tau)", "(loss > tau.mean())", "averaged tau"),
-        ("(loss > tau)", "(loss > -tau)", "turned its sign"),
+        ("(loss > tau)", "(loss > 0)", "You compared with 0, and not with `tau`."),
+        ("(loss > tau)", "(loss > tau.mean())", "You averaged over the batch before you"),
+        ("(loss > tau)", "(loss > -tau)", "The sign of `tau` is turned."),
     ],
     "rho": [
         ("d.square().sum(1)", "(a.norm(dim=1) * d.norm(dim=1))", "cosine"),
-        ("d.square().sum(1)", "d.norm(dim=1)", "not by its length"),
-        ("(x_sub - mean_uncond)", "x_sub", "Subtract mean_uncond from x_sub"),
-        (" / d.square().sum(1)", "", "Not divided yet"),
+        ("d.square().sum(1)", "d.norm(dim=1)", "A root too many: squares are asked for,"),
+        ("(x_sub - mean_uncond)", "x_sub", "`mean_uncond` is missing: subtract it."),
+        (" / d.square().sum(1)", "", "It is not divided by"),
         ("(x_sub - mean_uncond)", "(x_sub - mean_class)", "measured it from the class"),
         ("(mean_class - mean_uncond)", "(mean_uncond - mean_class)", "reversed"),
-        ("d.square().sum(1)", "a.square().sum(1)", "the ruler is d"),
+        ("d.square().sum(1)", "a.square().sum(1)", "You exchanged `x_sub` and `mean_class`."),
         ("(a * d).sum(1) / d.square().sum(1)", "(a * d).sum() / d.square().sum()", "whole batch"),
     ],
     "rho_depends": [
@@ -221,30 +237,27 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ('"d"', "4", "one of the letters a, b, c, d"),
     ],
     "hinge": [
-        ("-2 * tau", "-tau", "Half as steep"),
-        (".clamp(min=0)", "", "Without max"),
-        ("1 - rho", "rho - 1", "wrong side"),
-        ("-2 * tau", "2 * tau", "sign is turned"),
+        ("-2 * tau", "-tau", "`tau` counts half: a 2 divides that"),
+        (".clamp(min=0)", "", "`.clamp(...)` is missing at `(1 - rho)`."),
+        ("1 - rho", "rho - 1", "A sign is turned: `1` minus `rho` is"),
+        ("-2 * tau", "2 * tau", "A minus is missing before `2`."),
         ("(1 - rho).clamp(min=0)", "(1 - rho).clamp(min=0) ** 2", "You squared it"),
         ("(1 - rho).clamp(min=0)", "(rho < 1)", "how far it is"),
-        ("-2 * tau * ", "", "tau is lost"),
+        ("-2 * tau * ", "", "The factor `-2 * tau` is missing."),
     ],
     "settle": [
         ("(loss > tau)[:, None]", "1", "It never stops"),
-        (
-            "        loss =",
-            "        if _ > 0:\n"
-            "            s = s - 0.02 * (2 * (s - eps_target) - 2 * weight_sude * gate * d)\n"
-            "            continue\n"
-            "        loss =",
-            "gates were set before the first step",
-        ),
+        ("        loss =",
+         "        if _ > 0:\n"
+         "            s = s - 0.02 * (2 * (s - eps_target) - 2 * weight_sude * gate * d)\n"
+         "            continue\n        loss =",
+         "gates were set before the first step"),
         ("(loss > tau)", "(loss <= tau)", "The gate is the wrong way round"),
         ("range(300)", "range(10)", "more steps, or a smaller learning rate"),
         ("- 2 * weight_sude", "+ 2 * weight_sude", "wrong way"),
         ("2 * (s - eps_target) - ", "-", "all the way to rho = 1"),
         ("(s - eps_target)", "(s - eps_class)", "moved across d"),
-        ("2 * weight_sude", "2 * 0.8", "your number stands"),
+        ("2 * weight_sude", "2 * 0.8", "`weight_sude` makes no difference: is"),
         ("2 * weight_sude * ", "2 * ", "w_s is not used"),
         ("2 * weight_sude", "4 * weight_sude", "w_s counts twice"),
         ("2 * weight_sude", "weight_sude", "w_s counts half"),
@@ -253,10 +266,10 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "lora_count": [
         ("rank * (out + into)", "out * into", "Those are the layers themselves"),
-        ("rank * (out + into)", "rank * out * into", "added, not multiplied"),
-        ("(out + into)", "into", "B is missing"),
-        ("(out + into)", "out", "A is missing"),
-        ("rank * (out + into)", "out + into", "have `rank` as a side"),
+        ("rank * (out + into)", "rank * out * into", "You multiplied `out` and `into`: add"),
+        ("(out + into)", "into", "`out` is missing: add it."),
+        ("(out + into)", "out", "`into` is missing: add it."),
+        ("rank * (out + into)", "out + into", "The factor `rank` is missing."),
     ],
     "must_keep": [
         ('"b"', '"a"', "running mean of squared gradients"),
@@ -264,35 +277,37 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ('"b"', '"d"', "in the weights already"),
     ],
     "latent_batch": [
-        ("randn(size, *mean", "randn(*mean", "expected"),
-        ("size, *mean.shape, g", "1, *mean.shape, g", "expected"),
+        ("randn(size, *mean", "randn(*mean", "`size` makes no difference: is it used,"),
+        ("size, *mean.shape, g", "1, *mean.shape, g", "`size` is not used."),
         ("torch.randn(size, *mean.shape, generator=generator)",
          "torch.randn(mean.shape, generator=generator).expand(size, -1, -1, -1)",
          "All samples got the same noise"),
-        ("deviation * noise", "deviation**2 * noise", "do not square it"),
-        ("deviation * noise", "deviation.sqrt() * noise", "no root"),
-        ("deviation * noise", "noise", "multiply it with `deviation`"),
-        ("mean + deviation * noise", "deviation * noise", "The mean is missing"),
+        ("deviation * noise", "deviation**2 * noise", "You squared `deviation`, which stands"),
+        ("deviation * noise", "deviation.sqrt() * noise",
+         "You took the root of `deviation`, which"),
+        ("deviation * noise", "noise", "The factor `deviation` is missing."),
+        ("mean + deviation * noise", "deviation * noise", "`mean` is missing: add it."),
     ],
     "smoothed": [
-        (" / (1 - decay**k)", "", "It starts near 0"),
+        (" / (1 - decay**k)", "", "It is not divided by `1 - decay**k` yet."),
         ("decay * mean + (1 - decay) * loss", "(1 - decay) * mean + decay * loss", "exchanged"),
-        ("torch.zeros(())", "losses[0]", "should be"),
+        ("torch.zeros(())", "losses[0]", "Start at 0, not at the first loss."),
         ("return torch.stack(curve)", "return curve[-1]", "the whole curve"),
         ("mean = decay * mean + (1 - decay) * loss\n        curve.append(mean / (1 - decay**k))",
-         "mean = mean + loss\n        curve.append(mean / k)", "early ones should fade"),
+         "mean = mean + loss\n        curve.append(mean / k)",
+         "early ones should fade"),
     ],
     "batch_loss": [
-        ("(sude > tau) * sude", "sude", "All gates stood open"),
+        ("(sude > tau) * sude", "sude", "`sude > tau` is not looked at: here it"),
         ("sude > tau", "sude <= tau", "wrong way round"),
-        ("weight_sude * (sude", "(sude", "w_s is lost"),
-        ("square().mean(1)", "square().sum(1)", "You summed the squares"),
-        ("* sude).mean()", "* sude)", "ends with the mean over the batch"),
+        ("weight_sude * (sude", "(sude", "The factor `weight_sude` is missing."),
+        ("square().mean(1)", "square().sum(1)", "You summed over the dimensions: a mean"),
+        ("* sude).mean()", "* sude)", "`.mean(...)` is missing at `(learn +"),
         (".detach()", ".clone()", "the bar over theta"),
-        ("learn + ", "", "L_sub is missing"),
+        ("learn + ", "", "`learn` is missing: add it."),
     ],
     "sude_step": [
-        ("prior(x_t, t)", "prior(x_0, t)", "SuDe does nothing here"),
+        ("prior(x_t, t)", "prior(x_0, t)", "You took `x_0` in the place of `x_t`."),
         ("eps_class, eps_null = prior", "eps_null, eps_class = prior", "you exchanged them"),
         ("eps, weight_sude)", "eps, 0.0)", "SuDe does nothing here"),
         ("    optimizer.zero_grad()\n", "", "optimizer.zero_grad()"),
@@ -301,7 +316,7 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "by_weight": [
         ('table[table["attribute"].notna()]', "table", "Rows without an attribute"),
-        (".mean().unstack()", ".sum().unstack()", "Those are sums"),
+        (".mean().unstack()", ".sum().unstack()", "You took a sum: a mean is asked for."),
         (".unstack()", ".unstack().T", "Subjects go in rows"),
         ("[measure]", '["attribute_alignment"]', "another column"),
         (".unstack()", "", "A pandas DataFrame is expected"),
@@ -310,7 +325,7 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
     "paired_gains": [
         (".sub(means[0.0], axis=0)", ".rsub(means[0.0], axis=0)", "Plain minus SuDe"),
         ("means[0.0], axis=0", "means[0.0].mean()", "compared with itself"),
-        (".drop(columns=0.0)", "", "Leave the column"),
+        (".drop(columns=0.0)", "", "`.drop(...)` is missing at `means`."),
         (".sub(", ".div(", "Those are ratios"),
     ],
     "cluster_interval": [
@@ -318,14 +333,14 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ("[0.025, 0.975]", "[0.05, 0.95]", "90 % interval"),
         ("sums[drawn].sum(1) / counts[drawn].sum(1)", "(sums / counts)[drawn].mean(1)",
          "averaged every subject first"),
-        ("[0.025, 0.975]", "[0.975, 0.025]", "Lower end first"),
+        ("[0.025, 0.975]", "[0.975, 0.025]", "In the wrong order: `[0.025, 0.975]` is"),
         ("return np.quantile(means, [0.025, 0.975])", "return means", "Return two numbers"),
     ],
     "front": [
-        ("~(as_good", "(as_good", "Those are the ones that are beaten"),
+        ("~(as_good", "(as_good", "Not these, all but `(as_good &"),
         ("(x[None] > x[:, None]) | ", "(x[None] > x[:, None]) & ", "better in both"),
         (" & better", "", "it does not beat itself"),
-        ("y[None] >= y", "y[None] <= y", "Larger is better in both"),
+        ("y[None] >= y", "y[None] <= y", "The wrong way round: `y[None] >= y[:,"),
         ("(as_good & better)", "(as_good & ~torch.eye(len(x), dtype=torch.bool))",
          "do not beat each other"),
     ],
@@ -337,67 +352,70 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ("where(allowed).idxmax", "where(allowed).iloc[:, ::-1].idxmax", "take the smallest"),
     ],
     "naive_and_honest": [
-        ("gains.mean(2).amax(1)", "gains.amax(1)", "average over the seeds before you choose"),
-        ("gains.mean(2).amax(1).mean()", "gains.mean()", "nothing was chosen"),
-        ("others.argmax(1), k]", "gains.mean(2).argmax(1), k]", "you chose with all seeds"),
-        ("others.argmax(1), k]", "gains[:, :, k].argmax(1), k]", "by the seed that is left out"),
-        ("gains[subjects, others.argmax(1), k]", "others.amax(1)", "off the seed left out"),
+        ("gains.mean(2).amax(1)", "gains.amax(1)", "`.mean(...)` is missing at `gains`."),
+        ("gains.mean(2).amax(1).mean()", "gains.mean()", "`.amax(...)` is missing at"),
+        ("others.argmax(1), k]", "gains.mean(2).argmax(1), k]",
+         "`left_out` is missing: subtract it."),
+        ("others.argmax(1), k]", "gains[:, :, k].argmax(1), k]",
+         "You took `left_out` in the place of"),
+        ("gains[subjects, others.argmax(1), k]", "others.amax(1)",
+         "You took `others` in the place of"),
         ("others.argmax(1), k]", "others.mean(0).argmax(), k]", "one w_s for all"),
-        ("return naive, honest", "return honest, naive", "exchanged"),
+        ("return naive, honest", "return honest, naive", "In the wrong order: `naive,"),
         ("return naive, honest", "return honest", "Return two numbers"),
     ],
     "loss_along": [
-        ("2 * s * square", "s * square", "your 2 is missing"),
-        (" - 2 * s", " + 2 * s", "sign of the slope"),
-        ("2 * s * square", "2 * s * square.sqrt()", "squared length"),
-        ("return square - 2", "return -2", "your ||d||^2 is missing"),
+        ("2 * s * square", "s * square", "The factor `2` is missing."),
+        (" - 2 * s", " + 2 * s", "You added `2 * s * square`: subtract it."),
+        ("2 * s * square", "2 * s * square.sqrt()", "You took the root of `square`, which"),
+        ("return square - 2", "return -2", "`square` is missing, from which `2 * (a"),
         ("- 2 * s * square", "- 2 * s * square + s**2 * square", "two squares of s cancel"),
     ],
     "shifted": [
         ("(2 * r - 1)", "r", "Not r tau"),
-        ("(2 * r - 1)", "(1 - 2 * r)", "The sign is turned"),
-        ("(2 * r - 1)", "2 * r", "this is 2 tau"),
+        ("(2 * r - 1)", "(1 - 2 * r)", "A sign is turned: `2 * r` minus `1` is"),
+        ("(2 * r - 1)", "2 * r", "`1` is missing: subtract it."),
         ("(2 * r - 1)", "r**2", "not squared"),
-        ("(2 * r - 1) * ", "", "It must move with r"),
+        ("(2 * r - 1) * ", "", "The factor `2 * r - 1` is missing."),
     ],
     "at_half": [
         ('"c"', '"a"', "That is r = 1"),
-        ('"c"', '"b"', "probability of one half"),
+        ('"c"', '"b"', "One half plays no part: eq. 5 compares"),
         ('"c"', '"d"', "That is r = 0"),
     ],
     "end_rho": [
         ("(r - rho)", "(1 - rho)", "You stopped at rho = 1"),
-        ("min=0, ", "", "not pulled back"),
-        (", max=weight_sude", "", "by w_s at most"),
+        ("min=0, ", "", "`min=0` is missing."),
+        (", max=weight_sude", "", "`max=weight_sude` is missing."),
         ("(r - rho).clamp(min=0, max=weight_sude)", "weight_sude", "without truncation"),
-        ("return rho + ", "return ", "add where it started"),
+        ("return rho + ", "return ", "`rho` is missing: add it."),
     ],
     "rest": [
-        ("torch.where(pull < 1, end, torch.inf)", "end", "Return inf"),
-        ("weight_sude * share", "weight_sude * 0", "should be"),
-        ("(1 - share) * class_0", "class_0", "the share 1 - kappa stays"),
-        ("/ (1 - pull)", "/ (1 + pull)", "Check the sign"),
-        (
-            "(1 - share) * class_0) / (1 - pull)",
-            "(1 - share) ** 2 * class_0)\n    end = end / (1 + weight_sude * (1 - share) ** 2"
-            " - weight_sude)",
-            "treats it as a constant",
-        ),
+        ("torch.where(pull < 1, end, torch.inf)", "end", "Where w_s kappa >= 1 each step makes"),
+        ("weight_sude * share", "weight_sude * 0", "`weight_sude` is lost: nothing of it is"),
+        ("(1 - share) * class_0", "class_0", "The factor `1 - share` is missing."),
+        ("/ (1 - pull)", "/ (1 + pull)", "You added `pull`: subtract it."),
+        ("(1 - share) * class_0) / (1 - pull)",
+         "(1 - share) ** 2 * class_0)\n"
+         "    end = end / (1 + weight_sude * (1 - share) ** 2 - weight_sude)",
+         "treats it as a constant"),
     ],
     "tuned": [
-        ('prior == "current"', 'prior != "current"', "`prior` is the wrong way round"),
+        ('prior == "current"', 'prior != "current"', "The wrong way round: `prior =="),
         ("c + share * move", "c", "c stays where it was"),
-        ("c + share * move", "c + move", "c moves as far as s"),
+        ("c + share * move", "c + move", "The factor `share` is missing."),
         (" | (not truncated)", " | True", "gates stand open"),
-        ("-d.square()", "-class_0.square()", "tau is that of class_0"),
+        ("-d.square()", "-class_0.square()", "You took `class_0` in the place of `d`."),
         ("gate[:, None] * d)", "gate[:, None] * (d - s))", "s^2 cancels"),
     ],
     "paper_prompt": [
         ('{article(attribute)} {attribute}"', 'a {attribute}"', "before a vowel"),
         ('"P2": f"photo of {its} {{S*}} and it is {article(category)} {category}"',
-         '"P2": f"photo of {its} {{S*}} {category}"', "That is P1, and P2 was asked for"),
+         '"P2": f"photo of {its} {{S*}} {category}"',
+         "That is P1, and P2 was asked for"),
         ('"P3": f"photo of a {{S*}} and it is {its} {category}"',
-         '"P3": f"photo of {its} {{S*}} and it is a {category}"', "That is P2, and P3"),
+         '"P3": f"photo of {its} {{S*}} and it is a {category}"',
+         "That is P2, and P3"),
         ("{{S*}} {category}", "{category}", "The subject is missing"),
     ],
     "combined": [
@@ -434,24 +452,27 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         (" * (loss > tau)", "", "The gate is missing"),
         ("loss > tau", "loss <= tau", "wrong way round"),
         ("with torch.no_grad()", "with torch.enable_grad()", "flows through the predictions"),
-        (".mean(1)", ".sum(1)", "You summed the squares"),
+        (".mean(1)", ".sum(1)", "You summed over the dimensions: a mean"),
         ("return loss *", "return (loss - tau) *", "That is the hinge"),
-        ("(x_t, t, class_embeds)", "(x_t, t, uncond_embeds + 0 * class_embeds)", "but zeros"),
+        ("(x_t, t, class_embeds)", "(x_t, t, uncond_embeds + 0 * class_embeds)",
+         "You asked without a prompt twice: once"),
     ],
     "judged_text": [
         ('.replace("{S*}", category)', "", "{S*} is still there"),
         ('.replace(f"{{S*}} {category}", category)', "", "stands there twice"),
         ('prompt.replace(f"{{S*}} {category}", category).replace("{S*}", category)',
-         'prompt.replace("{S*} ", "")', "nobody says what it is"),
+         'prompt.replace("{S*} ", "")',
+         "nobody says what it is"),
         ('prompt.replace(f"{{S*}} {category}", category).replace("{S*}", category)',
-         'prompt.replace("{S*}", "")', "Two spaces"),
+         'prompt.replace("{S*}", "")',
+         "Two spaces"),
     ],
     "image_score": [
         ("axis=1", "axis=0", "You normalised the columns"),
-        (" / np.linalg.norm(references, axis=1, keepdims=True)", "", "references are not norm"),
+        (" / np.linalg.norm(references, axis=1, keepdims=True)", "", "It is not divided by"),
         (".mean(1)", ".max(1)", "nearest reference"),
-        (".mean(1)", "", "the whole table"),
-        (".mean(1)", ".mean()", "One number a picture"),
+        (".mean(1)", "", "`.mean(...)` is missing at `(p @ r.T)`."),
+        (".mean(1)", ".mean()", "You took `.mean` of the whole batch at"),
         ("(p @ r.T).mean(1)", "(pictures @ references.T).mean(1)", "inner products"),
     ],
     "fooled": [
@@ -460,9 +481,9 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ('"b"', '"d"', "fooled completely"),
     ],
     "paired_interval": [
-        ("a - b", "b - a", "b minus a"),
-        ("a - b", "a", "the interval of a alone"),
-        ("[0.025, 0.975]", "[0.975, 0.025]", "Lower end first"),
+        ("a - b", "b - a", "A sign is turned: `a` minus `b` is"),
+        ("a - b", "a", "`b` is missing: subtract it."),
+        ("[0.025, 0.975]", "[0.975, 0.025]", "In the wrong order: `[0.025, 0.975]` is"),
         ("gains[drawn].mean(1)",
          "a[drawn].mean(1) - b[rng.integers(len(b), size=drawn.shape)].mean(1)",
          "draw pairs, both of a subject at once"),
@@ -470,31 +491,33 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
     "spearman": [
         ("pd.Series(x).rank()", "x", "correlation of the values"),
         ("pd.Series(x).rank()", 'x.argsort(kind="stable")', "not yet the rank"),
-        ("pd.Series(x).rank()", 'pd.Series(x).rank(method="first")', "must have equal ranks"),
+        ("pd.Series(x).rank()", 'pd.Series(x).rank(method="first")',
+         "Equal values must share a rank: their"),
     ],
     "detects": [
-        ("ddof=1", "ddof=0", "divides by n - 1"),
+        ("ddof=1", "ddof=0", "`ddof=1` is missing."),
         ("runs.mean(2)", "runs[:, :, 0]", "one seed of each subject"),
-        (" / np.sqrt(subjects)", "", "the mean's is s / sqrt(subjects)"),
-        ("of_subjects = runs.mean(2)",
-         "of_subjects = runs.reshape(400, -1)\n    subjects *= seeds", "runs for independent"),
-        ("> 0).mean()", "> 0).sum()", "their share is asked for"),
+        (" / np.sqrt(subjects)", "", "It is not divided by"),
+        ("of_subjects = runs.mean(2)", "of_subjects = runs.reshape(400, -1)\n    subjects *= seeds",
+         "runs for independent"),
+        ("> 0).mean()", "> 0).sum()", "You took a sum: a mean is asked for."),
     ],
     "hinge_gradient": [
-        ("return -d", "return d", "where descent goes"),
-        (" * (rho < 1)[:, None]", "", "its gradient is 0 there"),
-        (" / variance[:, None]", "", "Divide by sigma^2"),
-        ("variance[:, None]", "variance[:, None].sqrt()", "You divided by sigma"),
-        ("variance[:, None]", "variance", "spread it over the last axis"),
+        ("return -d", "return d", "A minus is missing before `d`."),
+        (" * (rho < 1)[:, None]", "", "`rho < 1` is not looked at: here it"),
+        (" / variance[:, None]", "", "It is not divided by `variance[:,"),
+        ("variance[:, None]", "variance[:, None].sqrt()", "You took the root of `variance`, which"),
+        ("variance[:, None]", "variance", "`[:, None]` is missing at `variance`."),
         ("(rho < 1)", "(1 - rho).clamp(min=0)", "a straight line"),
         ("rho < 1", "rho >= 1", "wrong way round"),
     ],
     "corrected": [
-        ("(1 - rho).clamp(min=0) * d", "d", "plain composition"),
-        (".clamp(min=0)", "", "pulled back"),
-        ("strength * ", "", "The strength is lost"),
-        ("clamp(min=0) * d", "clamp(min=0) * d / d.norm(dim=1, keepdim=True)", "lengths of d"),
-        ("return a + ", "return ", "add it to a"),
+        ("(1 - rho).clamp(min=0) * d", "d", "The factor `(1 - rho).clamp(min=0)` is"),
+        (".clamp(min=0)", "", "`.clamp(...)` is missing at `(1 - rho)`."),
+        ("strength * ", "", "The factor `strength` is missing."),
+        ("clamp(min=0) * d", "clamp(min=0) * d / d.norm(dim=1, keepdim=True)",
+         "The value at [0, 0] is -2.3162 and"),
+        ("return a + ", "return ", "`a` is missing: add it."),
         ("strength * (1 - rho).clamp(min=0) * d", "strength * (rho < 1) * (d - a)",
          "You walked towards the point d"),
     ],
@@ -505,27 +528,64 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "after_steps": [
         ("(1 - strength) ** n", "(1 - n * strength)", "a share of what is *left*"),
-        ("(1 - strength) ** n", "strength**n", "1 - g of it, not g"),
-        (" ** n", "", "one correction"),
+        ("(1 - strength) ** n", "strength**n", "What is left after a step is 1 - g of"),
+        (" ** n", "", "The exponent `n` is missing."),
         ("torch.where(rho < 1, 1 - left, rho)", "1 - (1 - strength) ** n * (1 - rho)",
-         "not corrected at all"),
+         "`rho < 1` is not looked at: here it"),
         ("1 - left, rho", "left, rho", "what is left to the gate"),
     ],
     "at_fidelity": [
         ("fidelity[::-1], alignment[::-1]", "fidelity, alignment", "needs growing x"),
         ("np.interp(goal, fidelity[::-1], alignment[::-1])",
-         "alignment[abs(fidelity - goal).argmin()]", "nearest strength"),
+         "alignment[abs(fidelity - goal).argmin()]",
+         "nearest strength"),
         ("np.interp(goal, fidelity[::-1], alignment[::-1])", "alignment.max()",
          "whatever it costs"),
         ("fidelity[::-1], alignment[::-1]", "fidelity[[-1, 0]], alignment[[-1, 0]]",
          "one line through first and last"),
     ],
     "drawn": [
-        ("to_x_0(eps, x", "to_x_0(eps_sub, x", "before its correction"),
-        ("add_noise(x_0, eps, ", "add_noise(x_0, eps_sub, ", "The way back"),
-        ("eps = eps_null + corrected", "eps = corrected", "eps_null to be added again"),
+        ("to_x_0(eps, x", "to_x_0(eps_sub, x", "You took `eps_sub` in the place of `eps`."),
+        ("add_noise(x_0, eps, ", "add_noise(x_0, eps_sub, ",
+         "You took `eps_sub` in the place of `eps`."),
+        ("eps = eps_null + corrected", "eps = corrected", "`eps_null` is missing: add it."),
         (", strength)\n", ", 0.0)\n", "plain sampling"),
-        ("t - 1, schedule)", "t, schedule)", "The noise stays"),
+        ("t - 1, schedule)", "t, schedule)", "`1` is missing: subtract it."),
+    ],
+    "best_kept": [
+        ("alignment[fidelity >= goal].max()", "alignment[abs(fidelity - goal).argmin()]",
+         "nearest to `goal`"),
+        (".max()", "[-1]", "a weaker one may align better"),
+        ("alignment[fidelity >= goal].max()", "alignment.max()", "whatever it keeps"),
+        (">= goal", "<= goal", "The wrong way round"),
+    ],
+    "registered": [
+        ('"c"', '"a"', "What is help"),
+        ('"c"', '"b"', "chosen after looking"),
+        ('"c"', '"d"', "have been looked at"),
+    ],
+    "area": [
+        ("fidelity[::-1], alignment[::-1]", "fidelity, alignment", "growing x"),
+        (".mean()", ".mean() * (high - low)", "divided by its width"),
+        ("    return np.interp", "    return 0.5 * np.interp", "Half as large"),
+    ],
+    "covers": [
+        (" / np.sqrt(studies.shape[1])", "", "s / sqrt(n)"),
+        ("ddof=1", "ddof=0", "divides by n - 1"),
+        ("<= half).mean()", "> half).mean()", "how often it misses"),
+        (" - truth", "", "holds 0"),
+    ],
+    "decided": [
+        ("if low > 0", "if gains.mean() > 0", "The mean alone decides nothing"),
+        ('"no difference" if -margin < low and high < margin else "cannot tell"',
+         '"no difference"', "no proof of no difference"),
+        ("-margin < low and high < margin", "abs(gains.mean()) < margin", "is not enough"),
+        (" / np.sqrt(len(gains))", "", "s / sqrt(N)"),
+    ],
+    "sign_flip": [
+        ("abs((signs * gains).mean(1))", "(signs * gains).mean(1)", "Both directions count"),
+        (">= abs(gains.mean()) - 1e-12", "> abs(gains.mean()) + 1e-12", "As far counts, too"),
+        ("- 1e-12).mean()", "- 1e-12).sum()", "how many"),
     ],
 }  # fmt: skip
 
@@ -572,21 +632,47 @@ def before() -> dict[str, tuple[dict[str, Any], str, str]]:
     return found
 
 
-def hand_in(task: tuple[dict[str, Any], str, str], change: Callable[[str], str] = str) -> None:
+def hand_in(
+    task: tuple[dict[str, Any], str, str],
+    change: Callable[[str], str] = str,
+    *,
+    graded: bool = True,
+) -> None:
+    """Run an answer and its check, with the hidden tests or as a student runs it."""
     names, answer, check = task
     names = dict(names)
     exec(change(answer), names)
-    exec(check, names)
+    exec(check if graded else HIDDEN.sub("", check), names)
+
+
+def message(task: tuple[dict[str, Any], str, str], old: str, new: str, **how: bool) -> str:
+    """What is said of a changed answer, which must be wrong."""
+    assert old in task[1]
+    with pytest.raises(Mistake) as caught:
+        hand_in(task, lambda text: text.replace(old, new), **how)
+    return str(caught.value)
 
 
 # --- every task ----------------------------------------------------------------------------------
+
+
+CHOICES = {
+    task
+    for task, slips in SLIPS.items()
+    if all(re.fullmatch('"[a-d]"', old) for old, _, _ in slips)
+}
+CHECKS: dict[str, Check] = {
+    task: getattr(exercises, f"check_{task}") for task in TASKS.keys() - CHOICES
+}
 
 
 def test_every_task_has_slips_and_every_check_a_task() -> None:
     assert set(SLIPS) == set(TASKS)
     assert all(len(slips) >= 2 for slips in SLIPS.values())
     checks = {name.removeprefix("check_") for name in exercises.__all__ if "check_" in name}
-    assert checks == set(TASKS)
+    assert checks == set(CHECKS) | {"letter"}
+    table = (PACKAGE / "slips.txt").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\[(\w+)\]$", table, re.M)) <= set(CHECKS)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -612,53 +698,180 @@ def test_the_stub_fails(task: str, before: dict[str, Any]) -> None:
 def test_a_slip_is_called_by_its_name(
     task: str, old: str, new: str, says: str, before: dict[str, Any]
 ) -> None:
-    def change(text: str) -> str:
-        assert old in text
-        return text.replace(old, new)
-
-    with pytest.raises(Mistake) as caught:
-        hand_in(before[task], change)
-    assert says in str(caught.value)
+    """At once, where the student sees it; the letter of a choice when it is graded."""
+    assert says in message(before[task], old, new, graded=task in CHOICES)
 
 
-CHOICES = {
-    task
-    for task, slips in SLIPS.items()
-    if all(re.fullmatch('"[a-d]"', old) for old, _, _ in slips)
+@pytest.mark.parametrize("name", NAMES)
+def test_of_fifteen_typical_wrong_answers_twelve_are_named(
+    name: str, before: dict[str, Any]
+) -> None:
+    """All are found wrong by the check that the student sees; see `wrong_answers`."""
+    assert len(WRONG[name]) == 15
+    said = [
+        (message(before[task], old, new, graded=False), pattern)
+        for task, old, new, pattern in WRONG[name]
+    ]
+    unnamed = [(words, want) for words, want in said if not re.search(want, words, re.I)]
+    assert len(unnamed) <= 3, unnamed
+
+
+@pytest.mark.parametrize("task", CHECKS)
+def test_every_row_of_the_table_is_told_apart(task: str) -> None:
+    """What is listed is wrong, and no other sentence comes before its own."""
+    check = CHECKS[task]
+    for change, says in slips_of(task):
+        if "->" in change:
+            with pytest.raises(Mistake) as caught:
+                check(made(check.right, changed(source_of(check.right), change)))
+            assert str(caught.value) == says
+
+
+@pytest.mark.parametrize("task", CHECKS)
+def test_no_number_of_ones_own_passes(task: str) -> None:
+    """No argument may stand in the answer as the number that a first try happened to have."""
+    check = CHECKS[task]
+    calls = check.calls()
+    if task == "keys_and_values" or len(calls[0]) != len(inspect.signature(check.right).parameters):
+        pytest.skip("its check makes the arguments itself")
+    for k, value in enumerate(calls[0]):
+        if not isinstance(value, int | float | str):
+            continue
+
+        def answer(*call: Any, k: int = k, value: Any = value) -> Any:
+            return check.right(*call[:k], value, *call[k + 1 :])
+
+        with pytest.raises(Mistake):
+            check(answer)
+
+
+OTHER_WORDS: list[tuple[str, str]] = [
+    ("noised", "lambda x, e, a: (torch.einsum('b,bchw->bchw', a**0.5, x)"
+     " + torch.einsum('b,bchw->bchw', (1 - a) ** 0.5, e)).float()"),
+    ("even_time", "lambda a: int(torch.argmax((1 - a > a).int()))"),
+    ("open_share", "lambda rho: sum(float(r) < 1 for r in rho) / len(rho)"),
+    ("log_density", "lambda x, m, v: torch.distributions.Normal(m.flatten(1), v[:, None].sqrt())"
+     ".log_prob(x.flatten(1)).sum(1)"),
+    ("log_ratio", "lambda x, c, u, v: (((x - u) ** 2).sum(1) - ((x - c) ** 2).sum(1)) / v / 2"),
+    ("chain", "lambda last, news: torch.stack([last + news[k:].sum(0) for k in range(len(news))])"),
+    ("sude", "lambda x, c, u, v: ((u.detach() - c.detach()) * (2 * x - c.detach() - u.detach()))"
+     ".flatten(1).sum(1) / (2 * v)"),
+    ("along", "lambda a, d: (torch.einsum('bi,bi->b', a, d) / d.norm(dim=1) ** 2)[:, None] * d"),
+    ("truncated", "lambda loss, tau: torch.where(loss > tau, loss, 0.0)"),
+    ("truncated", "lambda loss, tau: loss * (loss.detach() > tau.detach()).double()"),
+    ("hinge", "lambda tau, rho: 2 * tau.abs() * torch.relu(1 - rho)"),
+    ("settle", "lambda t, c, u, w: t + (1 - ((t - u) * (c - u)).sum(1) / ((c - u) ** 2).sum(1))"
+     ".clamp(0, w)[:, None] * (c - u)"),
+    ("lora_count", "lambda layers, rank: rank * torch.tensor(layers).sum()"),
+    ("smoothed", "lambda x, d: torch.stack([sum(d ** (k - j) * (1 - d) * x[j] for j in range(k + 1)"
+     ") / (1 - d ** (k + 1)) for k in range(len(x))])"),
+    ("by_weight", "lambda t, m: t.dropna(subset='attribute').pivot_table(index='subject',"
+     " columns='weight_sude', values=m).iloc[::-1, ::-1]"),
+    ("front", "lambda x, y: [not any(bool((p >= a) & (q >= b) & ((p > a) | (q > b)))"
+     " for p, q in zip(x, y)) for a, b in zip(x, y)]"),
+    ("cluster_interval", "lambda v, s, rng: sorted(np.quantile([np.concatenate([v[s == c] for c in"
+     " rng.choice(np.unique(s), len(np.unique(s)))]).mean() for _ in range(10_000)],"
+     " [0.025, 0.975]))"),
+    ("shifted", "lambda tau, r: tau - 2 * tau * (1 - r)"),
+    ("end_rho", "lambda rho, w, r: torch.maximum(rho, torch.minimum(rho + w, torch.tensor(r)))"),
+    ("given_back", "lambda lost, gained: float(gained.mean() / lost.mean())"),
+    ("image_score", "lambda p, r: np.array([np.mean([x @ y / np.sqrt(x @ x) / np.sqrt(y @ y)"
+     " for y in r]) for x in p])"),
+    ("spearman", "lambda a, b: pd.DataFrame({'a': a, 'b': b}).rank().corr().iloc[0, 1]"),
+    ("after_steps", "lambda rho, g, n: torch.stack([r if r >= 1 else 1 - (1 - r) * (1 - g) ** n"
+     " for r in rho])"),
+    ("at_fidelity", "lambda a, f, goal: np.interp(-goal, -f, a)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("task", "words"), OTHER_WORDS, ids=[f"{t}-{n}" for n, (t, _) in enumerate(OTHER_WORDS)]
+)
+def test_a_right_answer_in_other_words_passes(
+    task: str, words: str, before: dict[str, Any]
+) -> None:
+    names = "import numpy as np\nimport pandas as pd\nimport torch\n"
+    hand_in(before[task], lambda _: f"{names}{task} = {words}")
+
+
+def _bayes(x_prev: Any, means: Any, variance: Any, prior: Any) -> Any:
+    return class_log_posterior(x_prev, means, variance, prior.log())
+
+
+def _hinged(tau: torch.Tensor, rho: torch.Tensor) -> torch.Tensor:
+    """The library's hinge of one number whose d is 1, so that tau is -1 / (2 sigma^2)."""
+    one, null = torch.ones(len(rho), 1).double(), torch.zeros(len(rho), 1).double()
+    return losses.hinge_loss(rho[:, None], one, null, -1 / (2 * tau))
+
+
+def _slope(of: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def slope(first: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        leaf = first.clone().requires_grad_()
+        return torch.autograd.grad(of(leaf, *rest).sum(), leaf)[0]
+
+    return slope
+
+
+LIBRARY: dict[str, Callable[..., Any]] = {
+    "log_density": reverse_log_prob,
+    "log_ratio": class_log_ratio,
+    "log_posterior": _bayes,
+    "sude": losses.sude_loss,
+    "push": lambda *means: -_slope(losses.sude_loss)(*means),
+    "threshold": losses.sude_threshold,
+    "truncated": losses.truncate,
+    "rho": losses.guidance_projection,
+    "hinge": _hinged,
+    "hinge_gradient": _slope(
+        lambda a, d, variance: losses.hinge_loss(a, d, torch.zeros_like(d), variance)
+    ),
+    "loss_along": lambda a, d, s: losses.sude_loss(
+        a + s[:, None] * d, d, torch.zeros_like(d), torch.full_like(s, 0.5)
+    ),
+    "paper_prompt": lambda structure, attribute, category: structured(
+        structure, category, attribute
+    ),
+    "judged_text": caption,
+    "image_score": image_similarity,
 }
 
 
-@pytest.mark.parametrize("task", [t for t in TASKS if t not in ("settle", *CHOICES)])
-def test_slips_are_told_apart(
-    task: str, before: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No slip has the values of the right answer, nor those of another slip, on any seed."""
-    seen = []
+@pytest.mark.parametrize("task", LIBRARY)
+def test_what_counts_as_right_is_what_the_library_says(task: str) -> None:
+    CHECKS[task](LIBRARY[task])
 
-    def record(
-        given: Any, right: Any, slips: dict[str, Any], tolerance: float = 1e-6, hint: str = ""
-    ) -> None:
-        seen.append(([right, *slips.values()], max(tolerance, 1e-8)))
-        judge(given, right, slips, tolerance, hint)
 
-    def record_words(given: Any, right: Any, slips: dict[str, Any]) -> None:
-        texts = [text for text in slips.values() if text != right]
-        assert texts and all(texts.count(text) == 1 for text in texts), texts
-        judge_words(given, right, slips)
-        seen.append(([], 0.0))
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_right_plug_is_the_library_s_regulariser(seed: int) -> None:
+    from sude_lab.sude import SudeRegularizer
 
-    monkeypatch.setattr(judging, "judge", record)
-    monkeypatch.setattr(judging, "judge_words", record_words)
-    hand_in(before[task])
-    for values, tolerance in seen:
-        values = [torch.as_tensor(value).double() for value in values]
-        for i, one in enumerate(values):
-            for k, other in enumerate(values[i + 1 :], start=i + 1):
-                same = one.shape == other.shape and torch.allclose(
-                    one, other, rtol=1e-3, atol=tolerance
-                )
-                assert not same, (i, k)
-    assert seen
+    def plug(unet: Any, x_t: Any, t: Any, prediction: Any, dog: Any, nothing: Any) -> Any:
+        schedule, how = exercises.short_schedule(), {"prior": "current", "weighting": "simple"}
+        regularizer = SudeRegularizer(unet, schedule, dog[:1], nothing[:1], **how)
+        return regularizer.terms(x_t, t, prediction).gated
+
+    CHECKS["plug"](plug, seed=seed)
+
+
+@pytest.mark.parametrize("task", sorted(CHOICES))
+def test_trying_all_letters_wins_nothing(task: str, before: dict[str, Any]) -> None:
+    """A student's copy takes any letter, and neither it nor the package knows which is right."""
+    names, answer, check = before[task]
+    for letter in "abcd":
+        hand_in((names, f"{task} = {letter!r}", check), graded=False)
+    with pytest.raises(Mistake, match="one of the letters a, b, c, d"):
+        hand_in((names, f"{task} = 4", check), graded=False)
+    assert "Right" not in HIDDEN.sub("", check)
+    right = re.search('"([a-d])"', answer)[1]
+    passed = []
+    for letter in "abcd":
+        with contextlib.suppress(Mistake):
+            hand_in((names, f"{task} = {letter!r}", check))
+            passed.append(letter)
+    assert passed == [right]
+    package = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.glob("*.*"))
+    for sentence in re.findall('"([^"]{20,})"', HIDDEN.search(check)[0]):
+        assert sentence not in package
 
 
 # --- what judges ---------------------------------------------------------------------------------
@@ -681,13 +894,18 @@ def test_an_error_in_an_answer_keeps_its_traceback() -> None:
         return x @ torch.ones(7)
 
     with pytest.raises(RuntimeError, match="size"):
-        ask(answer, torch.ones(3))
+        ask(answer, (torch.ones(3),))
 
 
 def test_an_answer_cannot_spoil_what_it_is_given() -> None:
     x = torch.ones(3)
-    assert ask(lambda y: y.mul_(2), x).tolist() == [2, 2, 2]
+    assert ask(lambda y: y.mul_(2), (x,)).tolist() == [2, 2, 2]
     assert x.tolist() == [1, 1, 1]
+
+
+def thirds(x: torch.Tensor) -> torch.Tensor:
+    """A right answer to be asked for."""
+    return x / 3
 
 
 @pytest.mark.parametrize(
@@ -696,59 +914,69 @@ def test_an_answer_cannot_spoil_what_it_is_given() -> None:
         (lambda x: None, "returns nothing"),
         (3, "the function itself"),
         (lambda x: "three", "a str"),
-        (lambda x: x[:2], "The shape (3,) is expected, yours is (2,)"),
-        (lambda x: x.sum(), "You summed over the batch"),
-        (lambda x: x + torch.tensor([0.0, 0.0, 0.5]), "at [2] is 1.5 and should be 1"),
+        (lambda x: x[:2] / 3, "The shape (3,) is expected, yours is (2,)"),
+        (lambda x: x.sum() / 3, "You summed over the batch"),
+        (lambda x: x * 3, "You multiplied by `3`: divide."),
+        (lambda x: x, "It is not divided by `3` yet."),
+        (lambda x: -x / 3, "The sign of `x` is turned."),
+        (
+            lambda x: x / 3 + torch.tensor([0.0, 0.0, 0.5]),
+            "at [2] is 0.83333 and should be 0.33333",
+        ),
         (lambda x: x * float("nan"), "at [0] is nan"),
     ],
 )
-def test_what_is_said_of_an_answer_that_is_no_known_slip(answer: Any, says: str) -> None:
+def test_what_is_said_of_a_wrong_answer(answer: Any, says: str) -> None:
+    check = Check(right=thirds, draws=lambda _: (torch.ones(3),))
+    check(lambda x: x.float() / 3)
     with pytest.raises(Mistake) as caught:
-        judge(ask(answer, torch.ones(3)), torch.ones(3), {"a slip": torch.zeros(3)})
+        check(answer)
     assert says in str(caught.value)
+
+
+def test_a_slip_must_fit_every_call() -> None:
+    """A wrong answer that is like a slip by chance, in one call, is not called by its name."""
+    check = Check(right=thirds, draws=lambda draw: (torch.full((3,), 1.0 + draw.seed),))
+    with pytest.raises(Mistake, match="should be"):
+        check(lambda x: torch.ones(3))  # of ones that is `x`, not divided yet
 
 
 def test_a_table_may_come_in_any_order_and_must_be_a_table() -> None:
     right = pd.DataFrame({"x": [1.0, 2.0], "y": [3.0, 4.0]}, index=["a", "b"])
-    judge_table(right.loc[["b", "a"], ["y", "x"]], right, {})
-    for given, says in (
-        (right * 2, "twice"),
-        (right["x"], "A pandas DataFrame is expected, not a Series"),
-        (right.drop(columns="y"), "The shape (2, 2) is expected, yours is (2, 1)"),
-        (right + right.eq(4), "at [1, 1] is 5 and should be 4"),
-    ):
-        with pytest.raises(Mistake) as caught:
-            judge_table(given, right, {"twice": 2 * right})
-        assert says in str(caught.value)
+    value = judging.read(right, right)
+    assert same(judging.read(right.loc[["b", "a"], ["y", "x"]], right), value)
+    with pytest.raises(Mistake, match="A pandas DataFrame is expected, not a Series"):
+        judging.read(right["x"], right)
+    assert "The shape (2, 2) is expected, yours is (2, 1)" in difference(
+        judging.read(right.drop(columns="y"), right), value
+    )
+    other = judging.read(right + right.eq(4), right)
+    assert "at [1, 1] is 5 and should be 4" in difference(other, value)
 
 
 def test_words_are_compared_as_they_are() -> None:
-    judge_words("a dog", "a dog", {})
-    judge_words(("a", "b"), ["a", "b"], {})
-    for given, right, says in (
-        ("a cat", "a dog", "that is a cat"),
-        ("a fox", "a dog", "You gave “a fox”; it should be “a dog”."),
-        ("a dog", ["a dog"], "A list of texts is expected, your answer is a str."),
-        (["a"], ["a", "b"], "2 texts are expected, you gave 1."),
-        (["a", "c"], ["a", "b"], "You gave “c”; it should be “b”."),
-        (3, "a dog", "A text is expected"),
-    ):
-        with pytest.raises(Mistake) as caught:
-            judge_words(given, right, {"that is a cat": "a cat"})
-        assert says in str(caught.value)
+    assert same(judging.read("a dog", "a dog"), ["a dog"]) and same(
+        judging.read(("a", "b"), ["a", "b"]), ["a", "b"]
+    )
+    assert difference(["a fox"], ["a dog"]) == "You gave “a fox”; it should be “a dog”."
+    assert difference(["a"], ["a", "b"]) == "2 texts are expected, you gave 1."
+    with pytest.raises(Mistake, match="A list of texts is expected, your answer is a str"):
+        judging.read("a dog", ["a dog"])
+    with pytest.raises(Mistake, match="A text is expected"):
+        judging.read(3, "a dog")
 
 
 def test_chance_is_given_room_and_no_more() -> None:
     right = torch.tensor([1.0, 2.0])
-    judge([1.04, 1.96], right, {}, tolerance=0.05)
-    with pytest.raises(Mistake, match="should be 2"):
-        judge([1.0, 2.06], right, {}, tolerance=0.05)
+    assert same(torch.tensor([1.04, 1.96]), right, tolerance=0.05)
+    assert not same(torch.tensor([1.0, 2.06]), right, tolerance=0.05)
 
 
-def test_single_precision_is_welcome() -> None:
-    right = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    judge(right.float(), right, {})
-    judge([0.25, 0.5], torch.tensor([0.25, 0.5]), {})
+def test_a_letter_is_judged_by_whoever_knows_it() -> None:
+    check_letter(" B ")
+    check_letter("b", "b")
+    with pytest.raises(Mistake, match="because"):
+        check_letter("a", "b", a="because", c="", d="")
 
 
 def test_the_given_schedule_is_stable_diffusions() -> None:
