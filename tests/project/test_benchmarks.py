@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -296,3 +297,17 @@ def test_a_card_where_one_measurement_fails_or_time_is_short(
     )
     with pytest.raises(SystemExit, match="--size tiny"):
         gpu.main(gpu.Benchmark(tmp_path))
+
+
+# --- what the two questions share -----------------------------------------------------------------
+
+
+def test_the_guide_says_what_the_two_questions_share(capsys: pytest.CaptureFixture[str]) -> None:
+    shared = load("shared")
+    shared.main(shared.Benchmark())
+    full_size, embedded = capsys.readouterr().out.splitlines()
+    page = (BENCHMARKS.parent / "notebooks" / "guide" / "costs.md").read_text(encoding="utf-8")
+    for line, name in ((full_size, "SD 1.5"), (embedded, "embedded")):
+        share, left = re.findall(r"([\d.]+)(?:%| of what)", line)
+        assert line.startswith(name)
+        assert f"{share} %" in page and left in page, line
