@@ -311,3 +311,20 @@ def test_the_guide_says_what_the_two_questions_share(capsys: pytest.CaptureFixtu
         share, left = re.findall(r"([\d.]+)(?:%| of what)", line)
         assert line.startswith(name)
         assert f"{share} %" in page and left in page, line
+
+
+# --- a step ---------------------------------------------------------------------------------------
+
+
+def test_step_costs_are_kept_with_their_spread_and_machine(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_cost = load("step_cost")
+    monkeypatch.setattr(subprocess, "check_output", lambda *args, **kwargs: "100\n")  # memory
+    sizes = {"blocks": 2, "steps": 4, "train_batch_size": 1, "pairs": 4}
+    step_cost.main(step_cost.Benchmark(backbone=str(tiny_folder), out=tmp_path, **sizes))
+    table = pd.read_csv(tmp_path / "step_cost.csv")
+    assert list(table["variant"]) == list(step_cost.VARIANTS)
+    assert (table["ratio_least"] <= table["ratio"]).all()
+    assert (table["ratio"] <= table["ratio_most"]).all()
+    assert table["machine"].str.contains(f"{torch.get_num_threads()} threads").all()
