@@ -60,17 +60,18 @@ class Step:
     method: Method
     state_dict: Callable[[], dict[str, Any]]
     """Everything `Tuning` needs to continue after this step; refuses once the step is past."""
+    left_out: bool = False
+    """Whether a run with SuDe did not ask in this step (`sude_every`)."""
 
     def row(self) -> dict[str, float]:
         """Return the step as one row of numbers: means over the batch."""
-        left_out = self.method.config.sude_every > 1 and bool(self.rho.isnan().all())
         return {
             "step": self.number,
             "t": self.t.float().mean().item(),
             "loss_subject": self.loss_subject.mean().item(),
             "loss_sude": self.loss_sude.mean().item(),
             "tau": self.tau.mean().item(),
-            "open_gates": math.nan if left_out else self.gate.float().mean().item(),
+            "open_gates": math.nan if self.left_out else self.gate.float().mean().item(),
             "rho": self.rho.mean().item(),
             "loss_regularizer": self.loss_regularizer,
             "loss_own": self.loss_own,
@@ -236,6 +237,7 @@ class Tuning:
             max(group["lr"] for group in self.optimizer.param_groups),
             self.method,
             partial(self._state_after, number),
+            left_out=config.with_sude and not asks,
         )
 
     def _losses(self, batch: Batch, asks: bool) -> tuple[Tensor, Tensor]:
