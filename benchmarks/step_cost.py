@@ -1,6 +1,6 @@
 """What SuDe costs: seconds a step and peak memory, plain DreamBooth = 1.
 
-    python benchmarks/step_cost.py
+    python benchmarks/step_cost.py --out data/results   # and step_cost.csv, for the guide's table
 
 Variants take turns in one process (block k of each, then block k + 1 of each), so that whatever
 else the machine does hits them alike; the ratio is the median of the paired ratios, least and most
@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 import tyro
 
@@ -42,6 +43,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "plain": {"weight_sude": 0.0},
     "SuDe, prior current": {"prior": "current"},
     "SuDe, prior pretrained": {"prior": "pretrained"},
+    "SuDe, every 4th step": {"prior": "pretrained", "sude_every": 4},
     "SuDe, prior bank": {"prior": "pretrained", "prior_bank_dtype": "float16"},
     "SuDe, bank in float32": {"prior": "pretrained", "prior_bank_dtype": "float32"},
 }
@@ -58,6 +60,8 @@ class Benchmark:
     train_batch_size: int = 4
     pairs: int = 128
     """Pairs of the prior bank."""
+    out: Path | None = None
+    """Folder for step_cost.csv; none: the table is only printed."""
     memory_of: str = ""
     """Internal: report the peak memory of one variant and stop."""
 
@@ -124,6 +128,19 @@ def main(args: Benchmark) -> None:
         measure(args)
 
 
+def processor() -> str:
+    """Return the processor's name, as far as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _of_blocks(name: str, values: list[float]) -> dict[str, float]:
+    ends = {name: statistics.median(values), f"{name}_least": min(values)}
+    return {k: round(v, 5) for k, v in (ends | {f"{name}_most": max(values)}).items()}
+
+
 def measure(args: Benchmark) -> None:
     """Measure all variants, and print what was found."""
     runs = {name: start(args, name) for name in VARIANTS}
@@ -133,14 +150,11 @@ def measure(args: Benchmark) -> None:
     for _ in range(args.blocks):
         for name, run in runs.items():
             times[name].append(seconds_of_block(run, args.steps))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    print(
-        f"{args.blocks} blocks of {args.steps} steps, batch {args.train_batch_size}, "
-        f"{device or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}"
-    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    machine = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{args.blocks} blocks of {args.steps} steps, batch {args.train_batch_size}, {machine}")
     print(f"{'':26}{'s/step':>9}{'ratio':>8}{'of blocks':>16}{'peak MiB':>10}{'ratio':>8}")
-    base = 0.0
+    base, rows = 0.0, []
     for name in VARIANTS:
         command = [sys.executable, __file__, "--memory-of", name, "--backbone", args.backbone]
         command += ["--train-batch-size", str(args.train_batch_size), "--pairs", str(args.pairs)]
@@ -148,10 +162,19 @@ def measure(args: Benchmark) -> None:
         base = base or memory
         ratios = [a / b for a, b in zip(times[name], times["plain"], strict=True)]
         between = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        rows.append(
+            {"machine": machine, "variant": name, "batch": args.train_batch_size}
+            | {"blocks": args.blocks, "steps": args.steps}
+            | _of_blocks("seconds", times[name])
+            | _of_blocks("ratio", ratios)
+            | {"peak_mib": round(memory)}
+        )
         print(
             f"{name:26}{statistics.median(times[name]):9.4f}{statistics.median(ratios):8.2f}"
             f"{between:>16}{memory:10.0f}{memory / base:8.2f}"
         )
+    if args.out:
+        pd.DataFrame(rows).to_csv(args.out / "step_cost.csv", index=False)
     print(f"The floor of prior current is 5/3 = {5 / 3:.2f}.")
     step = statistics.median(times["plain"])
     for name in (n for n in VARIANTS if "prior_bank_dtype" in VARIANTS[n]):

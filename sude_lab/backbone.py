@@ -239,7 +239,7 @@ class Backbone:
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        return ids.to(self.device)
+        return ids.to(self.device, non_blocking=self.device.type == "cuda")
 
     def beyond_reach(self, prompt: str, *tokens: str) -> str:
         """Return the end of a prompt, which the text encoder does not read; "": it reads all.

@@ -7,9 +7,11 @@ Notation: abar_t = ``alphas_cumprod[t]``, alpha_t = abar_t / abar_{t-1}, beta_t 
 Timesteps count from 0 as in diffusers, and abar_{-1} = 1 (x_{-1} is the clean picture).
 Shapes: samples are (B, ...), ``t`` is a LongTensor (B,). Every coefficient is computed in float64
 and cast to the sample's dtype at the last moment, because 1 - abar_t / abar_{t-1} loses digits.
+Values are checked on the CPU alone: to check them on a GPU, the CPU would have to wait for it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,6 +72,17 @@ class Schedule:
         """T, the number of timesteps; valid t are 0 ... T-1."""
         return len(self.alphas_cumprod)
 
+    @cached_property
+    def reaches_zero(self) -> bool:
+        """Whether the last abar is 0 (zero terminal SNR)."""
+        return bool(self.alphas_cumprod[-1] == 0)
+
+    def to(self, device: torch.device) -> "Schedule":
+        """Return the schedule with its table on a device; MPS has no float64: it stays there."""
+        if device.type == "mps":
+            return self
+        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
+
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> "Schedule":
         """Read the schedule of a diffusers scheduler.
@@ -114,7 +127,7 @@ def alpha_bars(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
     if t.dtype != torch.long:
         raise ValueError(f"t must be a LongTensor, got {t.dtype}; use t.long().")
     t = t.to(schedule.alphas_cumprod.device)
-    if bool(((t < 0) | (t >= schedule.num_timesteps)).any()):
+    if t.device.type == "cpu" and bool(((t < 0) | (t >= schedule.num_timesteps)).any()):
         raise ValueError(
             f"t must be in 0 ... {schedule.num_timesteps - 1}, got {t.min()} ... {t.max()}."
         )
@@ -171,7 +184,7 @@ def to_x_0(model_output: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule) -> 
     signal, noise = _like(abar.sqrt(), x_t), _like((1 - abar).sqrt(), x_t)
     if schedule.prediction_type == "v_prediction":
         return signal * x_t - noise * model_output
-    if bool((abar == 0).any()):
+    if schedule.reaches_zero and bool((abar == 0).any()):
         raise ValueError(
             "epsilon says nothing of x_0 where alphas_cumprod is 0 (zero terminal SNR): draw t "
             "below that step, or use a v_prediction model."

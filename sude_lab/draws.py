@@ -35,7 +35,7 @@ class Batch:
     which: Tensor
     """Whose picture it is: the number of the subject, (B,)."""
     index: Tensor | None = None
-    """The numbers of the pairs in a bank, (B,), where the draws come from one."""
+    """The numbers of the pairs in banks, (B,), where the draws come from them; on the CPU, too."""
     z_0: Tensor | None = None
     """Latents of class images, (B, C, h, w), for prior preservation."""
     noise: Tensor | None = None
@@ -50,8 +50,9 @@ class Batch:
         return self._map(lambda x: x[index])
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device."""
-        return self._map(lambda x: x.to(device))
+        """Return the batch on a device; nobody waits for a GPU to take it."""
+        moved = self._map(lambda x: x.to(device, non_blocking=device.type == "cuda"))
+        return replace(moved, index=self.index)
 
 
 class Draws(Protocol):

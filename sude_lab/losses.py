@@ -224,7 +224,7 @@ def sude_weight(t: Tensor, schedule: Schedule, weighting: str = "exact") -> Tens
     abar, abar_prev = alpha_bars(t, schedule)
     if weighting == "simple":
         return to_device(torch.ones_like(abar), t.device)
-    if bool((abar == 0).any()):
+    if schedule.reaches_zero and bool((abar == 0).any()):
         raise ValueError(
             f"weighting {weighting!r} has no value where alphas_cumprod is 0 (zero terminal SNR): "
             "draw t below that step, or use 'simple'."

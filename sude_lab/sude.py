@@ -146,6 +146,8 @@ class SudeRegularizer:
         weighting: exact, simple or reference, see `sude_lab.losses.sude_weight`.
         truncated: whether eq. 9 stops a sample that is as sure of its category as the category.
         truncate_at: the rho at which it stops; the paper's threshold is 1.
+        every: ask in every k-th call alone, beginning with the first, and return k times the loss;
+            the other calls return zeros. `calls` counts them.
 
     Raises:
         UserError: the UNet cannot be kept as it is (see `FrozenUNet`); at a call: it has been
@@ -163,12 +165,17 @@ class SudeRegularizer:
         weighting: Literal["exact", "simple", "reference"] = "reference",
         truncated: bool = True,
         truncate_at: float = 1.0,
+        every: int = 1,
     ) -> None:
         if prior not in ("pretrained", "current") and not callable(prior):
             raise ValueError(f"prior must be 'pretrained', 'current' or a callable, got {prior!r}.")
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}.")
         self.scheduler = scheduler
         self.uncond, self.category = _condition(uncond_embeds), _condition(class_embeds)
         self.weighting, self.truncated, self.truncate_at = weighting, truncated, truncate_at
+        self.every, self.calls = every, 0
+        self._read: tuple[Any, ...] | None = None
         bare = getattr(unet, "module", unet)  # wrapped for several processes
         bare = getattr(bare, "_orig_mod", bare)  # compiled
         self.model: Callable[..., Any] = prior if callable(prior) else unet
@@ -176,11 +183,17 @@ class SudeRegularizer:
             self.model = FrozenUNet(bare)
             require_silent(bare)
 
-    @property
-    def schedule(self) -> Schedule:
-        """The schedule as the loop's scheduler has it now."""
+    def schedule(self, device: torch.device) -> Schedule:
+        """Return the schedule as the loop's scheduler has it now; a changed one is read anew."""
         scheduler = self.scheduler
-        return scheduler if isinstance(scheduler, Schedule) else Schedule.from_scheduler(scheduler)
+        table = getattr(scheduler, "alphas_cumprod", None)
+        now = (id(table), getattr(table, "_version", 0), getattr(scheduler, "config", None), device)
+        if self._read is None or self._read[0] != now:
+            if not isinstance(scheduler, Schedule):
+                scheduler = Schedule.from_scheduler(scheduler)
+            self._read = now, scheduler.to(device), table  # kept, so that its id is no other's
+        schedule: Schedule = self._read[1]
+        return schedule
 
     def _predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         output = self.model(x_t, t, **condition.arguments)
@@ -200,12 +213,8 @@ class SudeRegularizer:
         category = self.category if class_embeds is None else _condition(class_embeds)
         uncond_output, class_output = ask(self._predict, x_t, t, self.uncond, category)
         return sude_terms(
-            model_output.float(),
-            class_output,
-            uncond_output,
-            x_t.float(),
-            t,
-            self.schedule,
+            *(model_output.float(), class_output, uncond_output, x_t.float(), t),
+            self.schedule(x_t.device),
             weighting=self.weighting,
             truncated=self.truncated,
             truncate_at=self.truncate_at,
@@ -224,7 +233,10 @@ class SudeRegularizer:
         UNet's output for the subject's prompt, with its gradient. class_embeds: the categories'
         own, a row a sample, where the batch has several; None: those given at the beginning.
         """
-        return self.terms(x_t, t, model_output, class_embeds).gated
+        self.calls += 1
+        if (self.calls - 1) % self.every:
+            return torch.zeros(len(x_t), device=x_t.device)
+        return self.every * self.terms(x_t, t, model_output, class_embeds).gated
 
 
 def _condition(embeds: Tensor | Condition) -> Condition:

@@ -14,6 +14,7 @@ from), `classifier` (who answers eq. 5), `method` (what is trained).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ class Step:
     method: Method
     state_dict: Callable[[], dict[str, Any]]
     """Everything `Tuning` needs to continue after this step; refuses once the step is past."""
+    left_out: bool = False
+    """Whether a run with SuDe did not ask in this step (`sude_every`)."""
 
     def row(self) -> dict[str, float]:
         """Return the step as one row of numbers: means over the batch."""
@@ -68,7 +71,7 @@ class Step:
             "loss_subject": self.loss_subject.mean().item(),
             "loss_sude": self.loss_sude.mean().item(),
             "tau": self.tau.mean().item(),
-            "open_gates": self.gate.float().mean().item(),
+            "open_gates": math.nan if self.left_out else self.gate.float().mean().item(),
             "rho": self.rho.mean().item(),
             "loss_regularizer": self.loss_regularizer,
             "loss_own": self.loss_own,
@@ -76,31 +79,15 @@ class Step:
         }
 
 
-@dataclass(frozen=True)
-class Losses:
-    """What one batch gave, (B,) each."""
-
-    t: Tensor
-    subject: Tensor
-    sude: SudeTerms
-    preservation: Tensor
-    own: Tensor
-    total: Tensor
-
-    def detached(self) -> tuple[Tensor, ...]:
-        """Return what a `Step` shows of them, in its order."""
-        terms = (self.sude.loss, self.sude.threshold, self.sude.gate, self.sude.rho)
-        parts = (self.t, self.subject, *terms, self.preservation, self.own)
-        return tuple(part.detach() for part in parts)
-
-
 class Tuning:
     """One run: tunes `backbone` in place on one picture (one of each subject), step by step.
 
     The loss is the batch mean of L_sub + w_s lambda_tau L_sude + w_r L_reg (arXiv 2403.06775,
     eq. 10) and the method's own loss, every term a mean over the latent's dimensions, L_sub the
-    loss the model was trained with; eq. 7-9 are those of `sude_lab.sude.sude_terms`. Where the loop
-    over it was left, it goes on with the next step.
+    loss the model was trained with; eq. 7-9 are those of `sude_lab.sude.sude_terms`. With
+    `sude_every` k, steps 1, 1 + k, ... have k w_s in place of w_s and the others none: derived, the
+    gradient is eq. 10's in the mean over a step's place in the k, since each L_sude is one of k.
+    Where the loop over it was left, it goes on with the next step.
 
     Args:
         config: The settings; what is None is filled in by `configure`.
@@ -134,6 +121,7 @@ class Tuning:
         backbone.use()
         self.config = config = configure(config, backbone, method=method)
         self.backbone, self.classifier = backbone, classifier
+        self.schedule = backbone.schedule.to(backbone.device)
         self.processes = Processes(accelerator)
         self.number = 0
         """The last step that was taken."""
@@ -145,7 +133,7 @@ class Tuning:
             )
         with _machine_failures():
             latents = [picture_latents(config, backbone, p) for p in one_of_each(config, pictures)]
-            self.draws = draws or FreshDraws(latents, backbone.schedule.num_timesteps)
+            self.draws = draws or FreshDraws(latents, self.schedule.num_timesteps)
             with torch.no_grad():
                 self._before = category_conditions(backbone, config)
             self.method = (method or get_method(config.method))(backbone, config)
@@ -227,45 +215,39 @@ class Tuning:
         warm = min(1.0, number / max(1, config.lr_warmup_steps))
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * warm
-        total = size * config.gradient_accumulation_steps * self.processes.number
-        whole = self.draws.draw(total, step_generator(config.seed, number))
+        samples = size * config.gradient_accumulation_steps * self.processes.number
+        whole = self.draws.draw(samples, step_generator(config.seed, number))
         own = whole.rows(self.processes.part(len(whole.t)))
+        asks = config.with_sude and (number - 1) % config.sude_every == 0
         self.optimizer.zero_grad(set_to_none=True)
         batches = []
         for k in range(config.gradient_accumulation_steps):
             batch = own.rows(slice(k * size, (k + 1) * size)).to(self.backbone.device)
-            losses = self._losses(batch)
-            gather = self.processes.gather
-            check_finite(number, gather(losses.t), gather(losses.total))
-            loss = losses.total.mean() / config.gradient_accumulation_steps
+            total, rows = self._losses(batch, asks)
+            loss = total.mean() / config.gradient_accumulation_steps
             self.scaler.scale(loss).backward()
-            batches.append(losses.detached())
-        rows = tuple(map(torch.cat, zip(*batches, strict=True)))
-        self._move(number, rows[0])
-        t, subject, sude, tau, gate, rho, preservation, own_loss = (
-            self.processes.gather(part).cpu() for part in rows
-        )
+            batches.append(rows)
+        rows = self._move(number, self.processes.gather(torch.cat(batches)))
+        t, subject, sude, tau, gate, rho, preservation, own_loss, _ = rows.unbind(1)
         self.number = number
         return Step(
             number,
-            t,
-            subject,
-            sude,
-            tau,
-            gate,
-            rho,
-            preservation.mean().item(),
-            own_loss.mean().item(),
+            *(t.long(), subject, sude, tau, gate.bool(), rho),
+            *(preservation.mean().item(), own_loss.mean().item()),
             max(group["lr"] for group in self.optimizer.param_groups),
             self.method,
             partial(self._state_after, number),
+            left_out=config.with_sude and not asks,
         )
 
-    def _losses(self, batch: Batch) -> Losses:
-        """Return the terms of eq. 10 for a batch."""
-        config, method, schedule = self.config, self.method, self.backbone.schedule
+    def _losses(self, batch: Batch, asks: bool) -> tuple[Tensor, Tensor]:
+        """Return eq. 10 of every sample, (B,), with SuDe where the step asks; and as a `Step` shows
+        it, in its order, the total last: (B, 9), float32, without gradients.
+        """
+        config, method, schedule = self.config, self.method, self.schedule
         now = self._before
-        if method.changes_text and (config.prior == "current" or batch.z_0 is not None):
+        moves = (asks and config.prior == "current") or batch.z_0 is not None
+        if method.changes_text and moves:
             now = category_conditions(self.backbone, config)
         subjects = self._subjects
         if method.changes_subject_text:
@@ -276,15 +258,10 @@ class Tuning:
         target = training_target(batch.x_0, batch.eps, batch.t, schedule)
         subject = subject_loss(output, target) / x_t[0].numel()
         sude = SudeTerms.none(subject.detach())
-        if config.with_sude:
+        if asks:
             uncond, category = self._answers(x_t, batch, now)
             sude = sude_terms(
-                output,
-                category,
-                uncond,
-                x_t,
-                batch.t,
-                schedule,
+                *(output, category, uncond, x_t, batch.t, schedule),
                 weighting=config.weighting,
                 truncated=config.truncate,
                 truncate_at=config.truncate_at,
@@ -292,11 +269,13 @@ class Tuning:
         preservation = self._preservation(batch, now[1]) if config.prior_loss_weight else None
         if preservation is None:
             preservation = torch.zeros_like(subject)
-        weights = config.weight_sude, config.prior_loss_weight
-        total = total_loss(subject, sude.gated, preservation, *weights)
+        weights = config.sude_every * config.weight_sude, config.prior_loss_weight
         if own is None:
             own = torch.zeros_like(subject)
-        return Losses(batch.t, subject, sude, preservation, own, total + own)
+        total = total_loss(subject, sude.gated, preservation, *weights) + own
+        terms = (sude.loss, sude.threshold, sude.gate, sude.rho)
+        parts = (batch.t, subject, *terms, preservation, own, total)
+        return total, torch.stack([part.detach().float() for part in parts], dim=1)
 
     def _answers(
         self, x_t: Tensor, batch: Batch, now: tuple[Condition, Condition]
@@ -314,7 +293,7 @@ class Tuning:
         """Return L_reg of eq. 10: the class images' own loss, or eq. 14 as it is written."""
         if batch.z_0 is None or batch.noise is None:
             raise UserError("The draws have no class images, and prior_loss_weight is above 0.")
-        schedule, dims = self.backbone.schedule, batch.z_0[0].numel()
+        schedule, dims = self.schedule, batch.z_0[0].numel()
         z_t = add_noise(batch.z_0, batch.noise, batch.t, schedule)
         guess = self.method.predict_current(z_t, batch.t, categories[batch.which])
         if self.config.prior_preservation == "images":
@@ -323,21 +302,30 @@ class Tuning:
         fixed = self._before[1][batch.which]
         return class_regularizer(guess, self.method.predict_pretrained(z_t, batch.t, fixed)) / dims
 
-    def _move(self, number: int, t: Tensor) -> None:
-        """Take the optimiser's step along the gradients, averaged over processes and clipped."""
+    def _move(self, number: int, rows: Tensor) -> Tensor:
+        """Take the optimiser's step along the gradients, averaged over processes and clipped.
+
+        Returns the rows on the CPU: they and the gradient's norm come over together, which is the
+        one moment of a step at which the CPU waits for the device.
+        """
         parameters = list(self.method.parameters.values())
         gradients = [p.grad for p in parameters if p.grad is not None]
         self.processes.average(gradients)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm(gradients)
+        values = torch.cat([rows.flatten(), norm.to(rows).reshape(1)]).cpu()
+        rows, length = values[:-1].view_as(rows), values[-1:]
+        t = rows[:, 0].long()
+        check_finite(number, t, rows[:, -1])
+        if not self.scaler.is_enabled():  # the scaler leaves out a step whose gradient overflowed
+            check_finite(number, t, length, "gradient")
         # torch's clip_grad_norm_ multiplies by 1 where nothing is clipped: a pass over all weights.
         most = self.config.max_grad_norm
-        if most and bool(norm + 1e-6 > most):
+        if most and bool(length + 1e-6 > most):
             torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
-        if not self.scaler.is_enabled():  # the scaler leaves out a step whose gradient overflowed
-            check_finite(number, self.processes.gather(t), norm.expand(1), "gradient")
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        return rows
 
 
 def tune(
@@ -362,7 +350,6 @@ def check_finite(number: int, t: Tensor, values: Tensor, what: str = "loss") -> 
     Raises:
         UserError: a value is not finite.
     """
-    values = values.detach()
     wrong = ~torch.isfinite(values)
     if bool(wrong.any()):
         bad = t[wrong] if len(t) == len(values) else t

@@ -176,7 +176,7 @@ class BankDraws:
         drawn = zip(which.tolist(), index.split(1), strict=True)
         pairs = [self.banks[who].pairs.batch(k) for who, k in drawn]
         x_0, eps, t = map(torch.cat, zip(*pairs, strict=True))
-        return Batch(x_0, eps, t, which, index)
+        return Batch(x_0, eps, t, which, which * len(self.banks[0]) + index)
 
 
 @dataclass(frozen=True)
@@ -193,8 +193,10 @@ class BankClassifier:
         """
         if batch.index is None:
             raise ValueError("These samples are from no bank: draw them with BankDraws.")
-        drawn = zip(batch.which.tolist(), batch.index.cpu().split(1), strict=True)
-        outputs = torch.cat([self.banks[who].outputs(k) for who, k in drawn]).to(x_t.device)
+        size = len(self.banks[0])
+        drawn = batch.index.split(1)
+        outputs = torch.cat([self.banks[int(k) // size].outputs(k % size) for k in drawn])
+        outputs = outputs.to(x_t.device, non_blocking=x_t.device.type == "cuda")
         return outputs[:, 0], outputs[:, 1]
 
 

@@ -19,6 +19,7 @@ from sude_lab.diffusion import (
     to_x_0,
     training_target,
 )
+from sude_lab.losses import sude_weight
 
 pytestmark = pytest.mark.quick
 
@@ -271,3 +272,22 @@ def test_a_scheduler_that_does_not_say_what_it_predicts_predicts_epsilon() -> No
 def test_a_table_that_stands_still_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^alphas_cumprod must decrease strictly"):
         Schedule(torch.tensor([0.9, 0.5, 0.5]))
+
+
+def test_on_a_device_nothing_waits_for_a_value():
+    # A meta tensor has no values: whoever asks for one fails.
+    scheduler = ddpm(exact=False)
+    schedule = Schedule.from_scheduler(scheduler)
+    assert not schedule.reaches_zero
+    x, t = torch.empty(2, 4, 8, 8, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
+    object.__setattr__(schedule, "alphas_cumprod", schedule.alphas_cumprod.to("meta"))
+    for function in (add_noise, training_target, to_x_0, to_eps, posterior_mean, reverse_mean):
+        assert function(x, x, t, schedule).shape == x.shape
+    assert sude_weight(t, schedule, "exact").device == t.device
+
+
+def test_the_table_can_lie_elsewhere_and_says_the_same():
+    schedule = Schedule.from_scheduler(ddpm(exact=False)).to(torch.device("cpu"))
+    assert schedule.to(torch.device("mps")) is schedule  # no float64 there
+    zero = Schedule(torch.tensor([0.5, 0.0]))
+    assert zero.reaches_zero and zero.to(torch.device("cpu")).reaches_zero

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -296,3 +297,34 @@ def test_a_card_where_one_measurement_fails_or_time_is_short(
     )
     with pytest.raises(SystemExit, match="--size tiny"):
         gpu.main(gpu.Benchmark(tmp_path))
+
+
+# --- what the two questions share -----------------------------------------------------------------
+
+
+def test_the_guide_says_what_the_two_questions_share(capsys: pytest.CaptureFixture[str]) -> None:
+    shared = load("shared")
+    shared.main(shared.Benchmark())
+    full_size, embedded = capsys.readouterr().out.splitlines()
+    page = (BENCHMARKS.parent / "notebooks" / "guide" / "costs.md").read_text(encoding="utf-8")
+    for line, name in ((full_size, "SD 1.5"), (embedded, "embedded")):
+        share, left = re.findall(r"([\d.]+)(?:%| of what)", line)
+        assert line.startswith(name)
+        assert f"{share} %" in page and left in page, line
+
+
+# --- a step ---------------------------------------------------------------------------------------
+
+
+def test_step_costs_are_kept_with_their_spread_and_machine(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_cost = load("step_cost")
+    monkeypatch.setattr(subprocess, "check_output", lambda *args, **kwargs: "100\n")  # memory
+    sizes = {"blocks": 2, "steps": 4, "train_batch_size": 1, "pairs": 4}
+    step_cost.main(step_cost.Benchmark(backbone=str(tiny_folder), out=tmp_path, **sizes))
+    table = pd.read_csv(tmp_path / "step_cost.csv")
+    assert list(table["variant"]) == list(step_cost.VARIANTS)
+    assert (table["ratio_least"] <= table["ratio"]).all()
+    assert (table["ratio"] <= table["ratio_most"]).all()
+    assert table["machine"].str.contains(f"{torch.get_num_threads()} threads").all()

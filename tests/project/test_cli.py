@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -562,3 +563,34 @@ def test_an_interruption_while_it_is_imported_is_one_sentence(
 
     assert command() == 130
     assert capsys.readouterr().err.splitlines() == ["sude-lab: stopped; nothing was written."]
+
+
+# --- a busy machine -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("load", "said", "expected"),
+    [
+        (0.9, {}, None),
+        (1.0, {}, "PASSIVE"),
+        (9.0, {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
+        (9.0, {"GOMP_SPINCOUNT": "10"}, None),
+    ],
+)
+def test_threads_wait_asleep_on_a_busy_machine(
+    load: float, said: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert main(["sweep", "--out", "nowhere"]) == 2  # any command
+    assert os.environ.get("OMP_WAIT_POLICY") == expected
+
+
+def test_that_is_said_before_torch_is_loaded() -> None:
+    code = "import sys, sude_lab.cli; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

@@ -64,6 +64,20 @@ def test_the_page_is_whole_and_needs_no_network(demo: Path) -> None:
     assert "[" in page and "rho" in page
 
 
+def test_each_run_takes_the_steps_that_its_row_needs(demo: Path) -> None:
+    runs = {name: Run.open(demo / "runs" / name) for name in ("plain", "sude")}
+    runs["never"] = Run.open(demo / "runs" / "sude-no-truncation")
+    assert {name: len(run.metrics()) for name, run in runs.items()} == {
+        "plain": 3,
+        "sude": 3,
+        "never": 1,  # collapsed after a quarter
+    }
+    watched = {name: run.metrics()["rho"].notna().tolist() for name, run in runs.items()}
+    assert watched == {"plain": [True, False, False], "sude": [True] * 3, "never": [True]}
+    page = (demo / REPORT).read_text(encoding="utf-8")
+    assert "in every 8th step" in page and "<td>1</td>" in page
+
+
 def test_a_second_call_keeps_finished_runs(demo: Path) -> None:
     weights = demo / "runs" / "sude" / "weights"
     before = {f: f.stat().st_mtime_ns for f in weights.iterdir()}

@@ -1,16 +1,44 @@
-"""The guide's page on costs says what `data/results/gpu.csv` holds."""
+"""The guide's page on costs says what `data/results/gpu.csv` and its like hold."""
 
 import re
+from pathlib import Path
+
+import pandas as pd
 
 from studies import costs
 
-ROWS = costs.read()
+ROWS = costs.read("gpu")
 PAGE = costs.PAGE.read_text(encoding="utf-8")
 
 
 def test_the_tables_of_the_page_are_those_of_the_stored_rows() -> None:
-    assert re.findall(r"<!-- gpu: (\w+) -->", PAGE) == list(costs.TABLES)
-    assert costs.page(PAGE, ROWS) == PAGE
+    known = [(file, name) for file, names in costs.TABLES.items() for name in names]
+    assert re.findall(r"<!-- (\w+): (\w+) -->", PAGE) == known
+    assert costs.page(PAGE) == PAGE
+
+
+def test_the_power_is_that_of_the_largest_points() -> None:
+    assert costs.power([(1, 7.0), (2, 4.0), (4, 16.0), (8, 64.0)]) == "2.00"
+    words = " ".join(PAGE.split())
+    powers = {
+        tuple(cells[:2]): float(cells[-1])
+        for line in costs.growth(costs.read("growth")).splitlines()[2:]
+        for cells in [[part.strip() for part in line.strip("|").split("|")]]
+    }
+    plain, sude = (powers["picture", name] for name in ("plain", "SuDe"))
+    assert f"side^{plain:.1f} to side^{sude:.1f}" in words
+    assert f"to the power {powers['prompts', 'all to the end']:.2f} when all" in words
+
+
+def test_step_costs_replace_the_table_once_they_are_measured(tmp_path: Path) -> None:
+    row = {"machine": "a quiet one", "variant": "plain", "batch": 4, "blocks": 7, "steps": 8}
+    for name in ("seconds", "ratio"):
+        row |= {name: 0.5, f"{name}_least": 0.25, f"{name}_most": 0.75}
+    pd.DataFrame([row | {"peak_mib": 100}]).to_csv(tmp_path / "step_cost.csv", index=False)
+    new = costs.page(PAGE, tmp_path)
+    assert "| plain | 4 | 0.500 [0.250, 0.750] | 0.500 [0.250, 0.750] | 100 |" in new
+    assert "Medians of 7 blocks of 8 steps" in new and "a quiet one" in new
+    assert new.split("<!-- end -->")[1:] == PAGE.split("<!-- end -->")[1:]
 
 
 def test_the_sentences_of_the_page_say_what_the_rows_say() -> None:
