@@ -243,15 +243,16 @@ def sude_weight(t: Tensor, schedule: Schedule, weighting: str = "exact") -> Tens
 
 
 def output_weight(t: Tensor, schedule: Schedule, weighting: str = "exact") -> Tensor:
-    """The factor of SuDe in the network's own output space: eps, x_0 or v.
+    """The factor of SuDe in the network's own output space: eps, x_0, v or flow.
 
     eq. 7 of arXiv 2403.06775 = w'_t [||u_sub - u_class||^2 - ||u_sub - u_uncond||^2] for outputs u,
     w'_t = w_t (d eps / d u)^2, derived from eq. 1: (d eps / d u)^2 is 1 for eps, abar_t for v,
-    abar_t / (1 - abar_t) for x_0. In w'_t of v and x_0 the 1 / abar_t of w_t is gone, so that both
-    have a value at zero terminal SNR (abar_t = 0):
+    abar_t / (1 - abar_t) for x_0, (1 - s_t)^2 for flow. In w'_t of the last three the 1 / abar_t of
+    w_t is gone, so that they have a value at zero terminal SNR (abar_t = 0, s_t = 1):
 
     - exact: A_t^2 / (2 sigma_t^2) with the slope A_t of the mean in u, for x_0
-      A_t = sqrt(abar_{t-1}) beta_t / (1 - abar_t); for v sqrt(1 - abar_t) times that;
+      A_t = sqrt(abar_{t-1}) beta_t / (1 - abar_t), for others d x_0 / d u times that; for flow this
+      is s_t^2 / 2 (SNR_{t-1} - SNR_t);
     - reference: the same over c1_t, which is A_t of x_0; at t = 0 as `sude_weight`;
     - simple: (d eps / d u)^2 itself; 0 at abar_t = 0, where SuDe is not applied.
 
@@ -265,17 +266,18 @@ def output_weight(t: Tensor, schedule: Schedule, weighting: str = "exact") -> Te
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}.")
     abar, abar_prev = alpha_bars(t, schedule)
-    from_x_0 = 1 - abar if schedule.prediction_type == "v_prediction" else torch.ones_like(abar)
+    noise, signal = schedule.noise / schedule.output[2], schedule.signal / schedule.output[2]
+    of_x_0, of_eps = (table.square()[t.to(table.device)] for table in (noise, signal))
     if weighting == "simple":
-        return to_device(from_x_0 * abar / (1 - abar), t.device)
+        return to_device(of_eps, t.device)
     beta, first = 1 - abar / abar_prev, abar_prev == 1
     slope = abar_prev.sqrt() * beta / (1 - abar)
     small = beta * torch.where(first, torch.ones_like(abar), 1 - abar_prev) / (1 - abar)
     if weighting == "reference":
-        return to_device(from_x_0 * slope / (2 * torch.where(first, beta, small)), t.device)
+        return to_device(of_x_0 * slope / (2 * torch.where(first, beta, small)), t.device)
     if schedule.variance_type == "fixed_large":
-        return to_device(from_x_0 * slope.square() / (2 * beta), t.device)
-    exact = from_x_0 * slope.square() / (2 * small)
+        return to_device(of_x_0 * slope.square() / (2 * beta), t.device)
+    exact = of_x_0 * slope.square() / (2 * small)
     return to_device(torch.where(first, torch.zeros_like(abar), exact), t.device)
 
 
