@@ -86,7 +86,7 @@ PIPELINES: dict[str, tuple[Change, str]] = {
     "no weights in the file": (written(UNET, b"weights"), "as safetensors"),
     "claims 2^60 bytes": (written(UNET, struct.pack("<Q", 2**60) + b"{}"), "as safetensors"),
     "no size": (settings("unet/config.json", sample_size=None), "sample_size is None"),
-    "no such prediction": (settings(SCHEDULER, prediction_type="flow"), "prediction_type"),
+    "no such prediction": (settings(SCHEDULER, prediction_type="flow_prediction"), "prediction_type"),
     "no timesteps": (settings(SCHEDULER, num_train_timesteps=0), "could not be opened"),
     "flow matching": (flow, "no alphas_cumprod"),
     "Flux": (settings(INDEX, _class_name="FluxPipeline"), "holds a FluxPipeline"),
