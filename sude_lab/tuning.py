@@ -145,7 +145,8 @@ class Tuning:
             )
         with _machine_failures():
             latents = [picture_latents(config, backbone, p) for p in one_of_each(config, pictures)]
-            self.draws = draws or FreshDraws(latents, backbone.schedule.num_timesteps)
+            number = backbone.schedule.num_timesteps
+            self.draws = draws or FreshDraws(latents, number, backbone.density)
             with torch.no_grad():
                 self._before = category_conditions(backbone, config)
             self.method = (method or get_method(config.method))(backbone, config)
@@ -294,6 +295,7 @@ class Tuning:
             preservation = torch.zeros_like(subject)
         weights = config.weight_sude, config.prior_loss_weight
         total = total_loss(subject, sude.gated, preservation, *weights)
+        total = total * self.backbone.loss_weight(batch.t)  # of flow matching, over t
         if own is None:
             own = torch.zeros_like(subject)
         return Losses(batch.t, subject, sude, preservation, own, total + own)

@@ -162,7 +162,6 @@ def thresholds(
 
 @torch.no_grad()
 def decode(backbone: Backbone, latents: Tensor) -> list[Image.Image]:
-    """Return latents (B, C, h, w), scaled as the UNet has them, as pictures."""
-    vae = backbone.pipeline.vae
-    pixels = vae.decode(latents.to(backbone.device) / vae.config.scaling_factor).sample
+    """Return latents (B, C, h, w), scaled as the denoiser has them, as pictures."""
+    pixels = backbone.pipeline.vae.decode(backbone.unscaled(latents.to(backbone.device))).sample
     return backbone.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")

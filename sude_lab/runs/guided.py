@@ -41,7 +41,7 @@ def guidance_for(
     beside it, which takes its memory a second time.
     """
     words = to_class_prompt(prompt, *(subject.category for subject in config.subjects))
-    if has_adapters(backbone.unet) and not config.train_text_encoder:
+    if has_adapters(backbone.denoiser) and not config.train_text_encoder:
         return sude_guidance(backbone.pipeline, None, words, strength)
     if not strength > 0:  # nothing to do, or refused: no base is needed for that
         return sude_guidance(backbone.pipeline, backbone.unet, words, strength)
