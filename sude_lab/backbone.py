@@ -1,7 +1,6 @@
 """A pipeline with what tuning asks of it; `sude_lab.io.opening` opens one.
 
-`Backbone` is a Stable Diffusion with a UNet. Other families are subclasses in `sude_lab.adapters`,
-which say anew what differs.
+`Backbone` is a Stable Diffusion with a UNet; `sude_lab.adapters` has subclasses for other families.
 """
 
 from __future__ import annotations
@@ -170,11 +169,7 @@ class Backbone:
         self.used = how
 
     def check_method(self, config: Any) -> None:
-        """Check that what a complete configuration asks for exists for this family of models.
-
-        Raises:
-            UserError: it does not.
-        """
+        """Raise a UserError where this family has no place for what a configuration asks for."""
 
     def loss_weight(self, t: Tensor) -> Tensor | float:
         """Return the weight of a sample's whole loss, (B,), as its family's training has it."""
@@ -190,10 +185,7 @@ class Backbone:
         return DDIMScheduler.from_config(config)
 
     def call_arguments(self, **settings: Any) -> dict[str, Any]:
-        """Return the arguments with which the pipeline is called for settings of Stable Diffusion.
-
-        A scale of guidance w means u_neg + w (u_cond - u_neg) here, whatever the pipeline's does.
-        """
+        """Return the pipeline's arguments; guidance_scale w is u_neg + w (u_cond - u_neg) here."""
         return settings
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -292,10 +284,7 @@ class Backbone:
         return ids.to(self.device)
 
     def as_pieces(self, prompts: Any, tokenizer: Any) -> Any:
-        """Return prompts in which a word of several vectors stands for all of them.
-
-        As the pipeline's own call has them.
-        """
+        """Return prompts in which a word of several vectors stands for all of them."""
         return self.pipeline.maybe_convert_prompt(prompts, tokenizer)
 
     def beyond_reach(self, prompt: str, *tokens: str) -> str:
@@ -372,9 +361,9 @@ class Backbone:
         return latents / self.pipeline.vae.config.scaling_factor
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, model: Any = None) -> Tensor:
-        """Return the model output (eps, x_0, v or flow, by the schedule) in float32, (B, C, h, w).
+        """Return the output of the denoiser, or of `model` in its place, in float32, (B, C, h, w).
 
-        `model` is asked in the denoiser's place: the denoiser as it was before tuning.
+        eps, x_0, v or flow, by the schedule.
         """
         with self.autocast():
             return (model or self.denoiser)(x_t, t, **condition.arguments).sample.float()

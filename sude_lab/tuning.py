@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from sude_lab.backbone import Backbone, Condition
 from sude_lab.config import CompleteConfig, TuningConfig
 from sude_lab.diffusion import add_noise, training_target
 from sude_lab.draws import Batch, Draws, FreshDraws, one_of_each, picture_latents, step_generator
-from sude_lab.errors import UserError, machine_failure
+from sude_lab.errors import UserError, machine_failures
 from sude_lab.losses import class_regularizer, subject_loss, total_loss
 from sude_lab.methods import Method, configure, get_method
 from sude_lab.prompts import photo_of
@@ -143,7 +143,7 @@ class Tuning:
                 "This run needs class images or a prior bank, which are made before: start it with "
                 "sude_lab.runs.prepare, or set prior_loss_weight and prior_bank to 0."
             )
-        with _machine_failures():
+        with machine_failures():
             latents = [picture_latents(config, backbone, p) for p in one_of_each(config, pictures)]
             number = backbone.schedule.num_timesteps
             self.draws = draws or FreshDraws(latents, number, backbone.density)
@@ -181,7 +181,7 @@ class Tuning:
                 self._state = "finished"
             raise StopIteration
         self._state = "failed"  # until the step is whole
-        with _machine_failures():
+        with machine_failures():
             step = self._step(self.number + 1)
         self._state = "running"
         return step
@@ -295,7 +295,7 @@ class Tuning:
             preservation = torch.zeros_like(subject)
         weights = config.weight_sude, config.prior_loss_weight
         total = total_loss(subject, sude.gated, preservation, *weights)
-        total = total * self.backbone.loss_weight(batch.t)  # of flow matching, over t
+        total = total * self.backbone.loss_weight(batch.t)
         if own is None:
             own = torch.zeros_like(subject)
         return Losses(batch.t, subject, sude, preservation, own, total + own)
@@ -424,22 +424,3 @@ class Processes:
     def in_turn(self) -> AbstractContextManager[Any]:
         """Return a context that the main process passes before the others."""
         return self.accelerator.main_process_first() if self.number > 1 else nullcontext()
-
-
-@contextmanager
-def _machine_failures() -> Iterator[None]:
-    """Say in one sentence what to do where the machine is at fault: memory, or the device."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        failure = machine_failure(error)
-        if failure is None:
-            raise
-        advice = (
-            "use --train lora, --gradient-checkpointing, --optimizer adamw8bit, --dtype bfloat16, "
-            "or a smaller --train-batch-size with --gradient-accumulation-steps, or a smaller "
-            "--resolution"
-        )
-        if "memory" not in failure:
-            advice = "see whether it is still there, and continue with --resume"
-        raise UserError(f"{failure}: {advice}.") from error

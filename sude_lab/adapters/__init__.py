@@ -14,3 +14,8 @@ FAMILIES: dict[str, Family] = {
     "StableDiffusion3Pipeline": sd3.STABLE_DIFFUSION_3,
 }
 """By the class that a pipeline's `model_index.json` names."""
+
+
+def family_of(pipeline: object) -> Family:
+    """Return the family of an open pipeline."""
+    return FAMILIES[type(pipeline).__name__]

@@ -26,6 +26,8 @@ class Family:
     """What is known of a kind of pipeline before it is opened, and checked when it is open."""
 
     name: str
+    tag: str
+    """Its name among the tags of models on the Hub."""
     backbone: type[Backbone]
     classes: dict[str, str]
     """The classes that its parts may have, patterns: a folder must not say which code is run."""

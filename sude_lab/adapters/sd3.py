@@ -138,6 +138,7 @@ def refusal(folder: Path, index: dict[str, Any], read: Callable[[str], Any]) -> 
 
 STABLE_DIFFUSION_3 = Family(
     "Stable Diffusion 3",
+    "stable-diffusion-3",
     StableDiffusion3,
     SHARED
     | {

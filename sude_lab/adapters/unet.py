@@ -59,7 +59,12 @@ def misread(pipeline: Any) -> Iterator[str]:
             yield f"its tokenizer{end} knows {len(tokenizer)} words, its text_encoder{end} {rows}"
 
 
-STABLE_DIFFUSION = Family("Stable Diffusion", Backbone, CLASSES, PARTS, misfits)
+STABLE_DIFFUSION = Family("Stable Diffusion", "stable-diffusion", Backbone, CLASSES, PARTS, misfits)
 STABLE_DIFFUSION_XL = Family(
-    "Stable Diffusion", Backbone, CLASSES, (*PARTS, "text_encoder_2", "tokenizer_2"), misfits
+    "Stable Diffusion",
+    "stable-diffusion-xl",
+    Backbone,
+    CLASSES,
+    (*PARTS, "text_encoder_2", "tokenizer_2"),
+    misfits,
 )

@@ -60,8 +60,6 @@ class Method:
             backbone.denoiser.enable_gradient_checkpointing()
             backbone.denoiser.train()
 
-    # What a subclass says ------------------------------------------------------------------------
-
     def prepare(self) -> None:
         """Fill `self.parameters` with what is trained, and switch its gradients on."""
         raise NotImplementedError
@@ -95,8 +93,6 @@ class Method:
     def predict_current(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return what the model as it is now says of a prompt without the subject."""
         return self.backbone.predict(x_t, t, condition)
-
-    # What all share ------------------------------------------------------------------------------
 
     def initializer(self, number: int) -> str:
         """Return the words whose embedding the token of subject `number` starts from."""

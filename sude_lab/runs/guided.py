@@ -41,11 +41,16 @@ def guidance_for(
     beside it, which takes its memory a second time.
     """
     words = to_class_prompt(prompt, *(subject.category for subject in config.subjects))
+    pipeline = backbone.pipeline
     if has_adapters(backbone.denoiser) and not config.train_text_encoder:
-        return sude_guidance(backbone.pipeline, None, words, strength)
+        if backbone.part == "unet":
+            return sude_guidance(pipeline, None, words, strength)
+        with torch.no_grad():
+            classes, null = backbone.encode_prompts([words]), backbone.null_condition()
+        return sude_guidance(pipeline, None, classes, strength, null=null)
     if not strength > 0:  # nothing to do, or refused: no base is needed for that
-        return sude_guidance(backbone.pipeline, backbone.unet, words, strength)
+        return sude_guidance(pipeline, backbone.denoiser, words, strength)
     base = open_backbone(config.backbone, device=str(backbone.device), dtype=config.dtype)
     with torch.no_grad():
         classes, null = base.encode_prompts([words]), base.null_condition()
-    return sude_guidance(backbone.pipeline, base.unet, classes, strength, null=null)
+    return sude_guidance(pipeline, base.denoiser, classes, strength, null=null)

@@ -152,6 +152,8 @@ def test_weights_are_closed_forms_of_the_snr() -> None:
     for kind, weight in exact.items():
         assert_close(output_weight(t, Schedule.from_sigmas(SIGMAS, kind)), weight, **EXACT)
     assert_close(sude_weight(t, FLOW), exact["epsilon"], **EXACT)
+    assert torch.equal(output_weight(t, FLOW, "simple"), torch.ones(len(t), dtype=torch.float64))
+    assert_close(output_weight(t, Schedule.from_sigmas(SIGMAS, "sample"), "simple"), snr, **EXACT)
     # The slope of the mean in the output: s (1 - s') (1 - R), over the variance s'^2 (1 - R).
     ratio = snr / snr_prev
     slope, variance = s * (1 - SIGMAS[t - 1]) * (1 - ratio), SIGMAS[t - 1] ** 2 * (1 - ratio)
@@ -262,13 +264,26 @@ def test_the_embedded_unet_says_the_same_as_a_flow_model(embedded: Any, weightin
     def eps_of(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return embedded.unet(x, t, condition.hidden).sample
 
+    def u_of(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """eps - x_0 at eq. 1's x_t = a x_0 + b eps."""
+        a, b = (like(table[t], x) for table in (abar.sqrt(), (1 - abar).sqrt()))
+        eps = eps_of(x, t, condition)
+        return eps - (x - b * eps) / a
+
     def v_of(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The change of variables: v = (eps - x_s) / (1 - s)."""
         eps = eps_of(x / like(torch.hypot(1 - s[t], s[t]), x), t, condition)
         return (eps - x) / like(1 - s[t], x)
 
     found: list[tuple[SudeTerms, Tensor]] = []
-    for predict, schedule, x in ((eps_of, vp, x_vp), (v_of, flow, size * x_vp)):
+    asked = [
+        (eps_of, vp, x_vp),
+        (u_of, Schedule(abar, "flow"), x_vp),
+        (v_of, flow, size * x_vp),
+    ]
+    if weighting == "simple":  # which is the MSE of the output: eps and eps - x_0 weigh other steps
+        del asked[0]
+    for predict, schedule, x in asked:
         subject = cat.clone().requires_grad_()
         uncond, category = ask(predict, x, t, Condition(null[None]), Condition(dog[None]))
         output = predict(x, t, Condition(subject[None]).expand(4))
@@ -276,11 +291,12 @@ def test_the_embedded_unet_says_the_same_as_a_flow_model(embedded: Any, weightin
         terms.gated.sum().backward()
         assert subject.grad is not None
         found.append((terms, subject.grad))
-    (in_eps, gradient), (in_v, same) = found
-    assert gradient.abs().max() > 1e-6 and in_eps.gate.any()
-    for name in ("loss", "threshold", "gated", "rho"):
-        # Up to 1 - abar of a table of abar, which is where the last digits go.
-        assert_close(getattr(in_v, name), getattr(in_eps, name), rtol=1e-8, atol=1e-12)
-    assert torch.equal(in_v.gate, in_eps.gate)
-    assert (same - gradient).abs().max() < 1e-8 * gradient.abs().max()
+    (first, gradient), *others = found
+    assert gradient.abs().max() > 1e-6 and first.gate.any()
+    for terms, same in others:
+        for name in ("loss", "threshold", "gated", "rho"):
+            # Up to 1 - abar of a table of abar, which is where the last digits go.
+            assert_close(getattr(terms, name), getattr(first, name), rtol=1e-8, atol=1e-12)
+        assert torch.equal(terms.gate, first.gate)
+        assert (same - gradient).abs().max() < 1e-8 * gradient.abs().max()
     assert_close(alpha_bars(t, flow)[0], abar[t], rtol=1e-12, atol=1e-15)
