@@ -130,7 +130,9 @@ def t5_words() -> PreTrainedTokenizerFast:
 def _module(name: str, entries: Config, vocab_size: int) -> Any:
     if hasattr(diffusers, name):
         return getattr(diffusers, name).from_config(entries)
-    entries = {k: v for k, v in entries.items() if k != "architectures"} | {"vocab_size": vocab_size}
+    entries = {k: v for k, v in entries.items() if k != "architectures"} | {
+        "vocab_size": vocab_size
+    }
     if name.startswith("CLIP"):
         return getattr(transformers, name)(CLIPTextConfig(**entries))
     kind = getattr(transformers, name)
