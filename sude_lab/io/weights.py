@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError
 from sude_lab.io.files import save_tensors
+from sude_lab.io.opening import quiet
 from sude_lab.methods import Method, ViCo
 from sude_lab.methods.base import token_words
 from sude_lab.methods.custom_diffusion import keys_and_values
@@ -116,7 +117,8 @@ def load_weights(method: str, backbone: Backbone, folder: Path) -> None:
                 table[list(rows)] = vector.to(table)
     if (folder / LORA_FILE).is_file():
         try:
-            backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
+            with quiet():  # it misses a LoRA of the text encoders, which there is none of
+                backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"The run's LoRA does not fit this model: {_ELSEWHERE}") from error
     if method == "vico":

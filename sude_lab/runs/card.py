@@ -79,11 +79,7 @@ def model_card(
         library_name="diffusers",
         license="apache-2.0" if embedded else None,
         pipeline_tag="text-to-image",
-        tags=[
-            *dict.fromkeys(
-                [*tags, config.method.replace("_", "-"), family_of(backbone.pipeline).tag]
-            )
-        ],
+        tags=[*dict.fromkeys([*tags, config.method.replace("_", "-"), family])],
         **about,
     )
     values = {name: value for name, value in vars(config).items() if name not in _NO_SETTINGS}

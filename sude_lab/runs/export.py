@@ -280,6 +280,8 @@ def open_to_earlier_versions(pipeline: Path) -> None:
             text = text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
             path.write_text(text, encoding="utf-8")
     for path in pipeline.glob("text_encoder*/model.safetensors"):
+        if "CLIP" not in (path.parent / "config.json").read_text(encoding="utf-8"):
+            continue
         tensors = load_file(path)
         named = {shared_name("text_encoder", name): tensor for name, tensor in tensors.items()}
         if named.keys() != tensors.keys():
