@@ -31,7 +31,7 @@ class Condition:
     pooled: Tensor | None = None
     """SDXL and SD3: the whole prompt as one vector, (B, P)."""
     sizes: Tensor | None = None
-    """SDXL: original size, crop and target size in pixels, (B, 6)."""
+    """SDXL: original size, crop and target size in pixels, (B, 6); Z-Image: words, (B, 1)."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
         """Apply a function to every tensor that is there."""

@@ -93,6 +93,77 @@ T5: Config = {
     "num_layers": 24,
 }
 SMALL_T5: Config = {"d_ff": 32, "d_kv": 8, "d_model": 64, "num_heads": 4, "num_layers": 1}
+KLEIN: Config = {
+    "attention_head_dim": 128,
+    "axes_dims_rope": [32, 32, 32, 32],
+    "guidance_embeds": False,
+    "in_channels": 128,
+    "joint_attention_dim": 7680,
+    "num_attention_heads": 24,
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "patch_size": 1,
+    "rope_theta": 2000,
+}
+SMALL_KLEIN: Config = {
+    "attention_head_dim": 16,
+    "axes_dims_rope": [4, 4, 4, 4],
+    "in_channels": 64,
+    "joint_attention_dim": 48,
+    "num_attention_heads": 2,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "timestep_guidance_channels": 32,
+}
+KLEIN_VAE: Config = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "latent_channels": 16,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+Z_IMAGE: Config = {
+    "axes_dims": [32, 48, 48],
+    "axes_lens": [1536, 512, 512],
+    "cap_feat_dim": 2560,
+    "dim": 3840,
+    "in_channels": 16,
+    "n_heads": 30,
+    "n_kv_heads": 30,
+    "n_layers": 30,
+    "n_refiner_layers": 2,
+    "qk_norm": True,
+    "rope_theta": 256.0,
+    "t_scale": 1000.0,
+}
+SMALL_Z_IMAGE: Config = {
+    "axes_dims": [4, 6, 6],
+    "axes_lens": [256, 32, 32],
+    "cap_feat_dim": 16,
+    "dim": 32,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+}
+QWEN3: Config = {
+    "head_dim": 128,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}
+SMALL_QWEN3: Config = {
+    "head_dim": 8,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 28,  # klein reads the 9th, the 18th and the 27th
+    "num_key_value_heads": 1,
+}
 
 
 def _stable_diffusion_3(transformer: Config, small: Config) -> FlowModel:
@@ -111,6 +182,29 @@ def _stable_diffusion_3(transformer: Config, small: Config) -> FlowModel:
 
 MODELS: dict[str, FlowModel] = {
     "sd3": _stable_diffusion_3(SD3, {}),
+    "klein": FlowModel(
+        "Flux2KleinPipeline",
+        {
+            "transformer": ("Flux2Transformer2DModel", KLEIN, SMALL_KLEIN),
+            "vae": ("AutoencoderKLFlux2", KLEIN_VAE, SMALL_VAE),
+            "text_encoder": ("Qwen3ForCausalLM", QWEN3, SMALL_QWEN3),
+        },
+        {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True},
+        {"is_distilled": False},
+    ),
+    "z_image": FlowModel(
+        "ZImagePipeline",
+        {
+            "transformer": ("ZImageTransformer2DModel", Z_IMAGE, SMALL_Z_IMAGE),
+            "vae": (
+                "AutoencoderKL",
+                VAE | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+                SMALL_VAE,
+            ),
+            "text_encoder": ("Qwen3Model", QWEN3, SMALL_QWEN3 | {"num_hidden_layers": 3}),
+        },
+        {"num_train_timesteps": 1000, "shift": 6.0},
+    ),
     "sd35": _stable_diffusion_3(SD35, {"dual_attention_layers": [0, 1]}),
 }
 
@@ -125,6 +219,22 @@ def t5_words() -> PreTrainedTokenizerFast:
     )
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=512, **special)
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
+
+
+def qwen_words() -> Any:
+    """Return Qwen's tokenizer with bytes for words."""
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *marks]
+    tokenizer = transformers.Qwen2Tokenizer(vocab={p: k for k, p in enumerate(pieces)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": marks[1:]})
+    tokenizer.chat_template = CHAT
+    return tokenizer
 
 
 def _module(name: str, entries: Config, vocab_size: int) -> Any:
@@ -147,6 +257,8 @@ def build(name: str, folder: Path) -> None:
         tokenizers = {"tokenizer": words(folder.with_name("words"), "<|endoftext|>"),
                       "tokenizer_2": words(folder.with_name("words_2"), "!"),
                       "tokenizer_3": t5_words()}  # fmt: skip
+    else:
+        tokenizers = {"tokenizer": qwen_words()}
     parts: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -170,5 +282,6 @@ def build(name: str, folder: Path) -> None:
             index[part][1] = "PreTrainedTokenizerFast"
     (folder / "model_index.json").write_text(json.dumps(index))
     facts = {"generation": {"num_inference_steps": 2, "guidance_scale": 3.0},
-             "text": {"max_sequence_length": 12}}  # fmt: skip
+             "text": {"max_sequence_length": 12 if "text_encoder_3" in parts else 64},
+             "resolution": 64}  # fmt: skip
     (folder / "sude_lab.json").write_text(json.dumps(facts))

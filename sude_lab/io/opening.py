@@ -177,8 +177,8 @@ def pool_at_the_end(pipeline: Any) -> None:
     the end mark's, until a word is added.
     """
     for name in ("text_encoder", "text_encoder_2"):
-        encoder = getattr(pipeline, name, None)
-        if encoder is None:
+        encoder: Any = getattr(pipeline, name, None)
+        if "CLIP" not in type(encoder).__name__:
             continue
         end = getattr(pipeline, name.replace("text_encoder", "tokenizer")).eos_token_id
         encoder.config.eos_token_id = end

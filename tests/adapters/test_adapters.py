@@ -5,7 +5,9 @@ written out.
 """
 
 import copy
+import json
 import math
+import shutil
 from collections.abc import Callable
 from contextlib import chdir
 from dataclasses import dataclass
@@ -193,7 +195,50 @@ def sd3_script(pipeline: Any, x: Tensor, noise: Tensor, index: Tensor, words: Co
     return noisy, timesteps, output, losses, sigmas.flatten().square()
 
 
-SCRIPTS = {"sd3": sd3_script, "sd35": sd3_script}
+def klein_script(pipeline: Any, x: Tensor, noise: Tensor, index: Tensor, words: Condition) -> Any:
+    """The heart of train_dreambooth_lora_flux2_klein.py with its defaults."""
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    timesteps, sigmas = scheduler.timesteps[index], scheduler.sigmas[index].view(-1, 1, 1, 1)
+    noisy = (1.0 - sigmas) * x + sigmas * noise
+    ids, packed = pipeline._prepare_latent_ids(noisy), pipeline._pack_latents(noisy)
+    output = pipeline.transformer(
+        hidden_states=packed,
+        timestep=timesteps / 1000,
+        guidance=None,
+        encoder_hidden_states=words.hidden,
+        txt_ids=pipeline._prepare_text_ids(words.hidden),
+        img_ids=ids,
+        return_dict=False,
+    )[0]
+    output = pipeline._unpack_latents_with_ids(output[:, : packed.size(1)], ids)
+    losses = (output.float() - (noise - x).float()).square().flatten(1).mean(1)
+    return noisy, timesteps, output, losses, torch.ones(len(x))
+
+
+def z_image_script(pipeline: Any, x: Tensor, noise: Tensor, index: Tensor, words: Condition) -> Any:
+    """The heart of train_dreambooth_lora_z_image.py with its defaults; it encodes by itself."""
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    timesteps, sigmas = scheduler.timesteps[index], scheduler.sigmas[index].view(-1, 1, 1, 1)
+    noisy = (1.0 - sigmas) * x + sigmas * noise
+    with torch.no_grad():
+        embeds, _ = pipeline.encode_prompt(
+            ["photo of a <sks> dog"] * len(x),
+            do_classifier_free_guidance=False,
+            max_sequence_length=64,
+        )
+    pictures = list(noisy.unsqueeze(2).unbind(dim=0))
+    outputs = pipeline.transformer(pictures, (1000 - timesteps) / 1000, embeds, return_dict=False)
+    output = -torch.stack(outputs[0], dim=0).squeeze(2)
+    losses = (output.float() - (noise - x).float()).square().flatten(1).mean(1)
+    return noisy, timesteps, output, losses, torch.ones(len(x))
+
+
+SCRIPTS = {
+    "sd3": sd3_script,
+    "sd35": sd3_script,
+    "klein": klein_script,
+    "z_image": z_image_script,
+}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -264,6 +309,44 @@ def test_times_are_drawn_as_the_script_draws_them(
     assert t.min() >= 0 and t.max() <= 999
 
 
+@pytest.mark.parametrize("name", ["klein", "z_image"])
+def test_a_chat_has_a_null_prompt_that_is_not_empty(
+    name: str, model_of: Callable[[str], Model]
+) -> None:
+    """No condition is what the pipeline itself makes of "" for its guidance."""
+    model = model_of(name)
+    null, pipeline = model.opened.null_condition(), model.plain()
+    if name == "klein":
+        hidden, _ = pipeline.encode_prompt("", max_sequence_length=64)
+        assert torch.equal(null.hidden, hidden)
+    else:
+        _, rows = pipeline.encode_prompt("a", True, max_sequence_length=64)
+        assert null.sizes is not None and len(rows[0]) == int(null.sizes)
+        torch.testing.assert_close(null.hidden[0, : len(rows[0])], rows[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "entry"),
+    [
+        ("klein", "model_index.json", {"is_distilled": True}),
+        ("klein", "transformer/config.json", {"guidance_embeds": True}),
+        ("z_image", "", {}),
+    ],
+)
+def test_what_is_distilled_is_refused_before_its_weights_are_read(
+    name: str, file: str, entry: Any, model_of: Callable[[str], Model], tmp_path: Path
+) -> None:
+    folder = tmp_path / ("Z-Image-Turbo" if name == "z_image" else "klein-4B")
+    shutil.copytree(model_of(name).folder, folder)
+    for path in folder.glob("*/*.safetensors"):
+        path.write_bytes(b"nothing")
+    if file:
+        entries = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(entries | entry))
+    with pytest.raises(UserError, match="is distilled: .* no denominator"):
+        open_backbone(folder, device="cpu")
+
+
 # --- more of it -----------------------------------------------------------------------------------
 
 
@@ -314,17 +397,24 @@ def test_guidance_without_training_moves_a_lora_to_its_category(
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("name", "values", "words"),
     [
-        ({"method": "custom_diffusion"}, "custom_diffusion is not made for the transformer"),
-        ({"method": "vico"}, "vico is not made for the transformer"),
-        ({"method": "textual_inversion", "num_vectors": 2}, "no words of several vectors"),
+        ("sd3", {"method": "custom_diffusion"}, "custom_diffusion is not made for the transf"),
+        ("sd3", {"method": "vico"}, "vico is not made for the transformer"),
+        ("sd3", {"method": "textual_inversion", "num_vectors": 2}, "no words of several vectors"),
+        ("klein", {"method": "textual_inversion"}, "textual_inversion is not made for"),
+        ("klein", {"train_text_encoder": True}, "is not trained"),
+        ("z_image", {"token_learning_rate": 1e-3}, "is not trained"),
     ],
 )
 def test_methods_that_are_not_made_for_it_are_refused(
-    values: dict[str, Any], words: str, model_of: Callable[[str], Model], picture: Image.Image
+    name: str,
+    values: dict[str, Any],
+    words: str,
+    model_of: Callable[[str], Model],
+    picture: Image.Image,
 ) -> None:
-    backbone = model_of("sd3").fresh()
+    backbone = model_of(name).fresh()
     state = copy.deepcopy(backbone.denoiser.state_dict())
     with pytest.raises(UserError, match=words):
         prepared_tuning(settings(**values), backbone, picture)
