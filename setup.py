@@ -1,4 +1,4 @@
-"""The wheel carries the embedded model; everything else is said in pyproject.toml."""
+"""The wheel carries the embedded models; everything else is said in pyproject.toml."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from setuptools.command.build_py import build_py
 class WithData(build_py):
     """Copy what the commands read from `data/` into the package; an editable one reads it there."""
 
-    shipped = ("embedded", "oracle", "grids", "attribute_prompts.yaml")
+    shipped = ("embedded", "embedded_flow", "oracle", "grids", "attribute_prompts.yaml")
 
     def run(self) -> None:
         super().run()

@@ -52,7 +52,7 @@ from sude_lab.classifier import class_log_posterior, squared_distance
 from sude_lab.classify.implicit import ImplicitClassifier, ask_in_rounds, posterior, spread_times
 from sude_lab.classify.probe import encode_all, latents_of, noise_generator, predictions
 from sude_lab.config import EMBEDDED
-from sude_lab.diffusion import posterior_mean, posterior_variance, reverse_mean
+from sude_lab.diffusion import posterior_mean, posterior_variance, reverse_mean, training_target
 from sude_lab.errors import UserError
 from sude_lab.io.files import atomic_write
 from sude_lab.io.opening import open_backbone
@@ -130,7 +130,7 @@ def name_categories(
     backbone: Backbone, pictures: Sequence[Image.Image], config: ClassifyConfig, first: int
 ) -> list[dict[str, Any]]:
     """Return a row for each picture: all steps of the grid together, and eq. 5 at each."""
-    schedule = replace(backbone.schedule, prediction_type="epsilon")
+    schedule = backbone.schedule
     prompts = [photo_of(c) for c in world.CATEGORIES]
     classifier = ImplicitClassifier(backbone, prompts, weighting=config.weighting)
     weights = classifier.weights
@@ -154,7 +154,8 @@ def name_categories(
     result = []
     losses = torch.zeros(sizes, dtype=torch.float64)
     for n, (x_t, eps, t, guess) in enumerate(answers):
-        distance = squared_distance(guess, eps).double().cpu()
+        target = training_target(x_0[n].expand_as(eps), eps, t, schedule)
+        distance = squared_distance(guess, target).double().cpu()
         losses[n] = weights.sum() * distance.reshape(sizes[1:])
         means = reverse_mean(guess.double().cpu(), x_t.double().cpu(), t.cpu(), schedule)
         means = means.unflatten(0, sizes[1:])

@@ -1,4 +1,7 @@
-"""A Stable Diffusion pipeline with what tuning asks of it; `sude_lab.io.opening` opens one."""
+"""A pipeline with what tuning asks of it; `sude_lab.io.opening` opens one.
+
+`Backbone` is a Stable Diffusion with a UNet; `sude_lab.adapters` has subclasses for other families.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
@@ -21,14 +24,14 @@ from sude_lab.prompts import PLACEHOLDER
 
 @dataclass(frozen=True)
 class Condition:
-    """What the UNet is told beside x_t and t; the first dimension of every tensor is the batch."""
+    """What the model is told beside x_t and t; the first dimension of every tensor is the batch."""
 
     hidden: Tensor
     """The text encoder's hidden states, (B, L, D); SDXL's two encoders side by side in D."""
     pooled: Tensor | None = None
-    """SDXL: the whole prompt as one vector, (B, P)."""
+    """SDXL and SD3: the whole prompt as one vector, (B, P)."""
     sizes: Tensor | None = None
-    """SDXL: original size, crop and target size in pixels, (B, 6)."""
+    """SDXL: original size, crop and target size in pixels, (B, 6); Z-Image: words, (B, 1)."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
         """Apply a function to every tensor that is there."""
@@ -71,6 +74,15 @@ class Backbone:
     Weights are kept in float32; `dtype` is the precision of the forward passes (autocast).
     """
 
+    part: ClassVar[str] = "unet"
+    """The folder of the network that denoises and is tuned."""
+    attention: ClassVar[tuple[str, ...]] = (".attn1.", ".attn2.")
+    """What the names of its attention's weights hold."""
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    """The layers that get a LoRA."""
+    density: ClassVar[Literal["uniform", "logit_normal"]] = "uniform"
+    """How training draws t, see `sude_lab.draws.place_of`."""
+
     pipeline: Any
     source: str
     device: torch.device
@@ -82,8 +94,13 @@ class Backbone:
     """What has been done to it, in words; empty: it is as it was opened."""
 
     @property
+    def denoiser(self) -> Any:
+        """The network eps_theta that is tuned: a UNet or a transformer."""
+        return getattr(self.pipeline, self.part)
+
+    @property
     def unet(self) -> Any:
-        """The denoiser eps_theta."""
+        """The denoiser of a model that has a UNet."""
         return self.pipeline.unet
 
     @property
@@ -121,7 +138,13 @@ class Backbone:
     @property
     def resolution(self) -> int:
         """The side of a picture in pixels."""
-        return int(self.unet.config.sample_size * self.pipeline.vae_scale_factor)
+        return int(self.denoiser.config.sample_size * self.pipeline.vae_scale_factor)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of a picture's latents, (C, h, w)."""
+        config = self.denoiser.config
+        return (config.in_channels, config.sample_size, config.sample_size)
 
     @property
     def known_words(self) -> tuple[str, ...]:
@@ -144,6 +167,26 @@ class Backbone:
                 "own: use backbone.copy() before such a use, or open it again."
             )
         self.used = how
+
+    def check_method(self, config: Any) -> None:
+        """Raise a UserError where this family has no place for what a configuration asks for."""
+
+    def loss_weight(self, t: Tensor) -> Tensor | float:
+        """Return the weight of a sample's whole loss, (B,), as its family's training has it."""
+        return 1.0
+
+    def sampler(self) -> Any:
+        """Return a scheduler to draw with: DDIM (eta 0)."""
+        from diffusers import DDIMScheduler
+
+        # Latents are not clipped; files as old as Stable Diffusion 1.4's do not say so, and DDIM's
+        # own default would clip them.
+        config = {"clip_sample": False} | dict(self.pipeline.scheduler.config)
+        return DDIMScheduler.from_config(config)
+
+    def call_arguments(self, **settings: Any) -> dict[str, Any]:
+        """Return the pipeline's arguments; guidance_scale w is u_neg + w (u_cond - u_neg) here."""
+        return settings
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which forward passes run in `dtype`."""
@@ -231,15 +274,18 @@ class Backbone:
     def tokenize(self, prompts: list[str], tokenizer: Any = None) -> Tensor:
         """Return token ids (B, L), padded to the text encoder's length, on the device."""
         tokenizer = tokenizer or self.tokenizer
-        # A word of several vectors stands for all of them, here as in the pipeline's own call.
         ids = tokenizer(
-            self.pipeline.maybe_convert_prompt(prompts, tokenizer),
+            self.as_pieces(prompts, tokenizer),
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids
         return ids.to(self.device, non_blocking=self.device.type == "cuda")
+
+    def as_pieces(self, prompts: Any, tokenizer: Any) -> Any:
+        """Return prompts in which a word of several vectors stands for all of them."""
+        return self.pipeline.maybe_convert_prompt(prompts, tokenizer)
 
     def beyond_reach(self, prompt: str, *tokens: str) -> str:
         """Return the end of a prompt, which the text encoder does not read; "": it reads all.
@@ -248,7 +294,7 @@ class Backbone:
             UserError: one of the subjects' `tokens` stands there, or the tokenizer does not see it
                 in the prompt, so that nobody asks for it.
         """
-        ids = self.tokenizer(self.pipeline.maybe_convert_prompt(prompt, self.tokenizer)).input_ids
+        ids = self.tokenizer(self.as_pieces(prompt, self.tokenizer)).input_ids
         for token in tokens:
             if token in prompt and self.tokenizer.convert_tokens_to_ids(token) not in ids:
                 raise UserError(
@@ -303,10 +349,21 @@ class Backbone:
         processor = VaeImageProcessor(do_resize=False, do_convert_rgb=True)
         x = torch.cat([processor.preprocess(image) for image in images]).to(self.device)
         posterior = self.pipeline.vae.encode(x).latent_dist
-        scale = self.pipeline.vae.config.scaling_factor
-        return posterior.mean * scale, posterior.std * scale
+        return self.scaled(posterior.mean, posterior.std)
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, unet: Any = None) -> Tensor:
-        """Return the model output (eps, x_0 or v, by the schedule) in float32, (B, C, h, w)."""
+    def scaled(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the encoder makes of a picture as the denoiser reads it."""
+        scale = self.pipeline.vae.config.scaling_factor
+        return mean * scale, deviation * scale
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Return latents as the decoder reads them: `scaled` the other way round."""
+        return latents / self.pipeline.vae.config.scaling_factor
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, model: Any = None) -> Tensor:
+        """Return the output of the denoiser, or of `model` in its place, in float32, (B, C, h, w).
+
+        eps, x_0, v or flow, by the schedule.
+        """
         with self.autocast():
-            return (unet or self.unet)(x_t, t, **condition.arguments).sample.float()
+            return (model or self.denoiser)(x_t, t, **condition.arguments).sample.float()

@@ -19,9 +19,6 @@ def reverse_log_prob(x_prev: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
     Args: x_prev, mean: (B, ...); variance: sigma_t^2, (B,). Returns nats, (B,), summed over the D
     dimensions of a sample. Half precision is raised to float32.
-
-    Raises:
-        ValueError: shapes disagree, or the variance is not positive (fixed_small at t = 0).
     """
     variance = checked_variance(variance, x_prev)
     dimensions = math.prod(x_prev.shape[1:])
@@ -44,9 +41,6 @@ def class_log_ratio(
 
     Args: x_prev, mean_class, mean_uncond: (B, ...); variance: (B,). Returns nats, (B,). Gradients
     flow into every argument; the bar over theta is the business of `sude_lab.losses`.
-
-    Raises:
-        ValueError: shapes disagree, or the variance is not positive (fixed_small at t = 0).
     """
     variance = checked_variance(variance, x_prev)
     to_class = squared_distance(x_prev, mean_class)
@@ -72,9 +66,6 @@ def class_log_posterior(
 
     Returns:
         Nats, (B, K); its exponentials sum to one over K.
-
-    Raises:
-        ValueError: shapes disagree, or the variance is not positive (fixed_small at t = 0).
     """
     variance = checked_variance(variance, x_prev)
     if means.ndim < 3 or means.shape[:1] + means.shape[2:] != x_prev.shape:
@@ -95,9 +86,6 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
 
     Shapes (B, ...) -> (B,). Half precision is raised to float32, where the sum of 16,384 squares of
     a latent would overflow or lose its digits.
-
-    Raises:
-        ValueError: the shapes differ (broadcasting here is always a mistake).
     """
     if a.shape != b.shape or a.ndim < 2:
         raise ValueError(

@@ -20,7 +20,9 @@ from sude_lab.errors import UserError, check_types, flag, kinds_of
 from sude_lab.prompts import PLACEHOLDER, checked
 
 EMBEDDED = "embedded"
-"""The name of the model in `data/`."""
+"""The name of the Stable Diffusion in `data/`."""
+EMBEDDED_MODELS = {EMBEDDED: "embedded", "embedded-flow": "embedded_flow"}
+"""The folders in `data/` of the models that are there, by their names."""
 RENAMED = {"regularizer": "prior_preservation"}
 """Fields that had another name in files of earlier days."""
 Prior = Literal["current", "pretrained"]
@@ -65,7 +67,7 @@ class TuningConfig:
     category: str
     """What the subject is, in words the model knows: dog, candle, stuffed animal."""
     backbone: str = _setting(EMBEDDED, about="place")
-    """embedded, a pipeline folder, or a hub id."""
+    """embedded, embedded-flow, a pipeline folder, or a hub id."""
     method: str = "dreambooth"
     """The baseline that SuDe regularises: dreambooth, custom_diffusion, vico, textual_inversion."""
     weight_sude: float | None = _setting(None, between=(0.0, 1e6), about="sude")
@@ -97,7 +99,7 @@ class TuningConfig:
     lr_warmup_steps: int = _setting(0, between=(0, 10_000_000))
     train_batch_size: int | None = _setting(None, between=(1, 4096))
     train: Train | None = _setting(None, usual="attention")
-    """DreamBooth: what of the UNet is trained."""
+    """DreamBooth: what of the UNet is trained; unet is all of it, of a transformer, too."""
     lora_rank: int = _setting(8, between=(1, 4096))
     train_text_encoder: bool | None = _setting(None, usual=False)
     """DreamBooth: train the text encoder too."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numbers
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -39,6 +41,25 @@ def machine_failure(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and any(words in text for words in device):
         return f"The device failed or is gone ({one_line(text, 160)})"
     return None
+
+
+@contextmanager
+def machine_failures() -> Iterator[None]:
+    """Say in one sentence what a run can do where the machine is at fault: memory, or device."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        failure = machine_failure(error)
+        if failure is None:
+            raise
+        advice = (
+            "use --train lora, --gradient-checkpointing, --optimizer adamw8bit, --dtype bfloat16, "
+            "or a smaller --train-batch-size with --gradient-accumulation-steps, or a smaller "
+            "--resolution"
+        )
+        if "memory" not in failure:
+            advice = "see whether it is still there, and continue with --resume"
+        raise UserError(f"{failure}: {advice}.") from error
 
 
 def one_line(text: str, most: int = 2000) -> str:

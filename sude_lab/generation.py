@@ -53,7 +53,7 @@ def generate(
     first: int = 0,
     progress: bool = False,
 ) -> list[Image.Image]:
-    """Draw pictures `first` to `first + num_images - 1` of a prompt by DDIM (eta 0).
+    """Draw pictures `first` to `first + num_images - 1` of a prompt: DDIM (eta 0), Euler for flow.
 
     Picture k starts from noise of (seed, k) alone, whatever the batch size: two models drawn with
     one seed start from the same noise. The prompt must have its subject's token filled in.
@@ -61,8 +61,6 @@ def generate(
     Raises:
         UserError: `num_images` or the sampler's settings are out of range, or a picture is none.
     """
-    from diffusers import DDIMScheduler
-
     settings = sampling_settings(
         backbone, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
     )
@@ -77,15 +75,11 @@ def generate(
     if not 0 <= seed < 2**32:
         raise UserError(f"The seed is {seed}: it must lie between 0 and {2**32 - 1}.")
     pipeline = backbone.pipeline
-    # Latents are not clipped; files as old as Stable Diffusion 1.4's do not say so, and DDIM's own
-    # default would clip them.
-    config = {"clip_sample": False} | dict(pipeline.scheduler.config)
-    unet = backbone.unet.config
-    shape = (unet.in_channels, unet.sample_size, unet.sample_size)
+    shape = backbone.latent_shape
     images: list[Image.Image] = []
     last = first + num_images
     starts = range(first, last, batch_size)
-    trained_with, pipeline.scheduler = pipeline.scheduler, DDIMScheduler.from_config(config)
+    trained_with, pipeline.scheduler = pipeline.scheduler, backbone.sampler()
     try:
         for start in tqdm(starts, desc="drawing", unit="batch", disable=not progress):
             indices = range(start, min(start + batch_size, last))
@@ -94,15 +88,16 @@ def generate(
                 for k in indices
             ]
             with backbone.autocast():
-                drawn = pipeline(
-                    [prompt] * len(indices),
+                arguments = backbone.call_arguments(
+                    prompt=[prompt] * len(indices),
                     latents=torch.stack(noise).to(backbone.device),
                     num_inference_steps=steps,
                     guidance_scale=settings["guidance_scale"],
                     # None and "" differ for SDXL: None is the null condition it was trained with.
                     negative_prompt=[negative_prompt] * len(indices) if negative_prompt else None,
                     output_type="np",
-                ).images
+                )
+                drawn = pipeline(**arguments).images
             if not np.isfinite(drawn).all():  # which would be a black picture without a word
                 raise UserError(
                     "The picture came out as numbers that are none: lower the guidance scale, or "

@@ -22,27 +22,23 @@ shuts it, eta / sigma_t^2 = 1 - rho:
     a' = a + max(0, 1 - rho) d,  so that  rho' = 1 where rho < 1, and a' = a elsewhere.
 
 **It is the smallest change that does.** {b: <b, d> >= ||d||^2} is the half-space of eq. 9's shut
-gate, L_sude <= tau_t. For any b in it, ||b - a|| ||d|| >= <b - a, d> >= ||d||^2 (1 - rho) by
-Cauchy-Schwarz, so ||b - a|| >= (1 - rho) ||d|| = ||a' - a||, with equality only along d, that is
-for b = a'. Hence a' is the projection of a onto the half-space: SuDe's constraint is met with the
-smallest change in L2. With another g, rho' = rho + g (1 - rho): g < 1 goes a part of the way, g > 1
-overshoots to rho' = 1 + (g - 1)(1 - rho).
+gate, L_sude <= tau_t, and a' is the projection of a onto it: for any b in it, ||b - a|| ||d|| >=
+<b - a, d> >= ||d||^2 (1 - rho) by Cauchy-Schwarz, with equality for b = a' alone. With another g,
+rho' = rho + g (1 - rho): g < 1 goes a part of the way, g > 1 overshoots.
 
 **From the prediction to (*).** Guidance forms u_neg + w (u_cond - u_neg). Adding c d to u_cond adds
 w c d to the result, whatever u_neg is: the correction of the conditional half, g max(0, 1 - rho) d,
 is (*) after guidance. Without guidance the conditional prediction is the result, and w = 1.
 
-**Any prediction type.** At fixed (x_t, t), v and x_0 are affine in eps: u = s eps + b(x_t), with
-s = 1 / sqrt(abar_t) for v and s = -sqrt(1 - abar_t) / sqrt(abar_t) for x_0. So a and d both become
-s times what they are for eps, rho stays, and u + c d in the model's own output is eps + c d in eps,
-for either sign of s: no conversion is needed. A rescaled input (Euler) changes nothing either, as
-all predictions are made at the same one.
+**Any prediction type.** At fixed (x_t, t), x_0, v and flow are affine in eps: u = s eps + b(x_t),
+with s of either sign. So a and d both become s times what they are for eps, rho stays, and u + c d
+in the model's own output is eps + c d in eps: no conversion is needed, nor for a rescaled input
+(Euler), as all predictions are made at the same one.
 
-**Where it is plugged in.** A pipeline's `callback_on_step_end` comes after the scheduler's step and
-may replace latents and embeddings, not the prediction. `sude_guidance` is therefore a forward hook
-on the pipeline's UNet, for StableDiffusionPipeline, StableDiffusionXLPipeline and others that stack
-[unconditional, conditional] in one batch (not for perturbed-attention guidance, which stacks three
-kinds). diffusers' modular pipelines do have a place for it: `sude_lab.io.guider.SudeGuidance`.
+**Where it is plugged in.** A pipeline's `callback_on_step_end` may replace latents and embeddings,
+not the prediction. `sude_guidance` is therefore a forward hook on the denoiser of pipelines that
+stack [unconditional, conditional] in one batch: Stable Diffusion 1 to 3 and XL (not with perturbed
+attention, which stacks three kinds). Modular pipelines have `sude_lab.io.guider.SudeGuidance`.
 """
 
 from __future__ import annotations
@@ -90,30 +86,6 @@ def sude_correction(
     return (share.reshape(-1, *[1] * (d.ndim - 1)) * d).to(output_subject.dtype)
 
 
-def sude_guided(
-    guided: Tensor,
-    output_subject: Tensor,
-    output_class: Tensor,
-    output_uncond: Tensor,
-    *,
-    guidance_scale: float,
-    strength: float = 1.0,
-    hinge: bool = True,
-) -> Tensor:
-    """The prediction of classifier-free guidance, corrected by SuDe.
-
-    guided + g w max(0, 1 - rho) d, equation (*) of the module's docstring, per sample.
-
-    Args: guided: u_neg + w (u_cond - u_neg), (B, ...); guidance_scale: w; the rest as
-    `sude_correction`. Returns (B, ...).
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    correction = sude_correction(output_subject, output_class, output_uncond, strength, hinge=hinge)
-    return guided + guidance_scale * correction
-
-
 def has_adapters(unet: nn.Module) -> bool:
     """Whether the UNet carries a LoRA (peft) that can be switched off.
 
@@ -155,7 +127,8 @@ def sude_guidance(
             `sude_lab.backbone.FrozenUNet`, or None to switch the pipeline's LoRA off for it.
         class_prompt: the drawn prompt with the category in the subject's place, encoded by the
             pipeline's text encoders without their LoRA; or its `Condition`, one row or one a
-            picture: encode it with the frozen text encoder where that was tuned.
+            picture: encode it with the frozen text encoder where that was tuned, and for a
+            transformer, with `null`.
         strength: g; 0 leaves the pipeline alone.
         null: the condition of no prompt; None encodes it with the pipeline.
         hinge: False composes the two prompts plainly, for comparison.
@@ -170,12 +143,12 @@ def sude_guidance(
     """
     if not 0 <= strength < math.inf:
         raise UserError(f"The strength of SuDe guidance is {strength}: it must be at least 0.")
-    unet = getattr(pipeline, "unet", None)
+    name = type(pipeline).__name__
+    unet = getattr(pipeline, "transformer" if name == "StableDiffusion3Pipeline" else "unet", None)
     # Asked of the class: the property itself has no value before the first call.
     if unet is None or not hasattr(type(pipeline), "do_classifier_free_guidance"):
         raise UserError(
-            f"A {type(pipeline).__name__} has no UNet with guidance by text: use a Stable "
-            "Diffusion pipeline."
+            f"A {name} has no UNet with guidance by text: use a Stable Diffusion pipeline."
         )
     if frozen is None and not has_adapters(unet):
         raise UserError(
@@ -208,7 +181,7 @@ def sude_guidance(
                 f"There are {len(classes)} class conditions for {number} pictures: give one, or "
                 "one for each picture."
             )
-        x_t = call["sample"][-number:]
+        x_t = call["sample" if "sample" in call else "hidden_states"][-number:]
         t = torch.as_tensor(call["timestep"], device=x_t.device).expand(len(whole))[-number:]
         model = unet if frozen is None else frozen
         asking = True
@@ -239,6 +212,13 @@ def _conditions(
     pipeline: Any, prompt: str | Condition, null: Condition | None
 ) -> tuple[Condition, Condition]:
     """Return the class condition and that of no prompt, encoded where they are not given."""
+    if isinstance(prompt, Condition) and null is not None:
+        return prompt, null
+    if not hasattr(pipeline, "unet"):
+        raise UserError(
+            "The words of a transformer are encoded by its backbone: give the class prompt as a "
+            "Condition (encode_prompts), and null (null_condition)."
+        )
     backbone = Backbone(pipeline, source="", device=pipeline._execution_device)
     with ExitStack() as stack:
         for encoder in backbone.text_encoders.values():
@@ -255,7 +235,8 @@ def _predict(
 
     What comes with the conditional rows (sizes, ControlNet's residuals) stays.
     """
-    rows, number = len(call["sample"]), len(x_t) // 2
+    sample = "sample" if "sample" in call else "hidden_states"
+    rows, number = len(call[sample]), len(x_t) // 2
     twice = list(range(rows - number, rows)) * 2
 
     def select(value: Any) -> Any:
@@ -269,7 +250,9 @@ def _predict(
 
     arguments = {key: select(value) for key, value in call.items()}
     hidden = condition.hidden.to(arguments["encoder_hidden_states"])
-    arguments |= {"sample": x_t, "timestep": t, "encoder_hidden_states": hidden}
+    arguments |= {sample: x_t, "timestep": t, "encoder_hidden_states": hidden}
+    if "pooled_projections" in arguments and condition.pooled is not None:
+        arguments["pooled_projections"] = condition.pooled.to(hidden)
     added = arguments.get("added_cond_kwargs")
     if added and condition.pooled is not None:
         added["text_embeds"] = condition.pooled.to(added["text_embeds"])

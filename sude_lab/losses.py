@@ -3,7 +3,8 @@
 Eq. 3, 7-10 and 14 of arXiv 2403.06775, per sample: (B, ...) in, (B,) out, squares **summed** over
 dimensions as the paper's norms are. Training may divide every term by the same number D of
 dimensions (the usual MSE): that scales the learning rate, and changes neither the balance of the
-terms nor the truncation. Reduce over the batch last, after `truncate`.
+terms nor the truncation. Reduce over the batch last, after `truncate`. Each function raises a
+ValueError where shapes disagree or a variance is not positive (fixed_small at t = 0).
 
 "mean" in these arguments is x_theta(x_t, c, t), the mean of p(x_{t-1} | x_t, c). The losses are
 equally right in eps-space: mean differences are c_t times eps differences, so
@@ -29,9 +30,6 @@ def subject_loss(prediction: Tensor, target: Tensor) -> Tensor:
     Args: prediction, target: (B, ...) in the same space: means, eps, x_0 or v. In eps-space this is
     eq. 3 without its weight over t (eq. 2's w_t), DDPM's simple loss, and what training uses.
     Returns (B,), a sum of squares; divide by D for the MSE.
-
-    Raises:
-        ValueError: the shapes differ.
     """
     return squared_distance(prediction, target)
 
@@ -53,9 +51,6 @@ def sude_loss(x_prev: Tensor, mean_class: Tensor, mean_uncond: Tensor, variance:
 
     Returns:
         Nats, (B,).
-
-    Raises:
-        ValueError: shapes disagree, or the variance is not positive (fixed_small at t = 0).
     """
     mean_class, mean_uncond = _bar_over_theta(mean_class, mean_uncond)
     return -class_log_ratio(x_prev, mean_class, mean_uncond, variance)
@@ -69,9 +64,6 @@ def sude_threshold(mean_class: Tensor, mean_uncond: Tensor, variance: Tensor) ->
 
     Args: mean_class, mean_uncond: (B, ...), detached here; variance: (B,).
     Returns nats, (B,), never above 0.
-
-    Raises:
-        ValueError: shapes disagree, or the variance is not positive (fixed_small at t = 0).
     """
     mean_class, mean_uncond = _bar_over_theta(mean_class, mean_uncond)
     variance = checked_variance(variance, mean_class)
@@ -82,10 +74,7 @@ def gate(loss: Tensor, threshold: Tensor) -> Tensor:
     """Is SuDe still at work on this sample?
 
     lambda_tau = 0 if L_sude <= tau_t else 1, arXiv 2403.06775, eq. 9, as a bool tensor (B,).
-    Open (True) exactly where rho < 1, see `guidance_projection`.
-
-    Raises:
-        ValueError: the shapes are not the same (B,): the gate is per sample, never of a batch mean.
+    Open (True) exactly where rho < 1, see `guidance_projection`; per sample, never of a batch mean.
     """
     _same_batch(loss, threshold)
     return loss > threshold
@@ -96,9 +85,6 @@ def truncate(loss: Tensor, threshold: Tensor) -> Tensor:
 
     lambda_tau L_sude, lambda_tau of `gate`, arXiv 2403.06775, eq. 9; (B,). No gradient flows
     through the gate (a comparison has none), nor into the threshold.
-
-    Raises:
-        ValueError: the shapes are not the same (B,).
     """
     # A product, not torch.where: a loss that is not a number stays visible behind a shut gate.
     return loss * gate(loss, threshold).to(loss.dtype)
@@ -116,9 +102,6 @@ def guidance_projection(x_prev: Tensor, mean_class: Tensor, mean_uncond: Tensor)
     L_sude = tau_t = 0 and eq. 9 shuts its gate.
 
     Args: as `sude_loss`; (B, ...). Returns (B,), no unit.
-
-    Raises:
-        ValueError: shapes disagree.
     """
     mean_class, mean_uncond = _bar_over_theta(mean_class, mean_uncond)
     length = squared_distance(mean_class, mean_uncond)
@@ -143,9 +126,6 @@ def hinge_loss(x_prev: Tensor, mean_class: Tensor, mean_uncond: Tensor, variance
     to 0 as its gate shuts, the hinge falls to 0 without a jump: plot this one.
 
     Args: as `sude_loss`. Returns nats, (B,), >= 0.
-
-    Raises:
-        ValueError: shapes disagree, or the variance is not positive (fixed_small at t = 0).
     """
     rho = guidance_projection(x_prev, mean_class, mean_uncond)
     threshold = sude_threshold(mean_class, mean_uncond, variance)
@@ -161,9 +141,6 @@ def class_regularizer(mean_class: Tensor, mean_class_pretrained: Tensor) -> Tens
     Args: mean_class: (B, ...), trained; mean_class_pretrained: (B, ...), detached here. DreamBooth
     uses the noise of pictures that the pretrained model drew in place of its prediction.
     Returns (B,), a sum of squares.
-
-    Raises:
-        ValueError: the shapes differ.
     """
     (mean_class_pretrained,) = _bar_over_theta(mean_class_pretrained)
     return squared_distance(mean_class, mean_class_pretrained)
@@ -183,9 +160,6 @@ def total_loss(
     Args: subject: `subject_loss`; sude: `sude_loss` after `truncate`; regularizer:
     `class_regularizer`, zeros where there is none; all (B,) and all sums, or all means, over
     dimensions. weight_sude: w_s; prior_loss_weight: w_r. Returns (B,).
-
-    Raises:
-        ValueError: the three are not of the same shape (B,).
     """
     _same_batch(subject, sude)
     _same_batch(subject, regularizer)
@@ -212,12 +186,11 @@ def sude_weight(t: Tensor, schedule: Schedule, weighting: str = "exact") -> Tens
     Where w_t = 0, variance = 1 / (2 w_t) is infinite, and eq. 7, eq. 8 and the hinge come out 0
     with the gate shut: such samples need no case of their own.
 
-    Returns:
-        (B,), no unit, float64, on t's device (float32 on MPS).
+    Returns (B,), no unit, float64, on t's device (float32 on MPS).
 
     Raises:
-        ValueError: ``t`` is not a valid LongTensor (B,), the weighting is unknown, or abar_t = 0
-            (zero terminal SNR), where eps does not determine the mean; "simple" alone allows it.
+        ValueError: the weighting is unknown, or abar_t = 0 (zero terminal SNR), where eps does not
+            determine the mean; "simple" alone allows it.
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}.")
@@ -243,39 +216,40 @@ def sude_weight(t: Tensor, schedule: Schedule, weighting: str = "exact") -> Tens
 
 
 def output_weight(t: Tensor, schedule: Schedule, weighting: str = "exact") -> Tensor:
-    """The factor of SuDe in the network's own output space: eps, x_0 or v.
+    """The factor of SuDe in the network's own output space: eps, x_0, v or flow.
 
     eq. 7 of arXiv 2403.06775 = w'_t [||u_sub - u_class||^2 - ||u_sub - u_uncond||^2] for outputs u,
     w'_t = w_t (d eps / d u)^2, derived from eq. 1: (d eps / d u)^2 is 1 for eps, abar_t for v,
-    abar_t / (1 - abar_t) for x_0. In w'_t of v and x_0 the 1 / abar_t of w_t is gone, so that both
-    have a value at zero terminal SNR (abar_t = 0):
+    abar_t / (1 - abar_t) for x_0, (1 - s_t)^2 for flow. In w'_t of the last three the 1 / abar_t of
+    w_t is gone, so that they have a value at zero terminal SNR (abar_t = 0, s_t = 1):
 
     - exact: A_t^2 / (2 sigma_t^2) with the slope A_t of the mean in u, for x_0
-      A_t = sqrt(abar_{t-1}) beta_t / (1 - abar_t); for v sqrt(1 - abar_t) times that;
+      A_t = sqrt(abar_{t-1}) beta_t / (1 - abar_t), for others d x_0 / d u times that; for flow this
+      is s_t^2 / 2 (SNR_{t-1} - SNR_t);
     - reference: the same over c1_t, which is A_t of x_0; at t = 0 as `sude_weight`;
-    - simple: (d eps / d u)^2 itself; 0 at abar_t = 0, where SuDe is not applied.
+    - simple: (d eps / d u)^2 itself, the weight of the eps-MSE; 0 at abar_t = 0, where SuDe is not
+      applied. For flow 1: the usual loss there is the MSE of the output, and w_s is relative to it.
 
-    Returns as `sude_weight`.
-
-    Raises:
-        ValueError: as `sude_weight`; zero terminal SNR is refused for eps alone.
+    Returns and raises as `sude_weight`; zero terminal SNR is refused for eps alone.
     """
     if schedule.prediction_type == "epsilon":
         return sude_weight(t, schedule, weighting)
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}.")
     abar, abar_prev = alpha_bars(t, schedule)
-    from_x_0 = 1 - abar if schedule.prediction_type == "v_prediction" else torch.ones_like(abar)
+    noise, signal = schedule.noise / schedule.output[2], schedule.signal / schedule.output[2]
+    of_x_0, of_eps = (table.square()[t.to(table.device)] for table in (noise, signal))
     if weighting == "simple":
-        return to_device(from_x_0 * abar / (1 - abar), t.device)
+        is_flow = schedule.prediction_type == "flow"
+        return to_device(torch.ones_like(abar) if is_flow else of_eps, t.device)
     beta, first = 1 - abar / abar_prev, abar_prev == 1
     slope = abar_prev.sqrt() * beta / (1 - abar)
     small = beta * torch.where(first, torch.ones_like(abar), 1 - abar_prev) / (1 - abar)
     if weighting == "reference":
-        return to_device(from_x_0 * slope / (2 * torch.where(first, beta, small)), t.device)
+        return to_device(of_x_0 * slope / (2 * torch.where(first, beta, small)), t.device)
     if schedule.variance_type == "fixed_large":
-        return to_device(from_x_0 * slope.square() / (2 * beta), t.device)
-    exact = from_x_0 * slope.square() / (2 * small)
+        return to_device(of_x_0 * slope.square() / (2 * beta), t.device)
+    exact = of_x_0 * slope.square() / (2 * small)
     return to_device(torch.where(first, torch.zeros_like(abar), exact), t.device)
 
 

@@ -4,18 +4,14 @@
     terms = sude_terms(output, category, uncond, x_t, t, schedule)  # eq. 7-9
 
 `ask` is the only asker of this library: tuning, the prior bank, guidance, the explorers and the
-plug call it. The plug is for anyone's loop:
-
-    sude = SudeRegularizer(unet, scheduler, embed("photo of a dog"), embed(""))   # before training
-    ...
-    loss = loss + 0.4 * sude(noisy_latents, timesteps, model_pred).mean()         # in the loop
+plug call it. The plug, `SudeRegularizer`, is for anyone's loop.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -76,11 +72,6 @@ class SudeTerms:
         shut = torch.zeros_like(nothing, dtype=torch.bool)
         return cls(nothing, nothing, torch.zeros_like(nothing), shut, nothing)
 
-    def map(self, function: Callable[..., Tensor], *others: SudeTerms) -> SudeTerms:
-        """Apply a function to every term, together with the same term of others."""
-        names = [f.name for f in fields(self)]
-        return SudeTerms(*(function(*(getattr(x, n) for x in (self, *others))) for n in names))
-
 
 def sude_terms(
     output_subject: Tensor,
@@ -135,7 +126,8 @@ class SudeRegularizer:
 
     Args:
         unet: the model that is being tuned; plain, with peft adapters, or wrapped by Accelerate.
-        scheduler: the diffusers scheduler of the loop, asked anew at every call, or a `Schedule`.
+        scheduler: the diffusers scheduler of the loop, asked anew at every call, or a `Schedule`;
+            of flow matching it is the training's table that counts, whatever was drawn since.
         class_embeds: the text encoder's output for "photo of a dog", (1, L, D), or a `Condition`
             (SDXL).
         uncond_embeds: the same for "".
@@ -148,6 +140,8 @@ class SudeRegularizer:
         truncate_at: the rho at which it stops; the paper's threshold is 1.
         every: ask in every k-th call alone, beginning with the first, and return k times the loss;
             the other calls return zeros. `calls` counts them.
+        call: asks a model that is not called as a UNet is: called with the model, x_t, the loop's
+            timesteps and a `Condition`; `sude_lab.adapters` has one for each family.
 
     Raises:
         UserError: the UNet cannot be kept as it is (see `FrozenUNet`); at a call: it has been
@@ -166,12 +160,13 @@ class SudeRegularizer:
         truncated: bool = True,
         truncate_at: float = 1.0,
         every: int = 1,
+        call: Callable[[Any, Tensor, Tensor, Condition], Any] | None = None,
     ) -> None:
         if prior not in ("pretrained", "current") and not callable(prior):
             raise ValueError(f"prior must be 'pretrained', 'current' or a callable, got {prior!r}.")
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}.")
-        self.scheduler = scheduler
+        self.scheduler, self.call = scheduler, call
         self.uncond, self.category = _condition(uncond_embeds), _condition(class_embeds)
         self.weighting, self.truncated, self.truncate_at = weighting, truncated, truncate_at
         self.every, self.calls = every, 0
@@ -196,7 +191,10 @@ class SudeRegularizer:
         return schedule
 
     def _predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        output = self.model(x_t, t, **condition.arguments)
+        if self.call is None:
+            output = self.model(x_t, t, **condition.arguments)
+        else:
+            output = self.call(self.model, x_t, t, condition)
         output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
         return output.float()
 
@@ -211,10 +209,11 @@ class SudeRegularizer:
         if isinstance(self.model, FrozenUNet):
             self.model.check()
         category = self.category if class_embeds is None else _condition(class_embeds)
+        schedule = self.schedule(x_t.device)
         uncond_output, class_output = ask(self._predict, x_t, t, self.uncond, category)
         return sude_terms(
-            *(model_output.float(), class_output, uncond_output, x_t.float(), t),
-            self.schedule(x_t.device),
+            *(model_output.float(), class_output, uncond_output, x_t.float()),
+            *(schedule.from_time(t), schedule),
             weighting=self.weighting,
             truncated=self.truncated,
             truncate_at=self.truncate_at,
@@ -229,9 +228,10 @@ class SudeRegularizer:
     ) -> Tensor:
         """Return the truncated SuDe loss of each sample, (B,); weight it by w_s and average it.
 
-        Args: x_t: what the UNet was given, (B, C, h, w). t: LongTensor (B,). model_output: the
-        UNet's output for the subject's prompt, with its gradient. class_embeds: the categories'
-        own, a row a sample, where the batch has several; None: those given at the beginning.
+        Args: x_t: what the model was given, (B, C, h, w). t: LongTensor (B,), or the times 1000 s
+        of flow matching. model_output: the model's output for the subject's prompt, with its
+        gradient. class_embeds: the categories' own, a row a sample, where the batch has several;
+        None: those given at the beginning.
         """
         self.calls += 1
         if (self.calls - 1) % self.every:

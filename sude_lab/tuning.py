@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from sude_lab.backbone import Backbone, Condition
 from sude_lab.config import CompleteConfig, TuningConfig
 from sude_lab.diffusion import add_noise, training_target
 from sude_lab.draws import Batch, Draws, FreshDraws, one_of_each, picture_latents, step_generator
-from sude_lab.errors import UserError, machine_failure
+from sude_lab.errors import UserError, machine_failures
 from sude_lab.losses import class_regularizer, subject_loss, total_loss
 from sude_lab.methods import Method, configure, get_method
 from sude_lab.prompts import photo_of
@@ -131,9 +131,10 @@ class Tuning:
                 "This run needs class images or a prior bank, which are made before: start it with "
                 "sude_lab.runs.prepare, or set prior_loss_weight and prior_bank to 0."
             )
-        with _machine_failures():
+        with machine_failures():
             latents = [picture_latents(config, backbone, p) for p in one_of_each(config, pictures)]
-            self.draws = draws or FreshDraws(latents, self.schedule.num_timesteps)
+            number = self.schedule.num_timesteps
+            self.draws = draws or FreshDraws(latents, number, backbone.density)
             with torch.no_grad():
                 self._before = category_conditions(backbone, config)
             self.method = (method or get_method(config.method))(backbone, config)
@@ -168,7 +169,7 @@ class Tuning:
                 self._state = "finished"
             raise StopIteration
         self._state = "failed"  # until the step is whole
-        with _machine_failures():
+        with machine_failures():
             step = self._step(self.number + 1)
         self._state = "running"
         return step
@@ -272,7 +273,8 @@ class Tuning:
         weights = config.sude_every * config.weight_sude, config.prior_loss_weight
         if own is None:
             own = torch.zeros_like(subject)
-        total = total_loss(subject, sude.gated, preservation, *weights) + own
+        total = total_loss(subject, sude.gated, preservation, *weights)
+        total = total * self.backbone.loss_weight(batch.t) + own
         terms = (sude.loss, sude.threshold, sude.gate, sude.rho)
         parts = (batch.t, subject, *terms, preservation, own, total)
         return total, torch.stack([part.detach().float() for part in parts], dim=1)
@@ -409,22 +411,3 @@ class Processes:
     def in_turn(self) -> AbstractContextManager[Any]:
         """Return a context that the main process passes before the others."""
         return self.accelerator.main_process_first() if self.number > 1 else nullcontext()
-
-
-@contextmanager
-def _machine_failures() -> Iterator[None]:
-    """Say in one sentence what to do where the machine is at fault: memory, or the device."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        failure = machine_failure(error)
-        if failure is None:
-            raise
-        advice = (
-            "use --train lora, --gradient-checkpointing, --optimizer adamw8bit, --dtype bfloat16, "
-            "or a smaller --train-batch-size with --gradient-accumulation-steps, or a smaller "
-            "--resolution"
-        )
-        if "memory" not in failure:
-            advice = "see whether it is still there, and continue with --resume"
-        raise UserError(f"{failure}: {advice}.") from error

@@ -44,6 +44,25 @@ SHORT = (0, 2, 8, 16)
 LONG = (64, 256)
 """Numbers of T5 tokens. Plain diffusers asks for 256 unless told; they cost four times the rest."""
 FACTS_FILE = "sude_lab.json"
+TUNING: dict[str, Any] = {
+    "dreambooth": {
+        "train": "unet",
+        "learning_rate": 3e-4,
+        "token_learning_rate": 1e-3,
+        "weight_sude": 2.0,
+        "weighting": "simple",
+        "max_train_steps": 100,
+        "train_batch_size": 4,
+    },
+    "textual_inversion": {
+        "token_learning_rate": 5e-3,
+        "weight_sude": 1.0,
+        "weighting": "simple",
+        "max_train_steps": 400,
+        "train_batch_size": 4,
+    },
+}
+"""Settings that suit the model: tried on one subject, compared with nothing."""
 POOLED_SCALE = 3.0
 WORD_SCALE = 10.0
 """Of the first weights that read the text encoder, whose embeddings have a deviation of a tenth."""
@@ -330,6 +349,7 @@ def write_pipeline(pipeline: Any, config: FlowConfig, card: str) -> None:
             "guidance_scale": config.guidance_scale,
         },
         "text": {"max_sequence_length": SHORT[1]},
+        "tuning": TUNING,
     }
     (temporary / FACTS_FILE).write_text(json.dumps(facts, indent=1), "utf-8")
     (temporary / "README.md").write_text(card, "utf-8")

@@ -5,8 +5,10 @@ Up to a constant that is the same for all prompts, -log p(x_0 | c) is at most
     L(c) = sum_t w_t E_eps ||eps - eps_theta(x_t, c, t)||^2,
 
 with x_t of eq. 1 of arXiv 2403.06775 and w_t = k_t = (d mean / d eps)^2 / (2 sigma_t^2): the
-evidence lower bound (DDPM, arXiv 2006.11239, eq. 8). Bayes' rule with these bounds in place of the
-likelihoods is the Diffusion Classifier of arXiv 2303.16203:
+evidence lower bound (DDPM, arXiv 2006.11239, eq. 8). For a model that outputs x_0, v or flow,
+errors and weights are those of its own output, which is the same sum, and finite where abar_t = 0.
+Bayes' rule with these bounds in place of the likelihoods is the Diffusion Classifier of
+arXiv 2303.16203:
 
     p(c_k | x) = softmax_k [ log p(c_k) - L(c_k) ].
 
@@ -35,9 +37,9 @@ from tqdm.auto import tqdm
 from sude_lab.backbone import Backbone, Condition
 from sude_lab.classifier import squared_distance
 from sude_lab.classify.probe import encode_all, latents_of, noise_generator, predictions
-from sude_lab.diffusion import Schedule
+from sude_lab.diffusion import Schedule, training_target
 from sude_lab.errors import UserError, flag
-from sude_lab.losses import sude_weight
+from sude_lab.losses import output_weight
 from sude_lab.prompts import PLACEHOLDER, checked
 
 WEIGHTINGS = ("elbo", "simple")
@@ -45,22 +47,22 @@ MOST_PAIRS = 10_000
 
 
 def step_weights(schedule: Schedule, weighting: str = "elbo") -> Tensor:
-    """Return w_t of L(c) for every t: what a squared error of eps counts in nats; (T,), float64.
+    """Return w_t of L(c) for every t: what a squared error of the output counts in nats; (T,).
 
-    - elbo: k_t of `sude_lab.losses.sude_weight` (exact), arXiv 2006.11239, eq. 8: for short steps
-      half the fall of log abar / (1 - abar). 0 at t = 0 with fixed_small: no density there.
-    - simple: 1 / T, as in DDPM's simple loss and in arXiv 2303.16203. Then L(c) is no bound, and
-      the probabilities are scores: their order is what counts.
+    - elbo: k_t of `sude_lab.losses.output_weight` (exact), arXiv 2006.11239, eq. 8: for eps and
+      short steps half the fall of log abar / (1 - abar). 0 at t = 0 with fixed_small: no density.
+    - simple: 1 / T for eps, as in DDPM's simple loss and in arXiv 2303.16203. Then L(c) is no
+      bound, and the probabilities are scores: their order is what counts.
 
     Raises:
-        ValueError: as `sude_weight`, or the weighting is unknown.
+        ValueError: as `output_weight`, or the weighting is unknown.
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}.")
     t = torch.arange(schedule.num_timesteps)
     if weighting == "simple":
-        return sude_weight(t, schedule, "simple") / schedule.num_timesteps
-    return sude_weight(t, schedule, "exact")
+        return output_weight(t, schedule, "simple") / schedule.num_timesteps
+    return output_weight(t, schedule, "exact")
 
 
 def spread_times(number: int, weights: Tensor, shift: float) -> Tensor:
@@ -384,9 +386,10 @@ class ImplicitClassifier:
     def losses(
         self, pictures: Sequence[Image.Image], *, progress: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return (sum_t w_t) ||eps - eps_theta(x_t, c_k, t)||^2, nan where not asked, and t.
+        """Return (sum_t w_t) ||u - u_theta(x_t, c_k, t)||^2, nan where not asked, and t.
 
-        N pictures, of the model's resolution: (N, M, K) and (N, M).
+        u is what the model outputs, eps for one. N pictures, of the model's resolution: (N, M, K)
+        and (N, M).
 
         Raises:
             UserError: there is no picture, the weighting has no value for this model, or its
@@ -403,8 +406,11 @@ class ImplicitClassifier:
 
         def losses_of(rows: Tensor) -> Tensor:
             parts = []
-            for _, eps, _, guess in predictions(*about, rows, batch_size=self.batch_size):
-                parts.append(squared_distance(guess, eps).cpu())
+            batches = predictions(*about, rows, batch_size=self.batch_size)
+            for part, (_, eps, t, output) in zip(rows.split(self.batch_size), batches, strict=True):
+                picture = x_0[part[:, 0].to(x_0.device)]
+                target = training_target(picture, eps, t, self.backbone.schedule)
+                parts.append(squared_distance(output, target).cpu())
                 bar.update(len(eps))
             return scale * torch.cat(parts)
 

@@ -18,7 +18,7 @@ from sude_lab.backbone import Backbone, Condition, concatenate
 from sude_lab.classifier import squared_distance
 from sude_lab.diffusion import add_noise, to_eps
 from sude_lab.errors import UserError
-from sude_lab.losses import sude_threshold, sude_weight
+from sude_lab.losses import output_weight, sude_threshold
 from sude_lab.prompts import photo_of
 
 
@@ -32,12 +32,14 @@ def answers(
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = False,
+    raw: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Yield what the model predicts of N noised pictures at M timesteps under K prompts.
 
-    Batches of rows: (index into (N, M, K) flattened, x_t, eps, t, eps_theta(x_t, c_k, t)). All
-    prompts of a picture share x_t and its noise, which follows from (seed, n) alone. Pictures must
-    have the model's resolution. N x M x K evaluations of the UNet.
+    Batches of rows: (index into (N, M, K) flattened, x_t, eps, t, eps_theta(x_t, c_k, t)); with
+    `raw` the model's own output in the place of eps_theta. All prompts of a picture share x_t and
+    its noise, which follows from (seed, n) alone. Pictures must have the model's resolution.
+    N x M x K evaluations of the denoiser.
 
     Raises:
         UserError: there is no picture, prompt or timestep, or a timestep is out of range.
@@ -57,7 +59,8 @@ def answers(
     about = (backbone, x_0, times.expand(len(x_0), -1), noise, condition, rows.view(-1, 3))
     batches = predictions(*about, batch_size=batch_size, progress=progress)
     for part, batch in zip(torch.arange(len(rows)).split(batch_size), batches, strict=True):
-        yield part, *batch
+        x_t, eps, t, output = batch
+        yield part, x_t, eps, t, output if raw else to_eps(output, x_t, t, backbone.schedule)
 
 
 @torch.no_grad()
@@ -92,11 +95,11 @@ def predictions(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield (x_t, eps, t, eps_theta(x_t, c_k, t)) for rows of (picture n, pair m, prompt k).
+    """Yield x_t, eps, t and the model's output for rows of (picture n, pair m, prompt k).
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, arXiv 2403.06775, eq. 1, with t = times[n, m] and
-    eps = noise[n, m], the same for every prompt. One evaluation of the UNet a row, `batch_size` at
-    a time.
+    eps = noise[n, m], the same for every prompt. One evaluation of the denoiser a row, `batch_size`
+    at a time.
 
     Args: latents x_0 (N, C, h, w); times (N, M) long; noise (N, M, C, h, w); condition of K
     prompts; rows (R, 3) long.
@@ -107,8 +110,7 @@ def predictions(
         n, m, k = part.unbind(1)
         t, eps = times[n, m].to(device), noise[n, m].to(device)
         x_t = add_noise(x_0[n.to(device)], eps, t, schedule)
-        output = backbone.predict(x_t, t, condition[k.to(device)])
-        yield x_t, eps, t, to_eps(output, x_t, t, schedule)
+        yield x_t, eps, t, backbone.predict(x_t, t, condition[k.to(device)])
 
 
 def prompt_errors(
@@ -144,25 +146,25 @@ def thresholds(
 ) -> Tensor:
     """Return tau_t for noised pictures of a category, (N, M), nats.
 
-    -w_t ||eps_theta(c_cate) - eps_theta(null)||^2, arXiv 2403.06775, eq. 8 in eps-space: minus the
-    size of the category's guidance direction. `weighting` as in `sude_lab.losses.sude_weight`.
+    -w_t ||eps_theta(c_cate) - eps_theta(null)||^2, arXiv 2403.06775, eq. 8, computed in the model's
+    own output: minus the size of the category's guidance direction. `weighting` as in
+    `sude_lab.losses.output_weight`.
 
     Settings and errors: those of `answers`.
     """
     parts = []
     # Two prompts, an even batch: both answers of a picture lie in one batch, side by side.
-    settings = settings | {"batch_size": 2 * max(1, settings.get("batch_size", 64) // 2)}
+    settings |= {"batch_size": 2 * max(1, settings.get("batch_size", 64) // 2), "raw": True}
     prompts = ["", photo_of(category)]
     for _, _, _, t, guess in answers(backbone, pictures, prompts, timesteps, **settings):
         uncond, of_class = guess[0::2], guess[1::2]
-        weight = sude_weight(t[0::2], backbone.schedule, weighting).to(guess.dtype)
+        weight = output_weight(t[0::2], backbone.schedule, weighting).to(guess.dtype)
         parts.append(sude_threshold(of_class, uncond, 0.5 / weight).cpu())
     return torch.cat(parts).reshape(len(pictures), len(timesteps))
 
 
 @torch.no_grad()
 def decode(backbone: Backbone, latents: Tensor) -> list[Image.Image]:
-    """Return latents (B, C, h, w), scaled as the UNet has them, as pictures."""
-    vae = backbone.pipeline.vae
-    pixels = vae.decode(latents.to(backbone.device) / vae.config.scaling_factor).sample
+    """Return latents (B, C, h, w), scaled as the denoiser has them, as pictures."""
+    pixels = backbone.pipeline.vae.decode(backbone.unscaled(latents.to(backbone.device))).sample
     return backbone.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")

@@ -17,7 +17,10 @@ def made_up_lines(
     """
     rng, strength = np.random.default_rng(seed), np.linspace(0, 1, 6)
     look, hard = rng.uniform(0.55, 0.7, (number, 1)), rng.uniform(0.1, 0.3, (number, 1))
-    ahead = {"fewer steps": 0.0, "SuDe": rng.normal(0.05, 0.06, (number, 1))}
+    ahead: dict[str, float | np.ndarray] = {
+        "fewer steps": 0.0,
+        "SuDe": rng.normal(0.05, 0.06, (number, 1)),
+    }
     return strength, {
         name: (0.45 - hard + 0.5 * strength**0.7 + by * (1 - strength), look - 0.25 * strength)
         for name, by in ahead.items()

@@ -17,25 +17,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from sude_lab.adapters import FAMILIES
+from sude_lab.adapters.family import DISTILLED, Family
 from sude_lab.backbone import Backbone
-from sude_lab.config import EMBEDDED
-from sude_lab.diffusion import Schedule
+from sude_lab.config import EMBEDDED, EMBEDDED_MODELS
 from sude_lab.errors import UserError
 from sude_lab.io.reading import is_dir, is_file, read_json
 
 FACTS_FILE = "sude_lab.json"
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-CLASSES = {
-    "unet": r"diffusers UNet2DConditionModel",
-    "vae": r"diffusers AutoencoderKL",
-    "text_encoder": r"transformers CLIPTextModel(WithProjection)?",
-    "tokenizer": r"transformers CLIPTokenizer(Fast)?",
-    "scheduler": r"diffusers \w+Scheduler",
-    "safety_checker": r"stable_diffusion StableDiffusionSafetyChecker",
-    "feature_extractor": r"transformers CLIP(ImageProcessor|FeatureExtractor)",
-    "image_encoder": r"transformers CLIPVisionModelWithProjection",
-}
-"""The classes that a part of a pipeline may have: a folder must not say which code is run."""
 _CODE = (".py", ".pyc", ".pyd", ".so")
 _ATTENTION = (None, "eager", "sdpa")  # whose code is installed; others are fetched from the hub
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -52,20 +41,26 @@ def data_folder() -> Path:
 
 
 def resolve_source(source: str | Path) -> str:
-    """Return the folder or hub id that `source` means; "embedded" is the model in `data/`.
+    """Return the folder or hub id that `source` means; the embedded models are in `data/`.
 
     Raises:
         UserError: the embedded model is not where it should be.
     """
-    if str(source) != EMBEDDED:
+    if str(source) not in EMBEDDED_MODELS:
         return str(source)
-    folder = data_folder() / "embedded"
+    folder = data_folder() / EMBEDDED_MODELS[str(source)]
     if not (folder / "model_index.json").exists():
         raise UserError(
             f"The embedded model is not in {folder}: install the package anew, or set "
             "SUDE_LAB_DATA to the data folder of a clone of the repository."
         )
     return str(folder)
+
+
+def is_embedded(source: str | Path) -> bool:
+    """Whether `source` means one of the embedded models, by name or by its folder."""
+    known = [data_folder() / name for name in EMBEDDED_MODELS.values()]
+    return str(source) in EMBEDDED_MODELS or resolve_source(source) in map(str, known)
 
 
 def hub_id(source: str | Path) -> tuple[str, str | None] | None:
@@ -99,14 +94,14 @@ def pick_device(name: str = "auto") -> torch.device:
 def open_backbone(
     source: str | Path = EMBEDDED, *, device: str = "auto", dtype: str = "auto"
 ) -> Backbone:
-    """Open a Stable Diffusion pipeline: "embedded", a local folder, or a hub id.
+    """Open a pipeline of a known family: "embedded", "embedded-flow", a local folder, or a hub id.
 
     A hub id may name its revision, "owner/name@commit"; `Backbone.commit` says which was opened.
     Nothing that a folder holds is run. `dtype` auto is bfloat16 on a CUDA card that has it, and
     float32 elsewhere.
 
     Raises:
-        UserError: there is no such pipeline, it is no Stable Diffusion, its weights are not
+        UserError: there is no such pipeline, it is of no known family, its weights are not
             safetensors or not whole, its parts do not fit each other, or the device is not there.
     """
     with quiet():  # the first import hints at packages that are not needed
@@ -123,23 +118,25 @@ def open_backbone(
         with quiet():
             if hub is not None:
                 folder = str(DiffusionPipeline.download(hub[0], revision=hub[1], **apart))
-            _check_source(folder)
+            family = _check_source(folder)
+            if "safety_checker" not in family.classes:
+                apart = {"use_safetensors": True}
             facts = read_facts(folder)
             encoders = _text_encoders(Path(folder))
             pipeline = DiffusionPipeline.from_pretrained(folder, **apart, **encoders)
-        if type(pipeline).__name__ not in PIPELINES:
+        if FAMILIES.get(type(pipeline).__name__) is not family:
             raise ValueError(f"it is a {type(pipeline).__name__}")
     except UserError:
         raise
     except Exception as error:  # loaders, and the client of the hub, fail with errors of any class
         raise UserError(
-            f"{source} could not be opened as a Stable Diffusion pipeline "
+            f"{source} could not be opened as a pipeline of diffusers "
             f"({type(error).__name__}: {str(error)[:160]}): name a complete pipeline folder with "
             "safetensors weights, or a hub id that this machine can reach."
         ) from error
-    if wrong := next(_misfits(pipeline), None):
+    if wrong := next(_misfits(pipeline, family), None):
         raise UserError(
-            f"{source} is no Stable Diffusion pipeline that works: {wrong}. Name a complete one, "
+            f"{source} is no {family.name} pipeline that works: {wrong}. Name a complete one, "
             "as diffusers' save_pretrained wrote it."
         )
     pool_at_the_end(pipeline)
@@ -152,7 +149,7 @@ def open_backbone(
         dtype = "bfloat16" if bf16 else "float32"
     pipeline.to(where)
     commit = Path(folder).name if hub else None  # the folder of a snapshot is named by its commit
-    return Backbone(pipeline, str(source), where, getattr(torch, dtype), facts, commit)
+    return family.backbone(pipeline, str(source), where, getattr(torch, dtype), facts, commit)
 
 
 def _text_encoders(folder: Path) -> dict[str, Any]:
@@ -161,10 +158,10 @@ def _text_encoders(folder: Path) -> dict[str, Any]:
 
     index = read_json(folder / "model_index.json")
     encoders: dict[str, Any] = {}
-    for part in ("text_encoder", "text_encoder_2"):
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         if not (folder / part).is_dir():
             continue
-        kind = getattr(transformers, index[part][1])  # one of CLASSES
+        kind = getattr(transformers, index[part][1])  # one that its family has
         encoders[part], report = kind.from_pretrained(
             folder / part, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
@@ -180,8 +177,8 @@ def pool_at_the_end(pipeline: Any) -> None:
     the end mark's, until a word is added.
     """
     for name in ("text_encoder", "text_encoder_2"):
-        encoder = getattr(pipeline, name, None)
-        if encoder is None:
+        encoder: Any = getattr(pipeline, name, None)
+        if "CLIP" not in type(encoder).__name__:
             continue
         end = getattr(pipeline, name.replace("text_encoder", "tokenizer")).eos_token_id
         encoder.config.eos_token_id = end
@@ -190,7 +187,7 @@ def pool_at_the_end(pipeline: Any) -> None:
                 module.eos_token_id = end
 
 
-def _misfits(pipeline: Any) -> Iterator[str]:
+def _misfits(pipeline: Any, family: Family) -> Iterator[str]:
     """Yield which parts of a pipeline are not whole, or do not fit each other."""
     for name, part in pipeline.components.items():
         if not isinstance(part, nn.Module):
@@ -202,34 +199,9 @@ def _misfits(pipeline: Any) -> Iterator[str]:
         if bad := [n for n, p in tensors.items() if not p.detach().float().sum().isfinite()]:
             yield f"its {name} holds values that are not finite, in {bad[0]}"
     try:
-        Schedule.from_scheduler(pipeline.scheduler)
-    except ValueError as error:
+        yield from family.misfits(pipeline)
+    except ValueError as error:  # of a scheduler without a table
         yield str(error).rstrip(".")
-    unet, channels = pipeline.unet.config, pipeline.vae.config.latent_channels
-    if not isinstance(unet.sample_size, int) or unet.sample_size < 1:
-        yield f"its UNet's sample_size is {unet.sample_size}, which must be a whole number"
-    if (unet.in_channels, unet.out_channels) != (channels, channels):
-        yield (
-            f"its UNet takes {unet.in_channels} channels and gives {unet.out_channels}, its VAE "
-            f"has {channels}"
-        )
-    width = 0
-    for end in ("", "_2"):
-        encoder = getattr(pipeline, f"text_encoder{end}", None)
-        tokenizer = getattr(pipeline, f"tokenizer{end}", None)
-        if encoder is None or tokenizer is None:
-            continue
-        width += encoder.config.hidden_size
-        length, most = tokenizer.model_max_length, encoder.config.max_position_embeddings
-        if length > most:
-            yield f"its tokenizer{end} has no model_max_length of at most {most}"
-        rows = encoder.get_input_embeddings().num_embeddings
-        if len(tokenizer) > rows:
-            yield f"its tokenizer{end} knows {len(tokenizer)} words, its text_encoder{end} {rows}"
-    across = unet.cross_attention_dim
-    for one in across if isinstance(across, list | tuple) else [across]:
-        if one != width:
-            yield f"its UNet attends to words of width {one}, its text encoder makes {width}"
 
 
 def read_facts(source: str | Path) -> dict[str, Any]:
@@ -245,6 +217,7 @@ def read_facts(source: str | Path) -> dict[str, Any]:
         facts = read_json(path)
         lists = [facts.get("words", []), facts.get("categories", [])]
         tuning, drawing = facts.get("tuning", {}), facts.get("generation", {})
+        length = facts.get("text", {}).get("max_sequence_length", 0)
         if (
             all(isinstance(x, list) and all(isinstance(y, str) for y in x) for x in lists)
             and isinstance(tuning, dict)
@@ -252,6 +225,8 @@ def read_facts(source: str | Path) -> dict[str, Any]:
             and set(drawing) <= {"num_inference_steps", "guidance_scale"}
             and type(drawing.get("num_inference_steps", 1)) is int
             and type(drawing.get("guidance_scale", 1.0)) in (int, float)
+            and type(length) is int
+            and 0 <= length <= 512
         ):
             return facts
     except (ValueError, AttributeError, TypeError):
@@ -279,8 +254,11 @@ def quiet() -> Iterator[None]:
                 module.enable_progress_bar()
 
 
-def _check_source(folder: str) -> None:
-    """Refuse what is no pipeline folder, not complete, or not harmless, before it is opened."""
+def _check_source(folder: str) -> Family:
+    """Refuse what is no pipeline folder, not complete, or not harmless, before it is opened.
+
+    Returns the family of the pipeline.
+    """
     if not folder.strip():
         raise UserError("--backbone is empty: name a pipeline folder, a hub id, or embedded.")
     path = Path(folder)
@@ -302,35 +280,39 @@ def _check_source(folder: str) -> None:
         name = content.get("_class_name")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{index} is not a pipeline's index: the folder is damaged.") from error
-    if name not in PIPELINES:
+    if re.fullmatch(r"Flux2?Pipeline", str(name)):
+        raise UserError(f"{folder} holds a {name}, which {DISTILLED}.")
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(
-            f"{folder} holds a {str(name)[:80]}: it must be one of {', '.join(PIPELINES)}."
+            f"{folder} holds a {str(name)[:80]}: it must be one of {', '.join(FAMILIES)}."
         )
+    family = FAMILIES[name]
     for part, value in content.items():
         if not isinstance(value, list) or value == [None, None]:
             continue
-        allowed = CLASSES.get(part.removesuffix("_2"), "$^")
+        allowed = family.classes.get(part, "$^")
         if not re.fullmatch(allowed, " ".join(map(str, value))):
             raise UserError(
-                f"{index} takes its {part} from {str(value)[:80]}: only the classes that a Stable "
-                "Diffusion has there are opened."
+                f"{index} takes its {part} from {str(value)[:80]}: only the classes that a "
+                f"{family.name} has there are opened."
             )
     check_harmless(path)
-    parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
-    if name == "StableDiffusionXLPipeline":
-        parts += ["text_encoder_2", "tokenizer_2"]
-    for part in parts:
+    if refusal := family.refusal(path, content, lambda file: read_json(path / file)):
+        raise UserError(f"{refusal}.")
+    for part in family.parts:
         if not (path / part).is_dir():
             raise UserError(f"{folder} lacks the folder {part}: the pipeline is not complete.")
         if not part.startswith(("tokenizer", "scheduler")):
             _check_weights(path / part)
         # transformers makes an empty tokenizer where there is none.
-        vocabularies = [path / part / name for name in ("tokenizer.json", "vocab.json")]
+        names = ("tokenizer.json", "vocab.json", "spiece.model")
+        vocabularies = [path / part / name for name in names]
         if part.startswith("tokenizer") and not any(v.is_file() for v in vocabularies):
             raise UserError(
                 f"{folder}/{part} has no tokenizer.json or vocab.json: the pipeline is not "
                 "complete."
             )
+    return family
 
 
 def check_harmless(folder: Path) -> None:

@@ -3,6 +3,7 @@
 learned_embeds.safetensors           a word of several vectors; -2, -3, ...: further subjects';
                                      loads with `load_textual_inversion`
 unet.safetensors, text_encoder...    the tensors that changed, by their names in a pipeline folder
+                                     (transformer.safetensors where that is the denoiser)
 pytorch_lora_weights.safetensors     a LoRA; loads with `load_lora_weights`
 vico.safetensors                     ViCo's blocks and references
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError
 from sude_lab.io.files import save_tensors
+from sude_lab.io.opening import quiet
 from sude_lab.methods import Method, ViCo
 from sude_lab.methods.base import token_words
 from sude_lab.methods.custom_diffusion import keys_and_values
@@ -31,7 +33,7 @@ EMBEDDINGS = "learned_embeds*.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 VICO_FILE = "vico.safetensors"
 XL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-"""How embeddings for SDXL's two encoders are named by those who share them."""
+"""How embeddings for the CLIPs of SDXL and SD3 are named by those who share them."""
 _ELSEWHERE = "open the run with the backbone it was tuned on."
 _TEXT = "text_model."
 
@@ -42,7 +44,9 @@ def save_weights(method: Method, folder: Path) -> None:
     backbone = method.backbone
     for number, subject in enumerate(method.subjects):
         vectors = {name: _plain(tokens.of(number)) for name, tokens in method.tokens.items()}
-        if backbone.is_xl:
+        if not vectors:
+            continue
+        if len(vectors) > 1:
             tensors = {XL_KEYS[name]: rows for name, rows in vectors.items()}
         else:  # one vector without a dimension of its own, as most files have it
             rows = vectors["text_encoder"]
@@ -50,7 +54,7 @@ def save_weights(method: Method, folder: Path) -> None:
         ending = f"-{number + 1}" if number else ""
         path = folder / EMBEDDINGS.replace("*", ending)
         save_tensors(tensors, path, metadata={"token": subject.token})
-    for part in ("unet", *method.tokens):
+    for part in (backbone.part, *method.tokens):
         tensors = {
             name.removeprefix(f"{part}."): _plain(p)
             for name, p in method.parameters.items()
@@ -59,8 +63,8 @@ def save_weights(method: Method, folder: Path) -> None:
         if tensors and any(".lora_" in name for name in tensors):
             from peft import get_peft_model_state_dict
 
-            layers = get_peft_model_state_dict(backbone.unet)
-            backbone.pipeline.save_lora_weights(folder, unet_lora_layers=layers)
+            layers = {f"{part}_lora_layers": get_peft_model_state_dict(backbone.denoiser)}
+            backbone.pipeline.save_lora_weights(folder, **layers)
         elif tensors:
             tensors = {shared_name(part, name): value for name, value in tensors.items()}
             save_tensors(tensors, folder / f"{part}.safetensors")
@@ -120,7 +124,7 @@ def load_weights(
         tables = [e.get_input_embeddings().weight for e in backbone.text_encoders.values()]
         starts = [table[rows].detach() for table, rows in zip(tables, ids, strict=True)]
         tokens.append((ids, list(map(partial(_between, scale=scale), starts, vectors))))
-    for part, module in (("unet", backbone.unet), *backbone.text_encoders.items()):
+    for part, module in ((backbone.part, backbone.denoiser), *backbone.text_encoders.items()):
         path = folder / f"{part}.safetensors"
         if path.is_file():
             _load_part(module, part, path, scale)
@@ -133,7 +137,8 @@ def load_weights(
                 table[rows] = vector
     if (folder / LORA_FILE).is_file():
         try:
-            backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
+            with quiet():  # it misses a LoRA of the text encoders, which there is none of
+                backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"The run's LoRA does not fit this model: {_ELSEWHERE}") from error
         if scale != 1:
@@ -191,10 +196,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_token(backbone: Backbone, path: Path) -> tuple[str, list[Tensor]]:
     """Return a saved token and its vectors (V, D), for each text encoder."""
     tensors, about = read_tensors(path)
-    keys = [XL_KEYS[n] for n in backbone.text_encoders] if backbone.is_xl else list(tensors)
+    several = len(backbone.text_encoders) > 1
+    keys = [XL_KEYS[n] for n in backbone.text_encoders] if several else list(tensors)
     token = about.get("token") or next(iter(tensors), None)
     if set(tensors) != set(keys) or len(keys) != len(backbone.text_encoders) or token is None:
-        kind = "SDXL's two text encoders" if backbone.is_xl else "one text encoder"
+        kind = "two text encoders" if several else "one text encoder"
         raise UserError(f"{path.name} holds no embedding for {kind}: {_ELSEWHERE}")
     vectors = [torch.atleast_2d(tensors[key]) for key in keys]
     for vector, encoder in zip(vectors, backbone.text_encoders.values(), strict=True):
@@ -212,7 +218,7 @@ def shared_name(part: str, name: str) -> str:
 
     transformers 5 leaves "text_model." out of a CLIPTextModel; files and earlier ones have it.
     """
-    if part == "unet" or name.startswith((_TEXT, "text_projection.")):
+    if not part.startswith("text_encoder") or name.startswith((_TEXT, "text_projection.")):
         return name
     return _TEXT + name
 

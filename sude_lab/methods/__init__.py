@@ -95,7 +95,7 @@ def configure(
 
 
 def _on_model(config: CompleteConfig, backbone: Backbone) -> CompleteConfig:
-    """Check the categories, and name the model by the commit that was opened."""
+    """Check categories and method, and name the model by the commit that was opened."""
     more = tuple(
         f"{backbone.check_category(s.category)}={s.token}={s.image}" for s in config.subjects[1:]
     )
@@ -103,4 +103,5 @@ def _on_model(config: CompleteConfig, backbone: Backbone) -> CompleteConfig:
     if backbone.commit and name == backbone.source.split("@")[0]:
         source = f"{name}@{backbone.commit}"
     category = backbone.check_category(config.category)
+    backbone.check_method(config)
     return replace(config, backbone=source, category=category, more_subjects=more)

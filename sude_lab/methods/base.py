@@ -21,8 +21,8 @@ from sude_lab.prompts import PLACEHOLDER, fill, placeholder
 
 class Method:
     """One baseline. A subclass names its defaults (its paper's, on Stable Diffusion) and fills
-    `parameters` in `prepare`, keyed "part.name": part is unet, text_encoder, text_encoder_2, token
-    or a name of its own.
+    `parameters` in `prepare`, keyed "part.name": part is unet (or transformer), text_encoder,
+    text_encoder_2, token or a name of its own.
     """
 
     name: ClassVar[str]
@@ -57,10 +57,8 @@ class Method:
         self.prepare()
         self.frozen: FrozenUNet | None = None
         if config.gradient_checkpointing:
-            backbone.unet.enable_gradient_checkpointing()
-            backbone.unet.train()
-
-    # What a subclass says ------------------------------------------------------------------------
+            backbone.denoiser.enable_gradient_checkpointing()
+            backbone.denoiser.train()
 
     def prepare(self) -> None:
         """Fill `self.parameters` with what is trained, and switch its gradients on."""
@@ -78,11 +76,11 @@ class Method:
         return None
 
     def keep_frozen(self) -> None:
-        """Keep the UNet as it is: call it before the first step where `predict_pretrained` is."""
-        self.frozen = FrozenUNet(self.backbone.unet)
+        """Keep the denoiser as it is: call it before the first step, for `predict_pretrained`."""
+        self.frozen = FrozenUNet(self.backbone.denoiser)
 
     def predict_pretrained(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Return the model output of the UNet as it was before tuning, without gradients.
+        """Return the output of the denoiser as it was before tuning, without gradients.
 
         Raises:
             ValueError: nothing was kept.
@@ -95,8 +93,6 @@ class Method:
     def predict_current(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return what the model as it is now says of a prompt without the subject."""
         return self.backbone.predict(x_t, t, condition)
-
-    # What all share ------------------------------------------------------------------------------
 
     def initializer(self, number: int) -> str:
         """Return the words whose embedding the token of subject `number` starts from."""

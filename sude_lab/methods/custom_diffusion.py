@@ -23,15 +23,6 @@ class CustomDiffusion(Method):
     for a batch of 2 on one card). They tune 250 steps for one subject, 500 for two. Left out: their
     changes of the picture's size ("a far away", "zoomed in" in the prompt), and their stop of the
     gradient at the first token's key and value.
-
-    What `save` writes is drawn from in plain diffusers, without sude_lab, after
-
-        pipe.unet.load_state_dict(load_file("weights/unet.safetensors"), strict=False)
-        pipe.load_textual_inversion("weights", weight_name="learned_embeds.safetensors")
-
-    The first line returns `unexpected_keys`, which must be empty; further subjects are in
-    `learned_embeds-2.safetensors` and so on. There is no file for `load_attn_procs`: diffusers 0.42
-    reads such a file and changes nothing, without a word (its issue 9320).
     """
 
     name: ClassVar[str] = "custom_diffusion"

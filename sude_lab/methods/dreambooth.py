@@ -1,4 +1,4 @@
-"""DreamBooth (arXiv 2208.12242): tune the UNet itself so that a rare name means the subject."""
+"""DreamBooth (arXiv 2208.12242): tune the denoiser itself so that a rare name means the subject."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import torch
 from sude_lab.errors import UserError
 from sude_lab.methods.base import Method
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-
 
 class DreamBooth(Method):
-    """Train the UNet (all of it, its attention, or LoRA beside it), on request the text encoder.
+    """Train the denoiser (all of it, its attention, or a LoRA), on request the text encoder.
 
     `prompt`: "photo of a {S*} [category]". A subject's token starts from a rare word and is
     trained where `token_learning_rate` is not 0.
@@ -31,7 +29,7 @@ class DreamBooth(Method):
     initializers: ClassVar[tuple[str, ...]] = ("sks", "pll", "ohwx", "zwx", "olis")
 
     def prepare(self) -> None:
-        """Open the chosen part of the UNet, and the text encoders and the tokens on request.
+        """Open the chosen part of the denoiser, and the text encoders and the tokens on request.
 
         Raises:
             UserError: two subjects would have the same word for good.
@@ -42,23 +40,23 @@ class DreamBooth(Method):
                 "Several subjects' tokens start from the same word and stay there: give "
                 "--token-learning-rate a value above 0."
             )
-        unet = self.backbone.unet
+        denoiser, part = self.backbone.denoiser, self.backbone.part
         if self.config.train == "lora":
             from peft import LoraConfig
 
             # peft draws the adapters from the global generator: give it ours for that moment.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.config.seed)
-                unet.add_adapter(
+                denoiser.add_adapter(
                     LoraConfig(
                         r=self.config.lora_rank,
                         lora_alpha=self.config.lora_rank,
-                        target_modules=list(ATTENTION),
+                        target_modules=list(self.backbone.lora_targets),
                     )
                 )
-        for name, p in unet.named_parameters():
+        for name, p in denoiser.named_parameters():
             if self._is_trained(name):
-                self.parameters[f"unet.{name}"] = p.requires_grad_(True)
+                self.parameters[f"{part}.{name}"] = p.requires_grad_(True)
         if self.config.train_text_encoder:
             for part, encoder in self.backbone.text_encoders.items():
                 for name, p in encoder.named_parameters():
@@ -70,5 +68,5 @@ class DreamBooth(Method):
         if self.config.train == "lora":
             return ".lora_" in name
         if self.config.train == "attention":
-            return ".attn1." in name or ".attn2." in name
+            return any(part in name for part in self.backbone.attention)
         return True

@@ -31,9 +31,6 @@ PROMPTS_KEPT = 4096
 _CALL = "_image_attention_call"
 
 
-# --- The subject in an attention map --------------------------------------------------------------
-
-
 def otsu_threshold(values: Tensor) -> Tensor:
     """Return the threshold that parts numbers into two groups whose means differ most.
 
@@ -107,9 +104,6 @@ class Maps:
     """Attention to S* (the mean of its places, where the prompt has several)."""
     end: Tensor
     """Attention to the first end-of-text token."""
-
-
-# --- The image cross-attention --------------------------------------------------------------------
 
 
 def decoder_layers(unet: nn.Module) -> dict[str, Any]:
@@ -361,9 +355,6 @@ def _digests(hidden: Tensor) -> list[bytes]:
     """Return a short name for every row of hidden states, (B, L, D): the same bits, the same."""
     rows = hidden.detach().float().cpu().contiguous().numpy()
     return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
-
-
-# --- The method -----------------------------------------------------------------------------------
 
 
 class ViCo(Method):

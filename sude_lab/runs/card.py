@@ -11,8 +11,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from sude_lab import __version__
+from sude_lab.adapters import family_of
 from sude_lab.backbone import Backbone
-from sude_lab.config import EMBEDDED, TuningConfig, fields_of
+from sude_lab.config import EMBEDDED_MODELS, TuningConfig, fields_of
 from sude_lab.generation import sampling_settings
 from sude_lab.io.opening import hub_id
 from sude_lab.io.weights import EMBEDDINGS, LORA_FILE
@@ -20,7 +21,7 @@ from sude_lab.methods import get_method
 from sude_lab.prompts import PLACEHOLDER, placeholder
 
 CARD = "README.md"
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 """The parts of a pipeline that a run may have trained."""
 _PAPERS = {
     "dreambooth": "DreamBooth (arXiv 2208.12242)",
@@ -30,8 +31,8 @@ _PAPERS = {
 }
 _NO_SETTINGS = (*fields_of("place"), "category", "token", "initializer", "prompt", "dtype")
 """What a card's table leaves out: it stands elsewhere in the card, or is of one machine."""
-_CLONED = "data/embedded"
-"""Where the embedded model is in a clone; its whole path differs from machine to machine."""
+_CLONED = {name: f"data/{folder}" for name, folder in EMBEDDED_MODELS.items()}
+"""Where the embedded models are in a clone; the whole path differs from machine to machine."""
 _TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True)
 
 
@@ -62,13 +63,13 @@ def model_card(
     """
     from huggingface_hub import ModelCardData
 
-    embedded = config.backbone == EMBEDDED
-    base = _code(_CLONED if embedded else config.backbone)
+    embedded = config.backbone in _CLONED
+    base = _code(_CLONED.get(config.backbone, config.backbone))
     hub = hub_id(config.backbone)
     lora = (weights / LORA_FILE).is_file() and not pipeline
     kind = "lora" if lora else config.method.replace("_", "-")
     tags = ["text-to-image", "diffusers", "diffusers-training", kind, "sude"]
-    family = "stable-diffusion-xl" if backbone.is_xl else "stable-diffusion"
+    family = family_of(backbone.pipeline).tag
     prompt = " ".join(prompts[0].split())  # a line of its own could end the head of the card
     about: dict[str, Any] = {"instance_prompt": prompt}
     if grid:
@@ -110,11 +111,11 @@ def default_prompts(config: TuningConfig) -> list[str]:
     ]
 
 
-def loading_code(config: TuningConfig, weights: Path, *, is_xl: bool) -> str:
+def loading_code(config: TuningConfig, weights: Path, *, is_xl: bool, by_hand: bool = False) -> str:
     """Return the lines of Python that put a run's weights into `pipeline`, in plain diffusers.
 
     They stand in the run's folder. The tokens come first: a trained text encoder has a row for
-    each of them.
+    each of them. `by_hand`: the pipeline has no `load_textual_inversion`.
     """
     names = [EMBEDDINGS.replace("*", f"-{k + 1}" if k else "") for k in range(len(config.subjects))]
     tokens = [
@@ -125,22 +126,28 @@ def loading_code(config: TuningConfig, weights: Path, *, is_xl: bool) -> str:
     parts = [part for part in PARTS if (weights / f"{part}.safetensors").is_file()]
     lora = LORA_FILE if (weights / LORA_FILE).is_file() else None
     template = _TEMPLATES.get_template("load.py.jinja")
-    return template.render(is_xl=is_xl, tokens=tokens, parts=parts, lora=lora)
+    about = {"tokens": tokens, "parts": parts, "lora": lora}
+    return template.render(is_xl=is_xl, by_hand=by_hand, **about)
 
 
 def _drawing_code(
     config: TuningConfig, backbone: Backbone, weights: Path, prompt: str, pipeline: bool
 ) -> str:
     """Return the lines that draw the upper left picture of samples.png, as `generate` does."""
+    from diffusers import DDIMScheduler
+
     plain = is_plain(weights)
     own = plain and not pipeline
+    kind = {"is_xl": backbone.is_xl}
+    kind["by_hand"] = not hasattr(backbone.pipeline, "load_textual_inversion")
     source = '"."' if pipeline else _source(config, backbone)
     return _TEMPLATES.get_template("draw.py.jinja").render(
         source=source if pipeline or plain else None,
-        loading=loading_code(config, weights, is_xl=backbone.is_xl) if own else None,
+        loading=loading_code(config, weights, **kind) if own else None,
+        ddim=isinstance(backbone.sampler(), DDIMScheduler),
         clip=bool(backbone.pipeline.scheduler.config.get("clip_sample", False)),
         prompt=json.dumps(prompt, ensure_ascii=False),
-        sampling=sampling_settings(backbone),
+        sampling=backbone.call_arguments(**sampling_settings(backbone)),
         seed=config.seed * 100_003,
     )
 
@@ -161,6 +168,6 @@ def _source(config: TuningConfig, backbone: Backbone) -> str:
     """The arguments that open the base model in plain diffusers, at the commit that was tuned."""
     hub = hub_id(config.backbone)
     if hub is None:
-        return json.dumps(_CLONED if config.backbone == EMBEDDED else config.backbone)
+        return json.dumps(_CLONED.get(config.backbone, config.backbone))
     name, revision = json.dumps(hub[0]), backbone.commit or hub[1]
     return f"{name}, revision={json.dumps(revision)}" if revision else name

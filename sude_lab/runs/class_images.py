@@ -41,7 +41,7 @@ def place_in_cache(kind: str, about: Mapping[str, Any], ending: str = "") -> Pat
 def fingerprint(backbone: Backbone) -> str:
     """Return a short name of the model's weights: the same weights, the same name."""
     digest = hashlib.sha256()
-    for module in (backbone.unet, *backbone.text_encoders.values(), backbone.pipeline.vae):
+    for module in (backbone.denoiser, *backbone.text_encoders.values(), backbone.pipeline.vae):
         for name, tensor in module.state_dict().items():
             # The sum of the bits, read as integers, and a few of them: a gigabyte of weights is
             # named in a second, and the sum is exact on every device, in whatever order.

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sude_lab.adapters import family_of
 from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError
 from sude_lab.io.files import atomic_folder, atomic_write, save_tensors, sole_writer
@@ -42,6 +43,8 @@ XL = "sdxl_base_v1-0"
 
 def base_version(backbone: Backbone) -> str:
     """Return sd-scripts' name of the kind of model that a backbone is."""
+    if backbone.part != "unet":
+        return family_of(backbone.pipeline).tag
     if backbone.is_xl:
         return XL
     predicts_v = backbone.pipeline.scheduler.config.get("prediction_type") == "v_prediction"
@@ -53,8 +56,7 @@ def _run_version(weights: Path) -> str:
     """Return the same for a run's weights; runs of earlier versions do not say it themselves."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         version = read_json(weights.parent / "environment.json")["base_version"]
-        if version in _ARCHITECTURES:
-            return str(version)
+        return str(version)
     tokens = next(iter(weights.glob(EMBEDDINGS)), None)
     tensors = load_file(tokens) if tokens else {}
     if XL_KEYS["text_encoder_2"] in tensors:
@@ -131,6 +133,11 @@ def write_kohya(
             "pipeline."
         )
     version = version or _run_version(weights)
+    if version not in _ARCHITECTURES:
+        raise UserError(
+            f"The web UIs' names of a LoRA are not known here for {version}: load "
+            f"{LORA_FILE} with diffusers."
+        )
     tensors = kohya_weights(load_file(weights / LORA_FILE), getattr(torch, dtype), version)
     ranks = {len(value) for name, value in tensors.items() if name.endswith("lora_down.weight")}
     with_v = version.endswith("_v")
@@ -241,7 +248,7 @@ def export_pipeline(
         backbone = run.load("cpu", trust_backbone=trust_backbone)
         pipeline = backbone.pipeline
         if (weights / LORA_FILE).is_file():
-            pipeline.fuse_lora(components=["unet"])
+            pipeline.fuse_lora(components=[backbone.part])
             pipeline.unload_lora_weights()
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
@@ -265,8 +272,16 @@ def open_to_earlier_versions(pipeline: Path) -> None:
     """
     for path in pipeline.glob("tokenizer*/tokenizer.json"):
         model = json.loads(path.read_text(encoding="utf-8"))["model"]
-        write_vocabulary(path.parent, model["vocab"], model["merges"])
+        if "merges" in model:  # CLIP's; T5's is read from this file by both
+            write_vocabulary(path.parent, model["vocab"], model["merges"])
+    for name in ("model_index.json", "tokenizer_3/tokenizer_config.json"):
+        if (path := pipeline / name).is_file():  # 5's own name of a tokenizer is not in 4
+            text = path.read_text(encoding="utf-8")
+            text = text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+            path.write_text(text, encoding="utf-8")
     for path in pipeline.glob("text_encoder*/model.safetensors"):
+        if "CLIP" not in (path.parent / "config.json").read_text(encoding="utf-8"):
+            continue
         tensors = load_file(path)
         named = {shared_name("text_encoder", name): tensor for name, tensor in tensors.items()}
         if named.keys() != tensors.keys():

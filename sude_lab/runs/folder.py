@@ -416,7 +416,7 @@ def run_tuning(
     samples = [_filled(p, config) for p in sample_prompts or default_prompts(config)]
     validated = [_filled(p, config) for p in validation_prompts or []] or samples
     is_lora = config.method == "dreambooth" and config.train == "lora"
-    if kohya and (not is_lora or config.train_text_encoder):
+    if kohya and (not is_lora or config.train_text_encoder or backbone.part != "unet"):
         raise UserError(
             "--kohya writes a LoRA of the UNet: tune with --method dreambooth --train lora and "
             "without --train-text-encoder, or leave --kohya out."

@@ -54,10 +54,15 @@ def guidance_for(
     if not share:
         return nullcontext()
     words = to_class_prompt(prompt, *(subject.category for subject in config.subjects))
-    if has_adapters(backbone.unet) and not config.train_text_encoder:
-        return sude_guidance(backbone.pipeline, None, words, share, hinge=hinge)
-    where = {"device": str(backbone.device), "dtype": config.dtype}
-    base = open_base() if open_base else open_backbone(config.backbone, **where)
+    pipeline, own = backbone.pipeline, has_adapters(backbone.denoiser)
+    if own and not config.train_text_encoder:
+        if backbone.part == "unet":
+            return sude_guidance(pipeline, None, words, share, hinge=hinge)
+        frozen, asked = None, backbone
+    else:
+        where = {"device": str(backbone.device), "dtype": config.dtype}
+        asked = open_base() if open_base else open_backbone(config.backbone, **where)
+        frozen = asked.denoiser
     with torch.no_grad():
-        classes, null = base.encode_prompts([words]), base.null_condition()
-    return sude_guidance(backbone.pipeline, base.unet, classes, share, null=null, hinge=hinge)
+        classes, null = asked.encode_prompts([words]), asked.null_condition()
+    return sude_guidance(pipeline, frozen, classes, share, null=null, hinge=hinge)

@@ -43,7 +43,7 @@ def prepare(
     config, processes = configure(config, backbone), Processes(accelerator)
     images = _squares(config, backbone, pictures)
     latents = [picture_latents(config, backbone, image) for image in images]
-    draws: Draws = FreshDraws(latents, backbone.schedule.num_timesteps)
+    draws: Draws = FreshDraws(latents, backbone.schedule.num_timesteps, backbone.density)
     classifier: Classifier | None = None
     if config.prior_bank:
         with processes.in_turn():

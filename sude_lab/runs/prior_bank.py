@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 from sude_lab.backbone import Backbone, Condition
 from sude_lab.config import CompleteConfig
 from sude_lab.diffusion import add_noise
-from sude_lab.draws import Batch, Latents, draw_subjects, side_of
+from sude_lab.draws import Batch, Density, Latents, draw_subjects, place_of, side_of
 from sude_lab.io.files import atomic_write, locked, save_tensors
 from sude_lab.io.identity import digest, hash_of
 from sude_lab.prompts import photo_of
@@ -59,8 +59,8 @@ class Pairs:
     """N pairs of a timestep and noise for one picture, numbered from 0.
 
     Pair k is a draw of the picture's latent (which mirror image, and the encoder's deviation), of
-    eps and of t, from a generator of its own. Its t is drawn evenly from the k-th of N equal parts
-    of 0 ... T-1, so that a small bank has early and late ones too.
+    eps and of t, from a generator of its own. Its t is drawn from the k-th of N equal parts of the
+    density of t, so that a small bank has early and late ones too.
     """
 
     mean: Tensor
@@ -69,6 +69,7 @@ class Pairs:
     number: int
     num_timesteps: int
     seed: int
+    density: Density = "uniform"
 
     def pair(self, k: int) -> tuple[Tensor, Tensor, int]:
         """Return x_0 and eps, (C, h, w) each, and t of pair k."""
@@ -76,7 +77,9 @@ class Pairs:
         bits = hashlib.blake2b(f"pair {k} of seed {self.seed}".encode(), digest_size=4).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(bits, "big"))
         within = torch.rand((), generator=generator, dtype=torch.float64).item()
-        t = min(int((k + within) * self.num_timesteps / self.number), self.num_timesteps - 1)
+        share = torch.tensor((k + within) / self.number, dtype=torch.float64)
+        place = place_of(share, self.density).item()
+        t = min(int(place * self.num_timesteps), self.num_timesteps - 1)
         pick = int(torch.randint(len(self.mean), (), generator=generator))
         noise = torch.randn((2, *self.mean.shape[1:]), generator=generator)
         return self.mean[pick] + self.deviation[pick] * noise[0], noise[1], t
@@ -142,7 +145,8 @@ def open_bank(
     """
     mean, deviation = latents
     schedule = backbone.schedule
-    pairs = Pairs(mean, deviation, config.prior_bank, schedule.num_timesteps, config.seed)
+    number = schedule.num_timesteps
+    pairs = Pairs(mean, deviation, config.prior_bank, number, config.seed, backbone.density)
     if config.prior_bank_dtype == "live" or not config.with_sude:
         return PriorBank(pairs, {})
     about = _about(config, backbone, category, picture)
@@ -234,7 +238,7 @@ def _about(
 ) -> dict[str, Any]:
     """Return all that a bank follows from; where its files lie has no part in it."""
     pipeline, pixels = backbone.pipeline, picture.convert("RGB")
-    settings = [dict(part.config) for part in (pipeline.unet, pipeline.vae, pipeline.scheduler)]
+    settings = [dict(part.config) for part in (backbone.denoiser, pipeline.vae, pipeline.scheduler)]
     settings += [encoder.config.to_dict() for encoder in backbone.text_encoders.values()]
     # A pipeline's other settings name the classes of its parts.
     settings.append({k: v for k, v in pipeline.config.items() if isinstance(v, bool)})

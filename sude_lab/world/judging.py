@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from sude_lab.config import EMBEDDED
 from sude_lab.errors import UserError
-from sude_lab.io.opening import resolve_source
+from sude_lab.io.opening import is_embedded
 from sude_lab.tuning import TuningConfig
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import HEADS, Oracle, judge, load_oracle, read_scene
@@ -72,13 +71,13 @@ def drawn_judge(
 ) -> DrawnJudge | None:
     """Return the judge of a run; None where neither its model nor its subject is of this world.
 
-    The oracle judges runs of the embedded model. Without a known `scene` it reads it from the
+    The oracle judges runs of the embedded models. Without a known `scene` it reads it from the
     references.
 
     Raises:
         UserError: there is no oracle, or it does not know the run's category.
     """
-    if resolve_source(config.backbone) != resolve_source(EMBEDDED):
+    if not is_embedded(config.backbone):
         return DrawnJudge(scene) if scene else None
     oracle = load_oracle()
     if scene is None:

@@ -11,9 +11,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from sude_lab import backbone as module
+from sude_lab.adapters import FAMILIES
 from sude_lab.backbone import Backbone, Condition, concatenate
 from sude_lab.errors import UserError
-from sude_lab.io.opening import FACTS_FILE, PIPELINES, data_folder, open_backbone, pick_device
+from sude_lab.io.opening import FACTS_FILE, data_folder, open_backbone, pick_device
 from sude_lab.io.pictures import to_tensor
 
 ROOT = Path(module.__file__).parent
@@ -152,11 +153,11 @@ def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_pipeline_of_another_class_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
     with pytest.raises(UserError) as error:
         open_backbone(tmp_path, device="cpu")
-    assert "FluxPipeline" in sentence(error)
-    assert all(name in sentence(error) for name in PIPELINES)
+    assert "PixArtAlphaPipeline" in sentence(error)
+    assert all(name in sentence(error) for name in FAMILIES)
 
 
 @pytest.mark.parametrize("content", [b"", b"{half", b"[1, 2]", b"\xff\xfe\x00"])

@@ -24,7 +24,7 @@ from sude_lab.diffusion import Schedule, to_eps
 from sude_lab.errors import UserError
 from sude_lab.frozen import FrozenUNet
 from sude_lab.generation import generate
-from sude_lab.guidance import sude_correction, sude_guidance, sude_guided
+from sude_lab.guidance import sude_correction, sude_guidance
 from sude_lab.io.guider import SudeGuidance
 from sude_lab.losses import guidance_projection, hinge_loss
 from sude_lab.runs.folder import Run
@@ -117,11 +117,9 @@ def test_every_parametrisation_makes_the_same_correction(
 
     subject = outputs[0]
     guided = negative + w * (subject - negative)
-    own = sude_guided(guided, *outputs, guidance_scale=w, strength=0.8, hinge=hinge)
+    own = guided + w * sude_correction(*outputs, 0.8, hinge=hinge)
     # The same in eps, of which the outputs are an affine map (x_0: with a negative slope).
-    in_eps = sude_guided(
-        eps(guided), *map(eps, outputs), guidance_scale=w, strength=0.8, hinge=hinge
-    )
+    in_eps = eps(guided) + w * sude_correction(*map(eps, outputs), 0.8, hinge=hinge)
     assert torch.allclose(eps(own), in_eps, rtol=1e-9, atol=1e-9)
     rho = [guidance_projection(*o) for o in (outputs, tuple(map(eps, outputs)))]
     assert torch.allclose(*rho, rtol=0, atol=1e-9)
@@ -134,7 +132,7 @@ def test_correcting_the_conditional_half_is_correcting_the_guided_prediction(
     negative, w = normal(7, B, *SHAPE), 4.0
     half = subject + sude_correction(subject, category, uncond, 1.5)
     guided = negative + w * (subject - negative)
-    whole = sude_guided(guided, subject, category, uncond, guidance_scale=w, strength=1.5)
+    whole = guided + w * sude_correction(subject, category, uncond, 1.5)
     assert torch.allclose(negative + w * (half - negative), whole, rtol=0, atol=1e-12)
 
 

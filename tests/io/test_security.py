@@ -20,6 +20,7 @@ from PIL import Image
 from refusals import content, generated, say
 
 from sude_lab import demo
+from sude_lab.adapters.unet import CLASSES
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
@@ -28,7 +29,7 @@ from sude_lab.evaluate.encoders import ENCODERS
 from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.evaluate.prompts import Prompt
 from sude_lab.io.identity import backbone_identity, is_known
-from sude_lab.io.opening import CLASSES, hub_id, open_backbone
+from sude_lab.io.opening import hub_id, open_backbone
 from sude_lab.io.weights import load_weights, save_weights
 from sude_lab.runs.folder import Run, run_tuning
 from sude_lab.sweep import sweep

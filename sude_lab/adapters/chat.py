@@ -1,0 +1,84 @@
+"""What FLUX.2 klein base and Z-Image base share: they read a chat with Qwen3.
+
+Both have true guidance, and no condition is the prompt "" within the chat's marks, as the pipelines
+themselves write it. A subject's word is read by its letters: nothing of the language model is
+trained, and there is no file of words to load. Training is that of diffusers' scripts by default:
+s even over the training's table, the error of the output as it is, and the encoder's mean.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from sude_lab.adapters.family import FlowBackbone
+from sude_lab.backbone import Condition
+from sude_lab.errors import UserError
+
+TOKENS = 512
+"""How many words, the chat's marks among them, both pipelines read unless told."""
+RESOLUTION = 1024
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+WORDS = r"transformers Qwen2Tokenizer(Fast)?"
+
+
+class ChatBackbone(FlowBackbone):
+    """What the two have in common; facts may say `resolution` and the number of words."""
+
+    density: ClassVar[Literal["uniform", "logit_normal"]] = "uniform"
+    unavailable: ClassVar[tuple[str, ...]] = ("custom_diffusion", "vico", "textual_inversion")
+
+    @property
+    def text_encoders(self) -> dict[str, Any]:
+        """None that knows the subjects' words."""
+        return {}
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """None that knows the subjects' words."""
+        return []
+
+    @property
+    def resolution(self) -> int:
+        """The side of a picture in pixels."""
+        return int(self.facts.get("resolution", RESOLUTION))
+
+    @property
+    def length(self) -> int:
+        """How many words are read."""
+        return int(self.facts.get("text", {}).get("max_sequence_length", TOKENS))
+
+    def check_method(self, config: Any) -> None:
+        """Refuse what is made for UNets, and what trains words.
+
+        Raises:
+            UserError: the method is, or a text encoder or a word is to be trained.
+        """
+        super().check_method(config)
+        if config.train_text_encoder or config.token_learning_rate:
+            raise UserError(
+                f"The language model of a {type(self.pipeline).__name__} is not trained: leave out "
+                "--train-text-encoder and --token-learning-rate."
+            )
+
+    def tokenize(self, prompts: list[str], tokenizer: Any = None) -> Tensor:
+        """Return token ids (B, L), without the chat's marks."""
+        ids = self.tokenizer(
+            prompts, padding="max_length", max_length=self.length, truncation=True,
+            return_tensors="pt",
+        ).input_ids  # fmt: skip
+        return ids.to(self.device)
+
+    def beyond_reach(self, prompt: str, *tokens: str) -> str:
+        """Return the end of a prompt, which is not read; "": all is."""
+        return self.tokenizer.decode(self.tokenizer(prompt).input_ids[self.length :])
+
+    def null_condition(self, side: int | None = None) -> Condition:
+        """Return the condition of no prompt, one row."""
+        return self.encode_prompts([""])
+
+    def call_arguments(self, **settings: Any) -> dict[str, Any]:
+        """Return the pipeline's arguments, with sides and number of words."""
+        side = self.resolution
+        return settings | {"height": side, "width": side, "max_sequence_length": self.length}

@@ -1,0 +1,140 @@
+"""FLUX.2 klein base: `Flux2KleinPipeline` where `is_distilled` is false.
+
+The transformer is told s = t / 1000 and says noise - x_0 of packed latents, with ids for words and
+picture; latents are patches of 2 x 2, normalised by the VAE's running statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sude_lab.adapters.chat import PARTS, WORDS, ChatBackbone
+from sude_lab.adapters.family import DISTILLED, Family, no_flow
+from sude_lab.adapters.unet import SHARED
+from sude_lab.backbone import Condition
+from sude_lab.errors import UserError
+
+
+def patchify(x: Tensor) -> Tensor:
+    """Turn patches of 2 x 2 into channels, (B, C, h, w) -> (B, 4 C, h / 2, w / 2).
+
+    Raises:
+        UserError: a side is odd.
+    """
+    if x.shape[2] % 2 or x.shape[3] % 2:
+        raise UserError("--resolution must be a multiple of 16 for this model.")
+    x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h, 2, w, 2)
+    return x.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+
+def unpatchify(x: Tensor) -> Tensor:
+    """Turn them back, (B, 4 C, h, w) -> (B, C, 2 h, 2 w)."""
+    x = x.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3)  # (B, C, h, 2, w, 2)
+    return x.flatten(4, 5).flatten(2, 3)
+
+
+def ask(model: Any, x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
+    """Return the transformer's output for times 1000 s, (B, C, h, w): packed, with its ids."""
+    batch, channels, height, width = x_t.shape
+    one, sides = torch.arange(1), (torch.arange(height), torch.arange(width))
+    words = torch.arange(condition.hidden.shape[1])
+    ids = [torch.cartesian_prod(one, *sides, one), torch.cartesian_prod(one, one, one, words)]
+    img_ids, txt_ids = (i.to(x_t.device).expand(batch, -1, -1) for i in ids)
+    output = model(
+        hidden_states=x_t.flatten(2).transpose(1, 2),
+        timestep=time / 1000,
+        guidance=None,
+        encoder_hidden_states=condition.hidden,
+        txt_ids=txt_ids,
+        img_ids=img_ids,
+        return_dict=False,
+    )[0]
+    return output[:, : height * width].transpose(1, 2).reshape(batch, channels, height, width)
+
+
+class Klein(ChatBackbone):
+    """FLUX.2 klein base: latents in patches of 2 x 2, normalised by the VAE."""
+
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        "to_qkv_mlp_proj",
+    )
+    ask = staticmethod(ask)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of a picture's latents, (4 C, h, w)."""
+        side = self.resolution // (2 * self.pipeline.vae_scale_factor)
+        return (self.denoiser.config.in_channels, side, side)
+
+    def encode_prompts(self, prompts: list[str], side: int | None = None) -> Condition:
+        """Return the condition of the prompts: three of Qwen3's layers side by side."""
+        with self.autocast():
+            hidden, _ = self.pipeline.encode_prompt(prompts, max_sequence_length=self.length)
+        return Condition(hidden)
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        vae = self.pipeline.vae
+        mean, variance = (x.view(1, -1, 1, 1) for x in (vae.bn.running_mean, vae.bn.running_var))
+        return mean, (variance + vae.config.batch_norm_eps).sqrt()
+
+    def scaled(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (patches - mean) / deviation of the VAE's statistics; the script draws nothing."""
+        center, spread = self._statistics()
+        latents = (patchify(mean) - center) / spread
+        return latents, torch.zeros_like(latents)
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Return latents as the decoder reads them."""
+        center, spread = self._statistics()
+        return unpatchify(latents * spread + center)
+
+    def call_arguments(self, **settings: Any) -> dict[str, Any]:
+        """Return the pipeline's arguments.
+
+        Raises:
+            UserError: there is a negative prompt, for which the pipeline has no place.
+        """
+        if settings.pop("negative_prompt", None):
+            raise UserError("A Flux2KleinPipeline takes no negative prompt: leave it out.")
+        return super().call_arguments(**settings)
+
+
+def misfits(pipeline: Any) -> Iterator[str]:
+    """Yield which parts of a pipeline do not fit each other."""
+    yield from no_flow(pipeline)
+    model, channels = pipeline.transformer.config, 4 * pipeline.vae.config.latent_channels
+    if model.in_channels != channels:
+        yield f"its transformer takes {model.in_channels} channels, its VAE makes {channels}"
+    width = 3 * pipeline.text_encoder.config.hidden_size
+    if model.joint_attention_dim != width:
+        yield f"its transformer reads words of width {model.joint_attention_dim}, not {width}"
+
+
+def refusal(folder: Path, index: dict[str, Any], read: Callable[[str], Any]) -> str | None:
+    """Say why a folder cannot be used: it is distilled, in steps or in guidance."""
+    if index.get("is_distilled") or read("transformer/config.json").get("guidance_embeds", True):
+        return f"{folder} {DISTILLED}"
+    return None
+
+
+FLUX2_KLEIN = Family(
+    "FLUX.2 klein",
+    "flux2",
+    Klein,
+    {
+        "transformer": r"diffusers Flux2Transformer2DModel",
+        "vae": r"diffusers AutoencoderKLFlux2",
+        "text_encoder": r"transformers Qwen3ForCausalLM",
+        "tokenizer": WORDS,
+        "scheduler": SHARED["scheduler"],
+    },
+    PARTS,
+    misfits,
+    refusal,
+)

@@ -1,0 +1,108 @@
+"""Z-Image base: `ZImagePipeline`; Turbo is distilled, which its name alone says.
+
+The transformer is told 1 - s and says x_0 - noise, of lists of pictures and of words without
+padding; the pipeline's scale of guidance counts from 0, and it writes over the caller's prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sude_lab.adapters.chat import PARTS, WORDS, ChatBackbone
+from sude_lab.adapters.family import DISTILLED, Family, no_flow
+from sude_lab.adapters.unet import SHARED
+from sude_lab.backbone import Condition
+
+
+def ask(model: Any, x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
+    """Return noise - x_0 for times 1000 s, (B, C, h, w)."""
+    assert condition.sizes is not None
+    lengths = condition.sizes[:, 0].tolist()
+    words = [row[:length] for row, length in zip(condition.hidden, lengths, strict=True)]
+    pictures = list(x_t.unsqueeze(2).unbind(0))
+    output = model(pictures, (1000 - time) / 1000, words, return_dict=False)[0]
+    return -torch.stack(list(output)).squeeze(2)
+
+
+class ZImage(ChatBackbone):
+    """Z-Image base: the output is x_0 - noise at the time 1 - s, and words have no padding."""
+
+    attention: ClassVar[tuple[str, ...]] = (".attention.",)
+    ask = staticmethod(ask)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of a picture's latents, (C, h, w)."""
+        side = self.resolution // self.pipeline.vae_scale_factor
+        return (self.denoiser.config.in_channels, side, side)
+
+    def encode_prompts(self, prompts: list[str], side: int | None = None) -> Condition:
+        """Return the condition of the prompts: rows of `sizes` words, then zeros."""
+        with self.autocast():  # the pipeline writes over the list that it is given
+            rows, _ = self.pipeline.encode_prompt(
+                list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.length
+            )
+        hidden = rows[0].new_zeros(len(rows), self.length, rows[0].shape[1])
+        for k, row in enumerate(rows):
+            hidden[k, : len(row)] = row
+        lengths = torch.tensor([[len(row)] for row in rows], device=hidden.device)
+        return Condition(hidden, sizes=lengths)
+
+    def scaled(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (latents - shift) * scale; the script draws nothing."""
+        config = self.pipeline.vae.config
+        latents = (mean - config.shift_factor) * config.scaling_factor
+        return latents, torch.zeros_like(latents)
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Return latents / scale + shift."""
+        config = self.pipeline.vae.config
+        return latents / config.scaling_factor + config.shift_factor
+
+    def call_arguments(self, **settings: Any) -> dict[str, Any]:
+        """Return the pipeline's arguments: its scale g means u_cond + g (u_cond - u_neg)."""
+        scale = settings.pop("guidance_scale") - 1
+        return super().call_arguments(**settings, guidance_scale=scale)
+
+
+def misfits(pipeline: Any) -> Iterator[str]:
+    """Yield which parts of a pipeline do not fit each other."""
+    yield from no_flow(pipeline)
+    model, channels = pipeline.transformer.config, pipeline.vae.config.latent_channels
+    if model.in_channels != channels:
+        yield f"its transformer takes {model.in_channels} channels, its VAE has {channels}"
+    width = pipeline.text_encoder.config.hidden_size
+    if model.cap_feat_dim != width:
+        yield f"its transformer reads words of width {model.cap_feat_dim}, not {width}"
+
+
+def refusal(folder: Path, index: dict[str, Any], read: Callable[[str], Any]) -> str | None:
+    """Say why a folder cannot be used: its name says Turbo, or its VAE has no shift."""
+    if "turbo" in folder.name.lower():
+        return f"{folder} {DISTILLED}"
+    if read("vae/config.json").get("shift_factor") is None:
+        return (
+            f"The VAE in {folder} has no shift_factor, without which a ZImagePipeline cannot draw"
+        )
+    return None
+
+
+Z_IMAGE = Family(
+    "Z-Image",
+    "z-image",
+    ZImage,
+    SHARED
+    | {
+        "transformer": r"diffusers ZImageTransformer2DModel",
+        "text_encoder": r"transformers Qwen3(Model|ForCausalLM)",
+        "tokenizer": WORDS,
+    },
+    PARTS,
+    misfits,
+    refusal,
+)
