@@ -75,7 +75,7 @@ def test_each_run_takes_the_steps_that_its_row_needs(demo: Path) -> None:
     watched = {name: run.metrics()["rho"].notna().tolist() for name, run in runs.items()}
     assert watched == {"plain": [True, False, False], "sude": [True] * 3, "never": [True]}
     page = (demo / REPORT).read_text(encoding="utf-8")
-    assert "in every 8th step" in page and "<td>1</td>" in page
+    assert "in every 4th step" in page and "<td>1</td>" in page
 
 
 def test_a_second_call_keeps_finished_runs(demo: Path) -> None:
