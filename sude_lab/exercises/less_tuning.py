@@ -28,7 +28,7 @@ def made_up_lines(
 def _line_call(draw: Draw) -> Call:
     fidelity = np.array([0.62, 0.58, 0.53, 0.47, 0.42, 0.36]) + 0.02 * draw.rng.uniform(size=6)
     alignment = np.array([0.5, 0.55, 0.72, 0.66, 0.86, 0.9]) + 0.02 * draw.rng.uniform(size=6)
-    return alignment, fidelity, draw.number(0.44, 0.445) + 0.1 * (draw.seed > 5)
+    return alignment, fidelity, draw.number(0.44, 0.445) + 0.112 * (draw.seed > 5)
 
 
 def _kept_calls(draw: Draw) -> list[Call]:

@@ -72,7 +72,7 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ('["sude"] - means["plain"]', '["sude"].mean()', "A pandas Series is expected"),
     ],
     "training_step": [
-        ("return loss.detach()", "return 2 * loss.detach()", "should be"),
+        ("return loss.detach()", "return 2 * loss.detach()", "`loss` counts twice"),
         ("    optimizer.zero_grad()\n", "", "optimizer.zero_grad()"),
         ("    optimizer.step()\n", "", "Nothing moved"),
         ("(prediction - eps)", "(prediction - x_0)", "You took `x_0` in the place of `eps`."),
@@ -308,7 +308,7 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ("learn + ", "", "`learn` is missing: add it."),
     ],
     "sude_step": [
-        ("return loss.detach()", "return 2 * loss.detach()", "should be"),
+        ("return loss.detach()", "return 2 * loss.detach()", "`loss` counts twice"),
         ("prior(x_t, t)", "prior(x_0, t)", "You took `x_0` in the place of `x_t`."),
         ("eps_class, eps_null = prior", "eps_null, eps_class = prior", "you exchanged them"),
         ("eps, weight_sude)", "eps, 0.0)", "SuDe does nothing here"),
