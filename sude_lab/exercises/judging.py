@@ -97,6 +97,9 @@ class Check:
     learns: Sequence[str] = ()
     fixed: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "__doc__", self.right.__doc__)
+
     def calls(self, seed: int = 0) -> list[Call]:
         """Return all calls for a seed: of two seeds, so that nothing is right by chance."""
         drawn = [self.draws(Draw(each)) for each in (seed, seed + 10)]
@@ -111,10 +114,9 @@ class Check:
             for part, (one, its) in enumerate(zip(given[k], right[k], strict=True)):
                 if not same(one, value := read(its, its), self.tolerance):
                     its_own, should = ([row[part] for row in rows] for rows in (given, right))
-                    for says, wrong in self.wrong(calls, part, right):
+                    for says, wrong in self.wrong(answer, calls, part, right):
                         if self._match(its_own, should, wrong):
                             raise Mistake(says)
-                    self._judge_use(answer, calls, given[0])
                     raise Mistake(f"{difference(one, value, self.tolerance)} {self.hint}".strip())
             if self.learns:
                 judge_gradients(answer, call, self.learns, self.fixed)
@@ -122,20 +124,6 @@ class Check:
     def _read(self, answer: Answer, call: Call, right: list[Any]) -> list[Any]:
         given = self._parts(self.run(answer, call))
         return [read(*pair) for pair in zip(given, right, strict=True)]
-
-    def _judge_use(self, answer: Answer, calls: list[Call], given: list[Any]) -> None:
-        """Say so if a number or a word in the first call makes no difference to an answer."""
-        names = list(inspect.signature(self.right).parameters)
-        for k, value in enumerate(calls[0] if len(names) == len(calls[0]) else ()):
-            others = [call[k] for call in calls if isinstance(value, int | float | str)]
-            for other in [each for each in others if each != value][:1]:
-                call = (*calls[0][:k], other, *calls[0][k + 1 :])
-                right = self._parts(self.run(self.right, call))
-                if all(map(same, self._read(answer, call, right), given)):
-                    says = (
-                        "makes no difference: is it used, or does a number of your own stand there?"
-                    )
-                    raise Mistake(f"`{names[k]}` {says}")
 
     def _match(self, given: list[Any], right: list[Any], wrong: Iterator[Any]) -> bool:
         """Say whether all results are those of a slip; a change may be no code that runs."""
@@ -150,13 +138,13 @@ class Check:
             return False
 
     def wrong(
-        self, calls: list[Call], part: int, right: list[list[Any]]
+        self, answer: Answer, calls: list[Call], part: int, right: list[list[Any]]
     ) -> Iterator[tuple[str, Iterator[Any]]]:
-        """Yield what to say of every slip, and its results of all calls as `read` has them."""
-        text = source_of(self.right)
+        """Yield what to say of every slip, and its results of all calls."""
+        text, names = source_of(self.right), list(inspect.signature(self.right).parameters)
 
-        def results(answer: Answer) -> Iterator[Any]:
-            return (self._parts(self.run(answer, call))[part] for call in calls)
+        def results(slip: Answer, calls: list[Call] = calls) -> Iterator[Any]:
+            return (self._parts(self.run(slip, call))[part] for call in calls)
 
         def of_right(change: Answer) -> Iterator[Any]:
             return (change(read(parts[part], parts[part])) for parts in right)
@@ -166,8 +154,14 @@ class Check:
                 yield says, results(made(self.right, changed(text, change)))
             else:
                 yield says, of_right(eval(f"lambda right: {change}"))
-        yield from ((says, results(answer)) for says, answer in one_change_slips(self.right))
+        yield from ((says, results(slip)) for says, slip in one_change_slips(self.right))
         yield from ((says, of_right(change)) for says, change in USUAL.items())
+        for k, name in enumerate(names if len(names) == len(calls[0]) else ()):
+            values = {call[k] for call in calls if isinstance(call[k], int | float | str)}
+            if len(values) > 1:  # the same answer, asked with another number: no change?
+                others = [(*call[:k], min(values - {call[k]}), *call[k + 1 :]) for call in calls]
+                says = "makes no difference: is it used, or does a number of your own stand there?"
+                yield f"`{name}` {says}", results(answer, others)
 
     def _parts(self, given: Any) -> list[Any]:
         if not self.two:

@@ -1,6 +1,7 @@
 """Checks of the exercises to lesson 10: lines compared at equal fidelity, and what may be said."""
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -17,10 +18,7 @@ def made_up_lines(
     """
     rng, strength = np.random.default_rng(seed), np.linspace(0, 1, 6)
     look, hard = rng.uniform(0.55, 0.7, (number, 1)), rng.uniform(0.1, 0.3, (number, 1))
-    ahead: dict[str, float | np.ndarray] = {
-        "fewer steps": 0.0,
-        "SuDe": rng.normal(0.05, 0.06, (number, 1)),
-    }
+    ahead: dict[str, Any] = {"fewer steps": 0.0, "SuDe": rng.normal(0.05, 0.06, (number, 1))}
     return strength, {
         name: (0.45 - hard + 0.5 * strength**0.7 + by * (1 - strength), look - 0.25 * strength)
         for name, by in ahead.items()
@@ -30,7 +28,7 @@ def made_up_lines(
 def _line_call(draw: Draw) -> Call:
     fidelity = np.array([0.62, 0.58, 0.53, 0.47, 0.42, 0.36]) + 0.02 * draw.rng.uniform(size=6)
     alignment = np.array([0.5, 0.55, 0.72, 0.66, 0.86, 0.9]) + 0.02 * draw.rng.uniform(size=6)
-    return alignment, fidelity, draw.number(0.44, 0.445) + 0.02 * (draw.seed > 5)
+    return alignment, fidelity, draw.number(0.44, 0.445) + 0.112 * (draw.seed > 5)
 
 
 def _kept_calls(draw: Draw) -> list[Call]:
@@ -65,11 +63,11 @@ def covers(studies: np.ndarray, truth: float, factor: float) -> float:
 
 
 def _verdict_calls(draw: Draw) -> list[Call]:
-    noise = draw.rng.uniform(-0.05, 0.05, 8)
-    return [
-        (mean + spread * (noise - noise.mean()), 2.36, 0.04 + 0.01 * (draw.seed > 5))
-        for mean, spread in ((0.2, 1), (-0.2, 1), (0.005, 0.5), (0.02, 5), (0.07, 4))
-    ]
+    noise, late = draw.rng.normal(size=8), draw.seed > 5
+    noise = (noise - noise.mean()) / noise.std(ddof=1)
+    means = {0.2: 0.05, -0.2: 0.05, 0.005: 0.02, 0.02: 0.15, 0.07: 0.1, 0.08: 0.08}  # their spreads
+    rule = (2.36 + 1.14 * late, 0.04 - 0.02 * late)
+    return [(mean + spread * noise, *rule) for mean, spread in means.items()]
 
 
 @check(_verdict_calls)

@@ -72,6 +72,7 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ('["sude"] - means["plain"]', '["sude"].mean()', "A pandas Series is expected"),
     ],
     "training_step": [
+        ("return loss.detach()", "return 2 * loss.detach()", "`loss` counts twice"),
         ("    optimizer.zero_grad()\n", "", "optimizer.zero_grad()"),
         ("    optimizer.step()\n", "", "Nothing moved"),
         ("(prediction - eps)", "(prediction - x_0)", "You took `x_0` in the place of `eps`."),
@@ -307,6 +308,7 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ("learn + ", "", "`learn` is missing: add it."),
     ],
     "sude_step": [
+        ("return loss.detach()", "return 2 * loss.detach()", "`loss` counts twice"),
         ("prior(x_t, t)", "prior(x_0, t)", "You took `x_0` in the place of `x_t`."),
         ("eps_class, eps_null = prior", "eps_null, eps_class = prior", "you exchanged them"),
         ("eps, weight_sude)", "eps, 0.0)", "SuDe does nothing here"),
@@ -567,7 +569,7 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
     "area": [
         ("fidelity[::-1], alignment[::-1]", "fidelity, alignment", "growing x"),
         (".mean()", ".mean() * (high - low)", "divided by its width"),
-        ("    return np.interp", "    return 0.5 * np.interp", "Half as large"),
+        ("    return np.interp", "    return 0.5 * np.interp", "counts half"),
     ],
     "covers": [
         (" / np.sqrt(studies.shape[1])", "", "s / sqrt(n)"),
@@ -1231,9 +1233,7 @@ def test_nbgrader_grades_what_is_handed_in(
 
     def tricks(book: Notebook) -> None:
         spoil(book, "threshold", "exercises.check_threshold = lambda *_, **__: None")
-        for part in ("exercises.judging", "sude_lab.exercises.truncation"):
-            trick = f"import sude_lab.exercises.truncation\n{part}.judge = lambda *_, **__: None"
-            spoil(book, "truncated", trick)
+        spoil(book, "truncated", "import sude_lab.exercises.judging as j\nj.same = lambda *_: True")
         cell_of(book, "truncated-check")["source"] = "print('Right.')"
         spoil(book, "rho")
         cell_of(book, "rho-check")["source"] = ""

@@ -76,7 +76,7 @@ WRONG: dict[str, list[tuple[str, str, str, str]]] = {
         ("hinge", "-2 * tau", "-tau", "a 2|`2`"),
         ("settle", "- 2 * weight_sude", "+ 2 * weight_sude", "wrong way|descend"),
         ("settle", "2 * weight_sude * gate", "2 * gate", "w_s is not used"),
-        ("settle", "2 * weight_sude * gate", "2 * 0.8 * gate", "your number|not used"),
+        ("settle", "2 * weight_sude * gate", "2 * 0.8 * gate", "number of your own"),
         ("settle", "(loss > tau)[:, None]", "loss.mean() > tau.mean()", "averaged over the batch"),
         ("settle", "(loss > tau)[:, None]", "True", "never stops"),
     ],
