@@ -146,8 +146,9 @@ def test_it_is_tuned_saved_and_loaded_by_plain_diffusers(
     tmp_path: Path,
 ) -> None:
     model = model_of(name)
+    values = {"learning_rate": 1e-3 if name in CLIPS else 5e-2} | CASES[case]
     for w_s in (0.0, 2.0):
-        backbone, steps = tuned(model, picture, weight_sude=w_s, monitor_sude=True, **CASES[case])
+        backbone, steps = tuned(model, picture, weight_sude=w_s, monitor_sude=True, **values)
         assert len(steps) == 2
         for step in steps:
             assert all(math.isfinite(value) for value in step.row().values())
@@ -320,7 +321,7 @@ def test_a_chat_has_a_null_prompt_that_is_not_empty(
         hidden, _ = pipeline.encode_prompt("", max_sequence_length=64)
         assert torch.equal(null.hidden, hidden)
     else:
-        _, rows = pipeline.encode_prompt("a", True, max_sequence_length=64)
+        _, rows = pipeline.encode_prompt("a", max_sequence_length=64)
         assert null.sizes is not None and len(rows[0]) == int(null.sizes)
         torch.testing.assert_close(null.hidden[0, : len(rows[0])], rows[0])
 
@@ -343,7 +344,7 @@ def test_what_is_distilled_is_refused_before_its_weights_are_read(
     if file:
         entries = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps(entries | entry))
-    with pytest.raises(UserError, match="is distilled: .* no denominator"):
+    with pytest.raises(UserError, match="has no denominator"):
         open_backbone(folder, device="cpu")
 
 
