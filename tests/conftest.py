@@ -129,10 +129,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For SUDE_LAB_DATA: the tiny model in the place of the embedded one, with the real oracle."""
+    """For SUDE_LAB_DATA: the tiny model in the place of the embedded one, with the real oracle.
+
+    And the second embedded model as it is.
+    """
     data = tmp_path_factory.mktemp("data")
     (data / "embedded").symlink_to(tiny_folder)
-    (data / "oracle").symlink_to(Path(__file__).resolve().parent.parent / "data" / "oracle")
+    for name in ("oracle", "embedded_flow"):
+        (data / name).symlink_to(Path(__file__).resolve().parent.parent / "data" / name)
     return data
 
 

@@ -108,7 +108,6 @@ KLEIN: Config = {
 SMALL_KLEIN: Config = {
     "attention_head_dim": 16,
     "axes_dims_rope": [4, 4, 4, 4],
-    "in_channels": 64,
     "joint_attention_dim": 48,
     "num_attention_heads": 2,
     "num_layers": 1,
@@ -118,7 +117,7 @@ SMALL_KLEIN: Config = {
 KLEIN_VAE: Config = {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "latent_channels": 16,
+    "latent_channels": 32,
     "layers_per_block": 2,
     "norm_num_groups": 32,
     "up_block_types": ["UpDecoderBlock2D"] * 4,

@@ -63,6 +63,8 @@ def test_the_folder_opens_and_draws_in_plain_diffusers(flow, tmp_path):
     assert plain.tokenizer_3(["photo of a dog", ""]).input_ids == [[2, 1], [1]]
     facts = json.loads((config.out / "sude_lab.json").read_text("utf-8"))
     assert "glass" in facts["words"]
+    shipped = json.loads((ROOT / "data/embedded_flow/sude_lab.json").read_text("utf-8"))
+    assert facts == shipped
 
 
 def test_texts_are_those_of_the_pipeline(flow, tmp_path):
