@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sude_lab.diffusion import Schedule
 from sude_lab.errors import UserError
-from sude_lab.prompts import PLACEHOLDER
+from sude_lab.prompts import PLACEHOLDER, by_itself
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,10 @@ class Backbone:
         """
         ids = self.tokenizer(self.pipeline.maybe_convert_prompt(prompt, self.tokenizer)).input_ids
         for token in tokens:
-            if token in prompt and self.tokenizer.convert_tokens_to_ids(token) not in ids:
+            if (
+                by_itself(token).search(prompt)
+                and self.tokenizer.convert_tokens_to_ids(token) not in ids
+            ):
                 raise UserError(
                     f"The model's tokenizer reads {prompt[:80]!r} without {token}: put spaces "
                     "around it, or tune with a token of another make, like <sks>."
@@ -263,15 +266,19 @@ class Backbone:
             self.tokenizer.decode(part) for part in (ids[1 : most - 1], ids[most - 1 : -1])
         )
         for token in tokens:
-            if token in rest and token not in read:
+            if by_itself(token).search(rest) and not by_itself(token).search(read):
                 raise UserError(
                     f"The prompt is longer than the {most - 2} pieces of words that the model "
                     f"reads, and {token} stands behind them: make it shorter."
                 )
         return rest
 
-    def encode_prompts(self, prompts: list[str]) -> Condition:
-        """Return the condition c of the prompts; gradients flow where they are on."""
+    def encode_prompts(self, prompts: list[str], side: int | None = None) -> Condition:
+        """Return the condition c of the prompts; gradients flow where they are on.
+
+        SDXL is told the `side` of the square in pixels, None: its own, as of a picture that has
+        this size and is not cropped.
+        """
         with self.autocast():
             if not self.is_xl:
                 return Condition(self.text_encoder(self.tokenize(prompts))[0])
@@ -282,13 +289,13 @@ class Backbone:
                 )
             ]
             hidden = torch.cat([out.hidden_states[-2] for out in outputs], dim=-1)
-            side = float(self.resolution)
-            sizes = torch.tensor([[side, side, 0.0, 0.0, side, side]], device=self.device)
+            pixels = float(side or self.resolution)
+            sizes = torch.tensor([[pixels, pixels, 0.0, 0.0, pixels, pixels]], device=self.device)
             return Condition(hidden, outputs[-1].text_embeds, sizes.expand(len(prompts), 6))
 
-    def null_condition(self) -> Condition:
+    def null_condition(self, side: int | None = None) -> Condition:
         """Return the condition of no prompt, one row: "" encoded; SDXL was trained with zeros."""
-        null = self.encode_prompts([""])
+        null = self.encode_prompts([""], side)
         if self.is_xl and self.pipeline.config.force_zeros_for_empty_prompt:
             assert null.pooled is not None
             zeros = torch.zeros_like

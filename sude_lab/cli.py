@@ -276,7 +276,7 @@ def _warn(text: str) -> None:
 def _generate(args: Generate) -> None:
     from sude_lab.generation import generate
     from sude_lab.io.files import atomic_folder
-    from sude_lab.prompts import PLACEHOLDER
+    from sude_lab.prompts import PLACEHOLDER, by_itself
     from sude_lab.runs.folder import Run
     from sude_lab.runs.guided import guidance_for
 
@@ -287,7 +287,7 @@ def _generate(args: Generate) -> None:
     backbone = run.load(args.device, dtype=args.dtype, trust_backbone=args.trust_backbone)
     words = prompt
     for token in run.tokens:
-        words = words.replace(token, " ")
+        words = by_itself(token).sub(" ", words)
     _note(backbone, [prompt, negative], words, *run.tokens)
     if words == prompt:
         _warn(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.")
@@ -328,12 +328,10 @@ def _classify(args: Classify) -> None:
     settings = {name: getattr(args, name) for name in shared}
     classifier = ImplicitClassifier(backbone, args.prompt, prior=args.prior or None, **settings)
     picture = load_picture(args.image, resolution=backbone.resolution)
-    if len({tuple(ids.tolist()) for ids in backbone.tokenize([*args.prompt])}) < len(args.prompt):
-        raise UserError("Two prompts are the same as far as the model reads them: change one.")
+    (verdict,) = classifier.classify([picture.image], progress=True)
     for note in picture.notes:
         _warn(note)
     _note(backbone, args.prompt, " ".join(args.prompt))
-    (verdict,) = classifier.classify([picture.image], progress=True)
     rows = verdict.rows()
     if args.json:
         about = {

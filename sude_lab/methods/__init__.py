@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
+from unicodedata import normalize
 
 from sude_lab.backbone import Backbone
 from sude_lab.config import PRESETS, CompleteConfig, TuningConfig, read_settings
@@ -70,7 +71,7 @@ def configure(
 
     Raises:
         UserError: a setting, preset or method does not exist, the model cannot know the category,
-            or a prior bank is of no use to the prior.
+            a token cannot hold its vectors, or a prior bank is of no use to the prior.
     """
     if isinstance(settings, Mapping):
         settings = TuningConfig(**read_settings(settings))
@@ -91,7 +92,30 @@ def configure(
             "--prior-bank keeps what the model says before tuning, and --prior current asks it as "
             "it is by then: use --prior pretrained, or leave --prior-bank out."
         )
+    _check_tokens(config)
     return _on_model(config, model) if isinstance(model, Backbone) else config
+
+
+def _check_tokens(config: CompleteConfig) -> None:
+    """Refuse tokens that would not be read once for each of their vectors, by diffusers either.
+
+    A pipeline puts <sks> <sks>_1 <sks>_2 in place of <sks> in a prompt's text: of the word as its
+    tokenizer has it, in small letters, wherever that stands, and as far as there are such words.
+    """
+    tokens, several = [subject.token for subject in config.subjects], config.num_vectors > 1
+    for token in tokens:
+        marked = not (token[:1].isalnum() or token[-1:].isalnum())
+        if several and not (marked and token == normalize("NFC", token).lower()):
+            raise UserError(
+                f"The token {token!r} cannot stand for {config.num_vectors} vectors: write it in "
+                "small letters between two marks, like <sks>."
+            )
+        for other in set(tokens) - {token}:
+            if other == f"{token}_1" or (several and token in other):
+                raise UserError(
+                    f"The token {other!r} holds the token {token!r} and would be read as a part of "
+                    "it: choose others, like <sks> and <zwx>."
+                )
 
 
 def _on_model(config: CompleteConfig, backbone: Backbone) -> CompleteConfig:

@@ -12,7 +12,7 @@ from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.guidance import has_adapters, sude_guidance
 from sude_lab.io.opening import open_backbone
-from sude_lab.prompts import article, placeholder
+from sude_lab.prompts import article, by_itself, placeholder
 
 
 def to_class_prompt(prompt: str, *categories: str) -> str:
@@ -35,11 +35,13 @@ def to_class_prompt(prompt: str, *categories: str) -> str:
 def guidance_for(
     config: TuningConfig, backbone: Backbone, prompt: str, strength: float
 ) -> AbstractContextManager[list[Tensor]]:
-    """Return `sude_guidance` for a tuned backbone and a prompt with {S*}.
+    """Return `sude_guidance` for a tuned backbone and a prompt with {S*}, or with the token.
 
     A backbone whose UNet carries a LoRA is its own frozen base; else the base is opened again
     beside it, which takes its memory a second time.
     """
+    for number, subject in enumerate(config.subjects):
+        prompt = by_itself(subject.token).sub(placeholder(number), prompt)
     words = to_class_prompt(prompt, *(subject.category for subject in config.subjects))
     if has_adapters(backbone.unet) and not config.train_text_encoder:
         return sude_guidance(backbone.pipeline, None, words, strength)
