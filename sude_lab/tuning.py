@@ -27,7 +27,15 @@ from torch import Tensor
 from sude_lab.backbone import Backbone, Condition
 from sude_lab.config import CompleteConfig, TuningConfig
 from sude_lab.diffusion import add_noise, training_target
-from sude_lab.draws import Batch, Draws, FreshDraws, one_of_each, picture_latents, step_generator
+from sude_lab.draws import (
+    Batch,
+    Draws,
+    FreshDraws,
+    one_of_each,
+    picture_latents,
+    side_of,
+    step_generator,
+)
 from sude_lab.errors import UserError, machine_failure
 from sude_lab.losses import class_regularizer, subject_loss, total_loss
 from sude_lab.methods import Method, configure, get_method
@@ -161,9 +169,13 @@ class Tuning:
                 self._load(state)
             self._prompts = self.method.subject_prompts()
             for prompt, subject in zip(self._prompts, config.subjects, strict=True):
-                backbone.beyond_reach(prompt, subject.token)
+                if rest := backbone.beyond_reach(prompt, subject.token):
+                    raise UserError(
+                        f"The tuning prompt is too long for the model, which leaves out {rest!r}: "
+                        "make it shorter."
+                    )
             with torch.no_grad():
-                self._subjects = backbone.encode_prompts(self._prompts)
+                self._subjects = backbone.encode_prompts(self._prompts, side_of(config, backbone))
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -192,6 +204,7 @@ class Tuning:
             "trained": self.method.state_dict(),
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
+            "processes": self.processes.number,
         }
 
     def _state_after(self, number: int) -> dict[str, Any]:
@@ -203,6 +216,12 @@ class Tuning:
         return self.state_dict()
 
     def _load(self, state: dict[str, Any]) -> None:
+        before, now = state.get("processes", self.processes.number), self.processes.number
+        if before != now:
+            raise UserError(
+                f"The run was begun with {before} process(es) and would go on with {now}, which "
+                f"draw another batch: continue it with {before}."
+            )
         try:
             self.method.load_state_dict(state["trained"])
             self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
@@ -269,7 +288,8 @@ class Tuning:
             now = category_conditions(self.backbone, config)
         subjects = self._subjects
         if method.changes_subject_text:
-            subjects = self.backbone.encode_prompts(self._prompts)
+            side = side_of(config, self.backbone)
+            subjects = self.backbone.encode_prompts(self._prompts, side)
         x_t = add_noise(batch.x_0, batch.eps, batch.t, schedule)
         output = method.predict(x_t, batch.t, subjects[batch.which], batch.which)
         own = method.own_loss()
@@ -352,8 +372,9 @@ def tune(
 
 def category_conditions(backbone: Backbone, config: CompleteConfig) -> tuple[Condition, Condition]:
     """Return the null condition, one row, and the category's of every subject."""
+    side = side_of(config, backbone)
     categories = [photo_of(s.category) for s in config.subjects]
-    return backbone.null_condition(), backbone.encode_prompts(categories)
+    return backbone.null_condition(side), backbone.encode_prompts(categories, side)
 
 
 def check_finite(number: int, t: Tensor, values: Tensor, what: str = "loss") -> None:
