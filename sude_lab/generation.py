@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,7 @@ def generate(
                 torch.randn(shape, generator=torch.Generator().manual_seed(seed * 100_003 + k))
                 for k in indices
             ]
-            with backbone.autocast():
+            with backbone.autocast(), _exact_decoder(backbone):
                 drawn = pipeline(
                     [prompt] * len(indices),
                     latents=torch.stack(noise).to(backbone.device),
@@ -112,3 +113,17 @@ def generate(
     finally:
         pipeline.scheduler = trained_with
     return images
+
+
+@contextmanager
+def _exact_decoder(backbone: Backbone) -> Iterator[None]:
+    """Let a VAE that overflows in float16 (SDXL's, which says `force_upcast`) decode in float32."""
+    vae = backbone.pipeline.vae
+    if not (backbone.is_xl and backbone.dtype == torch.float16 and vae.config.force_upcast):
+        yield
+        return
+    vae.decode = torch.autocast(backbone.device.type, enabled=False)(vae.decode)
+    try:
+        yield
+    finally:
+        del vae.decode

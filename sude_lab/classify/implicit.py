@@ -345,8 +345,15 @@ class ImplicitClassifier:
 
     @cached_property
     def condition(self) -> Condition:
-        """The prompts as the UNet reads them, encoded once."""
-        return encode_all(self.backbone, self.prompts)
+        """The prompts as the UNet reads them, encoded once.
+
+        Raises:
+            UserError: two differ only beyond what the model reads.
+        """
+        condition = encode_all(self.backbone, self.prompts)
+        if len(condition.hidden.unique(dim=0)) < len(condition):
+            raise UserError("Two prompts are the same as far as the model reads them: change one.")
+        return condition
 
     @property
     def log_prior(self) -> Tensor | None:
@@ -394,12 +401,13 @@ class ImplicitClassifier:
         """
         if not len(pictures):
             raise UserError("Give at least one picture.")
+        condition = self.condition
         x_0 = latents_of(self.backbone, pictures, self.batch_size)
         times, noise = self.pairs(x_0.shape[1:], len(pictures))
         scale = self.weights.sum()
         bar = tqdm(desc="asking", unit="evaluation", disable=not progress)
 
-        about = (self.backbone, x_0, times, noise, self.condition)
+        about = (self.backbone, x_0, times, noise, condition)
 
         def losses_of(rows: Tensor) -> Tensor:
             parts = []

@@ -206,7 +206,8 @@ def evaluate(
         asked = _asked(run, prompts, structure, folder, judge)
         chosen = _chosen_metrics(metrics, run.config, encoder_folders, judge)
         sampling = sampling_settings(read_facts(run.config.backbone), **sampler)
-        jobs.append(_Job(run, label, asked, images, chosen, judge, sampling, negative_prompt))
+        negative = negative_prompt and run.prompt(negative_prompt)
+        jobs.append(_Job(run, label, asked, images, chosen, judge, sampling, negative))
     needed = {LEARNED[name][0] for job in jobs for name in job.metrics if name in LEARNED}
     # Before anything is drawn: whoever waits for an hour should not learn then that one is missing.
     ready = {} if opened_encoders is None else opened_encoders
@@ -455,8 +456,10 @@ def _pictures(
     missing = list({p.path: p for p in places if images[p.path] is None}.values())
     if missing:
         backbone = load(job.run)
-        for prompt in job.prompts:
-            backbone.beyond_reach(job.run.prompt(prompt.text), *job.run.tokens)
+        for text in [*(job.run.prompt(p.text) for p in job.prompts), job.negative_prompt or ""]:
+            if rest := backbone.beyond_reach(text, *job.run.tokens):
+                note = f"The prompt {text[:60]!r} is too long: the model leaves out {rest!r}."
+                tqdm.write(note, file=sys.stderr)
         _mention_unknown_words(backbone, job)
         about = f"drawing, {job.label['variant']}"
         with tqdm(total=len(missing), desc=about, unit="picture", disable=not progress) as bar:

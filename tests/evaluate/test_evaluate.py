@@ -653,3 +653,17 @@ def test_the_command_does_the_same(
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("sude-lab: ") and said.err.count("\n") == 1
     assert "openai/clip-vit-base-patch32" in said.err and "--encoders clip=FOLDER" in said.err
+
+
+def test_the_negative_prompt_may_name_the_subject_and_what_is_not_read_is_told(
+    pair: list[Path], measure: Measure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {"num_images": 1, "prompts": ["plain"], "metrics": ["CLIP-I"]}
+    with pytest.raises(UserError, match=r"asks for \{S\*2\}"):
+        measure(pair[0], out=tmp_path / "no", negative_prompt="a {S*2}", **said)
+    by_mark = measure(pair[0], out=tmp_path / "a", negative_prompt="a {S*}", **said)
+    by_word = measure(pair[0], out=tmp_path / "b", negative_prompt="a <sks>", **said)
+    assert by_mark.scores["file"].tolist() == by_word.scores["file"].tolist()
+    assert "leaves out" not in capsys.readouterr().err
+    measure(pair[0], out=tmp_path / "c", negative_prompt=f"a {'running ' * 40}cat", **said)
+    assert "The prompt 'a running" in (err := capsys.readouterr().err) and "leaves out" in err
