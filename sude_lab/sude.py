@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sude_lab.backbone import Condition, concatenate
 from sude_lab.diffusion import Schedule
+from sude_lab.errors import UserError
 from sude_lab.frozen import FrozenUNet, require_silent
 from sude_lab.losses import (
     gate,
@@ -149,7 +150,8 @@ class SudeRegularizer:
 
     Raises:
         UserError: the UNet cannot be kept as it is (see `FrozenUNet`); at a call: it has been
-            changed since in a way that the kept one does not know.
+            changed since in a way that the kept one does not know; the conditions or what is handed
+            over do not fit the UNet or each other.
     """
 
     def __init__(
@@ -171,6 +173,9 @@ class SudeRegularizer:
         self.weighting, self.truncated, self.truncate_at = weighting, truncated, truncate_at
         bare = getattr(unet, "module", unet)  # wrapped for several processes
         bare = getattr(bare, "_orig_mod", bare)  # compiled
+        if getattr(getattr(bare, "config", None), "addition_embed_type", None) == "text_time":
+            for condition in (self.uncond, self.category):
+                _require_pooled(condition)
         self.model: Callable[..., Any] = prior if callable(prior) else unet
         if prior == "pretrained":
             self.model = FrozenUNet(bare)
@@ -198,7 +203,16 @@ class SudeRegularizer:
         if isinstance(self.model, FrozenUNet):
             self.model.check()
         category = self.category if class_embeds is None else _condition(class_embeds)
-        uncond_output, class_output = ask(self._predict, x_t, t, self.uncond, category)
+        _check_rows(x_t, t, model_output, category)
+        if t.is_floating_point() and getattr(self.schedule, "sigmas", None) is None:
+            raise UserError(
+                f"t holds {t.dtype}, no numbers of steps: a loop in EDM's style scales the model's "
+                "input and output around it, and eq. 7 has no value there; leave "
+                "--do_edm_style_training out."
+            )
+        # Made before the loop moved its models, or in the precision of a text encoder.
+        uncond, category = (c.map(lambda part: part.to(x_t)) for c in (self.uncond, category))
+        uncond_output, class_output = ask(self._predict, x_t, t, uncond, category)
         return sude_terms(
             model_output.float(),
             class_output,
@@ -228,4 +242,35 @@ class SudeRegularizer:
 
 
 def _condition(embeds: Tensor | Condition) -> Condition:
-    return (embeds if isinstance(embeds, Condition) else Condition(embeds)).map(Tensor.detach)
+    condition = Condition(embeds) if isinstance(embeds, Tensor) else embeds
+    if not isinstance(condition, Condition) or condition.hidden.ndim < 3:
+        raise UserError(
+            "The embeddings of a prompt must be a Tensor (1, L, D), or with SDXL a "
+            "sude_lab.backbone.Condition of prompt_embeds, pooled_prompt_embeds and time_ids."
+        )
+    return condition.map(Tensor.detach)
+
+
+def _require_pooled(condition: Condition) -> None:
+    if condition.pooled is None or condition.sizes is None:
+        raise UserError(
+            "This UNet, an SDXL's, is told more than the prompt's embeddings: hand over "
+            "sude_lab.backbone.Condition(prompt_embeds, pooled_prompt_embeds, time_ids); of no "
+            "prompt the first two are zeros there."
+        )
+
+
+def _check_rows(x_t: Tensor, t: Tensor, output: Tensor, category: Condition) -> None:
+    """Say in one sentence what is handed over that is not one batch."""
+    rows = len(output)
+    if (len(x_t), t.shape) != (rows, (rows,)):
+        raise UserError(
+            f"x_t has {len(x_t)} rows, t the shape {tuple(t.shape)}, and the model's output {rows} "
+            "rows: with prior preservation hand over the subject's half of each, x_t[:n], t[:n] "
+            "and the output with n rows."
+        )
+    if len(category) not in (1, rows):
+        raise UserError(
+            f"The classes' embeddings have {len(category)} rows for {rows} samples: give one, or "
+            "one a sample."
+        )
