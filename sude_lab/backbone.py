@@ -273,6 +273,20 @@ class Backbone:
                 )
         return rest
 
+    def check_length(self, prompt: str) -> None:
+        """Check that the text encoder reads a prompt to its end.
+
+        Raises:
+            UserError: it does not.
+        """
+        ids = self.tokenizer(self.pipeline.maybe_convert_prompt(prompt, self.tokenizer)).input_ids
+        most = self.tokenizer.model_max_length
+        if len(ids) > most:
+            raise UserError(
+                f"The prompt {prompt[:80]!r} has {len(ids) - 2} pieces of words, and the model "
+                f"reads {most - 2}: make it shorter."
+            )
+
     def encode_prompts(self, prompts: list[str], side: int | None = None) -> Condition:
         """Return the condition c of the prompts; gradients flow where they are on.
 

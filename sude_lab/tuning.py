@@ -27,15 +27,7 @@ from torch import Tensor
 from sude_lab.backbone import Backbone, Condition
 from sude_lab.config import CompleteConfig, TuningConfig
 from sude_lab.diffusion import add_noise, training_target
-from sude_lab.draws import (
-    Batch,
-    Draws,
-    FreshDraws,
-    one_of_each,
-    picture_latents,
-    side_of,
-    step_generator,
-)
+from sude_lab.draws import Batch, Draws, FreshDraws, one_of_each, picture_latents, step_generator
 from sude_lab.errors import UserError, machine_failure
 from sude_lab.losses import class_regularizer, subject_loss, total_loss
 from sude_lab.methods import Method, configure, get_method
@@ -169,13 +161,10 @@ class Tuning:
                 self._load(state)
             self._prompts = self.method.subject_prompts()
             for prompt, subject in zip(self._prompts, config.subjects, strict=True):
-                if rest := backbone.beyond_reach(prompt, subject.token):
-                    raise UserError(
-                        f"The tuning prompt is too long for the model, which leaves out {rest!r}: "
-                        "make it shorter."
-                    )
+                backbone.beyond_reach(prompt, subject.token)
+                backbone.check_length(prompt)
             with torch.no_grad():
-                self._subjects = backbone.encode_prompts(self._prompts, side_of(config, backbone))
+                self._subjects = backbone.encode_prompts(self._prompts, config.resolution)
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -216,11 +205,10 @@ class Tuning:
         return self.state_dict()
 
     def _load(self, state: dict[str, Any]) -> None:
-        before, now = state.get("processes", self.processes.number), self.processes.number
-        if before != now:
+        if (before := state.get("processes", self.processes.number)) != self.processes.number:
             raise UserError(
-                f"The run was begun with {before} process(es) and would go on with {now}, which "
-                f"draw another batch: continue it with {before}."
+                f"The run was begun with {before} process(es) and would go on with "
+                f"{self.processes.number}: continue it with {before}, which draw the same batch."
             )
         try:
             self.method.load_state_dict(state["trained"])
@@ -288,8 +276,7 @@ class Tuning:
             now = category_conditions(self.backbone, config)
         subjects = self._subjects
         if method.changes_subject_text:
-            side = side_of(config, self.backbone)
-            subjects = self.backbone.encode_prompts(self._prompts, side)
+            subjects = self.backbone.encode_prompts(self._prompts, config.resolution)
         x_t = add_noise(batch.x_0, batch.eps, batch.t, schedule)
         output = method.predict(x_t, batch.t, subjects[batch.which], batch.which)
         own = method.own_loss()
@@ -372,9 +359,8 @@ def tune(
 
 def category_conditions(backbone: Backbone, config: CompleteConfig) -> tuple[Condition, Condition]:
     """Return the null condition, one row, and the category's of every subject."""
-    side = side_of(config, backbone)
-    categories = [photo_of(s.category) for s in config.subjects]
-    return backbone.null_condition(side), backbone.encode_prompts(categories, side)
+    prompts, side = [photo_of(s.category) for s in config.subjects], config.resolution
+    return backbone.null_condition(side), backbone.encode_prompts(prompts, side)
 
 
 def check_finite(number: int, t: Tensor, values: Tensor, what: str = "loss") -> None:

@@ -212,18 +212,6 @@ def picture_name(number: int) -> str:
     return PICTURE if number == 0 else f"picture-{number + 1}.png"
 
 
-def _check_length(text: str, config: TuningConfig, backbone: Backbone) -> None:
-    """Refuse a prompt whose end the text encoder would not read, before a word of it is tuned."""
-    word = " ".join(["a"] * (config.num_vectors or 1))  # as many pieces as the subject's word has
-    ids = backbone.tokenizer(fill(text, *(word for _ in config.subjects))).input_ids
-    most = backbone.tokenizer.model_max_length
-    if len(ids) > most:
-        raise UserError(
-            f"The prompt {text[:80]!r} has {len(ids) - 2} pieces of words, and the model reads "
-            f"{most - 2}: make it shorter."
-        )
-
-
 def _filled(text: str, config: TuningConfig) -> str:
     filled = fill(checked(text), *(s.token for s in config.subjects))
     if unfilled := re.search(r"\{S\*\d*\}", filled):
@@ -367,8 +355,9 @@ def run_tuning(
             "--prior-loss-weight 1, or leave it out."
         )
     prompts = [*default_prompts(config), *(sample_prompts or []), *(validation_prompts or [])]
+    word = " ".join(["a"] * config.num_vectors)  # as many pieces as a subject's word will have
     for prompt in prompts:
-        _check_length(prompt, config, backbone)
+        backbone.check_length(fill(prompt, *(word for _ in config.subjects)))
     samples = [_filled(p, config) for p in sample_prompts or default_prompts(config)]
     validated = [_filled(p, config) for p in validation_prompts or []] or samples
     is_lora = config.method == "dreambooth" and config.train == "lora"

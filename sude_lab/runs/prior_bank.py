@@ -213,9 +213,8 @@ def _build(
 ) -> dict[str, Tensor]:
     half = config.prior_bank_dtype == "float16"
     with torch.no_grad():
-        side = side_of(config, backbone)
-        null = backbone.null_condition(side)
-        photo = backbone.encode_prompts([photo_of(category)], side)
+        null = backbone.null_condition(config.resolution)
+        photo = backbone.encode_prompts([photo_of(category)], config.resolution)
     uncond, second = [], []
     words = "asking the model before tuning"
     with tqdm(total=pairs.number, desc=words, unit="pair", delay=_WAIT) as bar:
