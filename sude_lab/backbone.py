@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 from torch import Tensor
 
 from sude_lab.diffusion import Schedule
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, check_picture
 from sude_lab.prompts import PLACEHOLDER, by_itself
 
 
@@ -249,11 +249,9 @@ class Backbone:
                 in the prompt, so that nobody asks for it.
         """
         ids = self.tokenizer(self.pipeline.maybe_convert_prompt(prompt, self.tokenizer)).input_ids
+        number = self.tokenizer.convert_tokens_to_ids
         for token in tokens:
-            if (
-                by_itself(token).search(prompt)
-                and self.tokenizer.convert_tokens_to_ids(token) not in ids
-            ):
+            if by_itself(token).search(prompt) and number(token) not in ids:
                 raise UserError(
                     f"The model's tokenizer reads {prompt[:80]!r} without {token}: put spaces "
                     "around it, or tune with a token of another make, like <sks>."
@@ -262,9 +260,7 @@ class Backbone:
         if len(ids) <= most:
             return ""
         # Read are a mark at the beginning, most - 2 pieces, and a mark at the end.
-        read, rest = (
-            self.tokenizer.decode(part) for part in (ids[1 : most - 1], ids[most - 1 : -1])
-        )
+        read, rest = map(self.tokenizer.decode, (ids[1 : most - 1], ids[most - 1 : -1]))
         for token in tokens:
             if by_itself(token).search(rest) and not by_itself(token).search(read):
                 raise UserError(
@@ -273,26 +269,8 @@ class Backbone:
                 )
         return rest
 
-    def check_length(self, prompt: str) -> None:
-        """Check that the text encoder reads a prompt to its end.
-
-        Raises:
-            UserError: it does not.
-        """
-        ids = self.tokenizer(self.pipeline.maybe_convert_prompt(prompt, self.tokenizer)).input_ids
-        most = self.tokenizer.model_max_length
-        if len(ids) > most:
-            raise UserError(
-                f"The prompt {prompt[:80]!r} has {len(ids) - 2} pieces of words, and the model "
-                f"reads {most - 2}: make it shorter."
-            )
-
     def encode_prompts(self, prompts: list[str], side: int | None = None) -> Condition:
-        """Return the condition c of the prompts; gradients flow where they are on.
-
-        SDXL is told the `side` of the square in pixels, None: its own, as of a picture that has
-        this size and is not cropped.
-        """
+        """Return the condition c of prompts, of whole squares of `side` pixels, None: its own."""
         with self.autocast():
             if not self.is_xl:
                 return Condition(self.text_encoder(self.tokenize(prompts))[0])
@@ -303,9 +281,8 @@ class Backbone:
                 )
             ]
             hidden = torch.cat([out.hidden_states[-2] for out in outputs], dim=-1)
-            pixels = float(side or self.resolution)
-            sizes = torch.tensor([[pixels, pixels, 0.0, 0.0, pixels, pixels]], device=self.device)
-            return Condition(hidden, outputs[-1].text_embeds, sizes.expand(len(prompts), 6))
+            sizes = torch.tensor([1.0, 1, 0, 0, 1, 1], device=self.device).expand(len(prompts), 6)
+            return Condition(hidden, outputs[-1].text_embeds, sizes * (side or self.resolution))
 
     def null_condition(self, side: int | None = None) -> Condition:
         """Return the condition of no prompt, one row: "" encoded; SDXL was trained with zeros."""
@@ -318,9 +295,11 @@ class Backbone:
 
     @torch.no_grad()
     def encode_pictures(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Return mean and deviation of pictures' latents, (B, C, h, w), scaled for the UNet."""
+        """Return mean and deviation of plain pictures' latents, (B, C, h, w), as the UNet's."""
         from diffusers.image_processor import VaeImageProcessor
 
+        for image in images:
+            check_picture(image)
         processor = VaeImageProcessor(do_resize=False, do_convert_rgb=True)
         x = torch.cat([processor.preprocess(image) for image in images]).to(self.device)
         posterior = self.pipeline.vae.encode(x).latent_dist

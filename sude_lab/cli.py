@@ -284,19 +284,19 @@ def _generate(args: Generate) -> None:
     if not args.prompt.strip():
         raise UserError('The prompt is empty: for example "photo of a {S*}".')
     prompt, negative = run.prompt(args.prompt), run.prompt(args.negative_prompt or "")
-    backbone = run.load(args.device, dtype=args.dtype, trust_backbone=args.trust_backbone)
     words = prompt
     for token in run.tokens:
         words = by_itself(token).sub(" ", words)
-    _note(backbone, [prompt, negative], words, *run.tokens)
-    if words == prompt:
-        _warn(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.")
     shared = ("num_images", "seed", "num_inference_steps", "guidance_scale")
-    guided = guidance_for(run.config, backbone, args.prompt, args.sude_guidance)
-    with guided, atomic_folder(args.out) as folder:
+    with atomic_folder(args.out) as folder:  # where it cannot be, no model is opened
+        backbone = run.load(args.device, dtype=args.dtype, trust_backbone=args.trust_backbone)
+        _note(backbone, [prompt, negative], words, *run.tokens)
+        if words == prompt:
+            _warn(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.")
         settings = {name: getattr(args, name) for name in shared}
         settings |= {"negative_prompt": negative or None, "progress": True}
-        images = generate(backbone, prompt, **settings)
+        with guidance_for(run.config, backbone, args.prompt, args.sude_guidance):
+            images = generate(backbone, prompt, **settings)
         for k, image in enumerate(images):
             image.save(folder / f"{k:03d}.png")
     drawn = "1 picture is" if len(images) == 1 else f"{len(images)} pictures are"
@@ -513,11 +513,10 @@ def _sole(command: Any) -> AbstractContextManager[None]:
 def _kept(command: Any) -> str:
     """Say what an interrupted command leaves, and how it is continued."""
     if isinstance(command, Tune):
-        from sude_lab.runs.folder import CHECKPOINT, CONFIG
-
-        if (command.out / CHECKPOINT).is_file():
+        # Nothing is imported here: an import may be what was interrupted.
+        if (command.out / "checkpoint.pt").is_file():
             return f"the checkpoint in {command.out} is kept: give the command with --resume"
-        if (command.out / CONFIG).is_file():
+        if (command.out / "config.json").is_file():
             return f"no checkpoint was due yet in {command.out}: --resume starts it anew"
         return "nothing was written; a run that has begun is continued with --resume"
     if isinstance(command, Demo | Evaluate | Sweep):

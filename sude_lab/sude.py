@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sude_lab.backbone import Condition, concatenate
 from sude_lab.diffusion import Schedule
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, check_batch
 from sude_lab.frozen import FrozenUNet, require_silent
 from sude_lab.losses import (
     gate,
@@ -150,8 +150,7 @@ class SudeRegularizer:
 
     Raises:
         UserError: the UNet cannot be kept as it is (see `FrozenUNet`); at a call: it has been
-            changed since in a way that the kept one does not know; the conditions or what is handed
-            over do not fit the UNet or each other.
+            changed since in a way that the kept one does not know, or is no such batch.
     """
 
     def __init__(
@@ -169,13 +168,12 @@ class SudeRegularizer:
         if prior not in ("pretrained", "current") and not callable(prior):
             raise ValueError(f"prior must be 'pretrained', 'current' or a callable, got {prior!r}.")
         self.scheduler = scheduler
-        self.uncond, self.category = _condition(uncond_embeds), _condition(class_embeds)
         self.weighting, self.truncated, self.truncate_at = weighting, truncated, truncate_at
         bare = getattr(unet, "module", unet)  # wrapped for several processes
         bare = getattr(bare, "_orig_mod", bare)  # compiled
-        if getattr(getattr(bare, "config", None), "addition_embed_type", None) == "text_time":
-            for condition in (self.uncond, self.category):
-                _require_pooled(condition)
+        is_xl = getattr(getattr(bare, "config", None), "addition_embed_type", None) == "text_time"
+        self.uncond = _condition(uncond_embeds, is_xl)
+        self.category = _condition(class_embeds, is_xl)
         self.model: Callable[..., Any] = prior if callable(prior) else unet
         if prior == "pretrained":
             self.model = FrozenUNet(bare)
@@ -203,12 +201,11 @@ class SudeRegularizer:
         if isinstance(self.model, FrozenUNet):
             self.model.check()
         category = self.category if class_embeds is None else _condition(class_embeds)
-        _check_rows(x_t, t, model_output, category)
+        check_batch(x_t, t, model_output, category)
         if t.is_floating_point() and getattr(self.schedule, "sigmas", None) is None:
             raise UserError(
-                f"t holds {t.dtype}, no numbers of steps: a loop in EDM's style scales the model's "
-                "input and output around it, and eq. 7 has no value there; leave "
-                "--do_edm_style_training out."
+                "t holds no numbers of steps: a loop in EDM's style scales what the model takes "
+                "and gives, and eq. 7 has no value there; leave --do_edm_style_training out."
             )
         # Made before the loop moved its models, or in the precision of a text encoder.
         uncond, category = (c.map(lambda part: part.to(x_t)) for c in (self.uncond, category))
@@ -241,36 +238,12 @@ class SudeRegularizer:
         return self.terms(x_t, t, model_output, class_embeds).gated
 
 
-def _condition(embeds: Tensor | Condition) -> Condition:
+def _condition(embeds: Tensor | Condition, is_xl: bool = False) -> Condition:
     condition = Condition(embeds) if isinstance(embeds, Tensor) else embeds
-    if not isinstance(condition, Condition) or condition.hidden.ndim < 3:
+    right = isinstance(condition, Condition) and condition.hidden.ndim > 2
+    if not right or (is_xl and (condition.pooled is None or condition.sizes is None)):
         raise UserError(
-            "The embeddings of a prompt must be a Tensor (1, L, D), or with SDXL a "
-            "sude_lab.backbone.Condition of prompt_embeds, pooled_prompt_embeds and time_ids."
+            "A prompt is a Tensor (1, L, D), and for SDXL a sude_lab.backbone.Condition of prompt, "
+            "pooled prompt and time_ids, of which the first two are zeros for no prompt."
         )
     return condition.map(Tensor.detach)
-
-
-def _require_pooled(condition: Condition) -> None:
-    if condition.pooled is None or condition.sizes is None:
-        raise UserError(
-            "This UNet, an SDXL's, is told more than the prompt's embeddings: hand over "
-            "sude_lab.backbone.Condition(prompt_embeds, pooled_prompt_embeds, time_ids); of no "
-            "prompt the first two are zeros there."
-        )
-
-
-def _check_rows(x_t: Tensor, t: Tensor, output: Tensor, category: Condition) -> None:
-    """Say in one sentence what is handed over that is not one batch."""
-    rows = len(output)
-    if (len(x_t), t.shape) != (rows, (rows,)):
-        raise UserError(
-            f"x_t has {len(x_t)} rows, t the shape {tuple(t.shape)}, and the model's output {rows} "
-            "rows: with prior preservation hand over the subject's half of each, x_t[:n], t[:n] "
-            "and the output with n rows."
-        )
-    if len(category) not in (1, rows):
-        raise UserError(
-            f"The classes' embeddings have {len(category)} rows for {rows} samples: give one, or "
-            "one a sample."
-        )

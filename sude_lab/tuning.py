@@ -161,8 +161,8 @@ class Tuning:
                 self._load(state)
             self._prompts = self.method.subject_prompts()
             for prompt, subject in zip(self._prompts, config.subjects, strict=True):
-                backbone.beyond_reach(prompt, subject.token)
-                backbone.check_length(prompt)
+                if rest := backbone.beyond_reach(prompt, subject.token):
+                    raise UserError(f"The model does not read {rest!r}: shorten the tuning prompt.")
             with torch.no_grad():
                 self._subjects = backbone.encode_prompts(self._prompts, config.resolution)
 
@@ -193,7 +193,6 @@ class Tuning:
             "trained": self.method.state_dict(),
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
-            "processes": self.processes.number,
         }
 
     def _state_after(self, number: int) -> dict[str, Any]:
@@ -205,11 +204,6 @@ class Tuning:
         return self.state_dict()
 
     def _load(self, state: dict[str, Any]) -> None:
-        if (before := state.get("processes", self.processes.number)) != self.processes.number:
-            raise UserError(
-                f"The run was begun with {before} process(es) and would go on with "
-                f"{self.processes.number}: continue it with {before}, which draw the same batch."
-            )
         try:
             self.method.load_state_dict(state["trained"])
             self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))

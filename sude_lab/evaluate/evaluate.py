@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
 from sude_lab.config import CompleteConfig, TuningConfig, fields_of
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, check_whole, listed
 from sude_lab.evaluate import metrics as m
 from sude_lab.evaluate.dreambench import (
     attributes_of,
@@ -41,7 +41,7 @@ from sude_lab.evaluate.encoders import ENCODERS, Encoder, open_encoder
 from sude_lab.evaluate.prompts import Prompt, prompt_for, read_prompts, structured
 from sude_lab.evaluate.statistics import Interval
 from sude_lab.generation import MOST, generate, sampling_settings
-from sude_lab.io.files import atomic_write, require_own
+from sude_lab.io.files import atomic_write, for_spreadsheets, in_utf_8, require_own
 from sude_lab.io.opening import read_facts
 from sude_lab.io.pictures import open_picture
 from sude_lab.io.reading import is_file
@@ -138,7 +138,7 @@ class _Place(NamedTuple):
 
 
 def evaluate(
-    runs: Sequence[Path | str],
+    runs: Path | str | Sequence[Path | str],
     *,
     out: Path | str | None = None,
     references: Path | str | None = None,
@@ -176,15 +176,16 @@ def evaluate(
         UserError: bad input, or an encoder that cannot be had (nothing is drawn or written then);
             or a run that cannot be opened (what was computed before stays).
     """
-    if num_images < 1 or num_seeds < 1:
-        raise UserError("--num-images and --num-seeds must be at least 1.")
+    check_whole("--num-images", num_images, 1)
+    check_whole("--num-seeds", num_seeds, 1)
     if num_images * num_seeds > MOST:
         raise UserError(
             f"{num_images * num_seeds:,} pictures of every prompt are asked for: --num-images "
             f"times --num-seeds must be at most {MOST:,}."
         )
-    if not 0 <= seed <= 2**32 - num_seeds:
-        raise UserError(f"The seed is {seed}: it must lie between 0 and {2**32 - num_seeds}.")
+    check_whole("The seed", seed, 0, 2**32 - num_seeds)
+    runs = [runs] if isinstance(runs, str | Path) else runs
+    prompts, metrics, encoders = listed(prompts), listed(metrics), listed(encoders)
     if not runs:
         raise UserError("Name at least one run: the --out folder of `sude-lab tune`.")
     if len(runs) > 1 and out is None:
@@ -569,7 +570,8 @@ def report(table: pd.DataFrame, scores: pd.DataFrame) -> str:
             "Over prompts and noises, or seeds of tuning: they speak of other drawings of this one "
             "subject (a bootstrap), and not of other subjects."
         )
-    parts = [pd.DataFrame(lines).fillna("").to_markdown(index=False, disable_numparse=True)]
+    cells = pd.DataFrame(lines).fillna("").map(lambda x: str(x).replace("|", "\\|"))
+    parts = [cells.to_markdown(index=False, disable_numparse=True)]
     parts.append(brackets)
     if "difference" in table and table["difference"].notna().any():
         against = ", ".join(dict.fromkeys(table["against"].dropna()))
@@ -594,7 +596,7 @@ def report(table: pd.DataFrame, scores: pd.DataFrame) -> str:
     if len(ranks):
         parts.append("How the learned metrics rank the runs, against the oracle (Spearman's rho):")
         parts.append(ranks.round(2).to_markdown(index=False))
-    return "\n\n".join(parts) + "\n"
+    return in_utf_8("\n\n".join(parts)) + "\n"
 
 
 def _cell(row: dict[Any, Any]) -> str:
@@ -607,4 +609,4 @@ def _cell(row: dict[Any, Any]) -> str:
 
 def _write(path: Path, table: pd.DataFrame) -> None:
     with atomic_write(path) as file:
-        table.to_csv(file, index=False)
+        for_spreadsheets(table).to_csv(file, index=False)

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
-from unicodedata import normalize
 
 from sude_lab.backbone import Backbone
 from sude_lab.config import PRESETS, CompleteConfig, TuningConfig, read_settings
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, check_tokens
 from sude_lab.methods.base import Method
 from sude_lab.methods.custom_diffusion import CustomDiffusion
 from sude_lab.methods.dreambooth import DreamBooth
@@ -92,30 +91,8 @@ def configure(
             "--prior-bank keeps what the model says before tuning, and --prior current asks it as "
             "it is by then: use --prior pretrained, or leave --prior-bank out."
         )
-    _check_tokens(config)
+    check_tokens([subject.token for subject in config.subjects], config.num_vectors)
     return _on_model(config, model) if isinstance(model, Backbone) else config
-
-
-def _check_tokens(config: CompleteConfig) -> None:
-    """Refuse tokens that would not be read once for each of their vectors, by diffusers either.
-
-    A pipeline puts <sks> <sks>_1 <sks>_2 in place of <sks> in a prompt's text: of the word as its
-    tokenizer has it, in small letters, wherever that stands, and as far as there are such words.
-    """
-    tokens, several = [subject.token for subject in config.subjects], config.num_vectors > 1
-    for token in tokens:
-        marked = not (token[:1].isalnum() or token[-1:].isalnum())
-        if several and not (marked and token == normalize("NFC", token).lower()):
-            raise UserError(
-                f"The token {token!r} cannot stand for {config.num_vectors} vectors: write it in "
-                "small letters between two marks, like <sks>."
-            )
-        for other in set(tokens) - {token}:
-            if other == f"{token}_1" or (several and token in other):
-                raise UserError(
-                    f"The token {other!r} holds the token {token!r} and would be read as a part of "
-                    "it: choose others, like <sks> and <zwx>."
-                )
 
 
 def _on_model(config: CompleteConfig, backbone: Backbone) -> CompleteConfig:

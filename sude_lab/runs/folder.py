@@ -47,7 +47,7 @@ from tqdm.auto import tqdm
 from sude_lab.backbone import Backbone
 from sude_lab.config import CompleteConfig, TuningConfig, fields_of, read_settings
 from sude_lab.draws import side_of
-from sude_lab.errors import UserError, flag, machine_failure
+from sude_lab.errors import UserError, check_whole, flag, listed, machine_failure
 from sude_lab.generation import generate
 from sude_lab.io.files import (
     LOCK,
@@ -212,6 +212,18 @@ def picture_name(number: int) -> str:
     return PICTURE if number == 0 else f"picture-{number + 1}.png"
 
 
+def _check_length(text: str, config: TuningConfig, backbone: Backbone) -> None:
+    """Refuse a prompt whose end the text encoder would not read, before a word of it is tuned."""
+    word = " ".join(["a"] * (config.num_vectors or 1))  # as many pieces as the subject's word has
+    ids = backbone.tokenizer(fill(text, *(word for _ in config.subjects))).input_ids
+    most = backbone.tokenizer.model_max_length
+    if len(ids) > most:
+        raise UserError(
+            f"The prompt {text[:80]!r} has {len(ids) - 2} pieces of words, and the model reads "
+            f"{most - 2}: make it shorter."
+        )
+
+
 def _filled(text: str, config: TuningConfig) -> str:
     filled = fill(checked(text), *(s.token for s in config.subjects))
     if unfilled := re.search(r"\{S\*\d*\}", filled):
@@ -284,10 +296,10 @@ def run_tuning(
     preset: str = "default",
     resume: bool = False,
     checkpoint_every: int = 100,
-    sample_prompts: Sequence[str] | None = None,
+    sample_prompts: str | Sequence[str] | None = None,
     num_samples: int = 4,
     validation_every: int = 0,
-    validation_prompts: Sequence[str] | None = None,
+    validation_prompts: str | Sequence[str] | None = None,
     report_to: str = "tensorboard",
     kohya: Precision | None = None,
     backbone: Backbone | None = None,
@@ -323,9 +335,7 @@ def run_tuning(
         ("num-samples", num_samples, 0, 1000),  # drawn after hours of tuning
         ("validation-every", validation_every, 0, None),
     ):
-        if number < least or (most and number > most):
-            end = f", and at most {most:,}" if most else ""
-            raise UserError(f"--{name} is {number}: it must be at least {least}{end}.")
+        check_whole(f"--{name}", number, least, most)
     out = Path(out)
     if _is_folder(config.backbone):  # a run is opened from other working folders, too
         config = replace(config, backbone=os.path.abspath(config.backbone))
@@ -354,12 +364,12 @@ def run_tuning(
             "--class-images is of no use where --prior-loss-weight is 0: add "
             "--prior-loss-weight 1, or leave it out."
         )
-    prompts = [*default_prompts(config), *(sample_prompts or []), *(validation_prompts or [])]
-    word = " ".join(["a"] * config.num_vectors)  # as many pieces as a subject's word will have
+    sampled, watched = (listed(p or ()) for p in (sample_prompts, validation_prompts))
+    prompts = [*default_prompts(config), *sampled, *watched]
     for prompt in prompts:
-        backbone.check_length(fill(prompt, *(word for _ in config.subjects)))
-    samples = [_filled(p, config) for p in sample_prompts or default_prompts(config)]
-    validated = [_filled(p, config) for p in validation_prompts or []] or samples
+        _check_length(prompt, config, backbone)
+    samples = [_filled(p, config) for p in sampled or default_prompts(config)]
+    validated = [_filled(p, config) for p in watched] or samples
     is_lora = config.method == "dreambooth" and config.train == "lora"
     if kohya and (not is_lora or config.train_text_encoder):
         raise UserError(
@@ -386,6 +396,12 @@ def run_tuning(
                     f"{config.max_train_steps}: delete it, and --resume starts anew."
                 )
             rows = state.pop("rows")
+            now = accelerator.num_processes if accelerator else 1
+            if (begun := state.pop("processes", now)) != now:
+                raise UserError(
+                    f"The run in {out} was begun with {begun} process(es), not {now}, which would "
+                    f"draw another batch: resume it with {begun}."
+                )
 
     started = time.time()
     done = state["step"] if state else 0
@@ -417,7 +433,9 @@ def run_tuning(
                     due = step.number % checkpoint_every == 0 or terminated()
                     if due and not last:
                         with atomic_write(out / CHECKPOINT) as path:
-                            torch.save(step.state_dict() | {"rows": rows}, path)
+                            number = accelerator.num_processes if accelerator else 1
+                            kept = {"rows": rows, "processes": number}
+                            torch.save(step.state_dict() | kept, path)
                 if terminated() and not last:
                     raise Terminated
                 if not main:

@@ -150,5 +150,5 @@ def test_a_loss_that_goes_wrong_in_one_process_stops_all_and_keeps_the_weights(
     assert (kept / "unet.safetensors").is_file()
     with redirect_stderr(io.StringIO()) as said:
         code = main([str(a) for a in (*flags, *batch, "--out", out, "--resume")])
-    assert code == 2 and "begun with 2 process(es) and would go on with 1" in said.getvalue()
+    assert code == 2 and "was begun with 2 process(es), not 1" in said.getvalue()
     assert {path.name for path in out.iterdir()} == {CONFIG, PICTURE, CHECKPOINT, kept.name}

@@ -1,5 +1,6 @@
 """Evaluations draw what is missing, measure what is there, and compare runs in pairs."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -667,3 +668,34 @@ def test_the_negative_prompt_may_name_the_subject_and_what_is_not_read_is_told(
     assert "leaves out" not in capsys.readouterr().err
     measure(pair[0], out=tmp_path / "c", negative_prompt=f"a {'running ' * 40}cat", **said)
     assert "The prompt 'a running" in (err := capsys.readouterr().err) and "leaves out" in err
+
+
+@pytest.mark.parametrize("number", [0, 1.5, "2", True])
+def test_numbers_of_pictures_are_whole(number: Any, pair: list[Path], measure: Measure) -> None:
+    for name in ("num_images", "num_seeds"):
+        with pytest.raises(
+            UserError, match=f"--{name.replace('_', '-')} is .*: it must be a whole"
+        ):
+            measure(pair[0], **{name: number})
+
+
+def test_texts_reach_tables_as_texts(pair: list[Path], measure: Measure, tmp_path: Path) -> None:
+    """A spreadsheet takes what begins with = for a formula, Markdown what has | for two cells."""
+    nasty = tmp_path / "nasty.txt"
+    nasty.write_text("=1+1 {S*}\n", encoding="utf-8")
+    found = measure(str(pair[0]), prompts=str(nasty), num_images=1, metrics="CLIP-I")
+    assert found.scores["prompt"].tolist() == ["=1+1 {S*}"]
+    assert pd.read_csv(found.out / room.SCORES)["prompt"].tolist() == ["'=1+1 {S*}"]
+    table = found.table.assign(settings="a | b")
+    lines = room.report(table, found.scores).splitlines()
+    assert lines[2].startswith("| a \\| b")
+    assert lines[0].count("|") == lines[2].count("|") - 1
+
+
+def test_a_picture_whose_name_is_not_utf_8_is_evaluated(pair: list[Path], measure: Measure) -> None:
+    config = pair[0] / "config.json"
+    settings = json.loads(config.read_text()) | {"image": "dog-\udcff.png"}
+    config.write_text(json.dumps(settings))
+    found = measure(pair[0], prompts="plain", num_images=1, metrics="CLIP-I")
+    table = pd.read_csv(found.out / room.SCORES)
+    assert table["subject"].tolist() == ["dog-\\udcff"] and found.text.encode()

@@ -472,18 +472,20 @@ def test_what_does_not_fit_is_one_sentence(listening: Backbone, xl: Any) -> None
     dog, null = (listening.encode_prompts([p]) for p in ("photo of a dog", ""))
     sude = SudeRegularizer(unet, schedule, dog, null)
     x_t, t, output = noise(4, 4, 8, 8, seed=0), torch.arange(4), noise(2, 4, 8, 8, seed=1)
-    with pytest.raises(UserError, match=r"prior preservation hand over .* x_t\[:n\], t\[:n\]"):
+    with pytest.raises(UserError, match=r"prior preservation hand over .* x_t\[:n\] and t\[:n\]"):
         sude(x_t, t, output)
-    with pytest.raises(UserError, match="output 2 rows"):
+    with pytest.raises(
+        UserError, match="t the shape \\(4,\\), the class 1 and the model's output 2"
+    ):
         sude(x_t[:2], t, output)
-    with pytest.raises(UserError, match="3 rows for 2 samples"):
+    with pytest.raises(UserError, match="the class 3"):
         sude(x_t[:2], t[:2], output, dog.expand(3))
     with pytest.raises(UserError, match="leave --do_edm_style_training out"):
         sude(x_t[:2], t[:2].float(), output)
     for embeds in ((dog.hidden, dog.hidden[:, 0]), dog.hidden[0], None):
-        with pytest.raises(UserError, match="must be a Tensor"):
+        with pytest.raises(UserError, match="A prompt is a Tensor"):
             SudeRegularizer(unet, schedule, embeds, null)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="of no prompt the first two are zeros"):
+    with pytest.raises(UserError, match="first two are zeros for no prompt"):
         SudeRegularizer(xl.unet, schedule, dog, null)
 
 
