@@ -280,7 +280,11 @@ def _labels(runs: Sequence[Run]) -> list[dict[str, Any]]:
     names = settings_and_variants([run.config for run in runs])
     for run, (settings, variant) in zip(runs, names, strict=True):
         config = run.config
-        label: dict[str, Any] = {"run": str(run.folder), "settings": settings, "variant": variant}
+        label: dict[str, Any] = {
+            "run": in_utf_8(str(run.folder)),
+            "settings": settings,
+            "variant": variant,
+        }
         label |= {n: getattr(config, n) for n in ("method", "weight_sude", "category")}
         # Pictures of two subjects may have one name, the copies of one picture several.
         name = subject_name(config)
@@ -332,7 +336,7 @@ def subject_name(config: TuningConfig) -> str:
     "rex" for rex.jpg, "dog" for dog/00.jpg.
     """
     stem, folder = config.image.stem, config.image.parent.name
-    return folder if stem.isdigit() and folder else stem
+    return in_utf_8(folder if stem.isdigit() and folder else stem)
 
 
 def _asked(
@@ -596,7 +600,7 @@ def report(table: pd.DataFrame, scores: pd.DataFrame) -> str:
     if len(ranks):
         parts.append("How the learned metrics rank the runs, against the oracle (Spearman's rho):")
         parts.append(ranks.round(2).to_markdown(index=False))
-    return in_utf_8("\n\n".join(parts)) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _cell(row: dict[Any, Any]) -> str:

@@ -223,14 +223,8 @@ def save_tensors(
 
 def for_spreadsheets(table: Any) -> Any:
     """Return a table of pandas whose texts a spreadsheet shows, and takes for no formulas."""
-
-    def shown(cell: Any) -> Any:
-        if not isinstance(cell, str):
-            return cell
-        mark = "'" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else ""
-        return mark + in_utf_8(cell)
-
-    return table.map(shown)
+    formula = ("=", "+", "-", "@", "\t", "\r")
+    return table.map(lambda x: f"'{x}" if isinstance(x, str) and x.startswith(formula) else x)
 
 
 def in_utf_8(text: str) -> str:
