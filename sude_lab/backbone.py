@@ -18,8 +18,8 @@ from tokenizers import AddedToken
 from torch import Tensor
 
 from sude_lab.diffusion import Schedule
-from sude_lab.errors import UserError
-from sude_lab.prompts import PLACEHOLDER
+from sude_lab.errors import UserError, check_picture
+from sude_lab.prompts import PLACEHOLDER, by_itself
 
 
 @dataclass(frozen=True)
@@ -295,8 +295,9 @@ class Backbone:
                 in the prompt, so that nobody asks for it.
         """
         ids = self.tokenizer(self.as_pieces(prompt, self.tokenizer)).input_ids
+        number = self.tokenizer.convert_tokens_to_ids
         for token in tokens:
-            if token in prompt and self.tokenizer.convert_tokens_to_ids(token) not in ids:
+            if by_itself(token).search(prompt) and number(token) not in ids:
                 raise UserError(
                     f"The model's tokenizer reads {prompt[:80]!r} without {token}: put spaces "
                     "around it, or tune with a token of another make, like <sks>."
@@ -305,19 +306,17 @@ class Backbone:
         if len(ids) <= most:
             return ""
         # Read are a mark at the beginning, most - 2 pieces, and a mark at the end.
-        read, rest = (
-            self.tokenizer.decode(part) for part in (ids[1 : most - 1], ids[most - 1 : -1])
-        )
+        read, rest = map(self.tokenizer.decode, (ids[1 : most - 1], ids[most - 1 : -1]))
         for token in tokens:
-            if token in rest and token not in read:
+            if by_itself(token).search(rest) and not by_itself(token).search(read):
                 raise UserError(
                     f"The prompt is longer than the {most - 2} pieces of words that the model "
                     f"reads, and {token} stands behind them: make it shorter."
                 )
         return rest
 
-    def encode_prompts(self, prompts: list[str]) -> Condition:
-        """Return the condition c of the prompts; gradients flow where they are on."""
+    def encode_prompts(self, prompts: list[str], side: int | None = None) -> Condition:
+        """Return the condition c of prompts, of whole squares of `side` pixels, None: its own."""
         with self.autocast():
             if not self.is_xl:
                 return Condition(self.text_encoder(self.tokenize(prompts))[0])
@@ -328,13 +327,12 @@ class Backbone:
                 )
             ]
             hidden = torch.cat([out.hidden_states[-2] for out in outputs], dim=-1)
-            side = float(self.resolution)
-            sizes = torch.tensor([[side, side, 0.0, 0.0, side, side]], device=self.device)
-            return Condition(hidden, outputs[-1].text_embeds, sizes.expand(len(prompts), 6))
+            sizes = torch.tensor([1.0, 1, 0, 0, 1, 1], device=self.device).expand(len(prompts), 6)
+            return Condition(hidden, outputs[-1].text_embeds, sizes * (side or self.resolution))
 
-    def null_condition(self) -> Condition:
+    def null_condition(self, side: int | None = None) -> Condition:
         """Return the condition of no prompt, one row: "" encoded; SDXL was trained with zeros."""
-        null = self.encode_prompts([""])
+        null = self.encode_prompts([""], side)
         if self.is_xl and self.pipeline.config.force_zeros_for_empty_prompt:
             assert null.pooled is not None
             zeros = torch.zeros_like
@@ -343,9 +341,11 @@ class Backbone:
 
     @torch.no_grad()
     def encode_pictures(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Return mean and deviation of pictures' latents, (B, C, h, w), scaled for the UNet."""
+        """Return mean and deviation of plain pictures' latents, (B, C, h, w), as the UNet's."""
         from diffusers.image_processor import VaeImageProcessor
 
+        for image in images:
+            check_picture(image)
         processor = VaeImageProcessor(do_resize=False, do_convert_rgb=True)
         x = torch.cat([processor.preprocess(image) for image in images]).to(self.device)
         posterior = self.pipeline.vae.encode(x).latent_dist

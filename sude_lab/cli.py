@@ -278,7 +278,7 @@ def _warn(text: str) -> None:
 def _generate(args: Generate) -> None:
     from sude_lab.generation import generate
     from sude_lab.io.files import atomic_folder
-    from sude_lab.prompts import PLACEHOLDER
+    from sude_lab.prompts import PLACEHOLDER, by_itself
     from sude_lab.runs.folder import Run
     from sude_lab.runs.guided import guidance_for
 
@@ -289,23 +289,21 @@ def _generate(args: Generate) -> None:
     if not args.prompt.strip():
         raise UserError('The prompt is empty: for example "photo of a {S*}".')
     prompt, negative = run.prompt(args.prompt), run.prompt(args.negative_prompt or "")
-    backbone = run.load(args.device, dtype=args.dtype, trust_backbone=args.trust_backbone)
     words = prompt
     for token in run.tokens:
-        words = words.replace(token, " ")
-    _note(backbone, [prompt, negative], words, *run.tokens)
-    if words == prompt:
-        _warn(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.")
+        words = by_itself(token).sub(" ", words)
     shared = ("num_images", "seed", "num_inference_steps", "guidance_scale")
-    with (
-        guidance_for(run.config, backbone, args.prompt, strength),
-        atomic_folder(args.out) as folder,
-    ):
+    with atomic_folder(args.out) as folder:  # where it cannot be, no model is opened
+        backbone = run.load(args.device, dtype=args.dtype, trust_backbone=args.trust_backbone)
+        _note(backbone, [prompt, negative], words, *run.tokens)
+        if words == prompt:
+            _warn(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.")
         settings = {name: getattr(args, name) for name in shared}
         settings |= {"negative_prompt": negative or None, "progress": True}
         if args.guidance_scale is None:
             settings["guidance_scale"] = strength.guidance_scale
-        images = generate(backbone, prompt, **settings)
+        with guidance_for(run.config, backbone, args.prompt, strength):
+            images = generate(backbone, prompt, **settings)
         for k, image in enumerate(images):
             image.save(folder / f"{k:03d}.png")
     drawn = "1 picture is" if len(images) == 1 else f"{len(images)} pictures are"
@@ -337,12 +335,10 @@ def _classify(args: Classify) -> None:
     settings = {name: getattr(args, name) for name in shared}
     classifier = ImplicitClassifier(backbone, args.prompt, prior=args.prior or None, **settings)
     picture = load_picture(args.image, resolution=backbone.resolution)
-    if len({tuple(ids.tolist()) for ids in backbone.tokenize([*args.prompt])}) < len(args.prompt):
-        raise UserError("Two prompts are the same as far as the model reads them: change one.")
+    (verdict,) = classifier.classify([picture.image], progress=True)
     for note in picture.notes:
         _warn(note)
     _note(backbone, args.prompt, " ".join(args.prompt))
-    (verdict,) = classifier.classify([picture.image], progress=True)
     rows = verdict.rows()
     if args.json:
         about = {
@@ -524,11 +520,10 @@ def _sole(command: Any) -> AbstractContextManager[None]:
 def _kept(command: Any) -> str:
     """Say what an interrupted command leaves, and how it is continued."""
     if isinstance(command, Tune):
-        from sude_lab.runs.folder import CHECKPOINT, CONFIG
-
-        if (command.out / CHECKPOINT).is_file():
+        # Nothing is imported here: an import may be what was interrupted.
+        if (command.out / "checkpoint.pt").is_file():
             return f"the checkpoint in {command.out} is kept: give the command with --resume"
-        if (command.out / CONFIG).is_file():
+        if (command.out / "config.json").is_file():
             return f"no checkpoint was due yet in {command.out}: --resume starts it anew"
         return "nothing was written; a run that has begun is continued with --resume"
     if isinstance(command, Demo | Evaluate | Sweep):

@@ -14,9 +14,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
-from sude_lab.errors import UserError, check_types, flag, kinds_of
+from sude_lab.errors import UserError, check_types, flag
 from sude_lab.prompts import PLACEHOLDER, checked
 
 EMBEDDED = "embedded"
@@ -210,15 +210,12 @@ def read_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a setting is unknown.
     """
-    hints = get_type_hints(TuningConfig)
+    names = {f.name for f in fields(TuningConfig)}
     settings: dict[str, Any] = {}
     for name, value in values.items():
         name = RENAMED.get(name, name)
-        if name not in hints:
+        if name not in names:
             raise UserError(f"There is no setting {name!r}.")
-        kinds = kinds_of(hints[name])
-        if Path in kinds and isinstance(value, str):
-            value = Path(value)
         settings[name] = tuple(value) if isinstance(value, list) else value
     return settings
 

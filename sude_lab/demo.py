@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from sude_lab import __version__
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, check_whole
 from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.evaluate.statistics import drawings_interval
 from sude_lab.generation import MOST
@@ -67,8 +67,7 @@ def run_demo(
     out = Path(out)
     if out.is_file():
         raise UserError(f"{out} is a file: --out takes a folder.")
-    if not 1 <= num_images <= MOST:
-        raise UserError(f"--num-images is {num_images}: it must lie between 1 and {MOST}.")
+    check_whole("--num-images", num_images, 1, MOST)
     base, oracle = open_backbone(), load_oracle()
     base.check_category(category)
     who, picture = subject("demo", seed, category), out / "subject.png"

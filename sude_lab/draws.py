@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sude_lab.backbone import Backbone
 from sude_lab.config import CompleteConfig
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, check_picture
 
 Latents = tuple[Tensor, Tensor]
 """Mean and deviation of a picture's latents, (K, C, h, w) each; K is 2 with its mirror image."""
@@ -131,15 +131,13 @@ class WithClassImages:
         return replace(batch, z_0=z_0, noise=noise)
 
 
-def one_of_each(
-    config: CompleteConfig, pictures: Image.Image | Sequence[Image.Image]
-) -> list[Image.Image]:
+def one_of_each(config: CompleteConfig, pictures: Any) -> list[Image.Image]:
     """Return the pictures of a run's subjects as a list.
 
     Raises:
         UserError: there are more or fewer of them than subjects.
     """
-    pictures = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    pictures = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
     if len(pictures) != len(config.subjects):
         raise UserError(
             f"There are {len(config.subjects)} subjects and {len(pictures)} pictures: give one "
@@ -157,11 +155,12 @@ def picture_latents(config: CompleteConfig, backbone: Backbone, picture: Image.I
     """Return mean and deviation of a picture's latents, on the CPU.
 
     Raises:
-        UserError: the resolution is none that the encoder can halve so often.
+        UserError: the encoder cannot halve the resolution so often, or the picture is no square.
     """
     side, factor = side_of(config, backbone), backbone.pipeline.vae_scale_factor
     if side % factor:
         raise UserError(f"--resolution {side} must be a multiple of {factor}.")
+    check_picture(picture, square=True)
     if picture.size != (side, side):
         picture = picture.resize((side, side), Image.Resampling.LANCZOS)
     pictures = [picture, ImageOps.mirror(picture)] if config.horizontal_flip else [picture]

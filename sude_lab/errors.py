@@ -1,10 +1,11 @@
-"""The one kind of error that is meant for the person at the keyboard, and the check of settings."""
+"""The one kind of error that is meant for the person at the keyboard, and checks that raise it."""
 
 from __future__ import annotations
 
 import numbers
 import os
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
@@ -81,21 +82,39 @@ def flag(name: str) -> str:
 def check_types(settings: Any) -> None:
     """Check that every field of a dataclass holds what its type says; a whole number is a number.
 
+    A path may be a text, and a number one of numpy's, which no file could hold: they are replaced.
+
     Raises:
         UserError: one does not; the sentence names its flag.
     """
     kind: Any = type(settings)
     hints = _hints(kind)
     for f in fields(settings):
-        value = getattr(settings, f.name)
-        kinds = kinds_of(hints[f.name])
-        if not any(_fits(value, kind) for kind in kinds):
+        value, kinds = getattr(settings, f.name), kinds_of(hints[f.name])
+        if isinstance(value, numbers.Number) and hasattr(value, "item"):
+            object.__setattr__(settings, f.name, value.item())
+        elif isinstance(value, str) and Path in kinds:
+            object.__setattr__(settings, f.name, Path(value))
+        elif not any(_fits(value, kind) for kind in kinds):
             raise UserError(f"--{flag(f.name)} is {value!r}: it takes {taken(kinds)}.")
+
+
+def check_whole(what: str, value: Any, least: int, most: int | None = None) -> None:
+    """Check a whole number that a call was given; `what` is how the sentence begins.
+
+    Raises:
+        UserError: it is none, or out of range.
+    """
+    whole = _fits(value, int)
+    if not whole or value < least or (most is not None and value > most):
+        end = f", and at most {most:,}" if most is not None else ""
+        shown = f"{value:,}" if whole else repr(value)
+        raise UserError(f"{what} is {shown}: it must be a whole number of at least {least}{end}.")
 
 
 _NAMES: dict[Any, str] = {
     **{float: "a number", int: "a whole number", bool: "on or off"},
-    **{str: "a text", Path: "the name of a file"},
+    **{str: "a text", Path: "the name of a file", tuple[str, ...]: "a tuple of texts"},
 }
 
 
@@ -126,3 +145,60 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is Path:
         return isinstance(value, os.PathLike)
     return isinstance(value, NoneType if kind is None else kind)
+
+
+# --- what a call is handed ------------------------------------------------------------------------
+
+
+def listed(texts: str | Sequence[str]) -> list[str]:
+    """Return texts as a list; a single one is no sequence of letters."""
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+def check_tokens(tokens: Sequence[str], number: int) -> None:
+    """Check that a pipeline would read each token as all its `number` vectors, once each.
+
+    It puts <sks> <sks>_1 <sks>_2 in place of <sks>, in small letters, wherever that stands.
+
+    Raises:
+        UserError: it would not.
+    """
+    for token in tokens:
+        small = token == unicodedata.normalize("NFC", token).lower()
+        if number > 1 and (not small or token[:1].isalnum() or token[-1:].isalnum()):
+            raise UserError(
+                f"The token {token!r} cannot stand for {number} vectors: write it in small letters "
+                "between two marks, like <sks>."
+            )
+        for other in set(tokens) - {token}:
+            if other == f"{token}_1" or (number > 1 and token in other):
+                raise UserError(f"{token!r} would be read as a part of {other!r}: choose others.")
+
+
+def check_picture(image: Any, *, square: bool = False) -> None:
+    """Check that nothing of a picture would be clipped, hidden, turned or squeezed.
+
+    Raises:
+        UserError: something would.
+    """
+    plain = getattr(image, "mode", None) == "RGB" and "icc_profile" not in image.info
+    if not plain or image.getexif().get(0x0112, 1) != 1 or (square and len(set(image.size)) > 1):
+        raise UserError(
+            "A picture must be RGB, upright and without a colour profile, and to tune on a square: "
+            "load_picture of sude_lab.io.pictures makes one of any file, picture or array."
+        )
+
+
+def check_batch(x_t: Any, t: Any, output: Any, classes: Any) -> None:
+    """Check that what a loop hands over is one batch, of tensors and conditions.
+
+    Raises:
+        UserError: it is not.
+    """
+    n = len(output)
+    if (len(x_t), tuple(t.shape)) != (n, (n,)) or len(classes) not in (1, n):
+        raise UserError(
+            f"x_t has {len(x_t)} rows, t the shape {tuple(t.shape)}, the class {len(classes)} and "
+            f"the model's output {n}: with prior preservation hand over the subject's half of "
+            "each, x_t[:n] and t[:n]."
+        )

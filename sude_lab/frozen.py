@@ -84,6 +84,8 @@ class FrozenUNet:
         for name, p in here.items():
             if id(p) in adapters:
                 continue
+            if name in self._kept:  # made before .to(device) or .to(dtype)
+                self._kept[name] = self._kept[name].to(p)
             new = _plain(name) not in self._names
             if new or (p.requires_grad and name not in self._kept):
                 raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, check_whole
 
 STABLE_DIFFUSION = {"num_inference_steps": 50, "guidance_scale": 7.5}
 """What draws well on Stable Diffusion; a backbone's own facts come first."""
@@ -32,10 +33,9 @@ def sampling_settings(backbone: Backbone | Mapping[str, Any], **chosen: Any) -> 
     settings = STABLE_DIFFUSION | facts.get("generation", {})
     settings |= {key: value for key, value in chosen.items() if value is not None}
     steps, scale = settings["num_inference_steps"], settings["guidance_scale"]
-    if steps < 1:
-        raise UserError(f"The number of inference steps is {steps}: it must be 1 to 1000.")
-    if not math.isfinite(scale):
-        raise UserError(f"The guidance scale is {scale}: it must be finite.")
+    check_whole("The number of inference steps", steps, 1, 1000)
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise UserError(f"The guidance scale is {scale!r}: it must be a finite number.")
     return settings
 
 
@@ -65,21 +65,20 @@ def generate(
         backbone, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
     )
     steps = settings["num_inference_steps"]
-    if not 1 <= num_images <= MOST:
-        raise UserError(
-            f"The number of images is {num_images}: it must be at least 1, and at most {MOST:,}."
-        )
-    if not 1 <= steps <= backbone.schedule.num_timesteps:
-        most = backbone.schedule.num_timesteps
-        raise UserError(f"The number of inference steps is {steps}: it must be 1 to {most}.")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"The seed is {seed}: it must lie between 0 and {2**32 - 1}.")
+    check_whole("The number of images", num_images, 1, MOST)
+    check_whole("The number of inference steps", steps, 1, backbone.schedule.num_timesteps)
+    check_whole("The seed", seed, 0, 2**32 - 1)
+    check_whole("The batch size", batch_size, 1)
+    check_whole("The first picture's number", first, 0)
     pipeline = backbone.pipeline
     shape = backbone.latent_shape
     images: list[Image.Image] = []
     last = first + num_images
     starts = range(first, last, batch_size)
     trained_with, pipeline.scheduler = pipeline.scheduler, backbone.sampler()
+    vae = pipeline.vae  # SDXL's overflows in float16, and says so
+    if backbone.is_xl and backbone.dtype == torch.float16 and vae.config.force_upcast:
+        vae.decode = torch.autocast(backbone.device.type, enabled=False)(vae.decode)
     try:
         for start in tqdm(starts, desc="drawing", unit="batch", disable=not progress):
             indices = range(start, min(start + batch_size, last))
@@ -106,4 +105,5 @@ def generate(
             images += pipeline.image_processor.numpy_to_pil(drawn)
     finally:
         pipeline.scheduler = trained_with
+        vars(vae).pop("decode", None)
     return images

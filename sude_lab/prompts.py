@@ -60,6 +60,11 @@ def fill(prompt: str, *tokens: str) -> str:
     return filled
 
 
+def by_itself(token: str) -> re.Pattern[str]:
+    """Return the pattern of a token where it stands by itself: og is not in dog."""
+    return re.compile(rf"(?<!\w(?=\w)){re.escape(token)}(?!(?<=\w)\w)")
+
+
 def with_attribute(template: str, attribute: str | None) -> str:
     """Return the template with an attribute before {S*}: "photo of a running {S*} dog"."""
     if not attribute:

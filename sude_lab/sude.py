@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sude_lab.backbone import Condition, concatenate
 from sude_lab.diffusion import Schedule
+from sude_lab.errors import UserError, check_batch
 from sude_lab.frozen import FrozenUNet, require_silent
 from sude_lab.losses import (
     gate,
@@ -145,7 +146,7 @@ class SudeRegularizer:
 
     Raises:
         UserError: the UNet cannot be kept as it is (see `FrozenUNet`); at a call: it has been
-            changed since in a way that the kept one does not know.
+            changed since in a way that the kept one does not know, or is no such batch.
     """
 
     def __init__(
@@ -167,12 +168,14 @@ class SudeRegularizer:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}.")
         self.scheduler, self.call = scheduler, call
-        self.uncond, self.category = _condition(uncond_embeds), _condition(class_embeds)
         self.weighting, self.truncated, self.truncate_at = weighting, truncated, truncate_at
         self.every, self.calls = every, 0
         self._read: tuple[Any, ...] | None = None
         bare = getattr(unet, "module", unet)  # wrapped for several processes
         bare = getattr(bare, "_orig_mod", bare)  # compiled
+        is_xl = getattr(getattr(bare, "config", None), "addition_embed_type", None) == "text_time"
+        self.uncond = _condition(uncond_embeds, is_xl)
+        self.category = _condition(class_embeds, is_xl)
         self.model: Callable[..., Any] = prior if callable(prior) else unet
         if prior == "pretrained":
             self.model = FrozenUNet(bare)
@@ -209,8 +212,16 @@ class SudeRegularizer:
         if isinstance(self.model, FrozenUNet):
             self.model.check()
         category = self.category if class_embeds is None else _condition(class_embeds)
+        check_batch(x_t, t, model_output, category)
         schedule = self.schedule(x_t.device)
-        uncond_output, class_output = ask(self._predict, x_t, t, self.uncond, category)
+        if t.is_floating_point() and schedule.sigmas is None:
+            raise UserError(
+                "t holds no numbers of steps: a loop in EDM's style scales what the model takes "
+                "and gives, and eq. 7 has no value there; leave --do_edm_style_training out."
+            )
+        # Made before the loop moved its models, or in the precision of a text encoder.
+        uncond, category = (c.map(lambda part: part.to(x_t)) for c in (self.uncond, category))
+        uncond_output, class_output = ask(self._predict, x_t, t, uncond, category)
         return sude_terms(
             *(model_output.float(), class_output, uncond_output, x_t.float()),
             *(schedule.from_time(t), schedule),
@@ -239,5 +250,12 @@ class SudeRegularizer:
         return self.every * self.terms(x_t, t, model_output, class_embeds).gated
 
 
-def _condition(embeds: Tensor | Condition) -> Condition:
-    return (embeds if isinstance(embeds, Condition) else Condition(embeds)).map(Tensor.detach)
+def _condition(embeds: Tensor | Condition, is_xl: bool = False) -> Condition:
+    condition = Condition(embeds) if isinstance(embeds, Tensor) else embeds
+    right = isinstance(condition, Condition) and condition.hidden.ndim > 2
+    if not right or (is_xl and (condition.pooled is None or condition.sizes is None)):
+        raise UserError(
+            "A prompt is a Tensor (1, L, D), and for SDXL a sude_lab.backbone.Condition of prompt, "
+            "pooled prompt and time_ids, of which the first two are zeros for no prompt."
+        )
+    return condition.map(Tensor.detach)

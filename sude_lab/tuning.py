@@ -150,9 +150,10 @@ class Tuning:
                 self._load(state)
             self._prompts = self.method.subject_prompts()
             for prompt, subject in zip(self._prompts, config.subjects, strict=True):
-                backbone.beyond_reach(prompt, subject.token)
+                if rest := backbone.beyond_reach(prompt, subject.token):
+                    raise UserError(f"The model does not read {rest!r}: shorten the tuning prompt.")
             with torch.no_grad():
-                self._subjects = backbone.encode_prompts(self._prompts)
+                self._subjects = backbone.encode_prompts(self._prompts, config.resolution)
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -252,7 +253,7 @@ class Tuning:
             now = category_conditions(self.backbone, config)
         subjects = self._subjects
         if method.changes_subject_text:
-            subjects = self.backbone.encode_prompts(self._prompts)
+            subjects = self.backbone.encode_prompts(self._prompts, config.resolution)
         x_t = add_noise(batch.x_0, batch.eps, batch.t, schedule)
         output = method.predict(x_t, batch.t, subjects[batch.which], batch.which)
         own = method.own_loss()
@@ -342,8 +343,8 @@ def tune(
 
 def category_conditions(backbone: Backbone, config: CompleteConfig) -> tuple[Condition, Condition]:
     """Return the null condition, one row, and the category's of every subject."""
-    categories = [photo_of(s.category) for s in config.subjects]
-    return backbone.null_condition(), backbone.encode_prompts(categories)
+    prompts, side = [photo_of(s.category) for s in config.subjects], config.resolution
+    return backbone.null_condition(side), backbone.encode_prompts(prompts, side)
 
 
 def check_finite(number: int, t: Tensor, values: Tensor, what: str = "loss") -> None:

@@ -38,7 +38,7 @@ from sude_lab.backbone import Backbone, Condition
 from sude_lab.classifier import squared_distance
 from sude_lab.classify.probe import encode_all, latents_of, noise_generator, predictions
 from sude_lab.diffusion import Schedule, training_target
-from sude_lab.errors import UserError, flag
+from sude_lab.errors import UserError, check_whole, listed
 from sude_lab.losses import output_weight
 from sude_lab.prompts import PLACEHOLDER, checked
 
@@ -287,7 +287,7 @@ def checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UserError: fewer than two, two that are the same, or a placeholder in one.
     """
-    plain = tuple(" ".join(checked(prompt).split()) for prompt in prompts)
+    plain = tuple(" ".join(checked(prompt).split()) for prompt in listed(prompts))
     if len(plain) < 2:
         example = '--prompt "photo of a dog" --prompt "photo of a cat"'
         raise UserError(f"Give at least two prompts to choose from: {example}.")
@@ -328,13 +328,9 @@ class ImplicitClassifier:
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", checked_prompts(self.prompts))
         # A standard error needs two pairs; all of a picture's noise is in memory.
-        least = {"num_pairs": 2, "batch_size": 1, "seed": 0}
-        most = {"num_pairs": MOST_PAIRS}
-        for name, lowest in least.items():
-            value, highest = getattr(self, name), most.get(name)
-            if value < lowest or (highest and value > highest):
-                end = f", and at most {highest:,}" if highest else ""
-                raise UserError(f"--{flag(name)} is {value:,}: it must be at least {lowest}{end}.")
+        check_whole("--num-pairs", self.num_pairs, 2, MOST_PAIRS)
+        check_whole("--batch-size", self.batch_size, 1)
+        check_whole("--seed", self.seed, 0)
         if not self.caution > 0:
             raise UserError(f"--caution is {self.caution}: it must be more than 0.")
         if self.weighting not in WEIGHTINGS:
@@ -347,8 +343,15 @@ class ImplicitClassifier:
 
     @cached_property
     def condition(self) -> Condition:
-        """The prompts as the UNet reads them, encoded once."""
-        return encode_all(self.backbone, self.prompts)
+        """The prompts as the UNet reads them, encoded once.
+
+        Raises:
+            UserError: two differ only beyond what the model reads.
+        """
+        condition = encode_all(self.backbone, self.prompts)
+        if len(condition.hidden.unique(dim=0)) < len(condition):
+            raise UserError("Two prompts are the same as far as the model reads them: change one.")
+        return condition
 
     @property
     def log_prior(self) -> Tensor | None:
@@ -397,12 +400,13 @@ class ImplicitClassifier:
         """
         if not len(pictures):
             raise UserError("Give at least one picture.")
+        condition = self.condition
         x_0 = latents_of(self.backbone, pictures, self.batch_size)
         times, noise = self.pairs(x_0.shape[1:], len(pictures))
         scale = self.weights.sum()
         bar = tqdm(desc="asking", unit="evaluation", disable=not progress)
 
-        about = (self.backbone, x_0, times, noise, self.condition)
+        about = (self.backbone, x_0, times, noise, condition)
 
         def losses_of(rows: Tensor) -> Tensor:
             parts = []

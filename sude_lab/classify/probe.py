@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from sude_lab.backbone import Backbone, Condition, concatenate
 from sude_lab.classifier import squared_distance
 from sude_lab.diffusion import add_noise, to_eps
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, check_whole, listed
 from sude_lab.losses import output_weight, sude_threshold
 from sude_lab.prompts import photo_of
 
@@ -44,6 +44,8 @@ def answers(
     Raises:
         UserError: there is no picture, prompt or timestep, or a timestep is out of range.
     """
+    check_whole("The batch size", batch_size, 1)
+    prompts = listed(prompts)
     times = torch.tensor(list(timesteps), dtype=torch.long)
     if not len(pictures) or not len(prompts) or not len(times):
         raise UserError("Give at least one picture, one prompt and one timestep.")

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
 from sude_lab.config import CompleteConfig, TuningConfig, fields_of
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, check_whole, listed
 from sude_lab.evaluate import metrics as m
 from sude_lab.evaluate.dreambench import (
     attributes_of,
@@ -43,7 +43,7 @@ from sude_lab.evaluate.encoders import ENCODERS, Encoder, open_encoder
 from sude_lab.evaluate.prompts import Prompt, prompt_for, read_prompts, structured
 from sude_lab.evaluate.statistics import Interval
 from sude_lab.generation import MOST, generate, sampling_settings
-from sude_lab.io.files import atomic_write, require_own
+from sude_lab.io.files import atomic_write, for_spreadsheets, in_utf_8, require_own
 from sude_lab.io.opening import read_facts
 from sude_lab.io.pictures import open_picture
 from sude_lab.io.reading import is_file
@@ -143,7 +143,7 @@ class _Place(NamedTuple):
 
 
 def evaluate(
-    runs: Sequence[Path | str],
+    runs: Path | str | Sequence[Path | str],
     *,
     out: Path | str | None = None,
     references: Path | str | None = None,
@@ -181,15 +181,16 @@ def evaluate(
         UserError: bad input, or an encoder that cannot be had (nothing is drawn or written then);
             or a run that cannot be opened (what was computed before stays).
     """
-    if num_images < 1 or num_seeds < 1:
-        raise UserError("--num-images and --num-seeds must be at least 1.")
+    check_whole("--num-images", num_images, 1)
+    check_whole("--num-seeds", num_seeds, 1)
     if num_images * num_seeds > MOST:
         raise UserError(
             f"{num_images * num_seeds:,} pictures of every prompt are asked for: --num-images "
             f"times --num-seeds must be at most {MOST:,}."
         )
-    if not 0 <= seed <= 2**32 - num_seeds:
-        raise UserError(f"The seed is {seed}: it must lie between 0 and {2**32 - num_seeds}.")
+    check_whole("The seed", seed, 0, 2**32 - num_seeds)
+    runs = [runs] if isinstance(runs, str | Path) else runs
+    prompts, metrics, encoders = listed(prompts), listed(metrics), listed(encoders)
     if not runs:
         raise UserError("Name at least one run: the --out folder of `sude-lab tune`.")
     if len(runs) > 1 and out is None:
@@ -212,7 +213,8 @@ def evaluate(
         chosen = _chosen_metrics(metrics, run.config, encoder_folders, judge)
         own = sampler | _given(guidance_scale=run.strength.guidance_scale)
         sampling = sampling_settings(read_facts(run.config.backbone), **own)
-        jobs.append(_Job(run, label, asked, images, chosen, judge, sampling, negative_prompt))
+        negative = negative_prompt and run.prompt(negative_prompt)
+        jobs.append(_Job(run, label, asked, images, chosen, judge, sampling, negative))
     needed = {LEARNED[name][0] for job in jobs for name in job.metrics if name in LEARNED}
     # Before anything is drawn: whoever waits for an hour should not learn then that one is missing.
     ready = {} if opened_encoders is None else opened_encoders
@@ -295,9 +297,9 @@ def _labels(runs: Sequence[Run]) -> list[dict[str, Any]]:
     names = settings_and_variants([run.config for run in runs])
     for run, (settings, variant) in zip(runs, names, strict=True):
         config = run.config
-        strength = str(run.strength)
+        strength, name = str(run.strength), in_utf_8(str(run))
         variant = ", ".join(filter(None, (variant, strength)))
-        label: dict[str, Any] = {"run": str(run), "settings": settings, "variant": variant}
+        label: dict[str, Any] = {"run": name, "settings": settings, "variant": variant}
         label |= {"strength": strength}
         label |= {n: getattr(config, n) for n in ("method", "weight_sude", "category")}
         # Pictures of two subjects may have one name, the copies of one picture several.
@@ -350,7 +352,7 @@ def subject_name(config: TuningConfig) -> str:
     "rex" for rex.jpg, "dog" for dog/00.jpg.
     """
     stem, folder = config.image.stem, config.image.parent.name
-    return folder if stem.isdigit() and folder else stem
+    return in_utf_8(folder if stem.isdigit() and folder else stem)
 
 
 def _asked(
@@ -478,8 +480,10 @@ def _pictures(
     if missing:
         backbone = job.run.load(backbone=open_base(job.run))
         base = cache(partial(open_base, job.run))
-        for prompt in job.prompts:
-            backbone.beyond_reach(job.run.prompt(prompt.text), *job.run.tokens)
+        for text in [*(job.run.prompt(p.text) for p in job.prompts), job.negative_prompt or ""]:
+            if rest := backbone.beyond_reach(text, *job.run.tokens):
+                note = f"The prompt {text[:60]!r} is too long: the model leaves out {rest!r}."
+                tqdm.write(note, file=sys.stderr)
         _mention_unknown_words(backbone, job)
         about = f"drawing, {job.label['variant']}"
         number = sum(map(len, missing))
@@ -619,7 +623,8 @@ def report(table: pd.DataFrame, scores: pd.DataFrame) -> str:
             "Over prompts and noises, or seeds of tuning: they speak of other drawings of this one "
             "subject (a bootstrap), and not of other subjects."
         )
-    parts = [pd.DataFrame(lines).fillna("").to_markdown(index=False, disable_numparse=True)]
+    cells = pd.DataFrame(lines).fillna("").map(lambda x: str(x).replace("|", "\\|"))
+    parts = [cells.to_markdown(index=False, disable_numparse=True)]
     parts.append(brackets)
     if "difference" in table and table["difference"].notna().any():
         against = ", ".join(dict.fromkeys(table["against"].dropna()))
@@ -657,4 +662,4 @@ def _cell(row: dict[Any, Any]) -> str:
 
 def _write(path: Path, table: pd.DataFrame) -> None:
     with atomic_write(path) as file:
-        table.to_csv(file, index=False)
+        for_spreadsheets(table).to_csv(file, index=False)

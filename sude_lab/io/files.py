@@ -221,6 +221,17 @@ def save_tensors(
     path.chmod(mode)
 
 
+def for_spreadsheets(table: Any) -> Any:
+    """Return a table of pandas whose texts a spreadsheet shows, and takes for no formulas."""
+    formula = ("=", "+", "-", "@", "\t", "\r")
+    return table.map(lambda x: f"'{x}" if isinstance(x, str) and x.startswith(formula) else x)
+
+
+def in_utf_8(text: str) -> str:
+    """Return a text that can be written, also of a file's name in other bytes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def remove_partials(folder: Path | str) -> None:
     """Remove what killed processes left half written in a folder; none may be writing there now."""
     for path in list(Path(folder).rglob(f"{PARTIAL}*")):
@@ -310,7 +321,9 @@ def _means_full_disk(error: BaseException, folder: Path) -> bool:
     # safetensors and pyarrow report it in the words of the system, in classes of their own.
     if any(os.strerror(number) in str(error) for number in _FULL):
         return True
-    # numpy ("100 requested and 7 written") and torch.save ("unexpected pos") do not say: look.
+    if "unexpected pos" in str(error):  # torch.save: less was written than it gave
+        return True
+    # numpy ("100 requested and 7 written") does not say: look.
     if isinstance(error, OSError | RuntimeError) and folder.is_dir():
         return shutil.disk_usage(folder).free < _NEARLY_FULL
     return False

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, check_whole
 
 MAX_ASPECT = 20
 """Longest over shortest side beyond which a centre square says nothing of the picture."""
@@ -56,8 +56,7 @@ def load_picture(path: AnyPicture, *, resolution: int) -> Picture:
             a single pixel, or a thin strip.
         UserError: `resolution` is not positive.
     """
-    if resolution < 1:
-        raise UserError(f"The resolution must be at least 1 pixel, not {resolution}.")
+    check_whole("The resolution", resolution, 1)
     notes: list[str] = []
     image, path = _read(path, notes)
     width, height = image.size
@@ -88,12 +87,15 @@ def open_picture(path: AnyPicture) -> Image.Image:
 def _read(source: AnyPicture, notes: list[str]) -> tuple[Image.Image, Path]:
     """Return a picture as RGB, and the name by which sentences speak of it."""
     if isinstance(source, Image.Image | np.ndarray):
-        name = Path(getattr(source, "filename", "") or "The picture")
+        path = Path(getattr(source, "filename", "") or "The picture")
         image = _from_array(source) if isinstance(source, np.ndarray) else source
-        return _to_rgb(ImageOps.exif_transpose(image), name, notes), name
-    path = Path(source)
-    _require_file(path)
-    return _decode(path, notes), path
+        image = _to_rgb(ImageOps.exif_transpose(image), path, notes)
+    else:
+        path = Path(source)
+        _require_file(path)
+        image = _decode(path, notes)
+    image.info.clear()  # what it says of colours and turns has been done
+    return image, path
 
 
 def _from_array(values: np.ndarray) -> Image.Image:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sude_lab.backbone import Backbone
 from sude_lab.config import PRESETS, CompleteConfig, TuningConfig, read_settings
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, check_tokens
 from sude_lab.methods.base import Method
 from sude_lab.methods.custom_diffusion import CustomDiffusion
 from sude_lab.methods.dreambooth import DreamBooth
@@ -70,7 +70,7 @@ def configure(
 
     Raises:
         UserError: a setting, preset or method does not exist, the model cannot know the category,
-            or a prior bank is of no use to the prior.
+            a token cannot hold its vectors, or a prior bank is of no use to the prior.
     """
     if isinstance(settings, Mapping):
         settings = TuningConfig(**read_settings(settings))
@@ -91,6 +91,7 @@ def configure(
             "--prior-bank keeps what the model says before tuning, and --prior current asks it as "
             "it is by then: use --prior pretrained, or leave --prior-bank out."
         )
+    check_tokens([subject.token for subject in config.subjects], config.num_vectors)
     return _on_model(config, model) if isinstance(model, Backbone) else config
 
 

@@ -49,7 +49,7 @@ from tqdm.auto import tqdm
 from sude_lab.backbone import Backbone
 from sude_lab.config import CompleteConfig, TuningConfig, fields_of, read_settings
 from sude_lab.draws import side_of
-from sude_lab.errors import UserError, flag, machine_failure
+from sude_lab.errors import UserError, check_whole, flag, listed, machine_failure
 from sude_lab.generation import generate
 from sude_lab.io.files import (
     LOCK,
@@ -333,10 +333,10 @@ def run_tuning(
     resume: bool = False,
     checkpoint_every: int = 100,
     keep_at: Sequence[int] = (),
-    sample_prompts: Sequence[str] | None = None,
+    sample_prompts: str | Sequence[str] | None = None,
     num_samples: int = 4,
     validation_every: int = 0,
-    validation_prompts: Sequence[str] | None = None,
+    validation_prompts: str | Sequence[str] | None = None,
     report_to: str = "tensorboard",
     kohya: Precision | None = None,
     backbone: Backbone | None = None,
@@ -372,11 +372,9 @@ def run_tuning(
         ("num-samples", num_samples, 0, 1000),  # drawn after hours of tuning
         ("validation-every", validation_every, 0, None),
     ):
-        if number < least or (most and number > most):
-            end = f", and at most {most:,}" if most else ""
-            raise UserError(f"--{name} is {number}: it must be at least {least}{end}.")
-    if wrong := [step for step in keep_at if step < 1]:
-        raise UserError(f"--keep-at is {wrong[0]}: it must be at least 1.")
+        check_whole(f"--{name}", number, least, most)
+    for number in keep_at:
+        check_whole("--keep-at", number, 1)
     out = Path(out)
     if _is_folder(config.backbone):  # a run is opened from other working folders, too
         config = replace(config, backbone=os.path.abspath(config.backbone))
@@ -410,11 +408,12 @@ def run_tuning(
             "--class-images is of no use where --prior-loss-weight is 0: add "
             "--prior-loss-weight 1, or leave it out."
         )
-    prompts = [*default_prompts(config), *(sample_prompts or []), *(validation_prompts or [])]
+    sampled, watched = (listed(p or ()) for p in (sample_prompts, validation_prompts))
+    prompts = [*default_prompts(config), *sampled, *watched]
     for prompt in prompts:
         _check_length(prompt, config, backbone)
-    samples = [_filled(p, config) for p in sample_prompts or default_prompts(config)]
-    validated = [_filled(p, config) for p in validation_prompts or []] or samples
+    samples = [_filled(p, config) for p in sampled or default_prompts(config)]
+    validated = [_filled(p, config) for p in watched] or samples
     is_lora = config.method == "dreambooth" and config.train == "lora"
     if kohya and (not is_lora or config.train_text_encoder or backbone.part != "unet"):
         raise UserError(
@@ -447,6 +446,12 @@ def run_tuning(
                         f"The run in {out} is past step {past} (its checkpoint is of step "
                         f"{state['step']}): leave --keep-at {past} out, or choose another --out."
                     )
+            now = accelerator.num_processes if accelerator else 1
+            if (begun := state.pop("processes", now)) != now:
+                raise UserError(
+                    f"The run in {out} was begun with {begun} process(es), not {now}, which would "
+                    f"draw another batch: resume it with {begun}."
+                )
 
     started = time.time()
     done = state["step"] if state else 0
@@ -480,7 +485,9 @@ def run_tuning(
                     due = step.number % checkpoint_every == 0 or terminated()
                     if due and not last:
                         with atomic_write(out / CHECKPOINT) as path:
-                            torch.save(step.state_dict() | {"rows": rows}, path)
+                            number = accelerator.num_processes if accelerator else 1
+                            kept = {"rows": rows, "processes": number}
+                            torch.save(step.state_dict() | kept, path)
                 if terminated() and not last:
                     raise Terminated
                 if not main:

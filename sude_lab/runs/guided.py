@@ -13,7 +13,7 @@ from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.guidance import has_adapters, sude_guidance
 from sude_lab.io.opening import open_backbone
-from sude_lab.prompts import article, placeholder
+from sude_lab.prompts import article, by_itself, placeholder
 from sude_lab.runs.strength import Strength
 
 
@@ -42,7 +42,9 @@ def guidance_for(
     *,
     open_base: Callable[[], Backbone] | None = None,
 ) -> AbstractContextManager[Any]:
-    """Return `sude_guidance` for a tuned backbone and a prompt with {S*}, as a strength says.
+    """Return `sude_guidance` for a tuned backbone, as a strength says.
+
+    The prompt has {S*}, or the subject's token.
 
     A backbone whose UNet carries a LoRA is its own frozen base; else the base is opened again
     beside it, which takes its memory a second time.
@@ -53,6 +55,8 @@ def guidance_for(
     share, hinge = strength.sude_guidance or strength.compose, not strength.compose
     if not share:
         return nullcontext()
+    for number, subject in enumerate(config.subjects):
+        prompt = by_itself(subject.token).sub(placeholder(number), prompt)
     words = to_class_prompt(prompt, *(subject.category for subject in config.subjects))
     pipeline, own = backbone.pipeline, has_adapters(backbone.denoiser)
     if own and not config.train_text_encoder:

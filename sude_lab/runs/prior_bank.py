@@ -219,7 +219,8 @@ def _build(
 ) -> dict[str, Tensor]:
     half = config.prior_bank_dtype == "float16"
     with torch.no_grad():
-        null, photo = backbone.null_condition(), backbone.encode_prompts([photo_of(category)])
+        null = backbone.null_condition(config.resolution)
+        photo = backbone.encode_prompts([photo_of(category)], config.resolution)
     uncond, second = [], []
     words = "asking the model before tuning"
     with tqdm(total=pairs.number, desc=words, unit="pair", delay=_WAIT) as bar:
@@ -258,6 +259,7 @@ def _about(
         ],
         "picture": digest(f"{pixels.size}".encode() + pixels.tobytes()),
         "resolution": side_of(config, backbone),
+        **({"told": side_of(config, backbone)} if backbone.is_xl else {}),
         "horizontal_flip": config.horizontal_flip,
         "seed": config.seed,
         "number": config.prior_bank,

@@ -45,13 +45,14 @@ from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
-from sude_lab.errors import UserError, one_line
+from sude_lab.errors import UserError, check_whole, one_line
 from sude_lab.evaluate.encoders import Encoder
 from sude_lab.evaluate.evaluate import FOLDER, PICTURES, evaluate
 from sude_lab.io.files import (
     PARTIAL,
     DiskFullError,
     atomic_write,
+    for_spreadsheets,
     lock_holder,
     locked,
     remove_partials,
@@ -271,9 +272,8 @@ def sweep(
     Raises:
         UserError: bad input (nothing is written then), a full disk, or no such cluster.
     """
-    for flag, number in {"checkpoint-every": checkpoint_every, "workers": workers}.items():
-        if number < 1:
-            raise UserError(f"--{flag} must be at least 1.")
+    check_whole("--checkpoint-every", checkpoint_every, 1)
+    check_whole("--workers", workers, 1)
     if workers > 1 and cluster is not None:
         raise UserError("--workers are processes of this machine, and --cluster has its own.")
     plan = make_plan(read_grid(grid), out, runs)
@@ -456,7 +456,8 @@ def _write_csv(plan: Plan, most: int = 1_000_000) -> None:
     with _writing(plan):
         if pq.read_metadata(plan.out / RESULTS).num_rows <= most:
             with atomic_write(plan.out / "results.csv") as path:
-                pq.read_table(plan.out / RESULTS).to_pandas().to_csv(path, index=False)
+                table = pq.read_table(plan.out / RESULTS).to_pandas()
+                for_spreadsheets(table).to_csv(path, index=False)
 
 
 # --- what is going on ----------------------------------------------------------------------------

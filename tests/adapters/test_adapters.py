@@ -33,6 +33,7 @@ from sude_lab.runs.card import loading_code
 from sude_lab.runs.guided import guidance_for
 from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.runs.prior_bank import Pairs
+from sude_lab.runs.strength import Strength
 from sude_lab.sude import SudeRegularizer
 from sude_lab.tuning import Step
 
@@ -399,11 +400,13 @@ def test_guidance_without_training_moves_a_lora_to_its_category(
     backbone, _ = tuned(model_of("sd3"), picture, train="lora", weight_sude=0.0)
     config = settings(train="lora")
     alone = draw(backbone, SUBJECT)
-    with guidance_for(config, backbone, "photo of a running {S*} dog", 1.0) as rho:
+    with guidance_for(
+        config, backbone, "photo of a running {S*} dog", Strength(sude_guidance=1)
+    ) as rho:
         guided = draw(backbone, SUBJECT)
     assert len(rho) == 2 and all(value.isfinite().all() for value in rho)
     assert distance(alone, guided) > 0
-    with guidance_for(config, backbone, "photo of a running {S*} dog", 0.0):
+    with guidance_for(config, backbone, prompt, Strength()):
         assert distance(alone, draw(backbone, SUBJECT)) == 0
 
 

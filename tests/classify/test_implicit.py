@@ -355,3 +355,12 @@ def test_no_picture_and_no_number_are_refused(tiny: Backbone, pictures: list[Ima
         tiny.unet.conv_out.bias.fill_(math.nan)
     with pytest.raises(UserError, match="not finite"):
         classifier.classify(pictures)
+
+
+def test_prompts_that_the_model_reads_as_the_same_are_refused(
+    tiny: Backbone, pictures: list[Image.Image]
+) -> None:
+    long = " ".join(["a running dog on the"] * 20)
+    classifier = ImplicitClassifier(tiny, [f"{long} dog", f"{long} cat"])
+    with pytest.raises(UserError, match="as far as the model reads"):
+        classifier.classify(pictures)

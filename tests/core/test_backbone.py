@@ -314,6 +314,10 @@ def test_a_token_whose_letters_stand_in_other_words_leaves_them_alone(tiny: Back
     assert torch.equal(tiny.tokenize(prompts), before)
     ids = tiny.tokenizer("photo of a og dog", add_special_tokens=False).input_ids
     assert ids.count(index) == 1 and len(ids) == 5
+    # Nor is it missed there: the prompt does not ask for it.
+    assert not tiny.beyond_reach(prompts[0], "og")
+    with pytest.raises(UserError, match="stands behind them"):
+        tiny.beyond_reach(f"a {'dog ' * 40} og", "og")
 
 
 # --- encoding ------------------------------------------------------------------------------------

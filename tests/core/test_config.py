@@ -7,6 +7,7 @@ from pathlib import Path
 from types import NoneType
 from typing import get_type_hints as hints
 
+import numpy as np
 import pytest
 
 import sude_lab
@@ -77,3 +78,18 @@ def test_settings_of_a_file_are_read_with_their_types_and_old_names() -> None:
     assert settings.prior_preservation == "teacher"
     with pytest.raises(UserError, match="no setting 'learning_speed'"):
         read_settings({"learning_speed": 1})
+
+
+def test_settings_may_be_written_as_people_write_python() -> None:
+    """Paths as texts, numbers of numpy: what is kept is what a file can hold."""
+    plain = TuningConfig(Path("dog.png"), "dog", seed=3, weight_sude=0.5, class_images=Path("dogs"))
+    given = TuningConfig(
+        "dog.png",  # type: ignore[arg-type]
+        "dog",
+        seed=np.int64(3),  # type: ignore[arg-type]
+        weight_sude=np.float32(0.5),  # type: ignore[arg-type]
+        class_images="dogs",  # type: ignore[arg-type]
+    )
+    assert given == plain and type(given.seed) is int and type(given.weight_sude) is float
+    with pytest.raises(UserError, match="it takes a tuple of texts"):
+        TuningConfig(Path("dog.png"), "dog", more_subjects="cat=<c>=c.png")  # type: ignore[arg-type]

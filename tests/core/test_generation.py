@@ -126,12 +126,20 @@ def test_settings_are_those_chosen_then_the_folders_then_stable_diffusions(
     [
         ({"num_images": 0}, "number of images is 0"),
         ({"num_images": -1}, "number of images is -1"),
-        ({"num_inference_steps": 0}, "must be 1 to 1000"),
-        ({"num_inference_steps": 1001}, "must be 1 to 1000"),
+        ({"num_inference_steps": 0}, "steps is 0: it must be a whole number of at least 1"),
+        ({"num_inference_steps": 1001}, "steps is 1,001: it must be"),
         ({"guidance_scale": float("nan")}, "guidance scale is nan"),
         ({"guidance_scale": float("inf")}, "guidance scale is inf"),
         ({"seed": -1}, "seed is -1"),
-        ({"seed": 10**30}, "seed is 1000"),
+        ({"seed": 10**30}, "seed is 1,000"),
+        ({"seed": 1.5}, "seed is 1.5: it must be a whole number"),
+        ({"num_images": "3"}, "number of images is '3'"),
+        ({"num_images": True}, "number of images is True"),
+        ({"num_images": 2.0}, "number of images is 2.0"),
+        ({"num_inference_steps": 2.5}, "steps is 2.5"),
+        ({"guidance_scale": "7"}, "guidance scale is '7'"),
+        ({"batch_size": 0}, "batch size is 0"),
+        ({"first": -1}, "first picture's number is -1"),
     ],
 )
 def test_settings_out_of_range_are_refused(

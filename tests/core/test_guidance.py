@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sude_lab.backbone import Backbone, Condition
 from sude_lab.cli import main
+from sude_lab.config import TuningConfig
 from sude_lab.diffusion import Schedule, to_eps
 from sude_lab.errors import UserError
 from sude_lab.frozen import FrozenUNet
@@ -27,6 +28,7 @@ from sude_lab.generation import generate
 from sude_lab.guidance import sude_correction, sude_guidance
 from sude_lab.io.guider import SudeGuidance
 from sude_lab.losses import guidance_projection, hinge_loss
+from sude_lab.runs import guided
 from sude_lab.runs.folder import Run
 from sude_lab.runs.guided import to_class_prompt
 
@@ -197,6 +199,17 @@ def test_the_class_prompt_says_the_category_once(
     prompt: str, categories: list[str], expected: str
 ) -> None:
     assert to_class_prompt(prompt, *categories) == expected
+
+
+def test_the_class_prompt_is_the_same_where_the_prompt_has_the_token_itself(
+    tiny: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words: list[str] = []
+    monkeypatch.setattr(guided, "sude_guidance", lambda *about: words.append(about[2]))
+    config = TuningConfig(Path("dog.png"), "dog", token="og")
+    for prompt in ("photo of a running {S*} dog", "photo of a running og dog"):
+        guided.guidance_for(config, tiny, prompt, 0.0)
+    assert words == ["photo of a running dog"] * 2
 
 
 # --- in a pipeline -------------------------------------------------------------------------------

@@ -20,8 +20,9 @@ from sude_lab.errors import UserError
 from sude_lab.io.opening import open_backbone
 from sude_lab.io.weights import load_weights, save_weights
 from sude_lab.methods import METHODS, configure, get_method
+from sude_lab.methods.base import token_words
 from sude_lab.runs.prepare import prepared_tuning as tune
-from sude_lab.tuning import Step
+from sude_lab.tuning import Step, Tuning
 
 pytestmark = pytest.mark.quick
 
@@ -590,6 +591,39 @@ def test_a_word_of_several_vectors_is_trained_saved_and_read_by_plain_diffusers(
         assert torch.equal(plain.encode_prompts(prompts).hidden, expected)
         drawn = backbone.pipeline.encode_prompt(prompts, "cpu", 1, False)[0]
     assert torch.equal(drawn, expected)
+
+
+@pytest.mark.parametrize("token", ["<sks>", "<a-b.c>", "«é»"])
+def test_every_vector_of_a_word_is_read_once_by_every_tokenizer(
+    token: str, _tiny_xl: Backbone
+) -> None:
+    backbone = _tiny_xl.copy()
+    settings = config(token=token, num_vectors=8, method="textual_inversion", train="attention")
+    get_method(settings.method)(backbone, configure(settings, backbone))
+    prompts = [f"photo of a {token} dog", f"a {token}, asleep", f"{token}"]
+    for tokenizer in backbone.tokenizers:
+        ids = tokenizer.convert_tokens_to_ids(token_words(token, 8))
+        for line in backbone.tokenize(prompts, tokenizer).tolist():
+            assert [line.count(index) for index in ids] == [1] * 8
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("token", ["<Rex>", "og", "zwx", "<x", "Ⅷ", "e\u0301>"])
+def test_a_word_that_cannot_hold_its_vectors_is_refused(
+    name: str, token: str, tiny: Backbone, picture: Image.Image
+) -> None:
+    settings = config(method=name, token=token, num_vectors=8, prior_loss_weight=0.0)
+    with pytest.raises(UserError, match="cannot stand for 8 vectors: write it in small letters"):
+        Tuning(settings, tiny, picture)
+    assert not tiny.used
+    configure(replace(settings, num_vectors=1), {})  # one vector is put in place of nothing
+
+
+@pytest.mark.parametrize(("token", "number"), [("<sks>_1", 1), ("<<sks>>", 2)])
+def test_a_word_that_would_be_read_as_a_part_of_another_is_refused(token: str, number: int) -> None:
+    settings = config(more_subjects=(f"cat={token}=cat.png",), num_vectors=number)
+    with pytest.raises(UserError, match="would be read as a part of"):
+        configure(settings, {})
 
 
 def test_the_number_of_vectors_must_be_one_or_more() -> None:

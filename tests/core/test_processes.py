@@ -1,10 +1,12 @@
 """Two processes that `accelerate launch` starts take the steps of one with the doubled batch."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,7 @@ def test_a_loss_that_goes_wrong_in_one_process_stops_all_and_keeps_the_weights(
     assert f"the checkpoint of step 2 ({out / CHECKPOINT})" in said
     assert {path.name for path in out.iterdir()} == {CONFIG, PICTURE, CHECKPOINT, kept.name}
     assert (kept / "unet.safetensors").is_file()
+    with redirect_stderr(io.StringIO()) as said:
+        code = main([str(a) for a in (*flags, *batch, "--out", out, "--resume")])
+    assert code == 2 and "was begun with 2 process(es), not 1" in said.getvalue()
+    assert {path.name for path in out.iterdir()} == {CONFIG, PICTURE, CHECKPOINT, kept.name}

@@ -319,6 +319,60 @@ def plain_pictures(
     ).images
 
 
+@pytest.mark.parametrize("model", ["sdxl"], indirect=True)
+@pytest.mark.parametrize("force", [True, False])
+def test_a_vae_that_overflows_in_float16_decodes_in_float32(model: Model, force: bool) -> None:
+    """SDXL's does, and says so: then pictures are those of float32, and else there are none."""
+    backbone = replace(model.backbone.copy(), dtype=torch.float16)
+    vae = backbone.pipeline.vae
+    vae.register_to_config(force_upcast=force)
+    with torch.no_grad():
+        vae.post_quant_conv.weight.mul_(1e6)
+    about: dict[str, Any] = {"num_images": 1, "seed": 7, "num_inference_steps": 2}
+    assert torch.isfinite(backbone.encode_pictures([Image.new("RGB", (128, 128))])[0]).all()
+    if not force:
+        with pytest.raises(UserError, match="numbers that are none"):
+            generate(backbone, PROMPT, **about)
+        return
+    drawn = generate(backbone, PROMPT, **about)
+    assert distance(drawn, generate(replace(backbone, dtype=torch.float32), PROMPT, **about)) < 24
+    assert "decode" not in vars(vae)
+
+
+@pytest.mark.parametrize("model", ["sdxl"], indirect=True)
+@pytest.mark.parametrize("prior_bank", [0, 4])
+def test_sdxl_is_told_the_size_that_it_is_tuned_at(
+    model: Model, prior_bank: int, picture: Image.Image, class_images: Path
+) -> None:
+    """As diffusers' scripts tell it: original size, crop, target size of the picture used."""
+    backbone = model.fresh()
+    settings = TuningConfig(
+        Path("dog.png"),
+        "dog",
+        resolution=64,
+        train="attention",
+        train_text_encoder=True,
+        max_train_steps=1,
+        train_batch_size=1,
+        prior_loss_weight=1.0,
+        class_images=class_images,
+        prior_bank=prior_bank,
+    )
+    sizes: list[list[float]] = []
+    forward = backbone.unet.forward
+
+    def listen(*args: Any, added_cond_kwargs: dict[str, Tensor], **kwargs: Any) -> Any:
+        sizes.extend(added_cond_kwargs["time_ids"].tolist())
+        return forward(*args, added_cond_kwargs=added_cond_kwargs, **kwargs)
+
+    backbone.unet.forward = listen
+    list(tune(settings, backbone, picture))
+    assert len(sizes) >= 4 and all(row == [64, 64, 0, 0, 64, 64] for row in sizes)
+    sizes.clear()
+    generate(backbone, PROMPT, num_images=1, num_inference_steps=1)
+    assert all(row == [128, 128, 0, 0, 128, 128] for row in sizes)
+
+
 # --- SuDe ----------------------------------------------------------------------------------------
 
 

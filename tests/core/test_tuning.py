@@ -9,19 +9,22 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from sude_lab import sude as regularizer
 from sude_lab import tuning
 from sude_lab.backbone import Backbone, Condition
+from sude_lab.classify.implicit import ImplicitClassifier
 from sude_lab.config import PRESETS, TuningConfig
 from sude_lab.diffusion import add_noise, posterior_variance, reverse_mean
 from sude_lab.draws import Batch, FreshDraws, WithClassImages, side_of, step_generator
 from sude_lab.errors import UserError
 from sude_lab.io.opening import open_backbone
+from sude_lab.io.pictures import load_picture
 from sude_lab.losses import sude_loss, sude_threshold, sude_weight
 from sude_lab.methods import METHODS, DreamBooth, configure
 from sude_lab.runs.class_images import class_latents
@@ -603,6 +606,51 @@ def test_further_subjects_are_read_checked_and_need_their_own_token(tiny: Backbo
         configure(config(more_subjects=("okapi=<o>=o.png",)), tiny)
     with pytest.raises(UserError, match="token of its own"):
         config(more_subjects=("candle=<sks>=candle.png",))
+
+
+def test_a_tuning_prompt_is_read_to_its_end_or_refused(fresh: Fresh, picture: Image.Image) -> None:
+    long = f"photo of a {{S*}} {'running on the ' * 9} dog"
+    with pytest.raises(UserError, match="shorten the tuning prompt"):
+        next(tune(config(prompt=long), fresh(), picture))
+
+
+def pictures_as_people_have_them(picture: Image.Image) -> dict[str, Any]:
+    grey = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    turned, coloured, hidden = picture.copy(), picture.copy(), picture.convert("RGBA")
+    turned.getexif()[0x0112] = 6
+    coloured.info["icc_profile"] = ImageCms.ImageCmsProfile(
+        ImageCms.createProfile("sRGB")
+    ).tobytes()
+    hidden.putalpha(Image.linear_gradient("L").resize((64, 64)))
+    oblong = picture.resize((96, 64))
+    return {
+        "16 bit": Image.fromarray(grey),
+        "numpy, 16 bit": grey,
+        "numpy": np.asarray(picture),
+        "hidden": hidden,
+        "turned": turned,
+        "coloured": coloured,
+        "oblong": oblong,
+    }
+
+
+@pytest.mark.parametrize("name", list(pictures_as_people_have_them(Image.new("RGB", (64, 64)))))
+def test_every_door_takes_care_of_a_picture_or_refuses_it(
+    name: str, fresh: Fresh, picture: Image.Image
+) -> None:
+    given = pictures_as_people_have_them(picture)[name]
+    cared = load_picture(given, resolution=32).image
+    assert trained(run(config(), fresh(), given)).keys()  # `prepared_tuning` takes care
+    assert same(trained(run(config(), fresh(), given)), trained(run(config(), fresh(), cared)))
+    assert len(list(tuning.Tuning(config(), fresh(), cared))) == config().max_train_steps
+    for refuse in (
+        lambda: tuning.Tuning(config(), fresh(), given),
+        lambda: ImplicitClassifier(fresh(), ["a dog", "a cat"], num_pairs=2).classify([given]),
+    ):
+        if name == "oblong" and refuse.__code__.co_names[0] != "tuning":
+            continue  # a classifier may be asked of any shape
+        with pytest.raises(UserError, match="load_picture of"):
+            refuse()
 
 
 # --- precision -----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Evaluations draw what is missing, measure what is there, and compare runs in pairs."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -644,3 +645,48 @@ def test_the_command_does_the_same(
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("sude-lab: ") and said.err.count("\n") == 1
     assert "openai/clip-vit-base-patch32" in said.err and "--encoders clip=FOLDER" in said.err
+
+
+def test_the_negative_prompt_may_name_the_subject_and_what_is_not_read_is_told(
+    pair: list[Path], measure: Measure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {"num_images": 1, "prompts": ["plain"], "metrics": ["CLIP-I"]}
+    with pytest.raises(UserError, match=r"asks for \{S\*2\}"):
+        measure(pair[0], out=tmp_path / "no", negative_prompt="a {S*2}", **said)
+    by_mark = measure(pair[0], out=tmp_path / "a", negative_prompt="a {S*}", **said)
+    by_word = measure(pair[0], out=tmp_path / "b", negative_prompt="a <sks>", **said)
+    assert by_mark.scores["file"].tolist() == by_word.scores["file"].tolist()
+    assert "leaves out" not in capsys.readouterr().err
+    measure(pair[0], out=tmp_path / "c", negative_prompt=f"a {'running ' * 40}cat", **said)
+    assert "The prompt 'a running" in (err := capsys.readouterr().err) and "leaves out" in err
+
+
+@pytest.mark.parametrize("number", [0, 1.5, "2", True])
+def test_numbers_of_pictures_are_whole(number: Any, pair: list[Path], measure: Measure) -> None:
+    for name in ("num_images", "num_seeds"):
+        with pytest.raises(
+            UserError, match=f"--{name.replace('_', '-')} is .*: it must be a whole"
+        ):
+            measure(pair[0], **{name: number})
+
+
+def test_texts_reach_tables_as_texts(pair: list[Path], measure: Measure, tmp_path: Path) -> None:
+    """A spreadsheet takes what begins with = for a formula, Markdown what has | for two cells."""
+    nasty = tmp_path / "nasty.txt"
+    nasty.write_text("=1+1 {S*}\n", encoding="utf-8")
+    found = measure(str(pair[0]), prompts=str(nasty), num_images=1, metrics="CLIP-I")
+    assert found.scores["prompt"].tolist() == ["=1+1 {S*}"]
+    assert pd.read_csv(found.out / room.SCORES)["prompt"].tolist() == ["'=1+1 {S*}"]
+    table = found.table.assign(settings="a | b")
+    lines = room.report(table, found.scores).splitlines()
+    assert lines[2].startswith("| a \\| b")
+    assert lines[0].count("|") == lines[2].count("|") - 1
+
+
+def test_a_picture_whose_name_is_not_utf_8_is_evaluated(pair: list[Path], measure: Measure) -> None:
+    config = pair[0] / "config.json"
+    settings = json.loads(config.read_text()) | {"image": "dog-\udcff.png"}
+    config.write_text(json.dumps(settings))
+    found = measure(pair[0], prompts="plain", num_images=1, metrics="CLIP-I")
+    table = pd.read_csv(found.out / room.SCORES)
+    assert table["subject"].tolist() == ["dog-\\udcff"] and found.text.encode()

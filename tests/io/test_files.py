@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -231,9 +232,26 @@ def test_what_cannot_be_replaced_is_refused_before_the_work(
     assert everything(tmp_path) == ["out", "real"]
 
 
-def test_a_limit_of_a_files_size_is_a_full_disk(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No space"), atomic_write(tmp_path / "weights"):
-        raise RuntimeError(f"I/O error: {os.strerror(errno.EFBIG)} (os error 27)")
+@pytest.mark.parametrize("kind", ["torch", "safetensors", "text"])
+def test_a_limit_of_a_files_size_is_a_full_disk(kind: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    values = {"x": torch.zeros(100_000)}
+    least, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, most))
+    try:
+        with (
+            pytest.raises(UserError, match="No space"),
+            atomic_write(tmp_path / "weights.pt") as path,
+        ):
+            if kind == "torch":
+                torch.save(values, path)
+            elif kind == "safetensors":
+                save_file(values, path)
+            else:
+                path.write_text("x" * 400_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (least, most))
     assert everything(tmp_path) == []
 
 

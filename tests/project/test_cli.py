@@ -450,7 +450,7 @@ def refused_with_progress(code: int, capsys: pytest.CaptureFixture[str]) -> str:
     [
         (["--num-images", "0"], "number of images is 0"),
         (["--guidance-scale", "nan"], "guidance scale is nan"),
-        (["--num-inference-steps", "0"], "must be 1 to 1000"),
+        (["--num-inference-steps", "0"], "at most 1,000"),
         (["--device", "abacus"], "'abacus'"),
     ],
 )
@@ -594,3 +594,37 @@ def test_threads_wait_asleep_on_a_busy_machine(
 def test_that_is_said_before_torch_is_loaded() -> None:
     code = "import sys, sude_lab.cli; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_an_interruption_while_a_command_imports_is_one_sentence(
+    subject_picture: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "sude_lab.runs.folder":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "sude_lab.runs.folder")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    command = ["tune", str(subject_picture), "--category", "dog", "--out", str(tmp_path / "run")]
+    assert main(command) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sude-lab: stopped; nothing was written")
+
+
+def test_a_folder_that_cannot_be_is_refused_before_a_model_is_opened(
+    tune: Tune,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert tune("--out", tmp_path / "run", "--num-samples", 0, "--report-to", "none") == 0
+    capsys.readouterr()
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.setattr(Run, "load", lambda *a, **k: pytest.fail("the model is opened"))
+    command = ["generate", str(tmp_path / "run"), "a {S*}", "--out", str(tmp_path / "link")]
+    assert "is a link, which is not replaced" in refused(main(command), capsys)

@@ -122,6 +122,32 @@ def test_a_run_leaves_everything_that_tells_of_it(
 
 
 @pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"checkpoint_every": 0},
+            "--checkpoint-every is 0: it must be a whole number of at least 1",
+        ),
+        ({"checkpoint_every": 2.5}, "--checkpoint-every is 2.5"),
+        ({"num_samples": -1}, "--num-samples is -1"),
+        ({"num_samples": "4"}, "--num-samples is '4'"),
+        ({"validation_every": True}, "--validation-every is True"),
+        ({"sample_prompts": "a {S*2}"}, "asks for {S*2}"),
+    ],
+)
+def test_what_python_hands_over_is_refused_before_the_work(
+    settings: dict[str, Any],
+    expected: str,
+    config: TuningConfig,
+    tune_in: Callable[..., Run],
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UserError) as error:
+        tune_in(config, tmp_path / "run", **settings)
+    assert expected in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     "settings",
     [
         {},

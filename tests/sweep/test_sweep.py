@@ -547,7 +547,7 @@ def test_a_dry_run_imports_nothing_that_takes_seconds(tmp_path: Path) -> None:
         (["GRID", "--out", "GRID"], "is a file"),
         (["GRID", "--out", "new", "--runs", "GRID"], "is a file"),
         (["GRID", "--out", "new", "--checkpoint-every", "0"], "at least 1"),
-        (["GRID", "--out", "new", "--workers", "0"], "--workers must be at least 1"),
+        (["GRID", "--out", "new", "--workers", "0"], "--workers is 0"),
         (["GRID", "--out", "new", "--workers", "2", "--cluster", "local"], "has its own"),
         (["--status", "--out", "new"], "There is no sweep in"),
         (["nothing.yaml", "--out", "new"], "cannot be read"),
