@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -220,7 +221,7 @@ class SudeRegularizer:
                 "and gives, and eq. 7 has no value there; leave --do_edm_style_training out."
             )
         # Made before the loop moved its models, or in the precision of a text encoder.
-        uncond, category = (c.map(lambda part: part.to(x_t)) for c in (self.uncond, category))
+        uncond, category = (c.map(partial(_beside, x_t)) for c in (self.uncond, category))
         uncond_output, class_output = ask(self._predict, x_t, t, uncond, category)
         return sude_terms(
             *(model_output.float(), class_output, uncond_output, x_t.float()),
@@ -248,6 +249,11 @@ class SudeRegularizer:
         if (self.calls - 1) % self.every:
             return torch.zeros(len(x_t), device=x_t.device)
         return self.every * self.terms(x_t, t, model_output, class_embeds).gated
+
+
+def _beside(x_t: Tensor, part: Tensor) -> Tensor:
+    """Return a part of a condition on the device of x_t, and in its precision; counts stay."""
+    return part.to(x_t) if part.is_floating_point() else part.to(x_t.device)
 
 
 def _condition(embeds: Tensor | Condition, is_xl: bool = False) -> Condition:

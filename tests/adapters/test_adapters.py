@@ -406,7 +406,7 @@ def test_guidance_without_training_moves_a_lora_to_its_category(
         guided = draw(backbone, SUBJECT)
     assert len(rho) == 2 and all(value.isfinite().all() for value in rho)
     assert distance(alone, guided) > 0
-    with guidance_for(config, backbone, prompt, Strength()):
+    with guidance_for(config, backbone, "photo of a running {S*} dog", Strength()):
         assert distance(alone, draw(backbone, SUBJECT)) == 0
 
 

@@ -562,7 +562,7 @@ def test_learned_metrics_join_the_oracle_where_encoders_are_named(
         ({"prompts": ["dreambench"]}, "--references"),
         ({"structure": "P4", "prompts": ["plain"]}, "'P4'"),
         ({"references": "missing"}, "no folder missing"),
-        ({"guidance_scale": float("nan")}, "must be finite"),
+        ({"guidance_scale": float("nan")}, "must be a finite number"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
