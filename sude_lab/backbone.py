@@ -18,7 +18,7 @@ from tokenizers import AddedToken
 from torch import Tensor
 
 from sude_lab.diffusion import Schedule
-from sude_lab.errors import UserError, check_picture
+from sude_lab.errors import UserError, checked_picture
 from sude_lab.prompts import PLACEHOLDER, by_itself
 
 
@@ -344,10 +344,8 @@ class Backbone:
         """Return mean and deviation of plain pictures' latents, (B, C, h, w), as the UNet's."""
         from diffusers.image_processor import VaeImageProcessor
 
-        for image in images:
-            check_picture(image)
         processor = VaeImageProcessor(do_resize=False, do_convert_rgb=True)
-        x = torch.cat([processor.preprocess(image) for image in images]).to(self.device)
+        x = torch.cat([processor.preprocess(checked_picture(i)) for i in images]).to(self.device)
         posterior = self.pipeline.vae.encode(x).latent_dist
         return self.scaled(posterior.mean, posterior.std)
 

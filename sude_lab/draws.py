@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sude_lab.backbone import Backbone
 from sude_lab.config import CompleteConfig
-from sude_lab.errors import UserError, check_picture
+from sude_lab.errors import UserError, checked_picture
 
 Latents = tuple[Tensor, Tensor]
 """Mean and deviation of a picture's latents, (K, C, h, w) each; K is 2 with its mirror image."""
@@ -160,7 +160,7 @@ def picture_latents(config: CompleteConfig, backbone: Backbone, picture: Image.I
     side, factor = side_of(config, backbone), backbone.pipeline.vae_scale_factor
     if side % factor:
         raise UserError(f"--resolution {side} must be a multiple of {factor}.")
-    check_picture(picture, square=True)
+    picture = checked_picture(picture, square=True)
     if picture.size != (side, side):
         picture = picture.resize((side, side), Image.Resampling.LANCZOS)
     pictures = [picture, ImageOps.mirror(picture)] if config.horizontal_flip else [picture]

@@ -175,8 +175,8 @@ def check_tokens(tokens: Sequence[str], number: int) -> None:
                 raise UserError(f"{token!r} would be read as a part of {other!r}: choose others.")
 
 
-def check_picture(image: Any, *, square: bool = False) -> None:
-    """Check that nothing of a picture would be clipped, hidden, turned or squeezed.
+def checked_picture(image: Any, *, square: bool = False) -> Any:
+    """Return a picture as it is, if nothing of it would be clipped, hidden, turned or squeezed.
 
     Raises:
         UserError: something would.
@@ -187,6 +187,7 @@ def check_picture(image: Any, *, square: bool = False) -> None:
             "A picture must be RGB, upright and without a colour profile, and to tune on a square: "
             "load_picture of sude_lab.io.pictures makes one of any file, picture or array."
         )
+    return image
 
 
 def check_batch(x_t: Any, t: Any, output: Any, classes: Any) -> None:

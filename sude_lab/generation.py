@@ -76,9 +76,9 @@ def generate(
     last = first + num_images
     starts = range(first, last, batch_size)
     trained_with, pipeline.scheduler = pipeline.scheduler, backbone.sampler()
-    vae = pipeline.vae  # SDXL's overflows in float16, and says so
+    vae, decode = pipeline.vae, pipeline.vae.decode  # SDXL's overflows in float16, and says so
     if backbone.is_xl and backbone.dtype == torch.float16 and vae.config.force_upcast:
-        vae.decode = torch.autocast(backbone.device.type, enabled=False)(vae.decode)
+        vae.decode = torch.autocast(backbone.device.type, enabled=False)(decode)
     try:
         for start in tqdm(starts, desc="drawing", unit="batch", disable=not progress):
             indices = range(start, min(start + batch_size, last))
@@ -105,5 +105,6 @@ def generate(
             images += pipeline.image_processor.numpy_to_pil(drawn)
     finally:
         pipeline.scheduler = trained_with
-        vars(vae).pop("decode", None)
+        if vae.decode != decode:
+            del vae.decode
     return images
