@@ -259,7 +259,7 @@ class ThresholdExplorer(Shown):
             "tuned model sees": before,
             "judge sees": categories[k],
             "after the push": after,
-            "the push": plots.difference(before, after),
+            "the push, × 2": plots.difference(before, after),
         }
         return {"": {name: [picture] for name, picture in cells.items()}}
 
