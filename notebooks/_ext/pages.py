@@ -6,6 +6,7 @@
 - The pages of the exercises show the students' copies: no solutions, no hidden tests, no outputs
   of tasks.
 - Links to the repository are those of pyproject.toml, [project.urls]; none where none is set.
+  Links to modules lead to their source, which is on the site (sphinx.ext.viewcode).
 """
 
 from __future__ import annotations
@@ -115,6 +116,8 @@ def outside(app: Any, name: str, source: list[str]) -> None:
     source[0] = re.sub(
         r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+(?:data|CHANGELOG)[^)]*\.md)\)", link, source[0]
     )
+    module = r"<a href='" + "../" * name.count("/") + r"_modules/\2.html'>\1</a>"
+    source[0] = re.sub(r"\[([^\]]+)\]\((?:\.\./)+(sude_lab/[^)]*)\.py\)", module, source[0])
 
 
 def without_solutions(app: Any, name: str, source: list[str]) -> None:

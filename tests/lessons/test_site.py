@@ -49,7 +49,8 @@ def test_pages_are_built_from_what_is_stored() -> None:
 @pytest.mark.parametrize("name", LESSONS)
 def test_a_lesson_has_the_address_that_the_maintainers_set_and_no_other(name: str) -> None:
     notebook = (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")
-    assert address.addressed(notebook, name, address.address()) == notebook, "make address"
+    places = address.address(), address.address("Errata")
+    assert address.addressed(notebook, name, *places) == notebook, "make address"
     linked = address.addressed(notebook, name, PLACE)
     title, setup = ("".join(cell["source"]) for cell in json.loads(linked)["cells"][:2])
     link = (
@@ -60,6 +61,9 @@ def test_a_lesson_has_the_address_that_the_maintainers_set_and_no_other(name: st
     bare = address.addressed(linked, name, "")
     assert "colab.research" not in bare and PLACE not in bare
     assert address.addressed(bare, name, PLACE) == linked
+    report = address.addressed(linked, name, PLACE, f"{PLACE}/issues")
+    assert f"[A mistake? Report it here]({PLACE}/issues)" in report
+    assert address.addressed(report, name, PLACE) == linked
 
 
 @pytest.mark.skipif(
