@@ -1,7 +1,7 @@
 """Store what the lessons show, and make slides of them.
 
-    python -m studies.lessons store notebooks/03_truncation_thresholds.ipynb
-    python -m studies.lessons slides --out slides        # or: make slides
+python -m studies.lessons store notebooks/03_truncation_thresholds.ipynb
+python -m studies.lessons slides --out slides        # or: make slides
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def store(notebooks: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> None:
             if "image/png" in output.get("data", {}):
                 output.data.pop("image/jpeg", None)  # a picture of PIL's comes as both
                 kind, output.data[kind] = packed(output.data.pop("image/png"))
-                output.metadata = {kind: size for size in output.metadata.values()}
+                output.metadata = dict.fromkeys([kind], output.metadata.get("image/png", {}))
         with atomic_write(path) as new:
             nbformat.write(book, new)
 

@@ -219,10 +219,10 @@ def rule_lines(ax: Axes, table: pd.DataFrame) -> Axes:
         part, colour = part.sort_values("strength"), _colour_of(k)
         line = pd.concat([plain, part])
         ax.plot(line[x], line[y], f"{_MARKS[k % 4]}{_DASHES[k % 4]}", color=colour, label=rule)
-        names = [f"{strength:g}" for strength in part["strength"]]
-        marks += [(name, place, colour) for name, place in zip(names, part[[x, y]].values)]
+        places = zip(part["strength"], part[[x, y]].to_numpy(), strict=True)
+        marks += [(f"{strength:g}", place, colour) for strength, place in places]
     ax.plot(plain[x], plain[y], "o", color="black", markersize=8, label="plain")
-    _name(ax, marks, plain[[x, y]].values)
+    _name(ax, marks, plain[[x, y]].to_numpy())
     return finish(ax, legend=9, xlabel=words(x), ylabel=words(y))
 
 
@@ -440,7 +440,7 @@ def _name(ax: Axes, marks: Sequence[tuple[str, np.ndarray, str]], others: np.nda
         best = int(np.argmax(room))
         taken.append(spots[best])
         look: dict[str, Any] = {"color": colour, "fontsize": 9, "ha": "center", "va": "center"}
-        ax.annotate(name, place, around[best], textcoords="offset points", **look)
+        ax.annotate(name, place, tuple(around[best]), textcoords="offset points", **look)
 
 
 def words(column: str) -> str:

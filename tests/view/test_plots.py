@@ -237,7 +237,10 @@ def test_rule_lines_start_at_plain_and_follow_the_strength(ax: Axes) -> None:
 
 
 def test_names_of_neighbouring_marks_do_not_lie_on_each_other(ax: Axes) -> None:
-    near = {"subject_fidelity": [0.6, 0.5, 0.505, 0.51], "attribute_alignment": [0.1, 0.5, 0.5, 0.5]}
+    near = {
+        "subject_fidelity": [0.6, 0.5, 0.505, 0.51],
+        "attribute_alignment": [0.1, 0.5, 0.5, 0.5],
+    }
     table = pd.DataFrame({"rule": ["plain"] + ["SuDe"] * 3, "strength": [0, 0.5, 1, 2], **near})
     ax.set(xlim=(0, 1), ylim=(0, 1))
     plots.rule_lines(ax, table)
