@@ -4,7 +4,7 @@
   from their docstrings.
 - Docstrings are plain text: what reStructuredText would read as a command is escaped.
 - The pages of the exercises show the students' copies: no solutions, no hidden tests, no outputs
-  of tasks.
+  of tasks; and they lead back to their lessons.
 - Links to the repository are those of pyproject.toml, [project.urls]; none where none is set.
   Links to modules lead to their source, which is on the site (sphinx.ext.viewcode).
 """
@@ -124,9 +124,10 @@ def without_solutions(app: Any, name: str, source: list[str]) -> None:
     """Take solutions and hidden tests out of an exercise, as nbgrader does for the students."""
     if not name.startswith("exercises/"):
         return
-    notebook = json.loads(source[0])
+    notebook, lesson = json.loads(source[0]), name.removeprefix("exercises/ex_")
     for cell in notebook["cells"]:
         text = "".join(cell["source"])
+        text = re.sub(r"^To (lesson \d\d)\.", rf"To [\1](../{lesson}.ipynb).", text, flags=re.M)
         bare = HIDDEN.sub("", SOLUTION.sub(r"\1# YOUR CODE HERE", text))
         if cell["cell_type"] == "code" and "nbgrader" in cell["metadata"]:  # it may tell the answer
             cell["outputs"], cell["execution_count"] = [], None

@@ -96,6 +96,9 @@ def test_the_site_is_built_without_a_warning_and_needs_no_network(tmp_path: Path
     assert sum('class="math' in text[f"{name}.html"] for name in LESSONS) >= 8
     assert (html / "_static" / "mathjax" / "tex-chtml.js").is_file()
     for name in EXERCISES:
+        assert f'href="../{name.removeprefix("exercises/ex_")}.html"' in text[f"{name}.html"]
         assert "BEGIN" not in re.sub(r"<[^>]+>", "", text[f"{name}.html"])
     assert "difference.png" in text["index.html"]
+    assert "_modules/sude_lab/losses.html" in text["02_sude_loss.html"]
+    assert (html / "_modules" / "sude_lab" / "losses.html").is_file()
     assert 'id="sude_lab.losses.sude_loss"' in text["reference/mathematics.html"]
