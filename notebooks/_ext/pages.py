@@ -114,10 +114,10 @@ def outside(app: Any, name: str, source: list[str]) -> None:
         )
 
     source[0] = re.sub(
-        r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+(?:data|CHANGELOG)[^)]*\.md)\)", link, source[0]
+        r"(?<!!)\[([^\[\]]+)\]\(((?:\.\./)+(?:data|CHANGELOG)[^)]*\.md)\)", link, source[0]
     )
     module = r"<a href='" + "../" * name.count("/") + r"_modules/\2.html'>\1</a>"
-    source[0] = re.sub(r"\[([^\]]+)\]\((?:\.\./)+(sude_lab/[^)]*)\.py\)", module, source[0])
+    source[0] = re.sub(r"\[([^\[\]]+)\]\((?:\.\./)+(sude_lab/[^)]*)\.py\)", module, source[0])
 
 
 def without_solutions(app: Any, name: str, source: list[str]) -> None:
