@@ -432,15 +432,14 @@ def _release(args: Release) -> None:
 
     if args.folder is None and (args.lessons is None or args.course is not None):
         raise UserError("Name the folder for the students' copies, or --lessons FOLDER.")
+    if args.folder is not None:
+        copies = release(args.folder, args.course)
+        print(f"{len(copies)} students' copies are in {args.folder}, without solutions.")
+        if args.course is not None:
+            print(f"Grade in {args.course}: nbgrader autograde {copies[0].stem}, and so on.")
     if args.lessons is not None:
         books = release_lessons(args.lessons)
         print(f"{len(books)} lessons are in {args.lessons}, without outputs.")
-    if args.folder is None:
-        return
-    copies = release(args.folder, args.course)
-    print(f"{len(copies)} students' copies are in {args.folder}, without solutions.")
-    if args.course is not None:
-        print(f"Grade in {args.course}: nbgrader autograde {copies[0].stem}, and so on.")
 
 
 _COMMANDS: dict[type, Callable[[Any], int | None]] = {
