@@ -462,5 +462,6 @@ def finish(
         ax.set_title(title, fontsize=10)
     if legend:
         place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if beside else {}
-        ax.legend(fontsize=legend, framealpha=0.8, edgecolor="none", **place)
+        drawn = ax.legend(fontsize=legend, framealpha=0.8, edgecolor="none", **place)
+        drawn.set_in_layout(beside)  # one inside, of long names, would push its axis together
     return ax
