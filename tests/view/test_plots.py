@@ -135,7 +135,7 @@ def test_gains_draw_a_mark_with_its_interval_in_the_row_of_its_name(ax: Axes) ->
     assert ends == [[0.2, 0.2], pytest.approx([0.3, 0.5])]  # no interval: the mark alone
     assert [t.get_text() for t in ax.get_yticklabels()] == ["one", "two"]
     assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first on top
-    assert ax.get_xlabel() == "change of attribute alignment"
+    assert ax.get_xlabel() == "change of\nattribute alignment"
     assert {t.get_text() for t in ax.get_legend().get_texts()} == {"sude", "more"}
 
 
