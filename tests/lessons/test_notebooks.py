@@ -25,7 +25,7 @@ PAGE = (NOTEBOOKS[0].parent / "guide" / "lessons.md").read_text(encoding="utf-8"
 README = (NOTEBOOKS[0].parent.parent / "README.md").read_text(encoding="utf-8")
 MAX_LINES, MAX_BYTES, MAX_WIDTH = 20, 600_000, 660
 PREDICTION = re.compile(r"\*\*Predict(\s+first)?(,\s+then\s+move)?\*\*|<summary>(Answer)</summary>")
-NOT_YET_DRAWN_ANEW = {"06_ablate_truncation", "07_baselines_and_prompts", "09_without_training"}
+NOT_YET_DRAWN_ANEW = {"07_baselines_and_prompts"}
 """Lessons whose stored figures are of before `plots.panels`: store them, and take them out."""
 CHECKED = "# NBVAL_CHECK_OUTPUT"
 SEED = re.compile(r"^SEED = \d+", re.M)
