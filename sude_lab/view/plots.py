@@ -386,7 +386,7 @@ def gains(ax: Axes, table: pd.DataFrame, measure: str, *, rows: str = "method") 
     ax.axvline(0.0, **_EDGE)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)  # the first on top
-    ax.locator_params(axis="x", nbins=4)
+    ax.locator_params(axis="x", nbins=3)
     ax.set_xlabel(f"change of\n{words(measure)}")
     if len(variants) > 1:
         ax.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0))
