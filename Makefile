@@ -1,8 +1,11 @@
 # One command each; `make site` needs `pip install -e ".[site]"`.
-.PHONY: site address test style
+.PHONY: site slides address test style
 
 site:  ## lessons, guide and reference as HTML: open site/_build/html/index.html
 	jupyter-book build notebooks --path-output site --warningiserror --keep-going
+
+slides:  ## the lessons as slides (reveal.js), from what is stored in them: open slides/00_start_here.html
+	python -m studies.lessons slides --out slides
 
 address:  ## write the repository's address, pyproject.toml, [project.urls], into the lessons
 	python -m studies.address

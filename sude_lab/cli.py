@@ -227,10 +227,12 @@ class Lab:
 class Release:
     """Make the students' copies of the exercises, without solutions and hidden tests."""
 
-    folder: Positional[Path]
+    folder: Positional[Path | None] = None
     """Where to write them; it must be new or empty."""
     course: Path | None = None
     """Also make a folder to grade in with nbgrader; it must be new or empty, too."""
+    lessons: Path | None = None
+    """Write copies of the lessons, without outputs, into this folder; it must be new or empty."""
 
 
 def _demo(args: Demo) -> None:
@@ -430,12 +432,19 @@ def _lab(args: Lab) -> None:
 
 
 def _release(args: Release) -> None:
+    from sude_lab.exercises.lessons import release_lessons
     from sude_lab.exercises.release import release
 
-    copies = release(args.folder, args.course)
-    print(f"{len(copies)} students' copies are in {args.folder}, without solutions.")
-    if args.course is not None:
-        print(f"Grade in {args.course}: nbgrader autograde {copies[0].stem}, and so on.")
+    if args.folder is None and (args.lessons is None or args.course is not None):
+        raise UserError("Name the folder for the students' copies, or --lessons FOLDER.")
+    if args.folder is not None:
+        copies = release(args.folder, args.course)
+        print(f"{len(copies)} students' copies are in {args.folder}, without solutions.")
+        if args.course is not None:
+            print(f"Grade in {args.course}: nbgrader autograde {copies[0].stem}, and so on.")
+    if args.lessons is not None:
+        books = release_lessons(args.lessons)
+        print(f"{len(books)} lessons are in {args.lessons}, without outputs.")
 
 
 _COMMANDS: dict[type, Callable[[Any], int | None]] = {

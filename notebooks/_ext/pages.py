@@ -4,8 +4,9 @@
   from their docstrings.
 - Docstrings are plain text: what reStructuredText would read as a command is escaped.
 - The pages of the exercises show the students' copies: no solutions, no hidden tests, no outputs
-  of tasks.
+  of tasks; and they lead back to their lessons.
 - Links to the repository are those of pyproject.toml, [project.urls]; none where none is set.
+  Links to modules lead to their source, which is on the site (sphinx.ext.viewcode).
 """
 
 from __future__ import annotations
@@ -113,17 +114,20 @@ def outside(app: Any, name: str, source: list[str]) -> None:
         )
 
     source[0] = re.sub(
-        r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+(?:data|CHANGELOG)[^)]*\.md)\)", link, source[0]
+        r"(?<!!)\[([^\[\]]+)\]\(((?:\.\./)+(?:data|CHANGELOG)[^)]*\.md)\)", link, source[0]
     )
+    module = r"<a href='" + "../" * name.count("/") + r"_modules/\2.html'>\1</a>"
+    source[0] = re.sub(r"\[([^\[\]]+)\]\((?:\.\./)+(sude_lab/[^)]*)\.py\)", module, source[0])
 
 
 def without_solutions(app: Any, name: str, source: list[str]) -> None:
     """Take solutions and hidden tests out of an exercise, as nbgrader does for the students."""
     if not name.startswith("exercises/"):
         return
-    notebook = json.loads(source[0])
+    notebook, lesson = json.loads(source[0]), name.removeprefix("exercises/ex_")
     for cell in notebook["cells"]:
         text = "".join(cell["source"])
+        text = re.sub(r"^To (lesson \d\d)\.", rf"To [\1](../{lesson}.ipynb).", text, flags=re.M)
         bare = HIDDEN.sub("", SOLUTION.sub(r"\1# YOUR CODE HERE", text))
         if cell["cell_type"] == "code" and "nbgrader" in cell["metadata"]:  # it may tell the answer
             cell["outputs"], cell["execution_count"] = [], None

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sude_lab.errors import UserError
 from sude_lab.view import plots
-from sude_lab.view.shown import Shown, row, short, slider
+from sude_lab.view.shown import SCALE, Shown, row, short, slider
 
 
 class Flipbook(Shown):
@@ -79,10 +79,11 @@ class Flipbook(Shown):
     def _drawn(self, rows: Mapping[str, Mapping[str, Sequence[Image.Image]]]) -> bytes:
         """Return pages below each other, as a JPEG: a quarter of a PNG's size in a notebook."""
         across = self.per_cell * len(next(iter(rows.values())))
-        side = min(1.2, 9 / across)  # inches; small pictures gain nothing from more, files grow
+        side = min(1.0, 5.2 / across)  # inches; small pictures gain nothing from more, files grow
         size = (1.3 + side * across, 0.4 + 1.1 * side * len(rows))
-        figure, file = Figure(figsize=size, dpi=80, layout="constrained"), BytesIO()
+        dpi = SCALE * plots.DPI
+        figure, file = Figure(figsize=size, dpi=dpi, layout="constrained"), BytesIO()
         plots.picture_table(figure.subplots(), rows, self.per_cell)
-        how = {"quality": 90, "subsampling": 0}
+        how = {"quality": 85, "subsampling": 0}
         figure.savefig(file, format="jpeg", bbox_inches="tight", pad_inches=0.05, pil_kwargs=how)
         return file.getvalue()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from sude_lab.errors import UserError
 from sude_lab.view import plots
-from sude_lab.view.shown import Shown
+from sude_lab.view.shown import SCALE, Shown
 
 if TYPE_CHECKING:
     from sude_lab.tuning import Step
@@ -59,8 +59,10 @@ class LiveView(Shown):
         self.folder = Path(folder) if folder else None
         self.every, self.share, self.window = every, share, window
         self.rows: list[dict[str, float]] = []
-        self.figure = Figure(figsize=(12, 2.9), dpi=80, layout="constrained")
-        self._axes = self.figure.subplots(1, 4)
+        self.figure = Figure(figsize=(plots.WIDTH, 5.0), dpi=SCALE * plots.DPI)
+        edges = {"left": 0.11, "right": 0.98, "bottom": 0.1, "top": 0.87}
+        places = self.figure.add_gridspec(2, 2, wspace=0.42, hspace=0.45, **edges)
+        self._axes = [self.figure.add_subplot(places[k // 2, k % 2]) for k in range(4)]
         self._grid: tuple[str, Image.Image] | None = None
         self._took, self._ended = 0.0, float("-inf")
         self._began, self._seconds, self._steps = time.perf_counter(), 0.0, 0
@@ -126,7 +128,7 @@ class LiveView(Shown):
             gates = plots.smooth(table["open_gates"], self.window)
             (line,) = member.plot(table["step"], gates, ":", color="black")
             lines = [member.get_lines()[0], line]
-            member.legend(lines, [r"$\rho$", "share of open gates"], frameon=False, fontsize=8)
+            member.legend(lines, [r"$\rho$", "share of open gates"], frameon=False, fontsize=9)
             member.set(ylabel="batch mean", ylim=(min(0.0, member.get_ylim()[0]), None))
         off = "" if watched or not len(table) else " (not watched)"
         loss.set_title("the subject's loss", fontsize=10)

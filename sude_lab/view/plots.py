@@ -16,7 +16,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Numbers = Sequence[float] | np.ndarray
+WIDTH, DPI = 6.5, 96
+"""Inches that a page has for a figure in a window of 1024 pixels, and pixels to the inch there."""
 COLOURS = {"plain": "#777777", "sude": "#c2410c", "sude, no truncation": "#1d4ed8"}
+
+
+def panels(columns: int = 1, height: float = 2.6, *, rows: int = 1, **how: Any) -> Any:
+    """Return axes on a figure as wide as the page: one, or an array of them, row after row.
+
+    A point of its labels is a point as read, and a notebook shows it with twice the pixels.
+    `height`: inches; `how`: as `plt.subplots`.
+    """
+    from matplotlib import pyplot as plt
+
+    if "inline" in plt.get_backend():
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("retina")
+    size = (how.pop("width", WIDTH), height)
+    _, axes = plt.subplots(rows, columns, figsize=size, dpi=DPI, layout="constrained", **how)
+    return axes if rows * columns == 1 else axes.ravel()
 
 
 def smooth(values: pd.Series, window: int = 25) -> pd.Series:
@@ -27,7 +46,7 @@ def smooth(values: pd.Series, window: int = 25) -> pd.Series:
 def open_gates(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) -> Axes:
     """Draw the share of samples whose gate (eq. 9) is open, a line a run."""
     _over_steps(ax, metrics, "open_gates", window)
-    title = f"Open gates, running mean of {window} steps"
+    title = f"Open gates,\nrunning mean of {window} steps"
     return finish(ax, title, xlabel="step", ylabel="share of open gates", ylim=(-0.02, 1.02))
 
 
@@ -37,7 +56,7 @@ def loss_against_threshold(ax: Axes, metrics: pd.DataFrame, window: int = 25) ->
     ax.plot(metrics["step"], loss, color=COLOURS["sude"], label="$L_{sude}$ (eq. 7)")
     ax.plot(metrics["step"], tau, color="black", ls="--", label=r"$\tau_t$ (eq. 8)")
     ax.fill_between(metrics["step"], tau, loss, where=loss > tau, color=COLOURS["sude"], alpha=0.15)
-    title = f"Loss against threshold, running mean of {window} steps"
+    title = f"Loss against threshold,\nrunning mean of {window} steps"
     return finish(ax, title, xlabel="step", ylabel="per dimension")
 
 
@@ -45,7 +64,7 @@ def membership(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) 
     """Draw rho, how far the subject follows the category's direction; 1 is where eq. 9 stops."""
     _over_steps(ax, metrics, "rho", window)
     ax.axhline(1.0, **_EDGE)
-    title = f"Category membership, running mean of {window} steps"
+    title = f"Category membership,\nrunning mean of {window} steps"
     return finish(ax, title, xlabel="step", ylabel=r"$\rho$")
 
 
@@ -54,7 +73,7 @@ def learning(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) ->
     for name, table in metrics.items():
         ax.plot(table["step"], table["loss_subject"], ".", ms=2, alpha=0.3, color=_colour(name))
         _over_steps(ax, {name: table}, "loss_subject", window)
-    title, legend = f"The subject's loss, running mean of {window} steps", 10 * (len(metrics) > 1)
+    title, legend = f"The subject's loss,\nrunning mean of {window} steps", 10 * (len(metrics) > 1)
     y = "$L_{sub}$ (eq. 3), per dimension"
     return finish(ax, title, legend=legend, xlabel="step", ylabel=y)
 
@@ -134,10 +153,10 @@ def data_url(picture: Figure | Image.Image, **how: Any) -> str:
     return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
 
 
-def difference(before: Image.Image, after: Image.Image) -> Image.Image:
-    """Return how two pictures differ, as a picture: grey where they agree."""
-    a, b = (np.asarray(image.convert("RGB"), dtype=int) for image in (before, after))
-    return Image.fromarray((128 + (b - a) // 2).astype(np.uint8))
+def difference(before: Image.Image, after: Image.Image, times: float = 2.0) -> Image.Image:
+    """Return `times` the difference of two pictures, as a picture: grey where they agree."""
+    a, b = (np.asarray(image.convert("RGB"), dtype=float) for image in (before, after))
+    return Image.fromarray((128 + times * (b - a)).clip(0, 255).astype(np.uint8))
 
 
 def measures(ax: Axes, table: pd.DataFrame, names: Sequence[str]) -> Axes:
@@ -195,15 +214,15 @@ def rule_lines(ax: Axes, table: pd.DataFrame) -> Axes:
     """
     x, y = "subject_fidelity", "attribute_alignment"
     plain, others = table[table["rule"] == "plain"], table[table["rule"] != "plain"]
+    marks: list[tuple[str, np.ndarray, str]] = []
     for k, (rule, part) in enumerate(others.groupby("rule", sort=False)):
         part, colour = part.sort_values("strength"), _colour_of(k)
         line = pd.concat([plain, part])
         ax.plot(line[x], line[y], f"{_MARKS[k % 4]}{_DASHES[k % 4]}", color=colour, label=rule)
-        place = ((5, 4), (-7, -14))[k % 2]  # beside neighbouring lines, not on each other
-        look: dict[str, Any] = {"textcoords": "offset points", "color": colour, "fontsize": 8}
-        for row in part.to_dict("records"):
-            ax.annotate(f"{row['strength']:g}", (row[x], row[y]), place, **look)
+        places = zip(part["strength"], part[[x, y]].to_numpy(), strict=True)
+        marks += [(f"{strength:g}", place, colour) for strength, place in places]
     ax.plot(plain[x], plain[y], "o", color="black", markersize=8, label="plain")
+    _name(ax, marks, plain[[x, y]].to_numpy())
     return finish(ax, legend=9, xlabel=words(x), ylabel=words(y))
 
 
@@ -233,7 +252,7 @@ def response(
     ax.axhline(0.0, **_EDGE)
     ax.set_xticks(places, [f"{value:g}{unit}" for value in change])
     y = f"change of {words(measure)}"
-    return finish(ax, legend=8, beside=True, xlabel=words(x), ylabel=y)
+    return finish(ax, legend=9, beside=True, xlabel=words(x), ylabel=y)
 
 
 def curves(
@@ -301,6 +320,21 @@ def agreement(
     return finish(ax, title, legend=9 * (len(estimates) > 1), xlabel=xlabel, ylabel=ylabel)
 
 
+def coverage(ax: Axes, low: np.ndarray, high: np.ndarray, truth: float, title: str = "") -> Axes:
+    """Draw the intervals of repeated studies, one below the other; those off the truth stand out.
+
+    `low`, `high`: (N,). The title counts the intervals that hold the truth.
+    """
+    holds = (low <= truth) & (truth <= high)
+    for k, name in enumerate(("holds the truth", "misses it")):
+        rows = np.flatnonzero(holds == (k == 0))
+        look: dict[str, Any] = {"color": _SAFE[k], "lw": 1.2 + k, "label": name}
+        ax.hlines(rows, low[rows], high[rows], **look)
+    ax.axvline(truth, **_EDGE)
+    ax.set(yticks=[], ylim=(len(low), -1))
+    return finish(ax, f"{title}\n{holds.sum()} of {len(low)} hold the truth", legend=0)
+
+
 def gate_over_time(
     ax: Axes, times: Numbers, loss: Numbers, threshold: Numbers, *, now: float | None = None
 ) -> Axes:
@@ -317,7 +351,7 @@ def gate_over_time(
     ax.axhline(0, color="black", lw=0.5)
     if now is not None:
         ax.axvline(now, color=_SAFE[0], lw=1.2)
-    return finish(ax, legend=8, xlabel="timestep t", ylabel="per dimension, in thousandths")
+    return finish(ax, legend=9, xlabel="timestep t", ylabel="per dimension, in thousandths")
 
 
 def confusion(ax: Axes, counts: np.ndarray, names: Sequence[str]) -> Axes:
@@ -327,7 +361,7 @@ def confusion(ax: Axes, counts: np.ndarray, names: Sequence[str]) -> Axes:
     for i, j in np.ndindex(*counts.shape):
         if counts[i, j]:
             tone = "black" if shares[i, j] > 0.6 else "white"
-            ax.text(j, i, str(int(counts[i, j])), ha="center", va="center", color=tone, fontsize=8)
+            ax.text(j, i, str(int(counts[i, j])), ha="center", va="center", color=tone, fontsize=9)
     ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
     ax.set_yticks(range(len(names)), names)
     return finish(ax, legend=0, xlabel="what the model calls it", ylabel="what it is")
@@ -352,10 +386,10 @@ def gains(ax: Axes, table: pd.DataFrame, measure: str, *, rows: str = "method") 
     ax.axvline(0.0, **_EDGE)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)  # the first on top
-    ax.locator_params(axis="x", nbins=6)
-    ax.set_xlabel(f"change of {words(measure)}")
+    ax.locator_params(axis="x", nbins=3)
+    ax.set_xlabel(f"change of\n{words(measure)}")
     if len(variants) > 1:
-        ax.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        ax.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return ax
 
 
@@ -393,6 +427,22 @@ def _mark(k: int) -> dict[str, Any]:
     return {"color": _colour_of(k), "marker": _MARKS[k % len(_MARKS)]}
 
 
+def _name(ax: Axes, marks: Sequence[tuple[str, np.ndarray, str]], others: np.ndarray) -> None:
+    """Write names beside marks, each on the side where marks and earlier names are farthest."""
+    ax.autoscale_view()
+    to_points = ax.transData.transform
+    taken = list(to_points([place for _, place, _ in marks])) + list(to_points(others))
+    turns = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+    around = 11 * np.column_stack([np.cos(turns), np.sin(turns)])
+    for name, place, colour in marks:
+        spots = to_points(place) + around * ax.figure.dpi / 72
+        room = [min(np.linalg.norm(spot - one) for one in taken) for spot in spots.round(6)]
+        best = int(np.argmax(room))
+        taken.append(spots[best])
+        look: dict[str, Any] = {"color": colour, "fontsize": 9, "ha": "center", "va": "center"}
+        ax.annotate(name, place, tuple(around[best]), textcoords="offset points", **look)
+
+
 def words(column: str) -> str:
     """Return a column's name as words."""
     return column.replace("_", " ")
@@ -412,5 +462,6 @@ def finish(
         ax.set_title(title, fontsize=10)
     if legend:
         place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if beside else {}
-        ax.legend(frameon=False, fontsize=legend, **place)
+        drawn = ax.legend(fontsize=legend, framealpha=0.8, edgecolor="none", **place)
+        drawn.set_in_layout(beside)  # one inside, of long names, would push its axis together
     return ax

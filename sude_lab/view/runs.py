@@ -16,7 +16,7 @@ from PIL import Image
 
 from sude_lab.errors import UserError
 from sude_lab.view import plots
-from sude_lab.view.shown import Shown, png, short
+from sude_lab.view.shown import SCALE, Shown, png, short
 
 _PLACE = ["subject", "factor"]
 _X, _Y = "subject_fidelity", "attribute_alignment"
@@ -48,10 +48,10 @@ class RunExplorer(Shown):
         self.runs = runs.sort_values("factor", kind="stable").set_index(_PLACE, drop=False)
         self._pictures = pictures
         self._drawn: dict[tuple[Any, Any], bytes] = {}
-        self.figure = Figure(figsize=(11, 3.1), dpi=72)
+        self.figure = Figure(figsize=(plots.WIDTH, 5.2), dpi=SCALE * plots.DPI)
         self.canvas = FigureCanvasAgg(self.figure)
         self._plane, self._right = (
-            self.figure.add_axes(box) for box in ((0.06, 0.17, 0.24, 0.72), (0.34, 0.02, 0.65, 0.9))
+            self.figure.add_axes(box) for box in ((0.1, 0.55, 0.5, 0.43), (0.02, 0.02, 0.96, 0.39))
         )
         self.buttons = self._make_buttons()
         self._prepare()

@@ -20,6 +20,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
+SCALE = 2
+"""Pixels of a picture to one of the page: figures are drawn at twice the page's resolution."""
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 GONE = "Run this cell again to bring its controls back."
 # An output before ours without any element in it is a view whose widget is gone.
@@ -73,8 +75,10 @@ class Shown:
             self._handle.update(self._page(), raw=True)
 
     def _page(self) -> dict[str, str]:
-        source = f"data:image/{self.format};base64,{b64encode(self.picture()).decode()}"
-        words = f'alt="{html.escape(str(self))}" style="max-width: 100%" onload="{_NAMED}"'
+        picture = self.picture()
+        source = f"data:image/{self.format};base64,{b64encode(picture).decode()}"
+        words = f'alt="{html.escape(str(self))}" width="{_size(picture)["width"]}" '
+        words += f'style="max-width: 100%" onload="{_NAMED}"'
         page = f'{_STYLE}<div class="sude-lab-shown"><img src="{source}" {words}></div>'
         return {"text/plain": str(self), "text/html": page}
 
@@ -88,9 +92,15 @@ class Shown:
         self.publish(first=True)
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
-        mime = f"image/{self.format}"
-        data = {"text/plain": str(self), mime: b64encode(self.still()).decode()}
-        return data, {mime: {"alt": str(self)}}
+        mime, still = f"image/{self.format}", self.still()
+        data = {"text/plain": str(self), mime: b64encode(still).decode()}
+        return data, {mime: {"alt": str(self)} | _size(still)}
+
+
+def _size(picture: bytes) -> dict[str, int]:
+    """Return the pixels of the page that a picture takes."""
+    with Image.open(BytesIO(picture)) as opened:
+        return dict(zip(("width", "height"), (side // SCALE for side in opened.size), strict=True))
 
 
 def is_listening() -> bool:

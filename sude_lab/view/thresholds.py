@@ -25,7 +25,7 @@ from sude_lab.losses import guidance_projection, sude_weight
 from sude_lab.prompts import photo_of
 from sude_lab.sude import sude_terms
 from sude_lab.view import plots
-from sude_lab.view.shown import Shown, png, row, slider
+from sude_lab.view.shown import SCALE, Shown, png, row, slider
 
 
 def sude_move(
@@ -157,14 +157,14 @@ class ThresholdExplorer(Shown):
         places = itertools.product(range(shape[0]), range(shape[1]))
         self._pictures = {(n, m): self._drawn(n, m) for n, m in places}
         self._pushed: dict[tuple[int, int, int, float], Image.Image] = {}
-        self.figure = Figure(figsize=(11.5, 3.0), dpi=72)
+        self.figure = Figure(figsize=(plots.WIDTH, 4.6), dpi=SCALE * plots.DPI)
         self.canvas = FigureCanvasAgg(self.figure)
-        edges = {"left": 0.01, "right": 0.99, "bottom": 0.17, "top": 0.86, "wspace": 0.16}
-        axes = self.figure.add_gridspec(1, 2, width_ratios=(2.4, 1), **edges)
-        self._left, self._right = (self.figure.add_subplot(axes[0, k]) for k in range(2))
+        edges = {"left": 0.1, "right": 0.98, "bottom": 0.11, "top": 0.86, "hspace": 0.05}
+        axes = self.figure.add_gridspec(2, 1, height_ratios=(1, 1.7), **edges)
+        self._left, self._right = (self.figure.add_subplot(axes[k, 0]) for k in range(2))
         plots.picture_table(self._left, self._cells(0, 0, 0, 0.0), per_cell=1)
         self._strip = self._left.get_images()[0]
-        self._title = self.figure.text(0.01, 0.93, "", fontsize=10)
+        self._title = self.figure.text(0.02, 0.91, "", fontsize=10)
         for artist in (self._strip, self._title):
             artist.set_animated(True)
         # Axes, labels and curves cost most of the time and stay as they are while t and w_s move.
@@ -197,7 +197,7 @@ class ThresholdExplorer(Shown):
         n, m, k = self._index(t, category, seed)
         self._strip.set_data(plots.tile(self._cells(n, m, k, weight_sude), per_cell=1)[0])
         self._now.set_xdata([t, t])
-        self._title.set_text(str(reading))
+        self._title.set_text(str(reading).replace("   w_s", "\nw_s"))
         self.canvas.restore_region(self._backgrounds[n, k])
         self._left.draw_artist(self._strip)
         self._right.draw_artist(self._now)
@@ -259,7 +259,7 @@ class ThresholdExplorer(Shown):
             "tuned model sees": before,
             "judge sees": categories[k],
             "after the push": after,
-            "the push": plots.difference(before, after),
+            "the push, × 2": plots.difference(before, after),
         }
         return {"": {name: [picture] for name, picture in cells.items()}}
 

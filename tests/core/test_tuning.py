@@ -916,7 +916,7 @@ def test_tune_resolves_what_is_left_open(fresh: Fresh, picture: Image.Image) -> 
 
 def test_presets_fill_what_is_not_given(tiny: Backbone) -> None:
     paper = configure(config(), tiny, preset="paper")
-    assert (paper.prior, paper.weighting) == ("pretrained", "exact")
+    assert (paper.prior, paper.weighting) == ("pretrained", "simple")  # eq. 11-12
     given = config(weighting="simple", max_train_steps=7)
     reference = configure(given, tiny, preset="reference")
     assert reference.weighting == "simple" and reference.max_train_steps == 7

@@ -1176,6 +1176,23 @@ def test_a_wheel_without_notebooks_says_so(
     assert "run from a clone" in refused(capsys, tmp_path / "a")
 
 
+@pytest.mark.quick
+def test_lessons_for_a_class_are_the_lessons_without_outputs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["release", "--lessons", str(tmp_path / "class")]) == 0
+    assert "10 lessons" in capsys.readouterr().out
+    copies = sorted((tmp_path / "class").iterdir())
+    assert [c.name for c in copies] == sorted(p.name for p in (ROOT / "notebooks").glob("*.ipynb"))
+    for copy_, original in zip(copies, sorted((ROOT / "notebooks").glob("*.ipynb")), strict=True):
+        ours, theirs = (json.loads(p.read_text(encoding="utf-8")) for p in (original, copy_))
+        assert [source(c) for c in theirs["cells"]] == [source(c) for c in ours["cells"]]
+        for cell in theirs["cells"]:
+            assert cell.get("outputs", []) == [] and cell.get("execution_count") is None
+    assert "not empty" in refused(capsys, "--lessons", tmp_path / "class")
+    assert "Name the folder" in refused(capsys)
+
+
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The students' copies and a course, by the command."""

@@ -2,19 +2,20 @@ r"""The notebooks are what a lesson should be: short cells, one seed, stored res
 
 nbval runs them (see `addopts` in pyproject.toml); here nothing is run. Outputs are stored by
 
-    SUDE_LAB_STATIC=1 jupyter nbconvert --to notebook --execute --inplace \
-        --ExecutePreprocessor.record_timing=False \
-        --ExecutePreprocessor.store_widget_state=False notebooks/03_truncation_thresholds.ipynb
+    python -m studies.lessons store notebooks/03_truncation_thresholds.ipynb
 """
 
 import copy
 import json
 import re
+from base64 import b64decode, b64encode
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.quick
 
@@ -22,7 +23,10 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.i
 EXERCISES = sorted((NOTEBOOKS[0].parent / "exercises").glob("*.ipynb"))
 PAGE = (NOTEBOOKS[0].parent / "guide" / "lessons.md").read_text(encoding="utf-8")
 README = (NOTEBOOKS[0].parent.parent / "README.md").read_text(encoding="utf-8")
-MAX_LINES, MAX_BYTES = 20, 600_000
+MAX_LINES, MAX_BYTES, MAX_WIDTH = 20, 600_000, 660
+PREDICTION = re.compile(r"\*\*Predict(\s+first)?(,\s+then\s+move)?\*\*|<summary>(Answer)</summary>")
+NOT_YET_DRAWN_ANEW = {"07_baselines_and_prompts"}
+"""Lessons whose stored figures are of before `plots.panels`: store them, and take them out."""
 CHECKED = "# NBVAL_CHECK_OUTPUT"
 SEED = re.compile(r"^SEED = \d+", re.M)
 WIDGETS = ("application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json")
@@ -57,8 +61,17 @@ def problems(notebook: Notebook, *, lesson: bool = True) -> list[str]:
             if not cell["outputs"]:
                 found.append(f"{where} is to be compared and has no output")
             # Without the inline backend (MPLBACKEND=Agg) there is no picture, and nbval misses it.
-            if any("image/png" in output.get("data", {}) for output in cell["outputs"]):
+            if any({"image/png", "image/jpeg"} & set(o.get("data", {})) for o in cell["outputs"]):
                 found.append(f"{where} is to be compared and draws: draw in another cell")
+        for output in cell["outputs"]:
+            if "<Figure" not in "".join(output.get("data", {}).get("text/plain", "")):
+                continue
+            kind, size = next(iter(output["metadata"].items()), ("image/png", {"width": 0}))
+            drawn = Image.open(BytesIO(b64decode(output["data"][kind])))
+            if not 0 < size["width"] <= MAX_WIDTH:
+                found.append(f"{where} draws wider than the page: use plots.panels")
+            elif drawn.width < 2 * size["width"] - 1:
+                found.append(f"{where} is not drawn with twice the pixels")
     if [cell["execution_count"] for cell in code] != list(range(1, len(code) + 1)):
         found.append("the cells were not executed once, from top to bottom")
     if not any(CHECKED in source(cell) for cell in code):
@@ -71,12 +84,32 @@ def problems(notebook: Notebook, *, lesson: bool = True) -> list[str]:
     if not texts or "*Time*" not in texts[0] or not texts[0].startswith("# "):
         found.append("the first cell has no title or does not say how long it takes")
     if lesson:
-        if not texts or "**Goals.**" not in texts[0]:
+        found += unanswered(cells)
+        if not any("**Goals.**" in text for text in texts[:1]):
             found.append("the first cell has no goals")
-        if not any("**Predict first**" in text for text in texts):
-            found.append("nothing is to be predicted")
-        if not texts or not ("## Takeaways" in texts[-1] and "**Reading**" in texts[-1]):
-            found.append("the last cell has no takeaways or no reading")
+        last = texts[-1] if texts else ""
+        if not all(word in last for word in ("## Takeaways", "**Next**", "**Reading**")):
+            found.append("the last cell has no takeaways, no way on, or no reading")
+    return found
+
+
+def unanswered(cells: list[Notebook]) -> list[str]:
+    """Return which predictions have no folded answer right after the cells that show it."""
+    found, asked, shown = [], "", False
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            shown = shown or bool(cell["outputs"])
+            continue
+        for match in PREDICTION.finditer(source(cell)):
+            if bool(match[3]) != bool(asked):
+                found.append(f"cell {number}: a prediction and its answer do not take turns")
+            if match[3] and not shown:
+                found.append(f"cell {number} answers before anything is shown")
+            asked, shown = "" if match[3] else f"cell {number}", False
+    if asked:
+        found.append(f"{asked} predicts, and nothing answers")
+    if not any(PREDICTION.search(source(cell)) for cell in cells):
+        found.append("nothing is to be predicted")
     return found
 
 
@@ -84,7 +117,12 @@ def problems(notebook: Notebook, *, lesson: bool = True) -> list[str]:
 def test_a_notebook_has_no_problem(path: Path) -> None:
     assert path.stat().st_size < MAX_BYTES
     notebook = json.loads(path.read_text(encoding="utf-8"))
-    assert problems(notebook, lesson=not path.name.startswith("00")) == []
+    found = problems(notebook)
+    if path.name.startswith("00"):  # a tour: its goal is its title
+        found.remove("the first cell has no goals")
+    wide = [problem for problem in found if "wider than the page" in problem]
+    assert bool(wide) == (path.stem in NOT_YET_DRAWN_ANEW), wide or "take it out of the list"
+    assert [problem for problem in found if problem not in wide] == []
 
 
 @pytest.mark.parametrize("path", EXERCISES, ids=lambda p: p.name)
@@ -111,7 +149,8 @@ def sound() -> Notebook:
         code(1, "SEED = 0"),
         text("**Predict first**: one or two?"),
         code(2, f"{CHECKED}\nprint(1)"),
-        text("## Takeaways\n- None.\n\n**Reading**: nothing."),
+        text("<details><summary>Answer</summary>\n\nOne.\n\n</details>"),
+        text("## Takeaways\n- None.\n\n**Next**: lesson 100.\n\n**Reading**: nothing."),
     ]
     return {"cells": cells, "metadata": {}}
 
@@ -122,6 +161,16 @@ def change(place: int, **what: Any) -> Callable[[Notebook], None]:
 
 WIDGET = {"output_type": "display_data", "data": {WIDGETS[0]: {"model_id": "1"}}}
 PICTURE = {"output_type": "display_data", "data": {"image/png": ""}}
+
+
+def figure(shown: int, drawn: int) -> dict[str, Any]:
+    file = BytesIO()
+    Image.new("RGB", (drawn, 8)).save(file, "png")
+    data = {"image/png": b64encode(file.getvalue()).decode(), "text/plain": "<Figure size 1x1>"}
+    size = {"image/png": {"width": shown, "height": 4}}
+    return {"output_type": "display_data", "data": data, "metadata": size}
+
+
 BREAKS: dict[str, Callable[[Notebook], None]] = {
     "compared and draws": change(3, outputs=[PICTURE]),
     "has no count": change(3, execution_count=None),
@@ -136,9 +185,15 @@ BREAKS: dict[str, Callable[[Notebook], None]] = {
     "no cell is compared": change(3, source=["print(1)"]),
     "how long": change(0, source=["# 99\n**Goals.** None."]),
     "no goals": change(0, source=["# 99\n*Time*: a minute."]),
-    "predicted": change(2, source=["Look:"]),
-    "no takeaways": change(4, source=["**Reading**: nothing."]),
-    "no reading": change(4, source=["## Takeaways"]),
+    "predicted": lambda notebook: [change(k, source=["Look:"])(notebook) for k in (2, 4)] and None,
+    "take turns": change(2, source=["Look:"]),
+    "nothing answers": change(4, source=["One."]),
+    "before anything is shown": change(3, outputs=[]),
+    "wider than the page": change(1, outputs=[figure(700, 1400)]),
+    "twice the pixels": change(1, outputs=[figure(600, 600)]),
+    "no takeaways": change(5, source=["**Next**: x. **Reading**: nothing."]),
+    "no way on": change(5, source=["## Takeaways\n**Reading**: nothing."]),
+    "no reading": change(5, source=["## Takeaways\n**Next**: x."]),
 }
 
 

@@ -49,7 +49,8 @@ def test_pages_are_built_from_what_is_stored() -> None:
 @pytest.mark.parametrize("name", LESSONS)
 def test_a_lesson_has_the_address_that_the_maintainers_set_and_no_other(name: str) -> None:
     notebook = (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")
-    assert address.addressed(notebook, name, address.address()) == notebook, "make address"
+    places = address.address(), address.address("Errata")
+    assert address.addressed(notebook, name, *places) == notebook, "make address"
     linked = address.addressed(notebook, name, PLACE)
     title, setup = ("".join(cell["source"]) for cell in json.loads(linked)["cells"][:2])
     link = (
@@ -60,6 +61,9 @@ def test_a_lesson_has_the_address_that_the_maintainers_set_and_no_other(name: st
     bare = address.addressed(linked, name, "")
     assert "colab.research" not in bare and PLACE not in bare
     assert address.addressed(bare, name, PLACE) == linked
+    report = address.addressed(linked, name, PLACE, f"{PLACE}/issues")
+    assert f"[A mistake? Report it here]({PLACE}/issues)" in report
+    assert address.addressed(report, name, PLACE) == linked
 
 
 @pytest.mark.skipif(
@@ -92,6 +96,9 @@ def test_the_site_is_built_without_a_warning_and_needs_no_network(tmp_path: Path
     assert sum('class="math' in text[f"{name}.html"] for name in LESSONS) >= 8
     assert (html / "_static" / "mathjax" / "tex-chtml.js").is_file()
     for name in EXERCISES:
+        assert f'href="../{name.removeprefix("exercises/ex_")}.html"' in text[f"{name}.html"]
         assert "BEGIN" not in re.sub(r"<[^>]+>", "", text[f"{name}.html"])
     assert "difference.png" in text["index.html"]
+    assert "_modules/sude_lab/losses.html" in text["02_sude_loss.html"]
+    assert (html / "_modules" / "sude_lab" / "losses.html").is_file()
     assert 'id="sude_lab.losses.sude_loss"' in text["reference/mathematics.html"]

@@ -439,7 +439,7 @@ COMMANDS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
         ("demo", "--category", "horse", "--out", "new"),
         ("seed", "method", "num-images", "max-train-steps", "truncation", "out"),
     ),
-    "release": (("release", "/dev/null"), ("course",)),
+    "release": (("release", "/dev/null"), ("course", "lessons")),
 }
 
 

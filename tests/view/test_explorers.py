@@ -127,8 +127,8 @@ def test_the_pictures_are_beliefs_and_the_push_is_their_difference(
         x_0 = x_t if latent is None else to_x_0(latent[None], x_t, torch.tensor([t]), schedule)
         (expected,) = decode(explorer.judge, x_0)
         assert np.abs(shown[place].astype(int) - np.asarray(expected, dtype=int)).max() <= 1
-    push = 128 + (shown[3].astype(int) - shown[1].astype(int)) // 2
-    assert np.array_equal(shown[4], push.astype(np.uint8))
+    push = 128 + 2 * (shown[3].astype(int) - shown[1].astype(int))
+    assert np.array_equal(shown[4], push.clip(0, 255).astype(np.uint8))
 
 
 def test_without_weight_or_behind_a_shut_gate_nothing_moves(explorer: ThresholdExplorer) -> None:

@@ -135,7 +135,7 @@ def test_gains_draw_a_mark_with_its_interval_in_the_row_of_its_name(ax: Axes) ->
     assert ends == [[0.2, 0.2], pytest.approx([0.3, 0.5])]  # no interval: the mark alone
     assert [t.get_text() for t in ax.get_yticklabels()] == ["one", "two"]
     assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first on top
-    assert ax.get_xlabel() == "change of attribute alignment"
+    assert ax.get_xlabel() == "change of\nattribute alignment"
     assert {t.get_text() for t in ax.get_legend().get_texts()} == {"sude", "more"}
 
 
@@ -234,6 +234,42 @@ def test_rule_lines_start_at_plain_and_follow_the_strength(ax: Axes) -> None:
     texts = {(text.get_text(), *text.xy) for text in ax.texts}  # type: ignore[attr-defined]
     assert texts == {("0.5", 0.5, 0.5), ("2", 0.3, 0.9), ("1", 0.2, 0.8)}
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("subject fidelity", "attribute alignment")
+
+
+def test_names_of_neighbouring_marks_do_not_lie_on_each_other(ax: Axes) -> None:
+    near = {
+        "subject_fidelity": [0.6, 0.5, 0.505, 0.51],
+        "attribute_alignment": [0.1, 0.5, 0.5, 0.5],
+    }
+    table = pd.DataFrame({"rule": ["plain"] + ["SuDe"] * 3, "strength": [0, 0.5, 1, 2], **near})
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    plots.rule_lines(ax, table)
+    ax.figure.draw_without_rendering()  # type: ignore[attr-defined]
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
+
+
+def test_panels_are_as_wide_as_the_page_and_shown_at_the_size_of_their_letters() -> None:
+    plt.switch_backend("Agg")
+    one, *_ = three = plots.panels(3, 2.2)
+    assert len(three) == 3 and one.figure.dpi == plots.DPI == 96
+    assert one.figure.get_size_inches().tolist() == [plots.WIDTH, 2.2]
+    assert plots.panels(2, 3.0, rows=2).shape == (4,) and isinstance(plots.panels(), Axes)
+    plt.close("all")
+
+
+def test_coverage_counts_the_intervals_that_hold_the_truth(ax: Axes) -> None:
+    low, high = np.array([0.0, 0.3, 0.1]), np.array([0.2, 0.4, 0.15])
+    plots.coverage(ax, low, high, 0.15, "three studies")
+    assert ax.get_title() == "three studies\n2 of 3 hold the truth"
+    holding, missing = (lines.get_segments() for lines in ax.collections)  # type: ignore[attr-defined]
+    assert [line[:, 0].tolist() for line in holding] == [[0.0, 0.2], [0.1, 0.15]]
+    assert [line.tolist() for line in missing] == [[[0.3, 1.0], [0.4, 1.0]]]
+
+
+def test_a_difference_is_grey_where_pictures_agree_and_says_how_much_else() -> None:
+    before, after = (Image.new("RGB", (1, 1), colour) for colour in ((10, 10, 10), (10, 40, 250)))
+    assert plots.difference(before, after, 2).getpixel((0, 0)) == (128, 188, 255)
 
 
 def test_curves_are_told_apart_by_colour_and_by_dash(ax: Axes) -> None:
