@@ -121,14 +121,13 @@ class Backbone:
     @property
     def text_encoders(self) -> dict[str, Any]:
         """The text encoders by the names of their folders: one, or SDXL's two."""
-        names = ("text_encoder", "text_encoder_2") if self.is_xl else ("text_encoder",)
+        names = ("text_encoder", "text_encoder_2")[: 1 + self.is_xl]
         return {name: getattr(self.pipeline, name) for name in names}
 
     @property
     def tokenizers(self) -> list[Any]:
         """The tokenizer of every text encoder."""
-        names = ("tokenizer", "tokenizer_2") if self.is_xl else ("tokenizer",)
-        return [getattr(self.pipeline, name) for name in names]
+        return [getattr(self.pipeline, n) for n in ("tokenizer", "tokenizer_2")[: 1 + self.is_xl]]
 
     @property
     def schedule(self) -> Schedule:
@@ -162,10 +161,9 @@ class Backbone:
             UserError: it was tuned, or a run's weights were put into it.
         """
         if self.used:
-            raise UserError(
-                f"This backbone {self.used}, and its weights and words are no longer the model's "
-                "own: use backbone.copy() before such a use, or open it again."
-            )
+            now = "and its weights and words are no longer the model's own"
+            cure = "use backbone.copy() before such a use, or open it again"
+            raise UserError(f"This backbone {self.used}, {now}: {cure}.")
         self.used = how
 
     def check_method(self, config: Any) -> None:
@@ -214,19 +212,14 @@ class Backbone:
             raise UserError(f"The category names a class, without {PLACEHOLDER}: for example dog.")
         # It stands in prompts, and class images lie in a folder of its name.
         if bad := [ch for ch in category if ch in "{}/\\=" or not ch.isprintable()]:
-            raise UserError(
-                f"The category {category[:40]!r} has the character {bad[0]!r}: use plain words, "
-                "for example dog."
-            )
+            name = f"The category {category[:40]!r}"
+            raise UserError(f"{name} has the character {bad[0]!r}: use plain words, such as dog.")
         if len(self.tokenizer(category).input_ids) > self.tokenizer.model_max_length // 2:
             raise UserError(f"The category {category[:40]!r}... is too long: use one or two words.")
-        unknown = self.unknown_words(category)
-        if unknown:
-            choices = self.facts.get("categories") or self.known_words
-            raise UserError(
-                f"This model has never met the word {unknown[0]!r}: "
-                f"choose a category among {', '.join(choices)}, or another --backbone."
-            )
+        if unknown := self.unknown_words(category):
+            known = ", ".join(self.facts.get("categories") or self.known_words)
+            never = f"This model has never met the word {unknown[0]!r}"
+            raise UserError(f"{never}: choose a category among {known}, or another --backbone.")
         return category
 
     def add_token(self, token: str, initializer: str) -> list[int]:
@@ -239,19 +232,16 @@ class Backbone:
             UserError: the token is empty, has a space, or already means something, or the
                 initializer says nothing.
         """
+        name = f"The token {token[:40]!r}"
         if not token or token != token.strip() or len(token.split()) != 1:
-            raise UserError(f"The token {token!r} must be one word without spaces, like <sks>.")
+            raise UserError(f"{name} must be one word without spaces, like <sks>.")
         if len(token) > 64 or not token.isprintable() or "{" in token or "`" in token:
-            raise UserError(
-                f"The token {token[:40]!r} must be at most 64 plain characters, like <sks>."
-            )
+            raise UserError(f"{name} must be at most 64 plain characters, like <sks>.")
         if any(self._is_known(tokenizer, token) for tokenizer in self.tokenizers):
-            raise UserError(
-                f"The token {token!r} is already in the vocabulary and means something: "
-                "choose a new one, like <sks>."
-            )
+            known = "is already in the vocabulary and means something"
+            raise UserError(f"{name} {known}: choose a new one, like <sks>.")
         if not initializer.strip():
-            raise UserError(f"The token {token!r} must start from a word: --initializer is empty.")
+            raise UserError(f"{name} must start from a word: --initializer is empty.")
         ids = []
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders.values(), strict=True):
             start = tokenizer(initializer, add_special_tokens=False).input_ids
@@ -298,10 +288,9 @@ class Backbone:
         number = self.tokenizer.convert_tokens_to_ids
         for token in tokens:
             if by_itself(token).search(prompt) and number(token) not in ids:
-                raise UserError(
-                    f"The model's tokenizer reads {prompt[:80]!r} without {token}: put spaces "
-                    "around it, or tune with a token of another make, like <sks>."
-                )
+                without = f"The model's tokenizer reads {prompt[:80]!r} without {token}"
+                cure = "put spaces around it, or tune with a token of another make, like <sks>"
+                raise UserError(f"{without}: {cure}.")
         most = self.tokenizer.model_max_length
         if len(ids) <= most:
             return ""
@@ -309,10 +298,9 @@ class Backbone:
         read, rest = map(self.tokenizer.decode, (ids[1 : most - 1], ids[most - 1 : -1]))
         for token in tokens:
             if by_itself(token).search(rest) and not by_itself(token).search(read):
-                raise UserError(
-                    f"The prompt is longer than the {most - 2} pieces of words that the model "
-                    f"reads, and {token} stands behind them: make it shorter."
-                )
+                reach = f"the {most - 2} pieces of words that the model reads"
+                text = f"The prompt is longer than {reach}, and {token} stands behind them"
+                raise UserError(f"{text}: make it shorter.")
         return rest
 
     def encode_prompts(self, prompts: list[str], side: int | None = None) -> Condition:

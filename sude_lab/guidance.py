@@ -26,14 +26,7 @@ gate, L_sude <= tau_t, and a' is the projection of a onto it: for any b in it, |
 <b - a, d> >= ||d||^2 (1 - rho) by Cauchy-Schwarz, with equality for b = a' alone. With another g,
 rho' = rho + g (1 - rho): g < 1 goes a part of the way, g > 1 overshoots.
 
-**From the prediction to (*).** Guidance forms u_neg + w (u_cond - u_neg). Adding c d to u_cond adds
-w c d to the result, whatever u_neg is: the correction of the conditional half, g max(0, 1 - rho) d,
-is (*) after guidance. Without guidance the conditional prediction is the result, and w = 1.
-
-**Any prediction type.** At fixed (x_t, t), x_0, v and flow are affine in eps: u = s eps + b(x_t),
-with s of either sign. So a and d both become s times what they are for eps, rho stays, and u + c d
-in the model's own output is eps + c d in eps: no conversion is needed, nor for a rescaled input
-(Euler), as all predictions are made at the same one.
+That (*) follows after guidance, and for every prediction type: guide, "SuDe without training".
 
 **Where it is plugged in.** A pipeline's `callback_on_step_end` may replace latents and embeddings,
 not the prediction. `sude_guidance` is therefore a forward hook on the denoiser of pipelines that

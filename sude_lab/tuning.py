@@ -160,10 +160,8 @@ class Tuning:
 
     def __next__(self) -> Step:
         if self._state == "failed":
-            raise UserError(
-                f"This run failed after step {self.number}: continue from a step's state_dict() on "
-                "a backbone that is opened again."
-            )
+            cure = "continue from a step's state_dict() on a backbone that is opened again"
+            raise UserError(f"This run failed after step {self.number}: {cure}.")
         if self.number >= self.config.max_train_steps:
             if self._state == "running":
                 self.method.finish()
@@ -186,10 +184,8 @@ class Tuning:
 
     def _state_after(self, number: int) -> dict[str, Any]:
         if number != self.number:
-            raise UserError(
-                f"Step {number} is past, and the weights are those of step {self.number}: call "
-                "state_dict() before the next step is taken."
-            )
+            past = f"Step {number} is past, and the weights are those of step {self.number}"
+            raise UserError(f"{past}: call state_dict() before the next step is taken.")
         return self.state_dict()
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -200,9 +196,8 @@ class Tuning:
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(
-                "The checkpoint does not fit this run's weights and optimiser: start a new run."
-            ) from error
+            wrong = "The checkpoint does not fit this run's weights and optimiser"
+            raise UserError(f"{wrong}: start a new run.") from error
         self.number = state["step"]
 
     @property

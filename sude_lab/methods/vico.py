@@ -39,12 +39,7 @@ def otsu_threshold(values: Tensor) -> Tensor:
 
     Args: values: (B, N). Returns (B,), the largest value of the lower group; where all N values
     are equal, that value.
-
-    Raises:
-        ValueError: the values are not (B, N) with N > 0.
     """
-    if values.ndim != 2 or not values.shape[1]:
-        raise ValueError(f"Values must be (B, N) with N > 0, got {tuple(values.shape)}.")
     number = values.shape[1]
     if number == 1:
         return values[:, 0]
@@ -123,10 +118,8 @@ def decoder_layers(unet: nn.Module) -> dict[str, Any]:
     ]
     layers = [(name, module) for name, module in layers if module.attn2 is not None]
     if not layers:
-        raise UserError(
-            "ViCo needs transformer blocks in the UNet's up path, and this model has none: choose "
-            "another --method."
-        )
+        none = "ViCo needs transformer blocks in the UNet's up path, and this model has none"
+        raise UserError(f"{none}: choose another --method.")
     return dict(layers[1::2] or layers)
 
 
@@ -434,7 +427,5 @@ def check_one_text_encoder(backbone: Backbone) -> None:
         UserError: it is an SDXL.
     """
     if backbone.is_xl:
-        raise UserError(
-            "ViCo is made for models with one text encoder and not for SDXL: choose Stable "
-            "Diffusion 1 or 2, or another --method."
-        )
+        made = "ViCo is made for models with one text encoder and not for SDXL"
+        raise UserError(f"{made}: choose Stable Diffusion 1 or 2, or another --method.")

@@ -440,7 +440,7 @@ def _name(ax: Axes, marks: Sequence[tuple[str, np.ndarray, str]], others: np.nda
         best = int(np.argmax(room))
         taken.append(spots[best])
         look: dict[str, Any] = {"color": colour, "fontsize": 9, "ha": "center", "va": "center"}
-        ax.annotate(name, place, tuple(around[best]), textcoords="offset points", **look)
+        ax.annotate(name, tuple(place), tuple(around[best]), textcoords="offset points", **look)
 
 
 def words(column: str) -> str:
