@@ -25,8 +25,6 @@ PAGE = (NOTEBOOKS[0].parent / "guide" / "lessons.md").read_text(encoding="utf-8"
 README = (NOTEBOOKS[0].parent.parent / "README.md").read_text(encoding="utf-8")
 MAX_LINES, MAX_BYTES, MAX_WIDTH = 20, 600_000, 660
 PREDICTION = re.compile(r"\*\*Predict(\s+first)?(,\s+then\s+move)?\*\*|<summary>(Answer)</summary>")
-NOT_YET_DRAWN_ANEW = {"07_baselines_and_prompts"}
-"""Lessons whose stored figures are of before `plots.panels`: store them, and take them out."""
 CHECKED = "# NBVAL_CHECK_OUTPUT"
 SEED = re.compile(r"^SEED = \d+", re.M)
 WIDGETS = ("application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json")
@@ -120,9 +118,7 @@ def test_a_notebook_has_no_problem(path: Path) -> None:
     found = problems(notebook)
     if path.name.startswith("00"):  # a tour: its goal is its title
         found.remove("the first cell has no goals")
-    wide = [problem for problem in found if "wider than the page" in problem]
-    assert bool(wide) == (path.stem in NOT_YET_DRAWN_ANEW), wide or "take it out of the list"
-    assert [problem for problem in found if problem not in wide] == []
+    assert found == []
 
 
 @pytest.mark.parametrize("path", EXERCISES, ids=lambda p: p.name)
