@@ -38,8 +38,10 @@ def otsu_threshold(values: Tensor) -> Tensor:
     values <= T and of those > T. Every split is tried, none is lost in the bins of a histogram.
 
     Args: values: (B, N). Returns (B,), the largest value of the lower group; where all N values
-    are equal, that value.
+    are equal, that value. Raises a ValueError where they are not (B, N) with N > 0.
     """
+    if values.ndim != 2 or not values.shape[1]:
+        raise ValueError(f"Values must be (B, N) with N > 0, got {tuple(values.shape)}.")
     number = values.shape[1]
     if number == 1:
         return values[:, 0]
@@ -421,11 +423,7 @@ class ViCo(Method):
 
 
 def check_one_text_encoder(backbone: Backbone) -> None:
-    """Check that the model has one text encoder.
-
-    Raises:
-        UserError: it is an SDXL.
-    """
+    """Raise a UserError where the model has several text encoders."""
     if backbone.is_xl:
         made = "ViCo is made for models with one text encoder and not for SDXL"
         raise UserError(f"{made}: choose Stable Diffusion 1 or 2, or another --method.")

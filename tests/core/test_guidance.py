@@ -31,6 +31,7 @@ from sude_lab.losses import guidance_projection, hinge_loss
 from sude_lab.runs import guided
 from sude_lab.runs.folder import Run
 from sude_lab.runs.guided import to_class_prompt
+from sude_lab.runs.strength import Strength
 
 B, SHAPE = 6, (3, 4, 5)
 PROMPT, CLASS = "photo of a burning candle", "photo of a running dog"
@@ -205,10 +206,11 @@ def test_the_class_prompt_is_the_same_where_the_prompt_has_the_token_itself(
     tiny: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words: list[str] = []
-    monkeypatch.setattr(guided, "sude_guidance", lambda *about: words.append(about[2]))
+    monkeypatch.setattr(guided, "sude_guidance", lambda *about, **_: words.append(about[2]))
+    monkeypatch.setattr(guided, "has_adapters", lambda unet: True)  # its own frozen base
     config = TuningConfig(Path("dog.png"), "dog", token="og")
     for prompt in ("photo of a running {S*} dog", "photo of a running og dog"):
-        guided.guidance_for(config, tiny, prompt, 0.0)
+        guided.guidance_for(config, tiny, prompt, Strength(sude_guidance=1))
     assert words == ["photo of a running dog"] * 2
 
 

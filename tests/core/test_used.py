@@ -108,7 +108,7 @@ def test_a_run_that_failed_does_not_go_on(
 ) -> None:
     tuning = Tuning(config(), fresh(), picture)
     step = next(tuning)
-    monkeypatch.setattr(tuning, "_losses", lambda batch: 1 / 0)
+    monkeypatch.setattr(tuning, "_losses", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(tuning)
     monkeypatch.undo()

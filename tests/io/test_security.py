@@ -93,9 +93,18 @@ def complaints(source: str) -> list[str]:
     return risks
 
 
+OWN_TEXT = {
+    "sude_lab/exercises/judging.py": ["eval"],
+    "sude_lab/exercises/slips.py": ["exec", "compile"],
+}
+"""These run the wrong answers of slips.txt, which comes with them, and changes of our own answers:
+text of this package, and nothing of a file that somebody hands over."""
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_no_module_runs_what_it_reads(path: Path) -> None:
-    assert complaints(path.read_text(encoding="utf-8")) == []
+    expected = OWN_TEXT.get(path.relative_to(ROOT).as_posix(), [])
+    assert complaints(path.read_text(encoding="utf-8")) == expected
 
 
 @pytest.mark.parametrize(
