@@ -38,21 +38,25 @@ FILES = {"held-out": "fair", "development": "fair_development"}
 ARMS = ("plain", "sude", "drawn")
 
 
-def run(arm: str, on: On, *, workers: int, out: Path = SWEEPS) -> Path:
-    """Sweep what is missing of an arm, a thread a process; return the sweep's folder.
+def grid_file(arm: str, on: On, folder: Path) -> Path:
+    """Write an arm's grid for one of the two groups of subjects into a folder; return the file."""
+    grid = yaml.safe_load((GRIDS / "fair" / f"{arm}.yaml").read_text(encoding="utf-8"))
+    with atomic_write(folder / f"{arm}.yaml") as path:
+        path.write_text(yaml.safe_dump(grid | {"subjects": [SUBJECTS[on]]}), encoding="utf-8")
+    return folder / f"{arm}.yaml"
+
+
+def run(arm: str, on: On, *, workers: int, out: Path = SWEEPS) -> None:
+    """Sweep what is missing of an arm, a thread a process.
 
     Raises:
         UserError: a run failed.
     """
-    folder = out / "fair" / on / arm
-    grid = yaml.safe_load((GRIDS / "fair" / f"{arm}.yaml").read_text(encoding="utf-8"))
-    with atomic_write(folder.with_suffix(".yaml")) as path:
-        path.write_text(yaml.safe_dump(grid | {"subjects": [SUBJECTS[on]]}), encoding="utf-8")
-    failed = sweep(folder.with_suffix(".yaml"), folder, runs=out / "fair" / "runs", workers=workers)
+    folder, runs = out / "fair" / on, out / "fair" / "runs"
+    failed = sweep(grid_file(arm, on, folder), folder / arm, runs=runs, workers=workers)
     if failed:
         key, reason = next(iter(failed.items()))
         raise UserError(f"{len(failed)} runs of {arm} failed, {key} because: {reason}")
-    return folder
 
 
 def subject_rows(arm: str, folder: Path) -> pd.DataFrame:

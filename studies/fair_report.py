@@ -56,7 +56,7 @@ def contrast(a: Line, b: Line, whole: Line) -> list[dict[str, Any]]:
 
     The fidelities are `SHARES` of what plain tuning gives of these subjects at the end of `whole`.
     """
-    a, b = paired(*paired(a, b))
+    a, b = paired(a, b)
     whole = whole.of(a.subjects)
     end = whole.fidelity[:, whole.strengths.index(END)]
     rows: list[tuple[str, Interval, float]] = []
@@ -74,14 +74,16 @@ def contrast(a: Line, b: Line, whole: Line) -> list[dict[str, Any]]:
 
 
 def family(lines: dict[str, Line], pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """Return the contrasts of pairs of lines, corrected together (Holm), with what they say."""
+    """Return the contrasts of pairs of lines, those at a fidelity corrected together (Holm)."""
     there = [(a, b) for a, b in pairs if a in lines and b in lines]
     rows = [row for a, b in there for row in contrast(lines[a], lines[b], lines["less tuning"])]
     table = pd.DataFrame(rows)
-    read = table["p"].notna()
+    is_area = table["fidelity"].str.contains("to")
+    read = table["p"].notna() & ~is_area
     table.loc[read, "p, Holm"] = holm(table.loc[read, "p"].to_numpy())
     table["says"] = [
-        _says(gain, p) for gain, p in zip(table["gain"], table["p, Holm"], strict=True)
+        "" if area else _says(gain, p)
+        for gain, p, area in zip(table["gain"], table["p, Holm"], is_area, strict=True)
     ]
     return table
 
@@ -111,21 +113,20 @@ def figure(lines: dict[str, Line], path: Path) -> None:
     """Draw the means of every line, its front drawn through, over the fidelities that are read."""
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(figsize=(8, 5), layout="constrained", dpi=160)
-    for name, one in lines.items():
-        fidelity, alignment = one.fidelity.mean(0), one.alignment.mean(0)
-        front, sude = one.front(), name.startswith("SuDe")
-        style: dict[str, Any] = {"marker": "o" if sude else "s", "lw": 2.5 if sude else 1.3}
-        drawn = axes.plot(fidelity[front], alignment[front], label=name, ms=5, **style)
-        axes.plot(fidelity, alignment, style["marker"], ms=3, alpha=0.4, color=drawn[0].get_color())
+    fig, axes = plt.subplots(figsize=(7, 4), layout="constrained", dpi=160)
     whole = lines["less tuning"]
+    for name, colour, mark in (("less tuning", "tab:grey", "s"), ("SuDe", "tab:red", "o")):
+        one = lines[name]
+        fidelity, alignment = one.fidelity.mean(0), one.alignment.mean(0)
+        axes.plot(fidelity, alignment, mark, ms=4, alpha=0.4, color=colour)
+        front = one.front()
+        axes.plot(fidelity[front], alignment[front], f"{mark}-", color=colour, lw=2, label=name)
+    end = whole.fidelity[:, whole.strengths.index(END)].mean()
     for share in SHARES:
-        at = share * whole.fidelity[:, whole.strengths.index(END)].mean()
-        axes.axvline(at, color="grey", lw=0.8, ls=":")
-    n = min(len(one.subjects) for one in lines.values())
-    axes.set_xlabel(f"subject fidelity (mean of {n} subjects)")
-    axes.set_ylabel("attribute alignment")
-    axes.legend(fontsize=9)
+        axes.axvline(share * end, color="grey", lw=0.8, ls=":")
+    axes.set_xlabel(f"subject fidelity: is it mine? (mean of {len(whole.subjects)} subjects)")
+    axes.set_ylabel("attribute alignment: as asked?")
+    axes.legend(loc="lower left")
     with atomic_write(path) as file:
         fig.savefig(file, format="png")
     plt.close(fig)
@@ -142,16 +143,19 @@ def main(config: ReportConfig) -> str:
     """Write the contrasts as Markdown, and the figure; return the text."""
     table, name = read(FILES[config.on]).fillna({"strength": "", "settings": ""}), FILES[config.on]
     lines = lines_of(table)
-    parts = []
+    command = f"python -m studies.fair_report --on {config.on}"
+    parts = [
+        f"Made by `{command}` as data/grids/fair.md says; {table['subject'].nunique()} subjects."
+    ]
     for title, pairs in {"Primary": PRIMARY, "Secondary": SECONDARY}.items():
         shown = family(lines, pairs)
         shown["gain"] = [gain.words("+.3f") for gain in shown["gain"]]
-        parts += [f"{title} contrasts", shown.round(4).to_markdown(index=False)]
+        parts += [f"## {title} contrasts", shown.round(4).to_markdown(index=False)]
     points = table.groupby(["arm", "settings", "w_s", "strength"], sort=False)
     means = points[["subject_fidelity", "attribute_alignment", "category_alignment"]].mean()
     means["subjects"] = points["subject"].nunique()
     parts += [
-        "Every point, means over the subjects",
+        "## Every point, means over the subjects",
         means.round(3).reset_index().to_markdown(index=False),
     ]
     text = "\n\n".join(parts) + "\n"

@@ -1,0 +1,86 @@
+"""The registered comparison: its subjects, its lines, and what its report says of made-up rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from studies import fair, fair_report
+from sude_lab.evaluate import stored
+from sude_lab.sweep.grid import make_plan, read_grid
+from sude_lab.world import drawing as world
+
+
+def rows(bonus: float, n: int = 36) -> pd.DataFrame:
+    """Lines of n subjects; with SuDe each one is better by `bonus` at every fidelity."""
+    rng = np.random.default_rng(0)
+    level = rng.normal(0, 0.05, n)
+    points = [("plain", 0.0, s, k) for s, k in (("8", 1), ("40", 2), ("", 4), ("scale=0.5", 3))]
+    points += [("sude", w, s, k) for w in (1.0, 2.0) for s, k in (("25", 1), ("50", 2.5), ("", 4))]
+    table = [
+        {
+            **{"arm": arm, "settings": "dreambooth", "w_s": w_s, "strength": strength},
+            **{"subject": f"s{i}", "category": "dog", "subject_fidelity": 0.15 * k + level[i]},
+            "attribute_alignment": 1 - 0.1 * k + bonus * (arm == "sude") + 0.02 * rng.normal(),
+            "category_alignment": 0.9,
+        }
+        for arm, w_s, strength, k in points
+        for i in range(n)
+    ]
+    return pd.DataFrame(table)
+
+
+@pytest.mark.parametrize(
+    ("bonus", "says"), [(0.1, "agrees"), (-0.1, "disagrees"), (0.0, "no difference")]
+)
+def test_the_report_says_what_the_rows_hold(bonus: float, says: str) -> None:
+    lines = fair_report.lines_of(rows(bonus))
+    assert "plain, composition" not in lines  # its runs are not there
+    table = fair_report.family(lines, fair_report.PRIMARY)
+    assert list(table["fidelity"]) == ["0.75", "0.85", "0.95", "0.75 to 0.95"]
+    assert list(table["says"]) == [says] * 3 + [""]
+    assert table["gain"].map(lambda gain: abs(gain.mean - bonus) < 0.02).all()
+    assert table["p, Holm"].notna().sum() == 3  # the area is no fourth test
+
+
+def test_a_fidelity_that_a_line_does_not_reach_is_no_gain() -> None:
+    table = rows(0.1)
+    low = table[(table["arm"] == "plain") | (table["strength"] == "25")]
+    shown = fair_report.family(fair_report.lines_of(low), fair_report.PRIMARY)
+    assert list(shown["says"]) == ["not reached"] * 3 + [""]
+
+
+def test_the_report_is_written_with_its_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "RESULTS", tmp_path)
+    monkeypatch.setattr(fair_report, "RESULTS", tmp_path)
+    rows(0.1).to_csv(tmp_path / "fair.csv", index=False)
+    text = fair_report.main(fair_report.ReportConfig())
+    assert "36 subjects" in text and text == (tmp_path / "fair.md").read_text()
+    assert (tmp_path / "fair.png").is_file()
+
+
+@pytest.mark.parametrize("arm", fair.ARMS)
+def test_the_registered_grids_are_of_four_subjects_a_category(arm: str, tmp_path: Path) -> None:
+    grid = fair.grid_file(arm, "held-out", tmp_path)
+    plan = make_plan(read_grid(grid), tmp_path / "out")
+    of = pd.Series({job.label["subject"]: job.label["category"] for job in plan.jobs})
+    assert of.value_counts().to_dict() == dict.fromkeys(world.CATEGORIES, 4)
+    assert all(job.config.seed == 0 and job.asked["seed"] == 500 for job in plan.jobs)
+    points = {"plain": 12, "sude": 12, "drawn": 7}[arm]
+    assert sum(len(job.strengths) for job in plan.jobs) == 36 * points
+
+
+def test_prompts_weigh_alike_in_a_subjects_mean(tmp_path: Path) -> None:
+    about = {"subject": "s", "category": "dog", "settings": "", "w_s": 0.0, "strength": None}
+    about |= {"steps": 200, "rho": 1.0, "open_gates": 0.0, "metric": "attribute_alignment"}
+    values = [("running", 1.0), ("running", 1.0), ("running", 1.0), ("standing", 0.0)]
+    pd.DataFrame([about | {"attribute": a, "value": v} for a, v in values]).to_parquet(
+        tmp_path / fair.ROWS
+    )
+    (row,) = fair.subject_rows("plain", tmp_path).to_dict("records")
+    assert row["attribute_alignment"] == 0.5 and row["strength"] == "" and row["arm"] == "plain"
