@@ -22,7 +22,14 @@ import tyro
 
 from studies.fair import FILES, On
 from sude_lab.evaluate.fronts import Line, gain_at, line, mean_gain, paired
-from sude_lab.evaluate.statistics import Interval, holm, sign_flip_p, verdict
+from sude_lab.evaluate.statistics import (
+    CANNOT_TELL,
+    NO_DIFFERENCE,
+    Interval,
+    holm,
+    sign_flip_p,
+    verdict,
+)
 from sude_lab.evaluate.stored import MARGIN, RESULTS, read
 from sude_lab.io.files import atomic_write
 
@@ -91,9 +98,10 @@ def family(lines: dict[str, Line], pairs: Sequence[tuple[str, str]]) -> pd.DataF
 def _says(gain: Interval, p: float) -> str:
     """Return the verdict: better or worse after the correction, else no difference, or neither."""
     if math.isnan(p):  # of the gain itself, or of one without a subject
-        return "not reached" if math.isnan(gain.mean) else "cannot tell"
-    sure = verdict(gain, p=p)
-    return verdict(gain, margin=MARGIN) if sure == "cannot tell" else sure
+        return "not reached" if math.isnan(gain.mean) else CANNOT_TELL
+    said = verdict(gain, p=p)
+    within = verdict(gain, margin=MARGIN) == NO_DIFFERENCE
+    return NO_DIFFERENCE if within and said == CANNOT_TELL else said
 
 
 END = "plain dreambooth 0.0 "

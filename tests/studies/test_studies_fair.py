@@ -10,6 +10,7 @@ import pytest
 
 from studies import fair, fair_report
 from sude_lab.evaluate import stored
+from sude_lab.evaluate.statistics import Interval
 from sude_lab.sweep.grid import make_plan, read_grid
 from sude_lab.world import drawing as world
 
@@ -51,6 +52,14 @@ def test_a_fidelity_that_a_line_does_not_reach_is_no_gain() -> None:
     low = table[(table["arm"] == "plain") | (table["strength"] == "25")]
     shown = fair_report.family(fair_report.lines_of(low), fair_report.PRIMARY)
     assert list(shown["says"]) == ["not reached"] * 3 + [""]
+
+
+def test_what_the_correction_takes_away_is_not_said() -> None:
+    """An interval below 0 whose corrected p is not below .05 says nothing, neither way."""
+    below = Interval(-0.05, -0.09, -0.01, 36)
+    assert fair_report._says(below, 0.06) == "cannot tell"
+    assert fair_report._says(below, 0.04) == "disagrees"
+    assert fair_report._says(Interval(0.0, -0.03, 0.03, 36), 1.0) == "no difference"
 
 
 def test_the_report_is_written_with_its_figure(
