@@ -718,7 +718,7 @@ def test_of_fifteen_typical_wrong_answers_twelve_are_named(
     assert len(unnamed) <= 3, unnamed
 
 
-@pytest.mark.parametrize("task", CHECKS)
+@pytest.mark.parametrize("task", sorted(CHECKS))
 def test_every_row_of_the_table_is_told_apart(task: str) -> None:
     """What is listed is wrong, and no other sentence comes before its own."""
     check = CHECKS[task]
@@ -729,7 +729,7 @@ def test_every_row_of_the_table_is_told_apart(task: str) -> None:
             assert str(caught.value) == says
 
 
-@pytest.mark.parametrize("task", CHECKS)
+@pytest.mark.parametrize("task", sorted(CHECKS))
 def test_no_number_of_ones_own_passes(task: str) -> None:
     """No argument may stand in the answer as the number that a first try happened to have."""
     check = CHECKS[task]
