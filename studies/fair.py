@@ -31,7 +31,8 @@ SUBJECTS = {
     "held-out": "held-out " + " ".join(map(str, range(100, 136))),
     "development": "development " + " ".join(map(str, range(100, 106))),
 }
-"""Nobody had looked at either before the file was registered; four subjects a category, and one."""
+"""Held-out: four subjects a category, whom nobody had looked at before fair.md was committed.
+Development: six others, who chose everything in it."""
 On = Literal["held-out", "development"]
 FILES = {"held-out": "fair", "development": "fair_development"}
 """The stored table of each."""
