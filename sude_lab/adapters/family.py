@@ -84,6 +84,17 @@ class FlowBackbone(Backbone):
         """Return the prompts as they are: no word has several vectors."""
         return prompts
 
+    def scaled(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (latents - shift) * scale."""
+        config = self.pipeline.vae.config
+        scale = config.scaling_factor
+        return (mean - config.shift_factor) * scale, deviation * scale
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Return latents / scale + shift."""
+        config = self.pipeline.vae.config
+        return latents / config.scaling_factor + config.shift_factor
+
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, model: Any = None) -> Tensor:
         """Return the model output noise - x_0 in float32, (B, C, h, w)."""
         with self.autocast():

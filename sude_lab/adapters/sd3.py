@@ -78,18 +78,6 @@ class StableDiffusion3(FlowBackbone):
         """Return the condition of no prompt, one row: that of ""."""
         return self.encode_prompts([""])
 
-    def scaled(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (latents - shift) * scale."""
-        config = self.pipeline.vae.config
-        return (
-            mean - config.shift_factor
-        ) * config.scaling_factor, deviation * config.scaling_factor
-
-    def unscaled(self, latents: Tensor) -> Tensor:
-        """Return latents / scale + shift."""
-        config = self.pipeline.vae.config
-        return latents / config.scaling_factor + config.shift_factor
-
     def loss_weight(self, t: Tensor) -> Tensor:
         """Return s^2, (B,): the error of x_0 = x_t - s u in place of that of u."""
         s = self.schedule.to_time(t) / self.schedule.num_timesteps

@@ -55,14 +55,8 @@ class ZImage(ChatBackbone):
 
     def scaled(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
         """Return (latents - shift) * scale; the script draws nothing."""
-        config = self.pipeline.vae.config
-        latents = (mean - config.shift_factor) * config.scaling_factor
+        latents, _ = super().scaled(mean, deviation)
         return latents, torch.zeros_like(latents)
-
-    def unscaled(self, latents: Tensor) -> Tensor:
-        """Return latents / scale + shift."""
-        config = self.pipeline.vae.config
-        return latents / config.scaling_factor + config.shift_factor
 
     def call_arguments(self, **settings: Any) -> dict[str, Any]:
         """Return the pipeline's arguments: its scale g means u_cond + g (u_cond - u_neg)."""

@@ -211,7 +211,8 @@ def evaluate(
         judge = judges(run.config, images)
         asked = _asked(run, prompts, structure, folder, judge)
         chosen = _chosen_metrics(metrics, run.config, encoder_folders, judge)
-        own = sampler | _given(guidance_scale=run.strength.guidance_scale)
+        scale = run.strength.guidance_scale
+        own = sampler if scale is None else sampler | {"guidance_scale": scale}
         sampling = sampling_settings(read_facts(run.config.backbone), **own)
         negative = negative_prompt and run.prompt(negative_prompt)
         jobs.append(_Job(run, label, asked, images, chosen, judge, sampling, negative))
@@ -251,10 +252,6 @@ def evaluate(
 def _tables(run: Run) -> Path:
     """Return the folder of a run's own tables; the pictures of all its strengths lie together."""
     return run.folder / FOLDER / str(run.strength)
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _encoder_folders(encoders: Sequence[str]) -> dict[str, str]:

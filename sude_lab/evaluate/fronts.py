@@ -14,10 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.evaluate.statistics import Interval, jackknife_interval
 
+ALIGNMENT, FIDELITY, _ = MEASURES
 Fidelity = float | np.ndarray
-FIDELITY, ALIGNMENT = "subject_fidelity", "attribute_alignment"
+Rows = np.ndarray | slice
+EVERYONE = slice(None)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Line:
     fidelity: np.ndarray
     alignment: np.ndarray
 
-    def front(self, rows: np.ndarray | None = None) -> np.ndarray:
+    def front(self, rows: Rows = EVERYONE) -> np.ndarray:
         """Return the indices of the strengths that no other one beats, by rising mean fidelity.
 
         A strength is beaten where another keeps more of the subject and of the category, or as much
@@ -38,16 +41,12 @@ class Line:
         is good for anything.
 
         Args:
-            rows: Indices of the subjects that are there; None: all.
+            rows: Indices of the subjects that are there.
         """
-        f, a = self._means(rows)
+        f, a = self.fidelity[rows].mean(0), self.alignment[rows].mean(0)
         order = np.lexsort((a, f))[::-1]  # by falling fidelity, of equal ones the best one first
         best = np.maximum.accumulate(np.concatenate([[-np.inf], a[order]]))[:-1]
         return order[a[order] > best][::-1]
-
-    def _means(self, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        f, a = (self.fidelity, self.alignment) if rows is None else self._rows(rows)
-        return f.mean(0), a.mean(0)
 
     def of(self, subjects: Sequence[str]) -> Line:
         """Return the line of these subjects alone.
@@ -56,12 +55,10 @@ class Line:
             ValueError: it lacks one.
         """
         rows = [self.subjects.index(subject) for subject in subjects]
-        return Line(self.name, tuple(subjects), self.strengths, *self._rows(rows))
+        parts = self.fidelity[rows], self.alignment[rows]
+        return Line(self.name, tuple(subjects), self.strengths, *parts)
 
-    def _rows(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.fidelity[rows], self.alignment[rows]
-
-    def at(self, fidelity: Fidelity, rows: np.ndarray | None = None) -> np.ndarray:
+    def at(self, fidelity: Fidelity, rows: Rows = EVERYONE) -> np.ndarray:
         """Return each subject's alignment where the mean fidelity is at least `fidelity`, (n,).
 
         On the front, and between two neighbours of it all values are interpolated linearly: one
@@ -72,13 +69,12 @@ class Line:
         Args:
             fidelity: One for all, or (n,) of which the mean is meant, such as a share of what
                 another way of tuning gives of each subject.
-            rows: Indices of the subjects that are there; None: all.
+            rows: Indices of the subjects that are there.
         """
         if isinstance(fidelity, np.ndarray):
-            fidelity = float((fidelity if rows is None else fidelity[rows]).mean())
+            fidelity = float(fidelity[rows].mean())
         front = self.front(rows)
-        f = self._means(rows)[0][front]
-        a = (self.alignment if rows is None else self.alignment[rows])[:, front]
+        f, a = self.fidelity[rows].mean(0)[front], self.alignment[rows][:, front]
         if fidelity > f[-1] + 1e-9:  # of rounding
             return np.full(len(a), np.nan)
         if fidelity <= f[0]:

@@ -143,14 +143,7 @@ def t_test_p(values: Values, subjects: Labels | None = None) -> float:
 
     It is below 1 - level just where `mean_interval` of that level leaves 0 out.
     """
-    means = subject_means(values, subjects)
-    n = len(means)
-    if n < 2:
-        return math.nan
-    spread = float(means.std(ddof=1)) / math.sqrt(n)
-    if spread == 0:
-        return float(means.mean() == 0)
-    return 1 - t_within(float(means.mean()) / spread, n - 1)
+    return mean_interval(values, subjects).p
 
 
 def sign_flip_p(
