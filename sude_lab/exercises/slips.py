@@ -108,7 +108,7 @@ def made(right: Answer, text: str) -> Answer:
     scope = dict(right.__globals__)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exec(compile(text, "a slip", "exec", dont_inherit=True), scope)
+        exec(compile(text, "<a slip>", "exec", dont_inherit=True), scope)
     return scope[right.__name__]
 
 
