@@ -37,6 +37,9 @@ On = Literal["held-out", "development"]
 FILES = {"held-out": "fair", "development": "fair_development"}
 """The stored table of each."""
 ARMS = ("plain", "sude", "drawn")
+"""The first stage, which decides the question."""
+TRIED = ("lazy",)
+"""On the development subjects alone."""
 
 
 def grid_file(arm: str, on: On, folder: Path) -> Path:
@@ -66,8 +69,9 @@ def subject_rows(arm: str, folder: Path) -> pd.DataFrame:
     A prompt's pictures are averaged first, then the prompts: none weighs more for having more.
     """
     table = pd.read_parquet(folder / ROWS)
-    table = table[table["metric"].isin(MEASURES)].fillna({"strength": "", "settings": ""})
-    keys = ["subject", "category", "settings", "w_s", "strength", "steps", "rho", "open_gates"]
+    table = table[table["metric"].isin(MEASURES)].fillna({"strength": ""})
+    keys = ["subject", "category", "settings", "variant", "w_s", "strength", "steps"]
+    keys += ["rho", "open_gates"]
     prompts = table.groupby([*keys, "attribute", "metric"], dropna=False)["value"].mean()
     means = prompts.groupby([*keys, "metric"], dropna=False).mean().unstack("metric").reset_index()
     return means.assign(arm=arm)

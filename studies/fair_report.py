@@ -23,7 +23,9 @@ import tyro
 from studies.fair import FILES, On
 from sude_lab.evaluate.fronts import Line, gain_at, line, mean_gain, paired
 from sude_lab.evaluate.statistics import (
+    AGREES,
     CANNOT_TELL,
+    DISAGREES,
     NO_DIFFERENCE,
     Interval,
     holm,
@@ -46,14 +48,22 @@ LINES = {
     "SuDe 50, w_s": "arm == 'sude' and strength == '50'",
     "plain, composition": f"{_PLAIN_END} or strength.str.startswith('compose')",
     "SuDe without training": f"{_PLAIN_END} or strength.str.startswith('sude_guidance')",
+    **{
+        f"SuDe every {k}": f"arm == 'lazy' and variant.str.endswith('every {k}')"
+        for k in (1, 2, 4, 8)
+    },
 }
 """Every way of tuning, over its strengths: rows of the table."""
 
 
+def points(table: pd.DataFrame) -> pd.Series:
+    """Return the name of every row's point of a line."""
+    return table[POINT].agg(" ".join, axis=1)
+
+
 def lines_of(table: pd.DataFrame) -> dict[str, Line]:
     """Return the lines of a table of `studies.fair`, as far as their runs are there."""
-    keys = ["arm", "settings", "w_s", "strength"]
-    table = table.assign(point=table[keys].astype(str).agg(" ".join, axis=1))
+    table = table.assign(point=points(table))
     rows = {name: table.query(asked, engine="python") for name, asked in LINES.items()}
     return {n: line(n, r, "point") for n, r in rows.items() if r["point"].nunique() > 1}
 
@@ -80,11 +90,55 @@ def contrast(a: Line, b: Line, whole: Line) -> list[dict[str, Any]]:
     ]
 
 
-def family(lines: dict[str, Line], pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """Return the contrasts of pairs of lines, those at a fidelity corrected together (Holm)."""
+def category_rows(lines: dict[str, Line], category: dict[str, Line]) -> list[dict[str, Any]]:
+    """Return the primary contrasts of the alignment with the category, at the same strengths."""
+    rows = []
+    for a, b in PRIMARY:
+        end = lines[b].fidelity[:, lines[b].strengths.index(END)]
+        of = category[a].alignment, category[b].alignment
+        for share in SHARES:
+            gain = gain_at(lines[a], lines[b], share * end, of)
+            about = {"arm": f"{a}: category", "against": b, "fidelity": f"{share:g}"}
+            rows.append(about | {"gain": gain, "p": gain.p, "sign flip": math.nan})
+    return rows
+
+
+def places(lines: dict[str, Line], category: dict[str, Line], table: pd.DataFrame) -> pd.DataFrame:
+    """Return what every line gives, and costs, where it is read: means over its subjects.
+
+    `passes`: of a picture through the UNet, once in a plain step, twice more where SuDe asks, once
+    more with class images; the drawing of either is not in it.
+    """
+    steps = table["strength"].str.extract(r"^(\d+)")[0].astype(float).fillna(table["steps"])
+    every = table["variant"].str.extract(r"sude_every (\d+)")[0].astype(float).fillna(1)
+    asks = 1 + 2 / every * (table["w_s"] > 0) + table["arm"].str.contains("class_images")
+    passes = (steps * asks).groupby(points(table)).first()
+    rows = []
+    for name, one in lines.items():
+        whole = lines["less tuning"].of(one.subjects)
+        end = whole.fidelity[:, whole.strengths.index(END)].mean()
+        for share in SHARES:
+            weights = one.weights(share * float(end))
+            row = {"line": name, "subjects": len(one.subjects), "fidelity": f"{share:g}"}
+            row["alignment"] = (one.alignment @ weights).mean()
+            row["category"] = (category[name].alignment @ weights).mean()
+            rows.append(row | {"passes": passes[list(one.strengths)].to_numpy() @ weights})
+    return (
+        pd.DataFrame(rows).dropna().round({"alignment": 3, "category": 3, "steps": 0, "passes": 0})
+    )
+
+
+def family(
+    lines: dict[str, Line],
+    pairs: Sequence[tuple[str, str]],
+    more: Sequence[dict[str, Any]] = (),
+) -> pd.DataFrame:
+    """Return the contrasts of pairs of lines, and `more`: all at a fidelity corrected together."""
     there = [(a, b) for a, b in pairs if a in lines and b in lines]
     rows = [row for a, b in there for row in contrast(lines[a], lines[b], lines["less tuning"])]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame([*rows, *more])
+    if table.empty:
+        return table
     is_area = table["fidelity"].str.contains("to")
     read = table["p"].notna() & ~is_area
     table.loc[read, "p, Holm"] = holm(table.loc[read, "p"].to_numpy())
@@ -99,12 +153,14 @@ def _says(gain: Interval, p: float) -> str:
     """Return the verdict: better or worse after the correction, else no difference, or neither."""
     if math.isnan(p):  # of the gain itself, or of one without a subject
         return "not reached" if math.isnan(gain.mean) else CANNOT_TELL
-    said = verdict(gain, p=p)
+    said = {AGREES: "better", DISAGREES: "worse"}.get(verdict(gain, p=p), CANNOT_TELL)
     within = verdict(gain, margin=MARGIN) == NO_DIFFERENCE
     return NO_DIFFERENCE if within and said == CANNOT_TELL else said
 
 
-END = "plain dreambooth 0.0 "
+POINT = ["arm", "settings", "variant", "strength"]
+"""What names a point of a line."""
+END = "plain dreambooth plain "
 """The point of plain tuning after all its steps."""
 SHARES = (0.75, 0.85, 0.95)
 """Of the fidelity that plain tuning ends with: where alignments are read."""
@@ -115,6 +171,9 @@ SECONDARY = [
     ("SuDe", "plain, composition"),
     ("SuDe without training", "less tuning"),
 ]
+LAZY = [(f"SuDe every {k}", "SuDe every 1") for k in (2, 4, 8)]
+FAMILIES = {"Primary": PRIMARY, "Secondary": SECONDARY, "Lazy SuDe": LAZY}
+"""Contrasts that are corrected together."""
 
 
 def figure(lines: dict[str, Line], path: Path) -> None:
@@ -149,19 +208,25 @@ class ReportConfig:
 
 def main(config: ReportConfig) -> str:
     """Write the contrasts as Markdown, and the figure; return the text."""
-    table, name = read(FILES[config.on]).fillna({"strength": "", "settings": ""}), FILES[config.on]
+    table, name = read(FILES[config.on]).fillna({"strength": ""}), FILES[config.on]
     lines = lines_of(table)
+    category = lines_of(table.assign(attribute_alignment=table["category_alignment"]))
     command = f"python -m studies.fair_report --on {config.on}"
     parts = [
         f"Made by `{command}` as data/grids/fair.md says; {table['subject'].nunique()} subjects."
     ]
-    for title, pairs in {"Primary": PRIMARY, "Secondary": SECONDARY}.items():
-        shown = family(lines, pairs)
+    more = {"Secondary": category_rows(lines, category)}
+    for title, pairs in FAMILIES.items():
+        shown = family(lines, pairs, more.get(title, ()))
+        if shown.empty:
+            continue
         shown["gain"] = [gain.words("+.3f") for gain in shown["gain"]]
         parts += [f"## {title} contrasts", shown.round(4).to_markdown(index=False)]
-    points = table.groupby(["arm", "settings", "w_s", "strength"], sort=False)
-    means = points[["subject_fidelity", "attribute_alignment", "category_alignment"]].mean()
-    means["subjects"] = points["subject"].nunique()
+    groups = table.groupby(POINT, sort=False)
+    means = groups[["subject_fidelity", "attribute_alignment", "category_alignment"]].mean()
+    means["subjects"] = groups["subject"].nunique()
+    at = places(lines, category, table)
+    parts += ["## Where the lines are read", at.to_markdown(index=False)]
     parts += [
         "## Every point, means over the subjects",
         means.round(3).reset_index().to_markdown(index=False),

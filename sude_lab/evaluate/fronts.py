@@ -58,8 +58,8 @@ class Line:
         parts = self.fidelity[rows], self.alignment[rows]
         return Line(self.name, tuple(subjects), self.strengths, *parts)
 
-    def at(self, fidelity: Fidelity, rows: Rows = EVERYONE) -> np.ndarray:
-        """Return each subject's alignment where the mean fidelity is at least `fidelity`, (n,).
+    def weights(self, fidelity: Fidelity, rows: Rows = EVERYONE) -> np.ndarray:
+        """Return how much each strength counts where the mean fidelity is at least `fidelity`, (K,).
 
         On the front, and between two neighbours of it all values are interpolated linearly: one
         strength for all subjects, as somebody who tunes must choose it. Below the front's first
@@ -73,15 +73,21 @@ class Line:
         """
         if isinstance(fidelity, np.ndarray):
             fidelity = float(fidelity[rows].mean())
-        front = self.front(rows)
-        f, a = self.fidelity[rows].mean(0)[front], self.alignment[rows][:, front]
+        front, weights = self.front(rows), np.zeros(len(self.strengths))
+        f = self.fidelity[rows].mean(0)[front]
         if fidelity > f[-1] + 1e-9:  # of rounding
-            return np.full(len(a), np.nan)
+            return np.full(len(weights), np.nan)
         if fidelity <= f[0]:
-            return a[:, 0]
+            weights[front[0]] = 1
+            return weights
         k = int(np.searchsorted(f, min(fidelity, f[-1])))
         share = (min(fidelity, f[-1]) - f[k - 1]) / (f[k] - f[k - 1])
-        return (1 - share) * a[:, k - 1] + share * a[:, k]
+        weights[front[k - 1]], weights[front[k]] = 1 - share, share
+        return weights
+
+    def at(self, fidelity: Fidelity, rows: Rows = EVERYONE) -> np.ndarray:
+        """Return each subject's alignment at the strength of `weights`, (n,)."""
+        return self.alignment[rows] @ self.weights(fidelity, rows)
 
 
 def line(name: str, table: pd.DataFrame, by: str) -> Line:
@@ -106,17 +112,23 @@ def paired(a: Line, b: Line) -> tuple[Line, Line]:
     return a.of(both), b.of(both)
 
 
-def gain_at(a: Line, b: Line, fidelity: Fidelity) -> Interval:
+def gain_at(
+    a: Line, b: Line, fidelity: Fidelity, of: tuple[np.ndarray, np.ndarray] | None = None
+) -> Interval:
     """Return the alignment of `a` minus that of `b` at equal mean fidelity, paired by subject.
 
     A_a(s_a) - A_b(s_b) with the strengths s_a, s_b at which the mean fidelity is `fidelity`; the
     interval is the jackknife's over subjects, in which the fronts and both strengths are found anew
     without each subject. nan where a line does not reach that fidelity. Both lines are of the same
-    subjects (`paired`).
+    subjects (`paired`). `of`: values (n, K) of both lines to read there in place of the alignment.
     """
-    return jackknife_interval(
-        lambda rows: float((a.at(fidelity, rows) - b.at(fidelity, rows)).mean()), len(a.subjects)
-    )
+    pairs = list(zip((a, b), of or (a.alignment, b.alignment), strict=True))
+
+    def read(rows: np.ndarray) -> float:
+        at_a, at_b = (values[rows] @ one.weights(fidelity, rows) for one, values in pairs)
+        return float((at_a - at_b).mean())
+
+    return jackknife_interval(read, len(a.subjects))
 
 
 def mean_gain(a: Line, b: Line, low: Fidelity, high: Fidelity, *, points: int = 41) -> Interval:

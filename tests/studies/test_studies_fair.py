@@ -24,6 +24,7 @@ def rows(bonus: float, n: int = 36) -> pd.DataFrame:
     table = [
         {
             **{"arm": arm, "settings": "dreambooth", "w_s": w_s, "strength": strength},
+            **{"variant": f"SuDe, weight_sude {w_s}" if w_s else "plain", "steps": 200},
             **{"subject": f"s{i}", "category": "dog", "subject_fidelity": 0.15 * k + level[i]},
             "attribute_alignment": 1 - 0.1 * k + bonus * (arm == "sude") + 0.02 * rng.normal(),
             "category_alignment": 0.9,
@@ -35,7 +36,7 @@ def rows(bonus: float, n: int = 36) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(
-    ("bonus", "says"), [(0.1, "agrees"), (-0.1, "disagrees"), (0.0, "no difference")]
+    ("bonus", "says"), [(0.1, "better"), (-0.1, "worse"), (0.0, "no difference")]
 )
 def test_the_report_says_what_the_rows_hold(bonus: float, says: str) -> None:
     lines = fair_report.lines_of(rows(bonus))
@@ -45,6 +46,22 @@ def test_the_report_says_what_the_rows_hold(bonus: float, says: str) -> None:
     assert list(table["says"]) == [says] * 3 + [""]
     assert table["gain"].map(lambda gain: abs(gain.mean - bonus) < 0.02).all()
     assert table["p, Holm"].notna().sum() == 3  # the area is no fourth test
+
+
+def test_category_and_cost_are_read_where_alignment_is() -> None:
+    table = rows(0.1)
+    table.loc[table["arm"] == "sude", "category_alignment"] = 0.7
+    lines = fair_report.lines_of(table)
+    category = fair_report.lines_of(table.assign(attribute_alignment=table["category_alignment"]))
+    gains = [row["gain"].mean for row in fair_report.category_rows(lines, category)]
+    assert gains == pytest.approx([-0.2] * 3)
+    at = fair_report.places(lines, category, table).set_index(["line", "fidelity"])
+    passes = at.loc["plain, steps", "passes"]
+    assert passes["0.95"] > passes["0.75"]
+    # Fidelity rises with the step alike in both, and a step with SuDe has three passes.
+    assert at.loc[("SuDe 1, steps", "0.75"), "passes"] == pytest.approx(
+        3 * np.interp(0.75 * 4, [1, 2.5, 4], [25, 50, 200]), rel=0.05
+    )
 
 
 def test_a_fidelity_that_a_line_does_not_reach_is_no_gain() -> None:
@@ -58,7 +75,7 @@ def test_what_the_correction_takes_away_is_not_said() -> None:
     """An interval below 0 whose corrected p is not below .05 says nothing, neither way."""
     below = Interval(-0.05, -0.09, -0.01, 36)
     assert fair_report._says(below, 0.06) == "cannot tell"
-    assert fair_report._says(below, 0.04) == "disagrees"
+    assert fair_report._says(below, 0.04) == "worse"
     assert fair_report._says(Interval(0.0, -0.03, 0.03, 36), 1.0) == "no difference"
 
 
@@ -85,7 +102,8 @@ def test_the_registered_grids_are_of_four_subjects_a_category(arm: str, tmp_path
 
 
 def test_prompts_weigh_alike_in_a_subjects_mean(tmp_path: Path) -> None:
-    about = {"subject": "s", "category": "dog", "settings": "", "w_s": 0.0, "strength": None}
+    about = {"subject": "s", "category": "dog", "settings": "", "variant": "plain"}
+    about |= {"w_s": 0.0, "strength": None}
     about |= {"steps": 200, "rho": 1.0, "open_gates": 0.0, "metric": "attribute_alignment"}
     values = [("running", 1.0), ("running", 1.0), ("running", 1.0), ("standing", 0.0)]
     pd.DataFrame([about | {"attribute": a, "value": v} for a, v in values]).to_parquet(
