@@ -91,6 +91,8 @@ class TuningConfig:
     cost (guide: own loop)."""
     monitor_sude: bool = _setting(False, about="sude")
     """Compute L_sude, tau and rho also where w_s is 0 (costs two predictions a step)."""
+    regularizer_file: Path | None = _setting(None, about="place")
+    """A Python file whose `regularizer` stands in the place of SuDe in eq. 10 (guide: bench)."""
     max_train_steps: int | None = _setting(None, between=(1, 10_000_000))
     learning_rate: float | None = _setting(None, between=(0.0, 10.0))
     """Learning rate of the weights."""
@@ -181,8 +183,8 @@ class TuningConfig:
 class CompleteConfig(TuningConfig):
     """A configuration with nothing left to fill in; `sude_lab.methods.configure` makes it.
 
-    Four fields may be None for good: `prompt` and `initializer` are the method's own then,
-    `resolution` is the model's own, `class_images` are drawn.
+    Five fields may be None for good: `prompt` and `initializer` are the method's own then,
+    `resolution` is the model's own, `class_images` are drawn, SuDe is the regulariser.
     """
 
     weight_sude: float = field(kw_only=True)

@@ -112,25 +112,6 @@ class FreshDraws:
         return Batch(x_0, eps, t, which)
 
 
-@dataclass(frozen=True)
-class WithClassImages:
-    """Other draws, with a class image of every sample's category and noise of its own beside."""
-
-    draws: Draws
-    class_latents: Sequence[Tensor]
-    """Of every subject's category, (N, C, h, w)."""
-
-    def draw(self, size: int, generator: torch.Generator) -> Batch:
-        """Return `size` samples."""
-        batch = self.draws.draw(size, generator)
-        number = min(len(z) for z in self.class_latents)
-        pick = torch.randint(number, batch.t.shape, generator=generator)
-        noise = torch.randn(batch.x_0.shape, generator=generator)
-        rows = zip(batch.which.tolist(), pick.tolist(), strict=True)
-        z_0 = torch.stack([self.class_latents[who][k] for who, k in rows])
-        return replace(batch, z_0=z_0, noise=noise)
-
-
 def one_of_each(config: CompleteConfig, pictures: Any) -> list[Image.Image]:
     """Return the pictures of a run's subjects as a list.
 

@@ -17,16 +17,9 @@ frozen model a step, in one batched call.
 with respect to the subject's prediction is the constant -d / sigma_t^2. A gradient step of size
 eta gives a' = a + (eta / sigma_t^2) d and rho' = rho + eta / sigma_t^2. Tuning takes many small
 steps until the gate of eq. 9 shuts at rho = 1; here the prediction itself takes the one step that
-shuts it, eta / sigma_t^2 = 1 - rho:
-
-    a' = a + max(0, 1 - rho) d,  so that  rho' = 1 where rho < 1, and a' = a elsewhere.
-
-**It is the smallest change that does.** {b: <b, d> >= ||d||^2} is the half-space of eq. 9's shut
-gate, L_sude <= tau_t, and a' is the projection of a onto it: for any b in it, ||b - a|| ||d|| >=
-<b - a, d> >= ||d||^2 (1 - rho) by Cauchy-Schwarz, with equality for b = a' alone. With another g,
-rho' = rho + g (1 - rho): g < 1 goes a part of the way, g > 1 overshoots.
-
-That (*) follows after guidance, and for every prediction type: guide, "SuDe without training".
+shuts it, eta / sigma_t^2 = 1 - rho: a' = a + max(0, 1 - rho) d, so that rho' = 1 where rho < 1.
+With another g, rho' = rho + g (1 - rho). That g = 1 is the smallest change that shuts the gate, and
+that (*) follows after guidance, for every prediction type: guide, "SuDe without training".
 
 **Where it is plugged in.** A pipeline's `callback_on_step_end` may replace latents and embeddings,
 not the prediction. `sude_guidance` is therefore a forward hook on the denoiser of pipelines that

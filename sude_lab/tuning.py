@@ -8,7 +8,7 @@ A `Tuning` is iterated over, a `Step` at a time: whoever iterates decides what t
         print(step.number, step.loss_sude.mean())
 
 What differs between runs is handed in: `draws` (`sude_lab.draws`: where x_0, noise and t come
-from), `classifier` (who answers eq. 5), `method` (what is trained).
+from), `classifier` (who answers eq. 5), `method` (what is trained), `regularizer` (SuDe's place).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,16 +27,44 @@ from torch import Tensor
 
 from sude_lab.backbone import Backbone, Condition
 from sude_lab.config import CompleteConfig, TuningConfig
-from sude_lab.diffusion import add_noise, training_target
+from sude_lab.diffusion import Schedule, add_noise, training_target
 from sude_lab.draws import Batch, Draws, FreshDraws, one_of_each, picture_latents, step_generator
 from sude_lab.errors import UserError, machine_failures
 from sude_lab.losses import class_regularizer, subject_loss, total_loss
 from sude_lab.methods import Method, configure, get_method
 from sude_lab.prompts import photo_of
-from sude_lab.sude import SudeTerms, ask, sude_terms
+from sude_lab.sude import Predict, SudeTerms, ask, sude_terms
 
 Classifier = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
 """Answers eq. 5 for x_t of a batch: the model outputs for no condition and for the category."""
+
+
+@dataclass
+class Frozen:
+    """The model as it was before tuning, for a regulariser of one's own; no gradients in it."""
+
+    predict: Predict
+    schedule: Schedule
+    uncond: Condition
+    """Of no prompt; this one and the others have a row a sample of the batch."""
+    category: Condition
+    subject: Condition
+    """Of the subject's prompt as it is now, with gradients where its text is trained."""
+    passes: int = 0
+    """How many rows it was asked so far."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Return its output for x_t (B, ...), t (B,) and a condition of one row, or B."""
+        self.passes += len(x_t)
+        return self.predict(x_t, t, condition.expand(len(x_t)))
+
+    def ask(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return its answers to eq. 5, for no condition and for the category, in one call."""
+        return ask(self, x_t, t, self.uncond, self.category)
+
+
+Regularizer = Callable[[Tensor, Tensor, Tensor, Frozen], Tensor]
+"""Of x_t, t, the output for the subject, and `Frozen`: a loss (B,), a mean over dimensions."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +89,7 @@ class Step:
     state_dict: Callable[[], dict[str, Any]]
     """Everything `Tuning` needs to continue after this step; refuses once the step is past."""
     left_out: bool = False
-    """Whether a run with SuDe did not ask in this step (`sude_every`)."""
+    """Whether a run with SuDe asked no eq. 5: `sude_every`, or a regulariser of one's own."""
 
     def row(self) -> dict[str, float]:
         """Return the step as one row of numbers: means over the batch."""
@@ -94,9 +122,9 @@ class Tuning:
         backbone: The model, used for this run only.
         pictures: The subject's picture, or one of each subject.
         draws: Where the samples come from; None: drawn anew in every step.
-        classifier: Who answers eq. 5; None: the run's own model, by `config.prior` as it was before
-            tuning or as it is.
+        classifier: Who answers eq. 5; None: the run's own model, which one `config.prior` says.
         method: What is trained; None: `config.method`.
+        regularizer: Stands in the place of lambda_tau L_sude, weighted alike, as `loss_sude`.
         state: What `Step.state_dict()` gave, to continue after that step.
         accelerator: An `accelerate.Accelerator`: each of its processes takes its part of one larger
             batch, and all take the same step.
@@ -115,21 +143,23 @@ class Tuning:
         draws: Draws | None = None,
         classifier: Classifier | None = None,
         method: type[Method] | None = None,
+        regularizer: Regularizer | None = None,
         state: dict[str, Any] | None = None,
         accelerator: Any = None,
     ) -> None:
         backbone.use()
         self.config = config = configure(config, backbone, method=method)
-        self.backbone, self.classifier = backbone, classifier
+        self.backbone, self.classifier, self.regularizer = backbone, classifier, regularizer
         self.schedule = backbone.schedule.to(backbone.device)
         self.processes = Processes(accelerator)
         self.number = 0
         """The last step that was taken."""
         self._state = "running"
-        if draws is None and (config.prior_bank or config.prior_loss_weight):
+        made = draws is None and (config.prior_bank or config.prior_loss_weight)
+        if made or (config.regularizer_file and regularizer is None):
             raise UserError(
-                "This run needs class images or a prior bank, which are made before: start it with "
-                "sude_lab.runs.prepare, or set prior_loss_weight and prior_bank to 0."
+                "This run needs class images, a prior bank or a regularizer, which are made before:"
+                " start it with sude_lab.runs.prepare, or leave their settings out."
             )
         with machine_failures():
             latents = [picture_latents(config, backbone, p) for p in one_of_each(config, pictures)]
@@ -154,6 +184,8 @@ class Tuning:
                     raise UserError(f"The model does not read {rest!r}: shorten the tuning prompt.")
             with torch.no_grad():
                 self._subjects = backbone.encode_prompts(self._prompts, config.resolution)
+            asked = self.method.predict_pretrained, self.schedule, *self._before, self._subjects
+            self.frozen = Frozen(*asked)
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -204,8 +236,9 @@ class Tuning:
     def _asks_frozen(self) -> bool:
         """Whether the run asks the model as it was before tuning."""
         config = self.config
-        sude = config.with_sude and self.classifier is None and config.prior == "pretrained"
-        return sude or bool(config.prior_loss_weight and config.prior_preservation == "teacher")
+        sude = self.classifier is None and config.prior == "pretrained"
+        teacher = config.prior_loss_weight and config.prior_preservation == "teacher"
+        return bool(teacher or (config.with_sude and (sude or self.regularizer)))
 
     def _step(self, number: int) -> Step:
         config, size = self.config, self.config.train_batch_size
@@ -234,7 +267,7 @@ class Tuning:
             max(group["lr"] for group in self.optimizer.param_groups),
             self.method,
             partial(self._state_after, number),
-            left_out=config.with_sude and not asks,
+            left_out=config.with_sude and not (asks and self.regularizer is None),
         )
 
     def _losses(self, batch: Batch, asks: bool) -> tuple[Tensor, Tensor]:
@@ -254,8 +287,14 @@ class Tuning:
         own = method.own_loss()
         target = training_target(batch.x_0, batch.eps, batch.t, schedule)
         subject = subject_loss(output, target) / x_t[0].numel()
-        sude = SudeTerms.none(subject.detach())
-        if asks:
+        sude, nothing = SudeTerms.none(subject.detach()), torch.zeros_like(subject)
+        if asks and self.regularizer:
+            frozen, (null, categories) = self.frozen, self._before
+            frozen.uncond, frozen.category = null.expand(len(x_t)), categories[batch.which]
+            frozen.subject = subjects[batch.which]
+            loss = self.regularizer(x_t, batch.t, output, frozen)
+            sude = replace(sude, loss=loss, gated=loss)
+        elif asks:
             uncond, category = self._answers(x_t, batch, now)
             sude = sude_terms(
                 *(output, category, uncond, x_t, batch.t, schedule),
@@ -263,12 +302,9 @@ class Tuning:
                 truncated=config.truncate,
                 truncate_at=config.truncate_at,
             )
-        preservation = self._preservation(batch, now[1]) if config.prior_loss_weight else None
-        if preservation is None:
-            preservation = torch.zeros_like(subject)
+        preservation = self._preservation(batch, now[1]) if config.prior_loss_weight else nothing
         weights = config.sude_every * config.weight_sude, config.prior_loss_weight
-        if own is None:
-            own = torch.zeros_like(subject)
+        own = nothing if own is None else own
         total = total_loss(subject, sude.gated, preservation, *weights)
         total = total * self.backbone.loss_weight(batch.t) + own
         terms = (sude.loss, sude.threshold, sude.gate, sude.rho)

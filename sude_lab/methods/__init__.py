@@ -25,17 +25,6 @@ METHODS: dict[str, type[Method]] = {
     "textual_inversion": TextualInversion,
 }
 
-__all__ = [
-    "METHODS",
-    "CustomDiffusion",
-    "DreamBooth",
-    "Method",
-    "TextualInversion",
-    "ViCo",
-    "configure",
-    "get_method",
-]
-
 
 def get_method(name: str) -> type[Method]:
     """Return the class of a method by its name.

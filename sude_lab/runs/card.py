@@ -88,6 +88,7 @@ def model_card(
         title=", ".join(_plain(s.category) for s in config.subjects),
         paper=_PAPERS.get(config.method, config.method),
         weight_sude=config.weight_sude,
+        own=config.regularizer_file and _code(config.regularizer_file.name),
         words=", ".join(f"{_code(s.token)} (a {_plain(s.category)})" for s in config.subjects),
         grid=grid,
         rows="; ".join(f"“{_code(p)}”" for p in prompts),

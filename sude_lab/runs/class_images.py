@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from sude_lab.backbone import Backbone
 from sude_lab.config import CompleteConfig
-from sude_lab.draws import side_of
+from sude_lab.draws import Batch, Draws, side_of
 from sude_lab.errors import UserError
 from sude_lab.generation import generate, sampling_settings
 from sude_lab.io.files import atomic_folder
@@ -119,3 +120,22 @@ def class_latents(config: CompleteConfig, backbone: Backbone, category: str) -> 
     images = [i if i.size == (side, side) else i.resize((side, side), LANCZOS) for i in images]
     means = [backbone.encode_pictures([image])[0].cpu() for image in images]
     return torch.cat(means)
+
+
+@dataclass(frozen=True)
+class WithClassImages:
+    """Other draws, with a class image of every sample's category and noise of its own beside."""
+
+    draws: Draws
+    class_latents: Sequence[Tensor]
+    """Of every subject's category, (N, C, h, w)."""
+
+    def draw(self, size: int, generator: torch.Generator) -> Batch:
+        """Return `size` samples."""
+        batch = self.draws.draw(size, generator)
+        number = min(len(z) for z in self.class_latents)
+        pick = torch.randint(number, batch.t.shape, generator=generator)
+        noise = torch.randn(batch.x_0.shape, generator=generator)
+        rows = zip(batch.which.tolist(), pick.tolist(), strict=True)
+        z_0 = torch.stack([self.class_latents[who][k] for who, k in rows])
+        return replace(batch, z_0=z_0, noise=noise)

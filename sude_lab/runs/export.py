@@ -179,6 +179,8 @@ def share(run: Run, out: Path | str) -> Path:
             "it is, if you may."
         )
     config = asdict(replace(run.config, image=Path(run.config.image.name), class_images=None))
+    if run.config.regularizer_file:
+        config["regularizer_file"] = run.config.regularizer_file.name
     config["more_subjects"] = [
         f"{s.category}={s.token}={s.image.name}" for s in run.config.subjects[1:]
     ]

@@ -3,6 +3,7 @@
     DIR/config.json        every setting, defaults filled in
     DIR/picture.png        the picture as the model saw it; further subjects': picture-2.png, ...
     DIR/metrics.csv        one row a step
+    DIR/regularizer.py     the file that stood in the place of SuDe, where one did
     DIR/samples.png        rows: prompts, columns: seeds
     DIR/weights/           safetensors
     DIR/pytorch_lora_weights.safetensors   a LoRA once more, where plain diffusers looks for it
@@ -13,11 +14,11 @@ and, where it was asked for,
     DIR/validation/        step-000200.png, ...: the sample grid while tuning
     DIR/kept/000025/       the weights after a step (--keep-at), drawn as DIR@25
     DIR/DIR_kohya.safetensors   a LoRA for the web UIs
-While a run is under way the folder holds config.json, the pictures, `checkpoint.pt`, validation/,
-kept/ and logs/ alone; a run that failed after a step also leaves `weights-step-000123/`, the
-weights after the last step that was finished. Each file is written whole, except a tracker's,
-which grow; nothing is read from those. `environment.json` comes last: where it is, the run is
-finished.
+While a run is under way the folder holds config.json, the pictures, regularizer.py,
+`checkpoint.pt`, validation/, kept/ and logs/ alone; a run that failed after a step also leaves
+`weights-step-000123/`, the weights after the last step that was finished. Each file is written
+whole, except a tracker's, which grow; nothing is read from those. `environment.json` comes last:
+where it is, the run is finished.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ from sude_lab.prompts import PLACEHOLDER, checked, fill
 from sude_lab.runs.card import CARD, default_prompts, model_card
 from sude_lab.runs.export import LORA_FILE, Precision, base_version, write_kohya
 from sude_lab.runs.prepare import prepared_tuning
+from sude_lab.runs.regularizer import NAME, OwnRegularizer, load_regularizer
 from sude_lab.runs.strength import Strength, split
 from sude_lab.runs.trackers import Trackers
 from sude_lab.tuning import Step
@@ -391,6 +393,7 @@ def run_tuning(
     # Bad input is found before the model is opened and before anything is written.
     for subject in config.subjects:
         load_picture(subject.image, resolution=64)
+    regularizer = load_regularizer(config.regularizer_file)
     if validation_every and not num_samples:
         raise UserError("--validation-every draws --num-samples pictures a prompt: at least 1.")
     if backbone is None:
@@ -431,7 +434,7 @@ def run_tuning(
     state: dict[str, Any] | None = None
     rows: list[dict[str, float]] = []
     if resume and (out / CONFIG).is_file():
-        _check_same(config, pictures, out)
+        _check_same(config, pictures, regularizer, out)
         if (out / CHECKPOINT).is_file():
             state = _read_checkpoint(out / CHECKPOINT)
             if not 0 < state["step"] < config.max_train_steps:
@@ -455,16 +458,15 @@ def run_tuning(
 
     started = time.time()
     done = state["step"] if state else 0
-    begin = partial(
-        prepared_tuning, config, backbone, pictures, state=state, accelerator=accelerator
-    )
+    handed: dict[str, Any] = {"state": state, "accelerator": accelerator}
+    begin = partial(prepared_tuning, config, backbone, pictures, regularizer=regularizer, **handed)
     steps = _keeping(begin, out, accelerator)
     # Before the bar: what is wrong with the settings shows here, and is one sentence then.
     first = next(steps)
     if main:
         remove_partials(out)
         if not done:
-            _begin(out, config, pictures)
+            _begin(out, config, pictures, regularizer)
         trackers.begin(out / LOGS, config, first.number)
     total, hidden = config.max_train_steps, not (progress and main)
     bar = tqdm(total=total, initial=done, desc=label, unit="step", disable=hidden)
@@ -610,14 +612,16 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_same(new: TuningConfig, pictures: list[Image.Image], out: Path) -> None:
-    """The files may have moved; the settings and what the pictures show must be the same."""
+def _check_same(
+    new: TuningConfig, pictures: list[Image.Image], own: OwnRegularizer | None, out: Path
+) -> None:
+    """The files may have moved; the settings and what the files hold must be the same."""
     old = read_config(out / CONFIG)
     for f in fields(TuningConfig):
         before, now = getattr(old, f.name), getattr(new, f.name)
         if f.name == "more_subjects":
             before, now = ([(s.category, s.token) for s in c.subjects[1:]] for c in (old, new))
-        if before != now and f.name not in ("image", "device"):
+        if before != now and f.name not in ("image", "device", "regularizer_file"):
             raise UserError(
                 f"The run in {out} was started with --{flag(f.name)} {before}, not {now}: resume "
                 "it with the same settings, or choose another --out."
@@ -629,15 +633,27 @@ def _check_same(new: TuningConfig, pictures: list[Image.Image], out: Path) -> No
                 f"The run in {out} was started on another picture than {subject.image}: resume it "
                 "with that one, or choose another --out."
             )
+    kept = out / NAME
+    other = own and kept.is_file() and kept.read_bytes() != own.source
+    if other or (old.regularizer_file is None) != (own is None):
+        raise UserError(
+            f"The run in {out} was started with another --regularizer-file, or without one: resume "
+            "it with the same, or choose another --out."
+        )
 
 
-def _begin(out: Path, config: TuningConfig, pictures: list[Image.Image]) -> None:
+def _begin(
+    out: Path, config: TuningConfig, pictures: list[Image.Image], own: OwnRegularizer | None
+) -> None:
     with atomic_write(out / CONFIG) as path:
         text = json.dumps(asdict(_portable(config, out)), indent=2, default=str)
         path.write_text(text, encoding="utf-8")
     for number, picture in enumerate(pictures):
         with atomic_write(out / picture_name(number)) as path:
             picture.save(path)
+    if own:
+        with atomic_write(out / NAME) as path:
+            path.write_bytes(own.source)
 
 
 # --- what a failure leaves -----------------------------------------------------------------------

@@ -12,16 +12,17 @@ from sude_lab.config import CompleteConfig, TuningConfig
 from sude_lab.draws import (
     Draws,
     FreshDraws,
-    WithClassImages,
     one_of_each,
     picture_latents,
     side_of,
 )
+from sude_lab.errors import UserError
 from sude_lab.io.pictures import load_picture
 from sude_lab.methods import configure
-from sude_lab.runs.class_images import class_latents
+from sude_lab.runs.class_images import WithClassImages, class_latents
 from sude_lab.runs.prior_bank import BankClassifier, BankDraws, open_bank
-from sude_lab.tuning import Classifier, Processes, Tuning
+from sude_lab.runs.regularizer import load_regularizer
+from sude_lab.tuning import Classifier, Processes, Regularizer, Tuning
 
 Pictures = Image.Image | Sequence[Image.Image]
 
@@ -46,6 +47,11 @@ def prepare(
     draws: Draws = FreshDraws(latents, backbone.schedule.num_timesteps, backbone.density)
     classifier: Classifier | None = None
     if config.prior_bank:
+        if config.regularizer_file:
+            raise UserError(
+                "--prior-bank keeps answers to eq. 5, and --regularizer-file asks the model itself:"
+                " leave one of them out."
+            )
         with processes.in_turn():
             banks = [
                 open_bank(config, backbone, subject.category, image, latent)
@@ -66,10 +72,15 @@ def prepared_tuning(
     backbone: Backbone,
     pictures: Pictures,
     *,
+    regularizer: Regularizer | None = None,
     state: dict[str, Any] | None = None,
     accelerator: Any = None,
 ) -> Tuning:
-    """Return a run with all that `prepare` makes for it; arguments and errors are `Tuning`'s."""
+    """Return a run with all that `prepare` makes for it; arguments and errors are `Tuning`'s.
+
+    Without a `regularizer` the settings' own file is run, where they name one.
+    """
+    regularizer = regularizer or load_regularizer(config.regularizer_file)
     draws, classifier = prepare(config, backbone, pictures, accelerator=accelerator)
     return Tuning(
         config,
@@ -77,6 +88,7 @@ def prepared_tuning(
         _squares(configure(config, backbone), backbone, pictures),
         draws=draws,
         classifier=classifier,
+        regularizer=regularizer,
         state=state,
         accelerator=accelerator,
     )

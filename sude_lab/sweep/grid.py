@@ -482,7 +482,8 @@ def _config(settings: dict[str, Any]) -> tuple[CompleteConfig, float]:
     settings.setdefault("weight_sude", usual.weight_sude * factor)
     config = configure(settings, facts)
     # The bank's pairs stay: without SuDe a run draws the samples that its like with SuDe draws.
-    silent = {*fields_of("sude"), *fields_of("prior")} if not config.with_sude else set()
+    sude = {*fields_of("sude"), *fields_of("prior"), "regularizer_file"}
+    silent = set() if config.with_sude else sude
     silent |= set() if config.truncate else {"truncate_at"}
     silent |= set() if config.prior_loss_weight else {"class_images"}
     silent |= set() if config.prior_bank else {"prior_bank_dtype"}
@@ -493,7 +494,8 @@ def _config(settings: dict[str, Any]) -> tuple[CompleteConfig, float]:
 def kind_of(config: CompleteConfig) -> str:
     """Name what a step's time depends on: model, method, what is trained, SuDe, batch, side."""
     size = config.train_batch_size * config.gradient_accumulation_steps
-    sude = "SuDe" if config.with_sude else "plain"
+    own = config.regularizer_file
+    sude = (own.name if own else "SuDe") if config.with_sude else "plain"
     if sude == "SuDe" and config.prior_bank and config.prior_bank_dtype != "live":
         sude = "SuDe from a prior bank"
     train = f" {config.train}" if config.method == "dreambooth" else ""
@@ -513,7 +515,9 @@ def _key(config: CompleteConfig, picture: str) -> str:
         if f.name not in where and getattr(config, f.name) != silent[f.name]
     }
     others = [(s.category, s.token, digest(s.image)) for s in config.subjects[1:]]
-    own = [digest(p) for p in _class_files(config)]
+    own: list[Any] = [digest(p) for p in _class_files(config)]
+    if config.regularizer_file is not None:
+        own.append({"regularizer": digest(config.regularizer_file)})
     return hash_of([about, picture, others, own, backbone_identity(config.backbone)])[:16]
 
 

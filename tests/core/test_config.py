@@ -64,7 +64,7 @@ def test_what_a_complete_configuration_fills_is_what_may_be_none_before() -> Non
     filled = {name for name in names if hints(TuningConfig)[name] != hints(CompleteConfig)[name]}
     for name in names:
         may_be_none = NoneType in kinds_of(hints(TuningConfig)[name])
-        stays = ("initializer", "prompt", "class_images", "resolution")
+        stays = ("initializer", "prompt", "class_images", "resolution", "regularizer_file")
         assert (name in filled) == (may_be_none and name not in stays)
     said = {f.name for f in fields(TuningConfig) if f.metadata.get("usual") is not None}
     for method in METHODS.values():

@@ -21,13 +21,13 @@ from sude_lab.backbone import Backbone, Condition
 from sude_lab.classify.implicit import ImplicitClassifier
 from sude_lab.config import PRESETS, TuningConfig
 from sude_lab.diffusion import add_noise, posterior_variance, reverse_mean
-from sude_lab.draws import Batch, FreshDraws, WithClassImages, side_of, step_generator
+from sude_lab.draws import Batch, FreshDraws, side_of, step_generator
 from sude_lab.errors import UserError
 from sude_lab.io.opening import open_backbone
 from sude_lab.io.pictures import load_picture
 from sude_lab.losses import sude_loss, sude_threshold, sude_weight
 from sude_lab.methods import METHODS, DreamBooth, configure
-from sude_lab.runs.class_images import class_latents
+from sude_lab.runs.class_images import WithClassImages, class_latents
 from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.tuning import Step
 
@@ -892,7 +892,7 @@ def test_settings_resolve_from_the_given_then_the_folder_then_the_method_then_al
     assert seen.prior == "pretrained"  # all's
     assert seen.category == "dog"
     missing = [f.name for f in fields(seen) if getattr(seen, f.name) is None]
-    assert missing == ["initializer", "prompt", "class_images", "resolution"]
+    assert missing == ["initializer", "prompt", "regularizer_file", "class_images", "resolution"]
     assert side_of(seen, tiny) == 32  # the model's own
     assert configure(seen, tiny) == seen
 
