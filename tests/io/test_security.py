@@ -76,7 +76,7 @@ def complaints(source: str) -> list[str]:
         last = name.rsplit(".", 1)[-1]
         if name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"):
             risks.append(name)
-        if last in ("exec_module", "run_path", "run_module", "spec_from_file_location"):
+        if last in ("exec_module", "run_path", "run_module"):
             risks.append(last)
         if name == "torch.load" and keywords.get("weights_only") is not True:
             risks.append(name)
@@ -96,7 +96,7 @@ def complaints(source: str) -> list[str]:
 
 
 RUN = {
-    "benchmarks/against_diffusers.py": ["spec_from_file_location", "exec_module"],
+    "benchmarks/against_diffusers.py": ["run_path"],
     "sude_lab/exercises/judging.py": ["eval"],
     "sude_lab/exercises/slips.py": ["exec", "compile"],
     "sude_lab/runs/regularizer.py": ["exec", "compile"],
