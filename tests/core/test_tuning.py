@@ -892,7 +892,7 @@ def test_settings_resolve_from_the_given_then_the_folder_then_the_method_then_al
     assert seen.prior == "pretrained"  # all's
     assert seen.category == "dog"
     missing = [f.name for f in fields(seen) if getattr(seen, f.name) is None]
-    assert missing == ["initializer", "prompt", "regularizer_file", "class_images", "resolution"]
+    assert missing == ["regularizer_file", "initializer", "prompt", "class_images", "resolution"]
     assert side_of(seen, tiny) == 32  # the model's own
     assert configure(seen, tiny) == seen
 

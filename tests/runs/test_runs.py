@@ -107,7 +107,8 @@ def test_a_run_leaves_everything_that_tells_of_it(
     settings = json.loads((run.folder / CONFIG).read_text())
     assert settings["max_train_steps"] == 4 and settings["weighting"] == "reference"
     missing = [name for name, value in settings.items() if value is None]
-    assert set(missing) <= {"class_images", "initializer", "prompt", "resolution"}
+    stays = {"class_images", "initializer", "prompt", "regularizer_file", "resolution"}
+    assert set(missing) <= stays
     assert run.config == Run.open(run.folder).config
     assert run.picture().size == (32, 32)
     metrics = run.metrics()
