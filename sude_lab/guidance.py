@@ -24,7 +24,7 @@ that (*) follows after guidance, for every prediction type: guide, "SuDe without
 **Where it is plugged in.** A pipeline's `callback_on_step_end` may replace latents and embeddings,
 not the prediction. `sude_guidance` is therefore a forward hook on the denoiser of pipelines that
 stack [unconditional, conditional] in one batch: Stable Diffusion 1 to 3 and XL (not with perturbed
-attention, which stacks three kinds). Modular pipelines have `sude_lab.io.guider.SudeGuidance`.
+attention, which stacks three kinds).
 """
 
 from __future__ import annotations

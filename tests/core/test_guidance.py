@@ -26,7 +26,6 @@ from sude_lab.errors import UserError
 from sude_lab.frozen import FrozenUNet
 from sude_lab.generation import generate
 from sude_lab.guidance import sude_correction, sude_guidance
-from sude_lab.io.guider import SudeGuidance
 from sude_lab.losses import guidance_projection, hinge_loss
 from sude_lab.runs import guided
 from sude_lab.runs.folder import Run
@@ -513,85 +512,6 @@ def test_without_a_lora_the_frozen_model_must_be_given(tiny: Backbone) -> None:
         pass
     with pytest.raises(UserError, match="no UNet"), sude_guidance(object(), tiny.unet, CLASS):
         pass
-
-
-# --- the guider ----------------------------------------------------------------------------------
-
-
-def modular(backbone: Backbone, guider: Any) -> Any:
-    """diffusers' modular SDXL with the backbone's parts."""
-    from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
-
-    pipeline = StableDiffusionXLAutoBlocks().init_pipeline()
-    names = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    parts = {name: getattr(backbone.pipeline, name) for name in names}
-    scheduler = EulerDiscreteScheduler.from_config(backbone.pipeline.scheduler.config)
-    pipeline.update_components(**parts, scheduler=scheduler, guider=guider)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def draw_modular(pipeline: Any, backbone: Backbone) -> Tensor:
-    settings = {"num_inference_steps": 3, "output_type": "latent"}
-    return pipeline(prompt=[PROMPT] * 2, latents=latents(backbone), **settings, output="images")
-
-
-def guider_inputs(backbone: Backbone) -> dict[str, dict[str, Tensor]]:
-    with torch.no_grad():
-        found = {
-            "class_inputs": backbone.encode_prompts([CLASS]),
-            "null_inputs": backbone.null_condition(),
-        }
-    return {
-        name: {"prompt_embeds": c.hidden, "text_embeds": c.pooled}  # type: ignore[dict-item]
-        for name, c in found.items()
-    }
-
-
-@pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
-@pytest.mark.parametrize("lora", [False, True])
-def test_the_guider_draws_what_the_context_manager_draws(
-    lora: bool, guidance_scale: float, xl: Backbone
-) -> None:
-    tuned = xl.copy()
-    if lora:
-        tuned.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
-        perturb(tuned.unet, 0.3, "lora_")
-    else:
-        perturb(tuned.unet)
-    frozen = None if lora else xl.unet
-    with sude_guidance(tuned.pipeline, frozen, CLASS, 5.0):
-        expected = draw(tuned, guidance_scale)
-    plain = draw(tuned, guidance_scale)
-    assert (expected - plain).abs().max() > 0.05, "the correction is too small to be seen"
-    guider = SudeGuidance(
-        guidance_scale=guidance_scale, strength=5.0, **guider_inputs(xl), frozen=frozen
-    )
-    pipeline = modular(tuned, guider)
-    assert torch.allclose(draw_modular(pipeline, tuned), expected, rtol=1e-4, atol=1e-3)
-    pipeline.update_components(guider=guider.new(strength=0.0))
-    assert torch.allclose(draw_modular(pipeline, tuned), plain, rtol=1e-4, atol=1e-3)
-
-
-def test_the_guider_puts_a_model_back_that_an_error_left_switched(xl: Backbone) -> None:
-    tuned = xl.copy()
-    perturb(tuned.unet)
-    guider = SudeGuidance(**guider_inputs(xl), frozen=xl.unet)
-    before = tuned.unet.forward
-    guider.set_state(0, 3, torch.tensor(0))
-    for _ in range(3):  # conditional, unconditional, class: here the third one fails
-        guider.prepare_models(tuned.unet)
-    assert "forward" in tuned.unet.__dict__
-    guider.set_state(0, 3, torch.tensor(0))
-    assert "forward" not in tuned.unet.__dict__ and tuned.unet.forward == before
-
-
-def test_the_guider_says_which_input_a_pipeline_does_not_have(xl: Backbone) -> None:
-    guider = SudeGuidance(
-        class_inputs={"words": torch.zeros(1)}, null_inputs={"words": torch.zeros(1)}
-    )
-    with pytest.raises(UserError, match="'words'"):
-        guider.prepare_inputs({"prompt_embeds": (torch.zeros(2, 3), torch.zeros(2, 3))})
 
 
 # --- the command line ----------------------------------------------------------------------------
