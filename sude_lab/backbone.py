@@ -155,11 +155,7 @@ class Backbone:
         return replace(self, pipeline=copy.deepcopy(self.pipeline))
 
     def use(self, how: str = "") -> None:
-        """Check that nothing has been done to this backbone yet, and remember what is done now.
-
-        Raises:
-            UserError: it was tuned, or a run's weights were put into it.
-        """
+        """Check that nothing has been done to this backbone yet, and remember what is done now."""
         if self.used:
             now = "and its weights and words are no longer the model's own"
             cure = "use backbone.copy() before such a use, or open it again"
@@ -200,11 +196,7 @@ class Backbone:
         return [word for word in dict.fromkeys(words) if word not in self.known_words]
 
     def check_category(self, category: str) -> str:
-        """Return the category in its plain form.
-
-        Raises:
-            UserError: it is empty, longer than the text encoder reads, or unknown to the model.
-        """
+        """Return the category in its plain form."""
         category = " ".join(category.split())
         if not category or not any(ch.isalnum() for ch in category):
             raise UserError('The category is empty: name one, for example --category "dog".')
@@ -227,10 +219,6 @@ class Backbone:
 
         The embedding of an initializer of several tokens is their mean. Returns the new id in every
         tokenizer.
-
-        Raises:
-            UserError: the token is empty, has a space, or already means something, or the
-                initializer says nothing.
         """
         name = f"The token {token[:40]!r}"
         if not token or token != token.strip() or len(token.split()) != 1:
@@ -281,8 +269,7 @@ class Backbone:
         """Return the end of a prompt, which the text encoder does not read; "": it reads all.
 
         Raises:
-            UserError: one of the subjects' `tokens` stands there, or the tokenizer does not see it
-                in the prompt, so that nobody asks for it.
+            UserError: nobody would read one of the subjects' `tokens` in it.
         """
         ids = self.tokenizer(self.as_pieces(prompt, self.tokenizer)).input_ids
         number = self.tokenizer.convert_tokens_to_ids

@@ -161,11 +161,7 @@ class TuningConfig:
 
     @property
     def subjects(self) -> tuple[Subject, ...]:
-        """All subjects of the run, the first one first.
-
-        Raises:
-            UserError: one of `more_subjects` is not of the form category=token=picture.
-        """
+        """All subjects of the run, the first one first."""
         subjects = [Subject(self.image, self.category, self.token)]
         for text in self.more_subjects:
             category, _, rest = text.partition("=")
@@ -207,11 +203,7 @@ def fields_of(about: str) -> tuple[str, ...]:
 
 
 def read_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as a file holds them (JSON) with the types that `TuningConfig` takes.
-
-    Raises:
-        UserError: a setting is unknown.
-    """
+    """Return settings as a file holds them (JSON) with the types that `TuningConfig` takes."""
     names = {f.name for f in fields(TuningConfig)}
     settings: dict[str, Any] = {}
     for name, value in values.items():

@@ -113,11 +113,7 @@ class FreshDraws:
 
 
 def one_of_each(config: CompleteConfig, pictures: Any) -> list[Image.Image]:
-    """Return the pictures of a run's subjects as a list.
-
-    Raises:
-        UserError: there are more or fewer of them than subjects.
-    """
+    """Return the pictures of a run's subjects as a list."""
     pictures = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
     if len(pictures) != len(config.subjects):
         raise UserError(
@@ -133,11 +129,7 @@ def side_of(config: CompleteConfig, backbone: Backbone) -> int:
 
 
 def picture_latents(config: CompleteConfig, backbone: Backbone, picture: Image.Image) -> Latents:
-    """Return mean and deviation of a picture's latents, on the CPU.
-
-    Raises:
-        UserError: the encoder cannot halve the resolution so often, or the picture is no square.
-    """
+    """Return mean and deviation of a picture's latents, on the CPU."""
     side, factor = side_of(config, backbone), backbone.pipeline.vae_scale_factor
     if side % factor:
         raise UserError(f"--resolution {side} must be a multiple of {factor}.")

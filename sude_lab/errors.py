@@ -1,4 +1,8 @@
-"""The one kind of error that is meant for the person at the keyboard, and checks that raise it."""
+"""The one kind of error that is meant for the person at the keyboard, and checks that raise it.
+
+Every function of this package raises a `UserError` where what it is given, or finds on the disk, is
+not what its text and types say. `Raises:` stands where there is more to say.
+"""
 
 from __future__ import annotations
 
@@ -83,9 +87,6 @@ def check_types(settings: Any) -> None:
     """Check that every field of a dataclass holds what its type says; a whole number is a number.
 
     A path may be a text, and a number one of numpy's, which no file could hold: they are replaced.
-
-    Raises:
-        UserError: one does not; the sentence names its flag.
     """
     kind: Any = type(settings)
     hints = _hints(kind)
@@ -100,11 +101,7 @@ def check_types(settings: Any) -> None:
 
 
 def check_whole(what: str, value: Any, least: int, most: int | None = None) -> None:
-    """Check a whole number that a call was given; `what` is how the sentence begins.
-
-    Raises:
-        UserError: it is none, or out of range.
-    """
+    """Check a whole number that a call was given; `what` is how the sentence begins."""
     whole = _fits(value, int)
     if not whole or value < least or (most is not None and value > most):
         end = f", and at most {most:,}" if most is not None else ""
@@ -159,9 +156,6 @@ def check_tokens(tokens: Sequence[str], number: int) -> None:
     """Check that a pipeline would read each token as all its `number` vectors, once each.
 
     It puts <sks> <sks>_1 <sks>_2 in place of <sks>, in small letters, wherever that stands.
-
-    Raises:
-        UserError: it would not.
     """
     for token in tokens:
         small = token == unicodedata.normalize("NFC", token).lower()
@@ -176,11 +170,7 @@ def check_tokens(tokens: Sequence[str], number: int) -> None:
 
 
 def checked_picture(image: Any, *, square: bool = False) -> Any:
-    """Return a picture as it is, if nothing of it would be clipped, hidden, turned or squeezed.
-
-    Raises:
-        UserError: something would.
-    """
+    """Return a picture as it is, if nothing of it would be clipped, hidden, turned or squeezed."""
     plain = getattr(image, "mode", None) == "RGB" and "icc_profile" not in image.info
     if not plain or image.getexif().get(0x0112, 1) != 1 or (square and len(set(image.size)) > 1):
         raise UserError(
@@ -191,11 +181,7 @@ def checked_picture(image: Any, *, square: bool = False) -> Any:
 
 
 def check_batch(x_t: Any, t: Any, output: Any, classes: Any) -> None:
-    """Check that what a loop hands over is one batch, of tensors and conditions.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Check that what a loop hands over is one batch, of tensors and conditions."""
     n = len(output)
     if (len(x_t), tuple(t.shape)) != (n, (n,)) or len(classes) not in (1, n):
         raise UserError(

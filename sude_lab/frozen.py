@@ -73,11 +73,7 @@ class FrozenUNet:
             return self.unet(*args, **kwargs)
 
     def check(self) -> None:
-        """Check that all that has been trained, or was added since, is what was kept or is off.
-
-        Raises:
-            UserError: it is not, and the UNet of before cannot be asked any more.
-        """
+        """Check that all that has been trained, or was added since, is what was kept or is off."""
         _check_adapters(self.unet)
         adapters = _adapter_parameters(self.unet)
         here = dict(self.unet.named_parameters())
@@ -101,11 +97,7 @@ class FrozenUNet:
 
 
 def require_silent(unet: nn.Module) -> None:
-    """Check that no adapter of a UNet says anything yet: it is about to be left out.
-
-    Raises:
-        UserError: one does.
-    """
+    """Check that no adapter of a UNet says anything yet: it is about to be left out."""
     for layer in adapter_layers(unet):
         for name in layer.active_adapters if not layer.disable_adapters else ():
             up = getattr(layer, "lora_B", {})

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from studies.embedded import dataset
-from sude_lab.io.files import replaced_folder, save_tensors
+from sude_lab.io.files import atomic_write, save_tensors
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import HEADS, Oracle, labels, to_tensor
 
@@ -122,12 +122,12 @@ def train_oracle(config: OracleConfig) -> pd.DataFrame:
     table = pd.DataFrame(
         {name: _accuracy(oracle, x, held) for name, x in sets.items()}, index=list(HEADS)
     )
-    with replaced_folder(config.out) as folder:
-        save_tensors(oracle.state_dict(), folder / "oracle.safetensors")
-        table.round(4).to_csv(folder / "held_out_accuracy.csv", index_label="head")
-        (folder / "training.json").write_text(
-            json.dumps({k: str(v) for k, v in vars(config).items()}, indent=2)
-        )
+    with atomic_write(config.out / "oracle.safetensors") as path:
+        save_tensors(oracle.state_dict(), path)
+    with atomic_write(config.out / "held_out_accuracy.csv") as path:
+        table.round(4).to_csv(path, index_label="head")
+    with atomic_write(config.out / "training.json") as path:
+        path.write_text(json.dumps({k: str(v) for k, v in vars(config).items()}, indent=2))
     return table
 
 

@@ -13,21 +13,19 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from sude_lab.adapters.family import FlowBackbone
-from sude_lab.backbone import Condition
 from sude_lab.errors import UserError
 
-TOKENS = 512
-"""How many words, the chat's marks among them, both pipelines read unless told."""
 RESOLUTION = 1024
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 WORDS = r"transformers Qwen2Tokenizer(Fast)?"
 
 
 class ChatBackbone(FlowBackbone):
-    """What the two have in common; facts may say `resolution` and the number of words."""
+    """What the two have in common; facts may say `resolution`, too."""
 
     density: ClassVar[Literal["uniform", "logit_normal"]] = "uniform"
     unavailable: ClassVar[tuple[str, ...]] = ("custom_diffusion", "vico", "textual_inversion")
+    words: ClassVar[int] = 512  # the chat's marks among them
 
     @property
     def text_encoders(self) -> dict[str, Any]:
@@ -44,17 +42,8 @@ class ChatBackbone(FlowBackbone):
         """The side of a picture in pixels."""
         return int(self.facts.get("resolution", RESOLUTION))
 
-    @property
-    def length(self) -> int:
-        """How many words are read."""
-        return int(self.facts.get("text", {}).get("max_sequence_length", TOKENS))
-
     def check_method(self, config: Any) -> None:
-        """Refuse what is made for UNets, and what trains words.
-
-        Raises:
-            UserError: the method is, or a text encoder or a word is to be trained.
-        """
+        """Refuse, with a UserError, what is made for UNets, and what trains words."""
         super().check_method(config)
         if config.train_text_encoder or config.token_learning_rate:
             raise UserError(
@@ -74,11 +63,7 @@ class ChatBackbone(FlowBackbone):
         """Return the end of a prompt, which is not read; "": all is."""
         return self.tokenizer.decode(self.tokenizer(prompt).input_ids[self.length :])
 
-    def null_condition(self, side: int | None = None) -> Condition:
-        """Return the condition of no prompt, one row."""
-        return self.encode_prompts([""])
-
     def call_arguments(self, **settings: Any) -> dict[str, Any]:
         """Return the pipeline's arguments, with sides and number of words."""
         side = self.resolution
-        return settings | {"height": side, "width": side, "max_sequence_length": self.length}
+        return super().call_arguments(**settings, height=side, width=side)

@@ -35,25 +35,33 @@ class Family:
     """The folders that must be there."""
     misfits: Callable[[Any], Iterator[str]]
     """Yields which parts of an open pipeline do not fit each other."""
-    refusal: Callable[[Path, dict[str, Any], Callable[[str], Any]], str | None] = (
-        lambda folder, index, read: None
-    )
+    refusal: Callable[[Path, dict[str, Any], Callable[[str], Any]], str | None] = lambda *_: None
     """Says why a folder cannot be used, before its weights are; `read` reads its JSON files."""
 
 
 class FlowBackbone(Backbone):
-    """A transformer of flow matching with true classifier-free guidance."""
+    """A transformer of flow matching with true guidance; no condition is the prompt "".
+
+    Its facts may say `text: max_sequence_length`, how many words it is told.
+    """
 
     part: ClassVar[str] = "transformer"
     attention: ClassVar[tuple[str, ...]] = (".attn.",)
     density: ClassVar[Literal["uniform", "logit_normal"]] = "logit_normal"
     unavailable: ClassVar[tuple[str, ...]] = ("custom_diffusion", "vico")
     """Methods that there are for other families."""
+    words: ClassVar[int]
+    """How many words the pipeline reads unless told."""
 
     @property
     def is_xl(self) -> bool:
         """It is no SDXL, however many text encoders it has."""
         return False
+
+    @property
+    def length(self) -> int:
+        """How many words are read."""
+        return int(self.facts.get("text", {}).get("max_sequence_length", self.words))
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -61,11 +69,7 @@ class FlowBackbone(Backbone):
         return Schedule.from_scheduler(self.pipeline.scheduler)
 
     def check_method(self, config: Any) -> None:
-        """Refuse what is made for UNets.
-
-        Raises:
-            UserError: the method is, or a word of several vectors is asked for.
-        """
+        """Refuse, with a UserError, what is made for UNets, and words of several vectors."""
         kind = type(self.pipeline).__name__
         if config.method in self.unavailable:
             raise UserError(
@@ -80,9 +84,17 @@ class FlowBackbone(Backbone):
         scheduler = self.pipeline.scheduler
         return type(scheduler).from_config(scheduler.config)
 
+    def call_arguments(self, **settings: Any) -> dict[str, Any]:
+        """Return the pipeline's arguments, with the number of words."""
+        return settings | {"max_sequence_length": self.length}
+
     def as_pieces(self, prompts: Any, tokenizer: Any) -> Any:
         """Return the prompts as they are: no word has several vectors."""
         return prompts
+
+    def null_condition(self, side: int | None = None) -> Condition:
+        """Return the condition of no prompt, one row: that of ""."""
+        return self.encode_prompts([""])
 
     def scaled(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
         """Return (latents - shift) * scale."""
@@ -105,6 +117,25 @@ class FlowBackbone(Backbone):
     def ask(model: Any, x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
         """Ask a transformer of this family at diffusers' times 1000 s, (B,)."""
         raise NotImplementedError
+
+
+def refusal(folder: Path, index: dict[str, Any], read: Callable[[str], Any]) -> str | None:
+    """Say why a folder cannot be used: its name says Turbo, or its VAE has no shift."""
+    if "turbo" in folder.name.lower():
+        return f"{folder} {DISTILLED}"
+    if read("vae/config.json").get("shift_factor") is None:
+        return (
+            f"The VAE in {folder} has no shift_factor, without which its pipeline cannot draw: "
+            'write "shift_factor": 0.0 into vae/config.json if it needs none'
+        )
+    return None
+
+
+def unequal(model: str, *pairs: tuple[str, Any, Any]) -> Iterator[str]:
+    """Yield in which of some numbers, (name, its own, its other parts'), a model does not fit."""
+    for name, own, expected in pairs:
+        if own != expected:
+            yield f"its {model}'s {name} is {own}, and its other parts need {expected}"
 
 
 def no_flow(pipeline: Any) -> Iterator[str]:

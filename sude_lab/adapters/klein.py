@@ -14,18 +14,14 @@ import torch
 from torch import Tensor
 
 from sude_lab.adapters.chat import PARTS, WORDS, ChatBackbone
-from sude_lab.adapters.family import DISTILLED, Family, no_flow
+from sude_lab.adapters.family import DISTILLED, Family, no_flow, unequal
 from sude_lab.adapters.unet import SHARED
 from sude_lab.backbone import Condition
 from sude_lab.errors import UserError
 
 
 def patchify(x: Tensor) -> Tensor:
-    """Turn patches of 2 x 2 into channels, (B, C, h, w) -> (B, 4 C, h / 2, w / 2).
-
-    Raises:
-        UserError: a side is odd.
-    """
+    """Turn patches of 2 x 2 into channels, (B, C, h, w) -> (B, 4 C, h / 2, w / 2)."""
     if x.shape[2] % 2 or x.shape[3] % 2:
         raise UserError("--resolution must be a multiple of 16 for this model.")
     x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h, 2, w, 2)
@@ -95,11 +91,7 @@ class Klein(ChatBackbone):
         return unpatchify(latents * spread + center)
 
     def call_arguments(self, **settings: Any) -> dict[str, Any]:
-        """Return the pipeline's arguments.
-
-        Raises:
-            UserError: there is a negative prompt, for which the pipeline has no place.
-        """
+        """Return the pipeline's arguments; it has no place for a negative prompt."""
         if settings.pop("negative_prompt", None):
             raise UserError("A Flux2KleinPipeline takes no negative prompt: leave it out.")
         return super().call_arguments(**settings)
@@ -108,12 +100,16 @@ class Klein(ChatBackbone):
 def misfits(pipeline: Any) -> Iterator[str]:
     """Yield which parts of a pipeline do not fit each other."""
     yield from no_flow(pipeline)
-    model, channels = pipeline.transformer.config, 4 * pipeline.vae.config.latent_channels
-    if model.in_channels != channels:
-        yield f"its transformer takes {model.in_channels} channels, its VAE makes {channels}"
-    width = 3 * pipeline.text_encoder.config.hidden_size
-    if model.joint_attention_dim != width:
-        yield f"its transformer reads words of width {model.joint_attention_dim}, not {width}"
+    model = pipeline.transformer.config
+    yield from unequal(
+        "transformer",
+        ("in_channels", model.in_channels, 4 * pipeline.vae.config.latent_channels),
+        (
+            "joint_attention_dim",
+            model.joint_attention_dim,
+            3 * pipeline.text_encoder.config.hidden_size,
+        ),
+    )
 
 
 def refusal(folder: Path, index: dict[str, Any], read: Callable[[str], Any]) -> str | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from sude_lab.adapters.family import Family
+from sude_lab.adapters.family import Family, unequal
 from sude_lab.backbone import Backbone
 from sude_lab.diffusion import Schedule
 
@@ -30,18 +31,19 @@ def misfits(pipeline: Any) -> Iterator[str]:
     unet, channels = pipeline.unet.config, pipeline.vae.config.latent_channels
     if not isinstance(unet.sample_size, int) or unet.sample_size < 1:
         yield f"its UNet's sample_size is {unet.sample_size}, which must be a whole number"
-    if (unet.in_channels, unet.out_channels) != (channels, channels):
-        yield (
-            f"its UNet takes {unet.in_channels} channels and gives {unet.out_channels}, its VAE "
-            f"has {channels}"
-        )
     yield from misread(pipeline)
     encoders = (getattr(pipeline, f"text_encoder{end}", None) for end in ("", "_2"))
     width = sum(encoder.config.hidden_size for encoder in encoders if encoder is not None)
     across = unet.cross_attention_dim
-    for one in across if isinstance(across, list | tuple) else [across]:
-        if one != width:
-            yield f"its UNet attends to words of width {one}, its text encoder makes {width}"
+    yield from unequal(
+        "UNet",
+        ("in_channels", unet.in_channels, channels),
+        ("out_channels", unet.out_channels, channels),
+        *(
+            ("cross_attention_dim", one, width)
+            for one in (across if isinstance(across, list | tuple) else [across])
+        ),
+    )
 
 
 def misread(pipeline: Any) -> Iterator[str]:
@@ -60,11 +62,6 @@ def misread(pipeline: Any) -> Iterator[str]:
 
 
 STABLE_DIFFUSION = Family("Stable Diffusion", "stable-diffusion", Backbone, CLASSES, PARTS, misfits)
-STABLE_DIFFUSION_XL = Family(
-    "Stable Diffusion",
-    "stable-diffusion-xl",
-    Backbone,
-    CLASSES,
-    (*PARTS, "text_encoder_2", "tokenizer_2"),
-    misfits,
+STABLE_DIFFUSION_XL = replace(
+    STABLE_DIFFUSION, tag="stable-diffusion-xl", parts=(*PARTS, "text_encoder_2", "tokenizer_2")
 )

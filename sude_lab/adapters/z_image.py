@@ -6,15 +6,14 @@ padding; the pipeline's scale of guidance counts from 0, and it writes over the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sude_lab.adapters.chat import PARTS, WORDS, ChatBackbone
-from sude_lab.adapters.family import DISTILLED, Family, no_flow
+from sude_lab.adapters.family import Family, no_flow, refusal, unequal
 from sude_lab.adapters.unet import SHARED
 from sude_lab.backbone import Condition
 
@@ -67,23 +66,12 @@ class ZImage(ChatBackbone):
 def misfits(pipeline: Any) -> Iterator[str]:
     """Yield which parts of a pipeline do not fit each other."""
     yield from no_flow(pipeline)
-    model, channels = pipeline.transformer.config, pipeline.vae.config.latent_channels
-    if model.in_channels != channels:
-        yield f"its transformer takes {model.in_channels} channels, its VAE has {channels}"
-    width = pipeline.text_encoder.config.hidden_size
-    if model.cap_feat_dim != width:
-        yield f"its transformer reads words of width {model.cap_feat_dim}, not {width}"
-
-
-def refusal(folder: Path, index: dict[str, Any], read: Callable[[str], Any]) -> str | None:
-    """Say why a folder cannot be used: its name says Turbo, or its VAE has no shift."""
-    if "turbo" in folder.name.lower():
-        return f"{folder} {DISTILLED}"
-    if read("vae/config.json").get("shift_factor") is None:
-        return (
-            f"The VAE in {folder} has no shift_factor, without which a ZImagePipeline cannot draw"
-        )
-    return None
+    model = pipeline.transformer.config
+    yield from unequal(
+        "transformer",
+        ("in_channels", model.in_channels, pipeline.vae.config.latent_channels),
+        ("cap_feat_dim", model.cap_feat_dim, pipeline.text_encoder.config.hidden_size),
+    )
 
 
 Z_IMAGE = Family(

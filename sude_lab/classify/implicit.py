@@ -214,9 +214,6 @@ def ask_in_rounds(
     come out best: over the pairs that both were asked it stands behind all that stay.
 
     Args: losses_of: rows (R, 3) of (picture, pair, prompt) -> (R,); times (N, M).
-
-    Raises:
-        UserError: a loss is not finite.
     """
     number, pairs = times.shape
     losses = torch.full((number, pairs, num_prompts), torch.nan, dtype=torch.float64)
@@ -282,11 +279,7 @@ class Verdict:
 
 
 def checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
-    """Return the prompts to choose from, in their plain form.
-
-    Raises:
-        UserError: fewer than two, two that are the same, or a placeholder in one.
-    """
+    """Return the prompts to choose from, in their plain form."""
     plain = tuple(" ".join(checked(prompt).split()) for prompt in listed(prompts))
     if len(plain) < 2:
         example = '--prompt "photo of a dog" --prompt "photo of a cat"'
@@ -343,11 +336,7 @@ class ImplicitClassifier:
 
     @cached_property
     def condition(self) -> Condition:
-        """The prompts as the UNet reads them, encoded once.
-
-        Raises:
-            UserError: two differ only beyond what the model reads.
-        """
+        """The prompts as the UNet reads them, encoded once."""
         condition = encode_all(self.backbone, self.prompts)
         if len(condition.hidden.unique(dim=0)) < len(condition):
             raise UserError("Two prompts are the same as far as the model reads them: change one.")
@@ -376,11 +365,7 @@ class ImplicitClassifier:
 
     @cached_property
     def weights(self) -> Tensor:
-        """w_t for every t, (T,).
-
-        Raises:
-            UserError: the weighting has no value for this model.
-        """
+        """w_t for every t, (T,)."""
         try:
             return step_weights(self.backbone.schedule, self.weighting)
         except ValueError as error:
@@ -393,10 +378,6 @@ class ImplicitClassifier:
 
         u is what the model outputs, eps for one. N pictures, of the model's resolution: (N, M, K)
         and (N, M).
-
-        Raises:
-            UserError: there is no picture, the weighting has no value for this model, or its
-                predictions are not finite.
         """
         if not len(pictures):
             raise UserError("Give at least one picture.")

@@ -35,9 +35,6 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
     Yields a path in the same folder, with the same suffix, for the body to create; it takes the
     place of `path` when the body succeeds.
-
-    Raises:
-        UserError: `path` is a folder, or as the module says.
     """
     path = Path(os.path.abspath(path))
     if path.is_dir():
@@ -80,35 +77,8 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             ) from error
 
 
-@contextmanager
-def replaced_folder(path: Path | str) -> Iterator[Path]:
-    """Write the folder `path` whole, in place of the one that is there, or leave that as it is.
-
-    Raises:
-        UserError: as the module says.
-    """
-    path = Path(os.path.abspath(path))
-    name = f"{PARTIAL}{uuid4().hex[:8]}"
-    whole, old = path.with_name(f"{name}-whole"), path.with_name(f"{name}-old")
-    with atomic_folder(whole) as folder:
-        yield folder
-    if path.is_dir():
-        os.replace(path, old)  # aside, not deleted, until the new one is in place
-    try:
-        os.replace(whole, path)
-    except BaseException:
-        if old.is_dir():
-            os.replace(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def require_own(folder: Path | str, mark: str, beginning: str, others: Sequence[str] = ()) -> None:
-    """Check that the results about to be written take the place of nobody else's files.
-
-    Raises:
-        UserError: the file `mark` does not begin with `beginning`, or `others` are without it.
-    """
+    """Check that the results about to be written take the place of nobody else's files."""
     path = Path(folder) / mark
     try:
         with path.open("rb") as stream:
@@ -130,9 +100,6 @@ def locked(path: Path | str, *, wait: bool = True) -> Iterator[bool]:
 
     Without `wait` it yields False at once where another process holds it. The lock is the system's
     and ends with the process that holds it, however that ends. In the file stands who holds it.
-
-    Raises:
-        UserError: the file cannot be written, or its disk knows no locks.
     """
     from filelock import FileLock, Timeout
 

@@ -126,18 +126,13 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 def _require_file(path: Path) -> None:
     """Say what is wrong with the path before a decoder says it less clearly."""
     try:
-        if path.is_dir():
-            raise PictureError(f"{path} is a folder: name one picture file.")
-        if not path.exists():
-            raise PictureError(f"{path} does not exist: check the path of the picture.")
-        if not path.is_file():  # a pipe or a device may never end
-            raise PictureError(f"{path} is not a regular file: name one picture file.")
-        if path.stat().st_size == 0:
-            raise PictureError(f"{path} is empty (zero bytes): copy or download it again.")
+        if path.is_file():  # a pipe or a device may never end
+            return
+        exists = "is not a regular file" if path.exists() else "does not exist"
+        wrong = "is a folder" if path.is_dir() else exists
     except OSError as error:  # a name too long, a folder without permission
-        raise PictureError(
-            f"{path} cannot be opened ({error.strerror}): check the path."
-        ) from error
+        wrong = f"cannot be opened ({error.strerror})"
+    raise PictureError(f"{path} {wrong}: name one picture file.")
 
 
 def _decode(path: Path, notes: list[str]) -> Image.Image:

@@ -22,9 +22,6 @@ def read_text(path: Path | str, what: str, instead: str) -> str:
 
     In the sentence `what` is what it should be, "The grid sweep.yaml", and `instead` what to name
     in its place, "a YAML file".
-
-    Raises:
-        UserError: it is no file (a pipe may never end), may not be read, is too long or not UTF-8.
     """
     path = Path(path)
     try:
@@ -55,11 +52,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_yaml(text: str, what: str) -> Any:
-    """Return the content of a YAML text: texts, numbers, lists and mappings, never objects.
-
-    Raises:
-        UserError: it is no such YAML, a key is there twice, or aliases stand for far too much.
-    """
+    """Return the content of a YAML text: texts, numbers, lists and mappings, never objects."""
     from omegaconf import OmegaConf
 
     try:

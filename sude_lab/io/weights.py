@@ -175,11 +175,7 @@ def _load_images(backbone: Backbone, path: Path) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a safetensors file, and what it says of itself.
-
-    Raises:
-        UserError: it is not there, or is damaged.
-    """
+    """Return the tensors of a safetensors file, and what it says of itself."""
     if not path.is_file():
         raise UserError(f"The run's weights {path} are not there: tune it anew.")
     try:

@@ -27,11 +27,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def get_method(name: str) -> type[Method]:
-    """Return the class of a method by its name.
-
-    Raises:
-        UserError: there is no such method.
-    """
+    """Return the class of a method by its name."""
     if name not in METHODS:
         raise UserError(f"There is no method {name!r}: choose one of {', '.join(METHODS)}.")
     return METHODS[name]

@@ -29,11 +29,7 @@ class DreamBooth(Method):
     initializers: ClassVar[tuple[str, ...]] = ("sks", "pll", "ohwx", "zwx", "olis")
 
     def prepare(self) -> None:
-        """Open the chosen part of the denoiser, and the text encoders and the tokens on request.
-
-        Raises:
-            UserError: two subjects would have the same word for good.
-        """
+        """Open the chosen part of the denoiser, and the text encoders and the tokens on request."""
         words = [self.initializer(number) for number in range(len(self.subjects))]
         if not self.config.token_learning_rate and len(set(words)) < len(words):
             raise UserError(

@@ -107,9 +107,6 @@ def decoder_layers(unet: nn.Module) -> dict[str, Any]:
     """Return every second transformer block of the up path by name: the 2nd, 4th, ... of its way.
 
     Stable Diffusion 1 and 2 have 9, so 4 are chosen; of 2, the second; of 1, that one.
-
-    Raises:
-        UserError: there is none.
     """
     from diffusers.models.attention import BasicTransformerBlock
 
@@ -378,11 +375,7 @@ class ViCo(Method):
     }
 
     def prepare(self) -> None:
-        """Add the blocks; open them and the subjects' words.
-
-        Raises:
-            UserError: the model is an SDXL, or has no transformer blocks in its up path.
-        """
+        """Add the blocks; open them and the subjects' words."""
         check_one_text_encoder(self.backbone)
         shape = (len(self.subjects), self.backbone.unet.config.in_channels, 1, 1)
         ids = self.tokens["text_encoder"].groups

@@ -56,11 +56,7 @@ def fingerprint(backbone: Backbone) -> str:
 def drawn_class_images(
     backbone: Backbone, category: str, *, number: int, seed: int, progress: bool = False
 ) -> list[Image.Image]:
-    """Return `number` pictures of the category that this model draws; kept in the cache.
-
-    Raises:
-        UserError: the cache folder cannot be written, or the pictures in it are damaged.
-    """
+    """Return `number` pictures of the category that this model draws; kept in the cache."""
     about: dict[str, Any] = {
         "weights": fingerprint(backbone),
         "prompt": photo_of(category),
@@ -97,9 +93,6 @@ def class_latents(config: CompleteConfig, backbone: Backbone, category: str) -> 
 
     They are all of the folder `config.class_images` (with several categories: of its subfolder of
     that name), or else `config.num_class_images` drawn ones.
-
-    Raises:
-        UserError: the user's folder holds no picture, or does not tell the categories apart.
     """
     side = side_of(config, backbone)
     if config.class_images is not None:

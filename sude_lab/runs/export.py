@@ -71,9 +71,6 @@ def kohya_weights(
 
     `alpha` is the rank, as it was in tuning: a scale of 1. The scripts name the blocks of SDXL's
     UNet as its authors did, those of the others as diffusers does.
-
-    Raises:
-        UserError: the weights are no LoRA.
     """
     from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
 

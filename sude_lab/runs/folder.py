@@ -194,11 +194,7 @@ class Run:
     def open_base(
         self, device: str = "auto", *, dtype: str | None = None, trust_backbone: bool = False
     ) -> Backbone:
-        """Open the model that the run was tuned on, as it was before; arguments as of `load`.
-
-        Raises:
-            UserError: it cannot be opened, or came along with the run.
-        """
+        """Open the model that the run was tuned on, as it was before; arguments as of `load`."""
         if not trust_backbone and _came_along(self.folder, self.config.backbone):
             raise UserError(
                 f"The run in {self.folder} names as its model {self.config.backbone}, which may "
@@ -214,11 +210,7 @@ class Run:
         return tuple(subject.token for subject in self.config.subjects)
 
     def prompt(self, text: str) -> str:
-        """Return `text` with {S*} (and {S*2}, ...) replaced by the subjects' tokens.
-
-        Raises:
-            UserError: the text names a subject that the run does not have.
-        """
+        """Return `text` with {S*} (and {S*2}, ...) replaced by the subjects' tokens."""
         return _filled(text, self.config)
 
 
@@ -292,11 +284,7 @@ def _until_terminated() -> Iterator[Callable[[], bool]]:
 
 
 def launched(device: str) -> Any:
-    """Return the Accelerator of the processes that a launcher started; None without one.
-
-    Raises:
-        UserError: accelerate cannot set the processes up.
-    """
+    """Return the Accelerator of the processes that a launcher started; None without one."""
     marks = ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
     if not any(name in os.environ for name in marks):
         return None
@@ -575,11 +563,7 @@ def _check_folder(out: Path, resume: bool) -> None:
 
 
 def read_config(path: Path) -> CompleteConfig:
-    """Return the settings in a run's config.json.
-
-    Raises:
-        UserError: the file is damaged, or of another version.
-    """
+    """Return the settings in a run's config.json."""
     try:
         settings = read_settings(read_json(path))
         get_method(settings["method"])

@@ -51,11 +51,7 @@ class Strength:
 
     @classmethod
     def read(cls, text: str) -> Strength:
-        """Return the strength that is written as `text`: "25", "scale=0.5", "25,scale=0.5".
-
-        Raises:
-            UserError: it is none.
-        """
+        """Return the strength that is written as `text`: "25", "scale=0.5", "25,scale=0.5"."""
         values: dict[str, float] = {}
         for part in filter(None, text.split(",")):
             name, _, number = part.strip().rpartition("=")
@@ -76,9 +72,6 @@ def split(run: Path | str) -> tuple[Path, Strength]:
     """Return a run's folder and the strength written behind it: RUN@25 and RUN.
 
     A folder whose own name has an @ is that folder.
-
-    Raises:
-        UserError: what stands behind the @ is no strength.
     """
     folder, _, text = str(run).rpartition("@")
     if Path(run).exists() or not folder:

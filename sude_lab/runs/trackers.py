@@ -14,11 +14,7 @@ from sude_lab.errors import UserError
 
 
 class Trackers:
-    """The trackers of a run, by accelerate's names and classes; nothing is imported for none.
-
-    Raises:
-        UserError: accelerate knows none of that name, or its package is not installed.
-    """
+    """The trackers of a run, by accelerate's names and classes; nothing is imported for none."""
 
     def __init__(self, report_to: str) -> None:
         self.names = _tracker_names(report_to)

@@ -143,7 +143,7 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.ckpt").write_bytes(b"weights")
     with pytest.raises(UserError) as error:
         open_backbone(tmp_path / "model.ckpt", device="cpu")
-    assert "is a file" in sentence(error)
+    assert "There is no pipeline folder" in sentence(error)
 
 
 def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:

@@ -70,9 +70,9 @@ def flow(folder: Path) -> None:
 SCHEDULER, INDEX = "scheduler/scheduler_config.json", "model_index.json"
 TOKENIZER = "tokenizer/tokenizer_config.json"
 PIPELINES: dict[str, tuple[Change, str]] = {
-    "no weights": (lambda f: (f / UNET).unlink(), "unet has no safetensors, the only weights"),
-    "a pickle": (pickled, "unet has no safetensors, the only weights"),
-    "no configuration": (lambda f: (f / "unet/config.json").unlink(), "unet has no config.json"),
+    "no weights": (lambda f: (f / UNET).unlink(), "with safetensors weights"),
+    "a pickle": (pickled, "with safetensors weights"),
+    "no configuration": (lambda f: (f / "unet/config.json").unlink(), "could not be opened"),
     "no words": (lambda f: shutil.rmtree(f / "tokenizer") or (f / "tokenizer").mkdir(),
                  "tokenizer has no tokenizer.json or vocab.json"),
     "UNet lacks a tensor": (tensors(UNET, without("attn2.to_k")), "unet lacks the tensor"),
@@ -83,8 +83,8 @@ PIPELINES: dict[str, tuple[Change, str]] = {
     "not finite": (tensors(TEXT, every(lambda x: x / 0)), "values that are not finite"),
     "shapes": (settings("unet/config.json", cross_attention_dim=64), "could not be opened"),
     "inpainting": (settings("unet/config.json", in_channels=9), "could not be opened"),
-    "no weights in the file": (written(UNET, b"weights"), "as safetensors"),
-    "claims 2^60 bytes": (written(UNET, struct.pack("<Q", 2**60) + b"{}"), "as safetensors"),
+    "no weights in the file": (written(UNET, b"weights"), "could not be opened"),
+    "claims 2^60 bytes": (written(UNET, struct.pack("<Q", 2**60) + b"{}"), "could not be opened"),
     "no size": (settings("unet/config.json", sample_size=None), "sample_size is None"),
     "no such prediction": (settings(SCHEDULER, prediction_type="score"), "prediction_type"),
     "no timesteps": (settings(SCHEDULER, num_train_timesteps=0), "could not be opened"),

@@ -23,7 +23,6 @@ from sude_lab.io.files import (
     atomic_write,
     lock_holder,
     locked,
-    replaced_folder,
     require_own,
     save_tensors,
     sole_writer,
@@ -253,18 +252,6 @@ def test_a_limit_of_a_files_size_is_a_full_disk(kind: str, tmp_path: Path) -> No
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (least, most))
     assert everything(tmp_path) == []
-
-
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    for text in ("first", "second"):
-        with replaced_folder(tmp_path / "kept") as folder:
-            (folder / f"{text}.txt").write_text(text)
-    assert [p.name for p in (tmp_path / "kept").iterdir()] == ["second.txt"]
-    with pytest.raises(RuntimeError), replaced_folder(tmp_path / "kept") as folder:
-        (folder / "third.txt").write_text("third")
-        raise RuntimeError
-    assert [p.name for p in (tmp_path / "kept").iterdir()] == ["second.txt"]
-    assert [p.name for p in tmp_path.iterdir()] == ["kept"]
 
 
 def test_tensors_may_be_read_by_whoever_may_read_new_files(tmp_path: Path) -> None:

@@ -429,7 +429,7 @@ def pipe(path: Path) -> None:
     [
         (missing, "does not exist"),
         (folder, "folder"),
-        (zero_bytes, "empty"),
+        (zero_bytes, "not a picture"),
         (text, "not a picture"),
         (truncated_jpeg, "cut short"),
         (truncated_png, "cut short"),

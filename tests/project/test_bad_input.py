@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "cut.webp": (WHOLE["WEBP"][: len(WHOLE["WEBP"]) // 2], "damaged"),
     "header.png": (WHOLE["PNG"][:8], "can be read here"),
     "letter.png": (b"Dear diary, today I met a dog. " * 100, "can be read here"),
-    "empty.png": (b"", "zero bytes"),
+    "empty.png": (b"", "is not a picture"),
     "bomb.png": (png(50_000, 50_000), "pixels, the most that is read"),
     "bomb.bmp": (b"BM" + struct.pack("<IIIIiiHHII16x", 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0),
                  "pixels, the most that is read"),
@@ -709,7 +709,7 @@ def test_help_names_debug(capsys: pytest.CaptureFixture[str]) -> None:
     ("flags", "told"),
     [
         (("--class-images", "."), "--class-images is of no use where --prior-loss-weight is 0"),
-        (("--backbone", " "), "--backbone is empty"),
+        (("--backbone", " "), "There is no pipeline folder"),
         (("--out", "/proc/new"), "The folder /proc/new cannot be made"),
     ],
 )
