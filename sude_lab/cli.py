@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import io
 import json
@@ -76,9 +75,6 @@ class Tune(TuningConfig):
     """Prompts of the grids in validation/; none: those of samples.png."""
     report_to: str = "tensorboard"
     """tensorboard, wandb, or any tracker accelerate knows; all that are installed; none."""
-    kohya: bool = False
-    """With --train lora: write the LoRA in kohya's format, too, for the web UIs."""
-    kohya_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     push_to_hub: tuple[str, ...] | None = None
     """Upload the finished run to the Hub, without the picture; REPO is name or owner/name, none:
     the name of --out."""
@@ -250,8 +246,7 @@ def _tune(args: Tune) -> None:
 
     settings = dict(vars(args))
     config = TuningConfig(**{f.name: settings.pop(f.name) for f in fields(TuningConfig)})
-    dtype, flag = settings.pop("kohya_dtype"), settings.pop("push_to_hub")
-    settings["kohya"] = dtype if args.kohya else None
+    flag = settings.pop("push_to_hub")
     repository = _repository(flag)  # what is wrong with it is said before the work
     run = run_tuning(config, **settings)
     if distributed.is_available() and distributed.is_initialized():
@@ -387,7 +382,7 @@ def _export(args: Export) -> None:
         raise UserError("Name what to write: --out, --share or --push-to-hub.")
     run, repository = Run.open(args.run), _repository(args.push_to_hub)
     if args.out is not None and args.format == "kohya":
-        write_kohya(run.weights, args.out, args.dtype or "float16")
+        write_kohya(run, args.out, args.dtype or "float16")
         print(f"The LoRA is {args.out}.")
     elif args.out is not None:
         trusted = args.trust_backbone
@@ -498,21 +493,6 @@ def _from_box(box: str) -> str:
     return f"{text or 'These arguments cannot be read.'} See sude-lab --help."
 
 
-def _check_paths(command: Any) -> None:
-    """Say in one sentence which argument can be the name of no file, before anything is done."""
-    for f in fields(command):
-        value = getattr(command, f.name)
-        for path in value if isinstance(value, tuple) else (value,):
-            try:
-                os.stat(path if isinstance(path, Path) else ".")
-            except (OSError, ValueError) as error:
-                number, why = getattr(error, "errno", None), getattr(error, "strerror", error)
-                if number in (None, errno.ENAMETOOLONG, errno.ELOOP):  # else not there yet, perhaps
-                    name = f.name.replace("_", "-")
-                    text = f"The {name} {str(path)[:80]!r} names no file ({why})."
-                    raise UserError(text) from None
-
-
 def _sole(command: Any) -> AbstractContextManager[None]:
     """Let no second command write where this one does; tune and export see to it themselves."""
     if isinstance(command, Generate):
@@ -567,7 +547,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # --debug may stand anywhere, also where the parser itself is at fault.
         command = _parse([word for word in words if word != "--debug"])
-        _check_paths(command)
         with _sole(command):
             return _COMMANDS[type(command)](command) or 0
     except BrokenPipeError:  # whoever read the output, `head` for example, has seen enough

@@ -23,7 +23,6 @@ from sude_lab.evaluate.statistics import drawings_interval
 from sude_lab.generation import MOST
 from sude_lab.io.files import atomic_write, require_own
 from sude_lab.io.opening import open_backbone
-from sude_lab.io.reading import read_json
 from sude_lab.methods import configure
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, read_config, run_tuning
 from sude_lab.view import plots
@@ -179,7 +178,8 @@ def report(who: Subject, table: pd.DataFrame, grids: Grids, runs: dict[str, Run]
     bars = Figure(figsize=(9, 3.2), layout="constrained")
     plots.measures(bars.subplots(), means, MEASURES)
     settings = {
-        name: {key: getattr(run.config, key) for key in SETTINGS} | {"seconds": _seconds(run)}
+        name: {key: getattr(run.config, key) for key in SETTINGS}
+        | {"seconds": run.environment.get("seconds")}
         for name, run in runs.items()
     }
     here = FileSystemLoader(Path(__file__).parent)
@@ -221,13 +221,3 @@ def _cell(table: pd.DataFrame, grids: Grids, variant: str, attribute: str) -> di
         "prompt": rows["prompt"].iloc[0],
         "alignment": rows["attribute_alignment"].mean(),
     }
-
-
-def _seconds(run: Run) -> Any:
-    try:
-        return read_json(run.folder / ENVIRONMENT)["seconds"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        text = (
-            f"{run.folder / ENVIRONMENT} is damaged: delete the folder {run.folder}, and the demo"
-        )
-        raise UserError(f"{text} tunes it anew.") from error

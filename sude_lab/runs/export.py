@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,8 +19,7 @@ from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError
 from sude_lab.io.files import atomic_folder, atomic_write, save_tensors, sole_writer
 from sude_lab.io.opening import FACTS_FILE
-from sude_lab.io.reading import read_json
-from sude_lab.io.weights import EMBEDDINGS, LORA_FILE, VICO_FILE, XL_KEYS, shared_name
+from sude_lab.io.weights import LORA_FILE, VICO_FILE, shared_name
 from sude_lab.runs.card import CARD, PARTS, default_prompts, is_plain, model_card
 
 if TYPE_CHECKING:
@@ -50,18 +48,6 @@ def base_version(backbone: Backbone) -> str:
     predicts_v = backbone.pipeline.scheduler.config.get("prediction_type") == "v_prediction"
     width = backbone.text_encoder.config.hidden_size
     return f"sd_v{2 if width == 1024 else 1}{'_v' if predicts_v and width == 1024 else ''}"
-
-
-def _run_version(weights: Path) -> str:
-    """Return the same for a run's weights; runs of earlier versions do not say it themselves."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        version = read_json(weights.parent / "environment.json")["base_version"]
-        return str(version)
-    tokens = next(iter(weights.glob(EMBEDDINGS)), None)
-    tensors = load_file(tokens) if tokens else {}
-    if XL_KEYS["text_encoder_2"] in tensors:
-        return XL
-    return "sd_v2" if any(rows.shape[-1] == 1024 for rows in tensors.values()) else "sd_v1"
 
 
 def kohya_weights(
@@ -106,18 +92,15 @@ def sgm_name(name: str, layers_per_block: int = 2) -> str:
     return re.sub(pattern, renamed, name)
 
 
-def write_kohya(
-    weights: Path, path: Path | str, dtype: Precision = "float16", version: str | None = None
-) -> Path:
-    """Write the LoRA of a run's folder of weights as one file for the web UIs; return its path.
+def write_kohya(run: Run, path: Path | str, dtype: Precision = "float16") -> Path:
+    """Write the LoRA of a run as one file for the web UIs; return its path.
 
     The subject's token is not in it: the web UIs read `learned_embeds.safetensors` as an embedding.
-    `version` is `base_version` of the model; None: what the run says.
 
     Raises:
         UserError: the run is no LoRA, or its text encoder was trained, which a LoRA cannot hold.
     """
-    path = Path(path)
+    path, weights = Path(path), run.weights
     if path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors: a kohya LoRA is one such file.")
     if path.exists():
@@ -129,7 +112,7 @@ def write_kohya(
             "The run's text encoder was trained, too, which a LoRA file cannot hold: export the "
             "pipeline."
         )
-    version = version or _run_version(weights)
+    version = str(run.environment.get("base_version"))
     if version not in _ARCHITECTURES:
         raise UserError(
             f"The web UIs' names of a LoRA are not known here for {version}: load "
@@ -137,7 +120,6 @@ def write_kohya(
         )
     tensors = kohya_weights(load_file(weights / LORA_FILE), getattr(torch, dtype), version)
     ranks = {len(value) for name, value in tensors.items() if name.endswith("lora_down.weight")}
-    with_v = version.endswith("_v")
     about = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(ranks)),
@@ -150,7 +132,7 @@ def write_kohya(
         "modelspec.architecture": f"{_ARCHITECTURES[version]}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": path.stem,
-        **({"modelspec.prediction_type": "v"} if with_v else {}),
+        **({"modelspec.prediction_type": "v"} if version.endswith("_v") else {}),
     }
     with sole_writer(path), atomic_write(path) as unfinished:
         save_tensors(tensors, unfinished, metadata=about)

@@ -13,7 +13,6 @@ and, where it was asked for,
     DIR/logs/              the tracker's files (TensorBoard's by default)
     DIR/validation/        step-000200.png, ...: the sample grid while tuning
     DIR/kept/000025/       the weights after a step (--keep-at), drawn as DIR@25
-    DIR/DIR_kohya.safetensors   a LoRA for the web UIs
 While a run is under way the folder holds config.json, the pictures, regularizer.py,
 `checkpoint.pt`, validation/, kept/ and logs/ alone; a run that failed after a step also leaves
 `weights-step-000123/`, the weights after the last step that was finished. Each file is written
@@ -68,7 +67,7 @@ from sude_lab.io.weights import load_weights, save_weights
 from sude_lab.methods import configure, get_method
 from sude_lab.prompts import PLACEHOLDER, checked, fill
 from sude_lab.runs.card import CARD, default_prompts, model_card
-from sude_lab.runs.export import LORA_FILE, Precision, base_version, write_kohya
+from sude_lab.runs.export import LORA_FILE, base_version
 from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.runs.regularizer import NAME, OwnRegularizer, load_regularizer
 from sude_lab.runs.strength import Strength, split
@@ -136,6 +135,16 @@ class Run:
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{self.folder / METRICS} cannot be read ({error}): the run's folder is damaged."
+            ) from error
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What the run says of versions, device, time, and the kind of its model."""
+        try:
+            return dict(read_json(self.folder / ENVIRONMENT))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{self.folder / ENVIRONMENT} is damaged: delete the folder, and tune again."
             ) from error
 
     def picture(self, number: int = 0) -> Image.Image:
@@ -328,7 +337,6 @@ def run_tuning(
     validation_every: int = 0,
     validation_prompts: str | Sequence[str] | None = None,
     report_to: str = "tensorboard",
-    kohya: Precision | None = None,
     backbone: Backbone | None = None,
     on_step: Callable[[Step], None] | None = None,
     progress: bool = True,
@@ -347,7 +355,6 @@ def run_tuning(
         out: The run's folder.
         sample_prompts: The rows of samples.png; None: the tuning prompts.
         validation_prompts: The rows of the grids in validation/; None: `sample_prompts`.
-        kohya: The precision in which to write a LoRA for the web UIs as well; None writes none.
         backbone: The model that `config.backbone` names, opened; None: it is opened.
         on_step: Called after every step, in every process.
         progress: Whether to show bars.
@@ -405,12 +412,6 @@ def run_tuning(
         _check_length(prompt, config, backbone)
     samples = [_filled(p, config) for p in sampled or default_prompts(config)]
     validated = [_filled(p, config) for p in watched] or samples
-    is_lora = config.method == "dreambooth" and config.train == "lora"
-    if kohya and (not is_lora or config.train_text_encoder or backbone.part != "unet"):
-        raise UserError(
-            "--kohya writes a LoRA of the UNet: tune with --method dreambooth --train lora and "
-            "without --train-text-encoder, or leave --kohya out."
-        )
     side = side_of(config, backbone)
     pictures = []
     for subject in config.subjects:
@@ -501,10 +502,6 @@ def run_tuning(
         seconds = time.time() - started
         if num_samples:
             _draw_grid(out / SAMPLES, config, backbone, samples, num_samples, progress)
-        if kohya:
-            file = out / f"{out.resolve().name}_kohya.safetensors"
-            file.unlink(missing_ok=True)  # of a run stopped at this very point
-            write_kohya(out / WEIGHTS, file, kohya, base_version(backbone))
         grid_name = SAMPLES if num_samples else None
         settings = _portable(config, out)
         card = model_card(settings, backbone, out / WEIGHTS, samples, grid=grid_name)

@@ -72,19 +72,17 @@ class Trackers:
 def _tracker_names(report_to: str) -> list[str]:
     if report_to == "none":
         return []
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-    from accelerate.utils import LoggerType
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 
-    installed = [str(name) for name in get_available_trackers()]
-    if report_to == "all":
-        return installed
-    if report_to not in LOGGER_TYPE_TO_CLASS:
+    try:
+        names = [str(name) for name in filter_trackers([report_to], ".")]
+    except ValueError as error:
         choices = ", ".join(["none", "all", *LOGGER_TYPE_TO_CLASS])
-        raise UserError(f"There is no tracker {report_to!r}: choose --report-to among {choices}.")
-    # A class that was registered with accelerate by hand is in no list of packages.
-    if report_to in LoggerType.list() and report_to not in installed:
+        unknown = f"There is no tracker {report_to!r}: choose --report-to among {choices}."
+        raise UserError(unknown) from error
+    if not names:
         raise UserError(
             f"--report-to {report_to} needs the package {report_to}: pip install {report_to}, or "
             "use --report-to none."
         )
-    return [report_to]
+    return names

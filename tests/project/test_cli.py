@@ -201,8 +201,7 @@ def test_validation_grids_are_drawn_on_request(tune: Tune, tmp_path: Path) -> No
 @pytest.mark.quick
 def test_a_run_is_exported(tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "my-dog"
-    assert tune("--out", out, "--train", "lora", "--kohya", "--kohya-dtype", "bfloat16") == 0
-    assert (out / "my-dog_kohya.safetensors").is_file()
+    assert tune("--out", out, "--train", "lora") == 0
     capsys.readouterr()
     whole, lora = tmp_path / "pipeline", tmp_path / "dog.safetensors"
     assert main(["export", str(out), "--out", str(whole)]) == 0
@@ -404,7 +403,6 @@ def test_a_decompression_bomb_is_refused(
         (["--report-to", "paper"], "no tracker 'paper'"),
         (["--validation-every", "-1"], "--validation-every"),
         (["--validation-every", "1"], "--num-samples"),
-        (["--kohya"], "--train lora"),
         (["--more-subjects", "candle"], "must read category=token=picture"),
         (["--more-subjects", "candle=<c>=missing.png"], "missing.png does not exist"),
         (["--sample-prompts", "a {S*2}"], "asks for {S*2}"),

@@ -12,7 +12,7 @@ from PIL import Image
 from refusals import content
 
 from sude_lab.cli import main
-from sude_lab.demo import REPORT, RESULTS, STRIP, _seconds, run_demo, table_with_intervals
+from sude_lab.demo import REPORT, RESULTS, STRIP, run_demo, table_with_intervals
 from sude_lab.errors import UserError
 from sude_lab.runs.folder import ENVIRONMENT, Run
 
@@ -114,13 +114,12 @@ def test_another_picture_of_a_subject_is_left_alone(tmp_path: Path) -> None:
     assert content(tmp_path) == before
 
 
-def test_a_run_of_the_demo_without_its_times_says_how_it_goes_on(
-    demo: Path, tmp_path: Path
-) -> None:
-    (tmp_path / ENVIRONMENT).write_text("{}")
-    run = replace(Run.open(demo / "runs" / "plain"), folder=tmp_path)
-    with pytest.raises(UserError, match="is damaged: delete the folder"):
-        _seconds(run)
+def test_a_run_whose_environment_is_damaged_says_so(demo: Path, tmp_path: Path) -> None:
+    for text in ("{half", "3"):
+        (tmp_path / ENVIRONMENT).write_text(text)
+        run = replace(Run.open(demo / "runs" / "plain"), folder=tmp_path)
+        with pytest.raises(UserError, match="is damaged: delete the folder"):
+            assert run.environment
 
 
 def test_intervals_hold_their_means(demo: Path) -> None:

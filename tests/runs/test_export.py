@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,6 @@ from sude_lab.io.weights import LORA_FILE
 from sude_lab.runs.card import CARD, is_plain, loading_code, model_card
 from sude_lab.runs.export import (
     XL,
-    Precision,
     base_version,
     export_pipeline,
     kohya_weights,
@@ -210,9 +208,10 @@ def test_everything_a_run_writes_is_loaded_into_models_of_the_published_make(
         **settings,
     )
     lora = settings.get("train") == "lora"
-    kohya: Precision | None = "float32" if lora else None
     out = tmp_path / "run"
-    run = run_tuning(config, out, num_samples=1, progress=False, report_to="none", kohya=kohya)
+    run = run_tuning(config, out, num_samples=1, progress=False, report_to="none")
+    if lora:
+        write_kohya(run, out / "run_kohya.safetensors", "float32")
     samples = np.int16(Image.open(out / SAMPLES))
     lines = code(out / CARD)
     monkeypatch.chdir(out)
@@ -280,7 +279,7 @@ MODULE = re.compile(
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_kohya_file_has_the_web_uis_names(dtype: str, tuned: Tuned, tmp_path: Path) -> None:
     run = tuned("lora")
-    path = write_kohya(run.weights, tmp_path / "dog.safetensors", dtype)  # type: ignore[arg-type]
+    path = write_kohya(run, tmp_path / "dog.safetensors", dtype)  # type: ignore[arg-type]
     tensors = load_file(path)
     modules = {name.split(".")[0] for name in tensors}
     assert all(MODULE.fullmatch(module) for module in modules)
@@ -306,7 +305,7 @@ def test_a_kohya_file_draws_in_plain_diffusers_what_the_run_draws(
     dtype: str, tuned: Tuned, tmp_path: Path
 ) -> None:
     run = tuned("lora")
-    path = write_kohya(run.weights, tmp_path / "dog.safetensors", dtype)  # type: ignore[arg-type]
+    path = write_kohya(run, tmp_path / "dog.safetensors", dtype)  # type: ignore[arg-type]
     pipeline = DiffusionPipeline.from_pretrained(run.config.backbone)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_textual_inversion(run.weights, weight_name="learned_embeds.safetensors")
@@ -363,7 +362,8 @@ def test_a_kohya_file_for_sdxl_has_the_names_of_sd_scripts() -> None:
 def test_the_web_uis_are_told_the_kind_of_the_model(
     version: str, v2: str, architecture: str, tuned: Tuned, tmp_path: Path
 ) -> None:
-    path = write_kohya(tuned("lora").weights, tmp_path / "a.safetensors", "float32", version)
+    run: Any = SimpleNamespace(weights=tuned("lora").weights, environment={"base_version": version})
+    path = write_kohya(run, tmp_path / "a.safetensors", "float32")
     with safe_open(path, "pt") as file:
         about = file.metadata()
     assert about["ss_base_model_version"] == version and about["ss_v2"] == v2
@@ -378,22 +378,6 @@ def test_the_kind_of_a_published_model(name: str, version: str) -> None:
     parts = build_parts(real, (8, 8), device="meta")
     pipeline = SimpleNamespace(scheduler=SimpleNamespace(config=real.scheduler), **parts)
     assert base_version(Backbone(pipeline, name, torch.device("meta"))) == version
-
-
-def test_a_run_of_an_earlier_version_tells_its_kind_by_its_weights(
-    tuned: Tuned, tmp_path: Path
-) -> None:
-    for rows, version in (
-        ({"<sks>": torch.zeros(768)}, "sd_v1"),
-        ({"<sks>": torch.zeros(2, 1024)}, "sd_v2"),
-        ({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, "sdxl_base_v1-0"),
-    ):
-        weights = tmp_path / version / "weights"
-        shutil.copytree(tuned("lora").weights, weights)
-        save_file(rows, weights / "learned_embeds.safetensors")
-        path = write_kohya(weights, tmp_path / f"{version}.safetensors")
-        with safe_open(path, "pt") as file:
-            assert file.metadata()["ss_base_model_version"] == version
 
 
 def test_plain_diffusers_finds_a_lora_in_the_runs_folder(tuned: Tuned, fresh: Any) -> None:
@@ -419,43 +403,22 @@ def test_names_without_the_unets_prefix_become_the_same(tuned: Tuned) -> None:
         kohya_weights({"conv_in.weight": torch.zeros(2, 2)}, torch.float32)
 
 
-def test_a_run_writes_its_kohya_file_on_request(
-    tiny_folder: Path, subject_picture: Path, fresh: Callable[[], Backbone], tmp_path: Path
-) -> None:
-    config = TuningConfig(
-        image=subject_picture,
-        category="dog",
-        backbone=str(tiny_folder),
-        train="lora",
-        max_train_steps=1,
-    )
-    quiet: dict[str, Any] = {"progress": False, "num_samples": 0, "report_to": "none"}
-    out = tmp_path / "my-dog"
-    run_tuning(config, out, kohya="bfloat16", backbone=fresh(), **quiet)
-    path = out / "my-dog_kohya.safetensors"
-    assert {value.dtype for value in load_file(path).values()} == {torch.bfloat16}
-    for settings in ({"train": "attention"}, {"train_text_encoder": True}):
-        with pytest.raises(UserError, match="--train lora"):
-            changed = replace(config, **settings)
-            run_tuning(changed, tmp_path / "other", kohya="float16", backbone=fresh(), **quiet)
-    assert not (tmp_path / "other").exists()
-
-
 def test_what_is_no_lora_is_not_written_as_one(tuned: Tuned, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no LoRA"):
-        write_kohya(tuned("attention").weights, tmp_path / "dog.safetensors")
-    weights = tuned("lora").weights
+        write_kohya(tuned("attention"), tmp_path / "dog.safetensors")
+    run = tuned("lora")
+    weights = run.weights
     with pytest.raises(UserError, match=r"must end in \.safetensors"):
-        write_kohya(weights, tmp_path / "dog.bin")
+        write_kohya(run, tmp_path / "dog.bin")
     (tmp_path / "mine.safetensors").write_text("mine")
     with pytest.raises(UserError, match="exists already"):
-        write_kohya(weights, tmp_path / "mine.safetensors")
+        write_kohya(run, tmp_path / "mine.safetensors")
     both = tmp_path / "both"
     both.mkdir()
     (both / LORA_FILE).write_bytes((weights / LORA_FILE).read_bytes())
     save_file({"x": torch.zeros(1)}, both / "text_encoder.safetensors")
     with pytest.raises(UserError, match="text encoder was trained"):
-        write_kohya(both, tmp_path / "dog.safetensors")
+        write_kohya(SimpleNamespace(weights=both), tmp_path / "dog.safetensors")  # type: ignore[arg-type]
     assert {p.name for p in tmp_path.iterdir()} == {"mine.safetensors", "both"}
     assert (tmp_path / "mine.safetensors").read_text() == "mine"
 
