@@ -65,16 +65,9 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             if file.is_file():
                 _flush(file)
         _require_free(path)  # again: another process may have been quicker
-        try:
-            if path.is_dir():
-                path.rmdir()  # not every system renames onto an empty folder
-            os.replace(temporary, path)
-        except OSError as error:  # for example a mount point or a symbolic link
-            if error.errno in _FULL:
-                raise
-            raise UserError(
-                f"{path} cannot be replaced ({error.strerror}): name a folder that does not exist."
-            ) from error
+        if path.is_dir():
+            path.rmdir()  # not every system renames onto an empty folder
+        os.replace(temporary, path)
 
 
 def require_own(folder: Path | str, mark: str, beginning: str, others: Sequence[str] = ()) -> None:

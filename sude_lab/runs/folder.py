@@ -13,11 +13,10 @@ and, where it was asked for,
     DIR/logs/              the tracker's files (TensorBoard's by default)
     DIR/validation/        step-000200.png, ...: the sample grid while tuning
     DIR/kept/000025/       the weights after a step (--keep-at), drawn as DIR@25
-While a run is under way the folder holds config.json, the pictures, regularizer.py,
-`checkpoint.pt`, validation/, kept/ and logs/ alone; a run that failed after a step also leaves
-`weights-step-000123/`, the weights after the last step that was finished. Each file is written
-whole, except a tracker's, which grow; nothing is read from those. `environment.json` comes last:
-where it is, the run is finished.
+While a run is under way, or has failed, the folder holds config.json, the pictures, regularizer.py,
+`checkpoint.pt`, validation/, kept/ and logs/ alone. Each file is written whole, except a tracker's,
+which grow; nothing is read from those. `environment.json` comes last: where it is, the run is
+finished.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial, wraps
+from functools import wraps
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -251,18 +250,6 @@ def picture_name(number: int) -> str:
     return PICTURE if number == 0 else f"picture-{number + 1}.png"
 
 
-def _check_length(text: str, config: TuningConfig, backbone: Backbone) -> None:
-    """Refuse a prompt whose end the text encoder would not read, before a word of it is tuned."""
-    word = " ".join(["a"] * (config.num_vectors or 1))  # as many pieces as the subject's word has
-    ids = backbone.tokenizer(fill(text, *(word for _ in config.subjects))).input_ids
-    most = backbone.tokenizer.model_max_length
-    if len(ids) > most:
-        raise UserError(
-            f"The prompt {text[:80]!r} has {len(ids) - 2} pieces of words, and the model reads "
-            f"{most - 2}: make it shorter."
-        )
-
-
 def _filled(text: str, config: TuningConfig) -> str:
     filled = fill(checked(text), *(s.token for s in config.subjects))
     if unfilled := re.search(r"\{S\*\d*\}", filled):
@@ -362,7 +349,7 @@ def run_tuning(
 
     Raises:
         UserError: bad input (nothing is written then), another run in the folder, or a failure
-            while tuning (the checkpoint, and the weights after the last finished step, stay).
+            while tuning (the checkpoint stays).
     """
     for name, number, least, most in (
         ("checkpoint-every", checkpoint_every, 1, None),
@@ -407,9 +394,12 @@ def run_tuning(
             "--prior-loss-weight 1, or leave it out."
         )
     sampled, watched = (listed(p or ()) for p in (sample_prompts, validation_prompts))
-    prompts = [*default_prompts(config), *sampled, *watched]
-    for prompt in prompts:
-        _check_length(prompt, config, backbone)
+    word = " ".join(["a"] * config.num_vectors)  # as many pieces as the subject's word has
+    for prompt in (*default_prompts(config), *sampled, *watched):
+        if rest := backbone.beyond_reach(fill(prompt, *(word for _ in config.subjects))):
+            raise UserError(
+                f"The model does not read {rest!r} of {prompt[:80]!r}: make it shorter."
+            )
     samples = [_filled(p, config) for p in sampled or default_prompts(config)]
     validated = [_filled(p, config) for p in watched] or samples
     side = side_of(config, backbone)
@@ -448,10 +438,10 @@ def run_tuning(
     started = time.time()
     done = state["step"] if state else 0
     handed: dict[str, Any] = {"state": state, "accelerator": accelerator}
-    begin = partial(prepared_tuning, config, backbone, pictures, regularizer=regularizer, **handed)
-    steps = _keeping(begin, out, accelerator)
     # Before the bar: what is wrong with the settings shows here, and is one sentence then.
-    first = next(steps)
+    with _naming_the_checkpoint(out):
+        steps = prepared_tuning(config, backbone, pictures, regularizer=regularizer, **handed)
+        first = next(steps)
     if main:
         remove_partials(out)
         if not done:
@@ -460,7 +450,7 @@ def run_tuning(
     total, hidden = config.max_train_steps, not (progress and main)
     bar = tqdm(total=total, initial=done, desc=label, unit="step", disable=hidden)
     try:
-        with _until_terminated() as terminated, bar:
+        with _naming_the_checkpoint(out), _until_terminated() as terminated, bar:
             for step in chain([first], steps):
                 rows.append(step.row())
                 bar.update()
@@ -485,10 +475,7 @@ def run_tuning(
                     continue
                 if validation_every and step.number % validation_every == 0:
                     file = out / VALIDATION / f"step-{step.number:06d}.png"
-                    try:
-                        grid = _draw_grid(file, config, backbone, validated, num_samples)
-                    except UserError as error:
-                        raise _with_kept(error, out, step) from error
+                    grid = _draw_grid(file, config, backbone, validated, num_samples)
                     trackers.picture(grid, step.number)
     finally:
         trackers.finish()
@@ -507,8 +494,6 @@ def run_tuning(
         card = model_card(settings, backbone, out / WEIGHTS, samples, grid=grid_name)
         with atomic_write(out / CARD) as path:
             path.write_text(card, encoding="utf-8")
-        for folder in out.glob("weights-step-*"):  # of a failure before the resume
-            shutil.rmtree(folder)
         # Written last: its presence says that the run is finished.
         with atomic_write(out / ENVIRONMENT) as path:
             about = _environment(backbone, seconds, rows, accelerator)
@@ -637,43 +622,19 @@ def _begin(
             path.write_bytes(own.source)
 
 
-# --- what a failure leaves -----------------------------------------------------------------------
+# --- what is written and drawn -------------------------------------------------------------------
 
 
-def _keeping(begin: Callable[[], Iterator[Step]], out: Path, accelerator: Any) -> Iterator[Step]:
-    """Pass the steps of a run on; where it fails after one, keep the weights and name them."""
-    last = None
+@contextmanager
+def _naming_the_checkpoint(out: Path) -> Iterator[None]:
+    """Say of what fails after a checkpoint that the run goes on from there."""
     try:
-        for step in begin():
-            last = step
-            yield step
+        yield
     except UserError as error:
-        main = accelerator is None or accelerator.is_main_process
-        with_kept = _with_kept(error, out, last) if main else error
-        # All fail alike and wait until the weights are kept: the first process that ends ends all.
-        # Where the memory of one ran out the others know nothing of it, and waiting has no end.
-        alone = error.__cause__ is not None and machine_failure(error.__cause__)
-        if accelerator is not None and not alone:
-            accelerator.wait_for_everyone()
-        if with_kept is error:
+        if not (out / CHECKPOINT).is_file():
             raise
-        raise with_kept from error
-
-
-def _with_kept(error: UserError, out: Path, last: Step | None) -> UserError:
-    """Keep the weights after the step `last`; return the error with where they are."""
-    kept = []
-    if last is not None and (out / CONFIG).is_file():
-        folder = out / f"weights-step-{last.number:06d}"
-        with suppress(Exception):  # a full disk, or a device that is gone with the weights
-            _keep_weights(folder, last)
-            kept.append(f"the weights after step {last.number} ({folder})")
-    if (out / CHECKPOINT).is_file():
-        step = _read_checkpoint(out / CHECKPOINT)["step"]
-        kept.append(f"the checkpoint of step {step} ({out / CHECKPOINT})")
-    if not kept:
-        return error
-    return UserError(f"{str(error).rstrip('.')}; kept: {' and '.join(kept)}.")
+        kept = f"{out / CHECKPOINT} is kept, so that --resume continues"
+        raise UserError(f"{str(error).rstrip('.')}; {kept}.") from error
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, float]]) -> None:
@@ -689,9 +650,6 @@ def _keep_weights(folder: Path, step: Step) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     with atomic_folder(folder) as unfinished:
         save_weights(step.method, unfinished)
-
-
-# --- what is drawn and told ----------------------------------------------------------------------
 
 
 @contextmanager

@@ -386,7 +386,7 @@ NASTY = st.one_of(
     ),
     st.floats().map(str),
     st.integers().map(str),
-    st.text(max_size=20),
+    st.text(st.characters(exclude_characters="\0"), max_size=20),  # no process is given a NUL
 )
 COMMANDS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "tune": (

@@ -219,11 +219,10 @@ def test_a_gpu_that_disappears_leaves_the_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(Method, "predict", fails)
-        patch.setattr("sude_lab.runs.folder.save_weights", gone)
         assert main(command(subject_picture, tiny_folder, out)) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "The device failed or is gone (CUDA error" in message and "--resume" in message
-    assert "kept: the checkpoint of step 4" in message
+    assert f"{out / CHECKPOINT} is kept" in message
     assert {p.name for p in out.iterdir()} == {CONFIG, "picture.png", CHECKPOINT}
     assert main(command(subject_picture, tiny_folder, out, "--resume")) == 0
     assert (out / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()

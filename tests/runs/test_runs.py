@@ -592,7 +592,7 @@ FAILURES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
 
 @pytest.mark.parametrize("kind", FAILURES)
 @pytest.mark.parametrize("settings", [{}, {"train": "lora"}, {"method": "textual_inversion"}])
-def test_a_failure_keeps_the_weights_of_the_last_step_and_names_them(
+def test_a_failure_keeps_the_checkpoint_and_names_it(
     kind: str,
     settings: dict[str, Any],
     config: TuningConfig,
@@ -601,25 +601,22 @@ def test_a_failure_keeps_the_weights_of_the_last_step_and_names_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config, (how, expected) = replace(config, **settings), FAILURES[kind]
-    three = tune_in(replace(config, max_train_steps=3), tmp_path / "three")
     whole = tune_in(config, tmp_path / "whole")
-    out, kept = tmp_path / "run", tmp_path / "run" / "weights-step-000003"
+    out = tmp_path / "run"
     with monkeypatch.context() as patch:
         spoil(patch, 4, how)
         with pytest.raises(UserError) as error:
             tune_in(config, out, checkpoint_every=2)
     message = str(error.value)
     assert expected in message and "\n" not in message
-    assert f"the weights after step 3 ({kept})" in message
-    assert f"the checkpoint of step 2 ({out / CHECKPOINT})" in message
-    assert names(out) == {CONFIG, PICTURE, CHECKPOINT, kept.name}
-    assert content(kept) == content(three.folder / WEIGHTS)
+    assert message.endswith(f"; {out / CHECKPOINT} is kept, so that --resume continues.")
+    assert names(out) == {CONFIG, PICTURE, CHECKPOINT}
     # With more memory, say, the run goes on as if nothing had been.
     tune_in(config, out, resume=True)
     assert content(out) == content(whole.folder)
 
 
-def test_a_failure_before_the_first_checkpoint_names_the_weights_alone(
+def test_a_failure_before_the_first_checkpoint_names_none(
     config: TuningConfig,
     tune_in: Callable[..., Run],
     tmp_path: Path,
@@ -628,7 +625,7 @@ def test_a_failure_before_the_first_checkpoint_names_the_weights_alone(
     spoil(monkeypatch, 2, full_memory)
     with pytest.raises(UserError) as error:
         tune_in(config, tmp_path / "run")
-    assert "weights-step-000001" in str(error.value) and "checkpoint of" not in str(error.value)
+    assert "--train-batch-size" in str(error.value) and CHECKPOINT not in str(error.value)
 
 
 def test_a_failure_at_the_first_step_after_a_resume_names_the_checkpoint(
@@ -643,11 +640,11 @@ def test_a_failure_at_the_first_step_after_a_resume_names_the_checkpoint(
     spoil(monkeypatch, 1, full_memory)
     with pytest.raises(UserError) as error:
         tune_in(config, out, resume=True)
-    assert f"kept: the checkpoint of step 2 ({out / CHECKPOINT})." in str(error.value)
+    assert f"{out / CHECKPOINT} is kept" in str(error.value)
     assert names(out) == {CONFIG, PICTURE, CHECKPOINT}
 
 
-def test_a_grid_that_does_not_fit_into_the_memory_keeps_the_weights(
+def test_a_grid_that_does_not_fit_into_the_memory_says_so(
     config: TuningConfig,
     tune_in: Callable[..., Run],
     tmp_path: Path,
@@ -657,8 +654,8 @@ def test_a_grid_that_does_not_fit_into_the_memory_keeps_the_weights(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(runs, "generate", full)
-    with pytest.raises(UserError, match=r"smaller --num-samples; kept: .*weights-step-000002"):
-        tune_in(config, tmp_path / "run", validation_every=2)
+    with pytest.raises(UserError, match=r"smaller --num-samples; .*checkpoint\.pt is kept"):
+        tune_in(config, tmp_path / "run", validation_every=2, checkpoint_every=1)
     with pytest.raises(UserError, match=r"samples\.png was drawn: use a smaller --num-samples"):
         tune_in(config, tmp_path / "other")
 
