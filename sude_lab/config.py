@@ -144,10 +144,8 @@ class TuningConfig:
         for f in fields(TuningConfig):
             value, between = getattr(self, f.name), f.metadata.get("between")
             if between and value is not None and not between[0] <= value <= between[1]:
-                raise UserError(
-                    f"--{flag(f.name)} is {value}: it must lie between {between[0]} and "
-                    f"{between[1]}."
-                )
+                reach = f"between {between[0]} and {between[1]}"
+                raise UserError(f"--{flag(f.name)} is {value}: it must lie {reach}.")
         if self.prompt is not None and PLACEHOLDER not in checked(self.prompt):
             raise UserError(f"The tuning prompt {self.prompt!r} must contain {PLACEHOLDER}.")
         tokens = [subject.token for subject in self.subjects]

@@ -115,11 +115,8 @@ class FreshDraws:
 def one_of_each(config: CompleteConfig, pictures: Any) -> list[Image.Image]:
     """Return the pictures of a run's subjects as a list."""
     pictures = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
-    if len(pictures) != len(config.subjects):
-        raise UserError(
-            f"There are {len(config.subjects)} subjects and {len(pictures)} pictures: give one "
-            "of each."
-        )
+    if len(pictures) != (number := len(config.subjects)):
+        raise UserError(f"There are {number} subjects and {len(pictures)} pictures: give one each.")
     return pictures
 
 

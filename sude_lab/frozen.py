@@ -90,10 +90,7 @@ class FrozenUNet:
                     "and accelerator.prepare called, and before a checkpoint is loaded."
                 )
         if lost := self._kept.keys() - here.keys():
-            raise UserError(
-                f"{min(lost)} was kept and is there no more: make this after the last adapter is "
-                "added."
-            )
+            raise UserError(f"{min(lost)} was kept and is gone: make this after the last adapter.")
 
 
 def require_silent(unet: nn.Module) -> None:

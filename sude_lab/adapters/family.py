@@ -72,10 +72,7 @@ class FlowBackbone(Backbone):
         """Refuse, with a UserError, what is made for UNets, and words of several vectors."""
         kind = type(self.pipeline).__name__
         if config.method in self.unavailable:
-            raise UserError(
-                f"--method {config.method} is not made for the transformer of a {kind}: use "
-                "dreambooth."
-            )
+            raise UserError(f"--method {config.method} is not made for a {kind}: use dreambooth.")
         if config.num_vectors > 1:
             raise UserError(f"A {kind} has no words of several vectors: leave --num-vectors at 1.")
 

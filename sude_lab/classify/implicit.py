@@ -228,9 +228,7 @@ def ask_in_rounds(
         rows[:, 1] += start
         losses[rows.unbind(1)] = of_rows = losses_of(rows).double().cpu()
         if not bool(of_rows.isfinite().all()):
-            raise UserError(
-                "The model's predictions are not finite: compute in float32 (--dtype float32)."
-            )
+            raise UserError("The model's predictions are not finite: compute with --dtype float32.")
         keep = max(3, -(-num_prompts // _SHARES[turn])) if turn < len(_SHARES) else num_prompts
         for n in rows[:, 0].unique().tolist() if prune else ():
             rule: dict[str, Any] = {"caution": caution, "keep": keep}

@@ -81,10 +81,7 @@ def require_own(folder: Path | str, mark: str, beginning: str, others: Sequence[
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): name another --out.") from error
     if wrong is not None:
-        raise UserError(
-            f"{Path(folder) / wrong} is not from this command and would be overwritten: name "
-            "another --out."
-        )
+        raise UserError(f"{path.with_name(wrong)} is not from this command: name another --out.")
 
 
 @contextmanager

@@ -77,9 +77,7 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()  # "meta" holds nothing that could be read back
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(
-            f"The device {name!r} is not available here: use cpu, or auto to take what is there."
-        ) from error
+        raise UserError(f"The device {name!r} is not available here: use cpu, or auto.") from error
     return device
 
 
@@ -260,9 +258,7 @@ def _check_source(folder: str) -> Family:
     if re.fullmatch(r"Flux2?Pipeline", str(name)):
         raise UserError(f"{folder} holds a {name}, which {DISTILLED}.")
     if str(name) not in FAMILIES:
-        raise UserError(
-            f"{folder} holds a {str(name)[:80]}: it must be one of {', '.join(FAMILIES)}."
-        )
+        raise UserError(f"{folder} holds a {name!s:.80}: it must be one of {', '.join(FAMILIES)}.")
     family = FAMILIES[name]
     for part, value in content.items():
         if not isinstance(value, list) or value == [None, None]:
@@ -283,10 +279,7 @@ def _check_source(folder: str) -> Family:
         # transformers makes an empty tokenizer where there is none.
         words = ("tokenizer.json", "vocab.json", "spiece.model")
         if part.startswith("tokenizer") and not any((path / part / w).is_file() for w in words):
-            raise UserError(
-                f"{folder}/{part} has no tokenizer.json or vocab.json: the pipeline is not "
-                "complete."
-            )
+            raise UserError(f"{folder}/{part} has no tokenizer.json or vocab.json: take it anew.")
     return family
 
 
@@ -348,6 +341,4 @@ def _check_weights(folder: Path) -> None:
             kinds = {n: weights.get_slice(n).get_dtype() for n in weights.keys()}  # noqa: SIM118
         for name, kind in kinds.items():
             if name.endswith("weight") and not kind.startswith(("F", "BF")):
-                raise UserError(
-                    f"{file} holds {name} as {kind}: its weights must be floating-point numbers."
-                )
+                raise UserError(f"{file} holds {name} as {kind}: no floating-point numbers.")

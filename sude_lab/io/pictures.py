@@ -63,9 +63,7 @@ def load_picture(path: AnyPicture, *, resolution: int) -> Picture:
     if max(image.size) == 1:
         raise PictureError(f"{path} is a single pixel: use a larger picture.")
     if min(image.size) == 1 or max(image.size) > MAX_ASPECT * min(image.size):
-        raise PictureError(
-            f"{path} is a strip of {width} x {height} pixels: crop it to about a square first."
-        )
+        raise PictureError(f"{path} is a strip of {width} x {height} pixels: crop it to a square.")
     if min(image.size) < resolution:
         notes.append(
             f"{path.name} is {width} x {height} pixels, smaller than the model's "
@@ -161,9 +159,7 @@ def _decode(path: Path, notes: list[str]) -> Image.Image:
     except PermissionError as error:
         raise PictureError(f"{path} may not be read: change its permissions.") from error
     except Exception as error:  # decoders meet damaged bytes with errors of every class
-        raise PictureError(
-            f"{path} is damaged or cut short ({error}): copy or download it again."
-        ) from error
+        raise PictureError(f"{path} is damaged or cut short ({error}): copy it again.") from error
 
 
 @cache

@@ -105,9 +105,7 @@ def load_weights(
         path = folder / "unet.safetensors"
         # A smaller model's weights would fit some layers of a larger one: all or nothing.
         if read_tensors(path)[0].keys() != keys_and_values(backbone.unet).keys():
-            raise UserError(
-                f"The run's keys and values are not those of this model's attention: {_ELSEWHERE}"
-            )
+            raise UserError(f"The run's keys and values do not fit this model: {_ELSEWHERE}")
     if method == "vico":
         check_one_text_encoder(backbone)
         read_tensors(folder / VICO_FILE)  # before anything is changed

@@ -102,9 +102,7 @@ def class_latents(config: CompleteConfig, backbone: Backbone, category: str) -> 
             folder = folder / category
         paths = sorted(p for p in folder.glob("*") if p.is_file() and p.name[0] != ".")
         if not paths:
-            raise UserError(
-                f"There are no class images in {folder}: put pictures of the category there."
-            )
+            raise UserError(f"There are no class images in {folder}: put pictures there.")
         images = [load_picture(path, resolution=side).image for path in paths]
     else:
         number, seed = config.num_class_images, config.seed + 10_000

@@ -108,16 +108,10 @@ def write_kohya(run: Run, path: Path | str, dtype: Precision = "float16") -> Pat
     if not (weights / LORA_FILE).is_file():
         raise UserError("The run holds no LoRA: tune with --train lora, or export the pipeline.")
     if any((weights / f"{part}.safetensors").is_file() for part in PARTS):
-        raise UserError(
-            "The run's text encoder was trained, too, which a LoRA file cannot hold: export the "
-            "pipeline."
-        )
+        raise UserError("The run's text encoder was trained, too: export the pipeline.")
     version = str(run.environment.get("base_version"))
     if version not in _ARCHITECTURES:
-        raise UserError(
-            f"The web UIs' names of a LoRA are not known here for {version}: load "
-            f"{LORA_FILE} with diffusers."
-        )
+        raise UserError(f"A LoRA's names are not known here for {version}: load it with diffusers.")
     tensors = kohya_weights(load_file(weights / LORA_FILE), getattr(torch, dtype), version)
     ranks = {len(value) for name, value in tensors.items() if name.endswith("lora_down.weight")}
     about = {

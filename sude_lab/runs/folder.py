@@ -102,9 +102,7 @@ class Run:
         """
         folder, strength = split(folder)
         if not (folder / CONFIG).is_file():
-            raise UserError(
-                f"{folder} is not a run's folder: give the --out folder of `sude-lab tune`."
-            )
+            raise UserError(f"{folder} is not a run's folder: give the --out of `sude-lab tune`.")
         if not (folder / ENVIRONMENT).is_file():
             raise UserError(f"The run in {folder} is not finished: continue it with --resume.")
         run = cls(folder, read_config(folder / CONFIG), strength)
@@ -132,9 +130,7 @@ class Run:
         try:
             return pd.read_csv(self.folder / METRICS)
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.folder / METRICS} cannot be read ({error}): the run's folder is damaged."
-            ) from error
+            raise UserError(f"{self.folder / METRICS} is damaged ({error}): tune again.") from error
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -142,9 +138,7 @@ class Run:
         try:
             return dict(read_json(self.folder / ENVIRONMENT))
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{self.folder / ENVIRONMENT} is damaged: delete the folder, and tune again."
-            ) from error
+            raise UserError(f"{self.folder / ENVIRONMENT} is damaged: tune again.") from error
 
     def picture(self, number: int = 0) -> Image.Image:
         """Return the picture of subject `number`, as the model saw it."""
@@ -385,8 +379,7 @@ def run_tuning(
     config = configure(config, backbone, preset=preset)
     if wrong := [step for step in keep_at if step > config.max_train_steps]:
         raise UserError(
-            f"--keep-at is {wrong[0]}, and the run has {config.max_train_steps} steps: keep an "
-            "earlier one."
+            f"--keep-at {wrong[0]} is past the end, {config.max_train_steps}: keep an earlier one."
         )
     if config.class_images is not None and not config.prior_loss_weight:
         raise UserError(
@@ -397,9 +390,7 @@ def run_tuning(
     word = " ".join(["a"] * config.num_vectors)  # as many pieces as the subject's word has
     for prompt in (*default_prompts(config), *sampled, *watched):
         if rest := backbone.beyond_reach(fill(prompt, *(word for _ in config.subjects))):
-            raise UserError(
-                f"The model does not read {rest!r} of {prompt[:80]!r}: make it shorter."
-            )
+            raise UserError(f"The model does not read {rest!r} of {prompt[:80]!r}: shorten it.")
     samples = [_filled(p, config) for p in sampled or default_prompts(config)]
     validated = [_filled(p, config) for p in watched] or samples
     side = side_of(config, backbone)
@@ -534,9 +525,7 @@ def _check_folder(out: Path, resume: bool) -> None:
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
     if any(name != LOCK and not name.startswith(PARTIAL) for name in names):
         if not (out / CONFIG).is_file():
-            raise UserError(
-                f"The folder {out} is not empty and holds no run: choose another --out."
-            )
+            raise UserError(f"{out} is not empty and holds no run: choose another --out.")
         if not resume and not (out / ENVIRONMENT).is_file():
             raise UserError(f"{out} holds an unfinished run: continue it with --resume.")
 
@@ -571,10 +560,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     kinds = {"step": int, "trained": dict, "optimizer": dict, "rows": list}
     whole = isinstance(state, dict) and all(type(state.get(n)) is k for n, k in kinds.items())
     if not whole:
-        raise UserError(
-            f"{path} is no checkpoint of this version of sude_lab: delete it, and --resume starts "
-            "anew."
-        )
+        raise UserError(f"{path} is no checkpoint of this version: delete it, and --resume again.")
     return state
 
 

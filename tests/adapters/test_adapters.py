@@ -414,7 +414,7 @@ def test_guidance_without_training_moves_a_lora_to_its_category(
     ("name", "values", "words"),
     [
         ("sd3", {"method": "custom_diffusion"}, "custom_diffusion is not made for the transf"),
-        ("sd3", {"method": "vico"}, "vico is not made for the transformer"),
+        ("sd3", {"method": "vico"}, "vico is not made for a"),
         ("sd3", {"method": "textual_inversion", "num_vectors": 2}, "no words of several vectors"),
         ("klein", {"method": "textual_inversion"}, "textual_inversion is not made for"),
         ("klein", {"train_text_encoder": True}, "is not trained"),

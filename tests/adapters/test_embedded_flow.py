@@ -212,7 +212,7 @@ def test_methods_for_unets_are_refused(
 ) -> None:
     command = ("tune", subject_picture, "--category", "dog", "--backbone", sd3_folder, *FEW)
     said = say(*command, "--method", method, "--out", tmp_path / "run")
-    assert f"--method {method} is not made for the transformer" in said.sentence
+    assert f"--method {method} is not made for a" in said.sentence
 
 
 def test_its_own_copy_is_tuned_alone(flow: Backbone) -> None:

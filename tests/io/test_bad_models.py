@@ -79,7 +79,7 @@ PIPELINES: dict[str, tuple[Change, str]] = {
     "VAE lacks a tensor": (tensors(VAE, without("conv_in.weight")), "vae lacks the tensor"),
     "text encoder lacks a tensor": (tensors(TEXT, without("k_proj.weight")),
                                     "text_encoder lacks the tensor"),
-    "whole numbers": (tensors(UNET, every(lambda x: x.int())), "must be floating-point numbers"),
+    "whole numbers": (tensors(UNET, every(lambda x: x.int())), "no floating-point numbers"),
     "not finite": (tensors(TEXT, every(lambda x: x / 0)), "values that are not finite"),
     "shapes": (settings("unet/config.json", cross_attention_dim=64), "could not be opened"),
     "inpainting": (settings("unet/config.json", in_channels=9), "could not be opened"),
