@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sude_lab.diffusion import Schedule
 from sude_lab.errors import UserError, checked_picture
-from sude_lab.prompts import PLACEHOLDER, by_itself
+from sude_lab.prompts import by_itself
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,6 @@ class Backbone:
         category = " ".join(category.split())
         if not category or not any(ch.isalnum() for ch in category):
             raise UserError('The category is empty: name one, for example --category "dog".')
-        if PLACEHOLDER in category:
-            raise UserError(f"The category names a class, without {PLACEHOLDER}: for example dog.")
         # It stands in prompts, and class images lie in a folder of its name.
         if bad := [ch for ch in category if ch in "{}/\\=" or not ch.isprintable()]:
             name = f"The category {category[:40]!r}"
@@ -221,10 +219,9 @@ class Backbone:
         tokenizer.
         """
         name = f"The token {token[:40]!r}"
-        if not token or token != token.strip() or len(token.split()) != 1:
-            raise UserError(f"{name} must be one word without spaces, like <sks>.")
-        if len(token) > 64 or not token.isprintable() or "{" in token or "`" in token:
-            raise UserError(f"{name} must be at most 64 plain characters, like <sks>.")
+        plain = len(token) <= 64 and token.isprintable() and not {*"{` "} & {*token}
+        if not token.strip() or not plain:
+            raise UserError(f"{name} must be a word of at most 64 plain characters, like <sks>.")
         if any(self._is_known(tokenizer, token) for tokenizer in self.tokenizers):
             known = "is already in the vocabulary and means something"
             raise UserError(f"{name} {known}: choose a new one, like <sks>.")

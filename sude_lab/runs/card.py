@@ -53,13 +53,8 @@ def model_card(
 ) -> str:
     """Return the model card of a run, which depends on the settings alone.
 
-    Args:
-        config: The run's settings.
-        backbone: The model it was tuned on.
-        weights: The run's folder of weights.
-        prompts: The prompts of the grid, with the tokens filled in.
-        grid: The file of the sample grid, beside the card; None: there is none.
-        pipeline: The card is for a whole pipeline in the card's folder, in place of the weights.
+    `prompts` are those of the `grid` beside the card, with the tokens filled in; None: there is no
+    grid. `pipeline`: the card lies in a whole pipeline's folder, in place of the weights'.
     """
     from huggingface_hub import ModelCardData
 

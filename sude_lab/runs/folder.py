@@ -168,9 +168,8 @@ class Run:
         """Open the backbone with the run's weights in it, or put them into an opened `backbone`.
 
         Args:
-            device: Where to compute.
             backbone: The model, opened and untuned; None: the run's own is opened.
-            dtype: The precision to draw in, as of `open_backbone`; None: the run's own.
+            dtype: The precision to draw in; None: the run's own.
             trust_backbone: Whether a model in the run's folder or beside it, which may have come
                 along with the run, is opened.
 
@@ -329,28 +328,17 @@ def run_tuning(
     process computes `train_batch_size` samples of a larger batch, and the main process alone
     writes, draws and tells.
 
-    The settings that are not of `config` are those of `sude-lab tune`, which says what they mean.
-
-    Args:
-        config: The settings of the run.
-        out: The run's folder.
-        sample_prompts: The rows of samples.png; None: the tuning prompts.
-        validation_prompts: The rows of the grids in validation/; None: `sample_prompts`.
-        backbone: The model that `config.backbone` names, opened; None: it is opened.
-        on_step: Called after every step, in every process.
-        progress: Whether to show bars.
-        label: What the bar says.
+    The settings are those of `sude-lab tune`, which says what they mean. `backbone` is the model
+    that `config.backbone` names, opened; None: it is opened. `on_step` is called after every step,
+    in every process; `label` is what the bar says.
 
     Raises:
         UserError: bad input (nothing is written then), another run in the folder, or a failure
             while tuning (the checkpoint stays).
     """
-    for name, number, least, most in (
-        ("checkpoint-every", checkpoint_every, 1, None),
-        ("num-samples", num_samples, 0, 1000),  # drawn after hours of tuning
-        ("validation-every", validation_every, 0, None),
-    ):
-        check_whole(f"--{name}", number, least, most)
+    check_whole("--checkpoint-every", checkpoint_every, 1)
+    check_whole("--num-samples", num_samples, 0, 1000)  # drawn after hours of tuning
+    check_whole("--validation-every", validation_every, 0)
     for number in keep_at:
         check_whole("--keep-at", number, 1)
     out = Path(out)
@@ -390,7 +378,9 @@ def run_tuning(
     word = " ".join(["a"] * config.num_vectors)  # as many pieces as the subject's word has
     for prompt in (*default_prompts(config), *sampled, *watched):
         if rest := backbone.beyond_reach(fill(prompt, *(word for _ in config.subjects))):
-            raise UserError(f"The model does not read {rest!r} of {prompt[:80]!r}: shorten it.")
+            raise UserError(
+                f"The model does not read {rest[:80]!r} of {prompt[:80]!r}: shorten it."
+            )
     samples = [_filled(p, config) for p in sampled or default_prompts(config)]
     validated = [_filled(p, config) for p in watched] or samples
     side = side_of(config, backbone)

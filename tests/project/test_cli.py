@@ -355,7 +355,7 @@ def test_a_picture_as_people_have_them_is_tuned_on(
     [
         ("missing.png", "does not exist"),
         ("folder", "is a folder"),
-        ("empty.png", "zero bytes"),
+        ("empty.png", "not a picture"),
         ("text.png", "not a picture"),
     ],
 )
