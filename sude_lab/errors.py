@@ -48,8 +48,14 @@ def machine_failure(error: BaseException) -> str | None:
     return None
 
 
+_TUNING = (
+    "use --train lora, --gradient-checkpointing, --optimizer adamw8bit, --dtype bfloat16, or a "
+    "smaller --train-batch-size with --gradient-accumulation-steps, or a smaller --resolution"
+)
+
+
 @contextmanager
-def machine_failures() -> Iterator[None]:
+def machine_failures(when: str = "", memory: str = _TUNING) -> Iterator[None]:
     """Say in one sentence what a run can do where the machine is at fault: memory, or device."""
     try:
         yield
@@ -57,14 +63,9 @@ def machine_failures() -> Iterator[None]:
         failure = machine_failure(error)
         if failure is None:
             raise
-        advice = (
-            "use --train lora, --gradient-checkpointing, --optimizer adamw8bit, --dtype bfloat16, "
-            "or a smaller --train-batch-size with --gradient-accumulation-steps, or a smaller "
-            "--resolution"
-        )
-        if "memory" not in failure:
-            advice = "see whether it is still there, and continue with --resume"
-        raise UserError(f"{failure}: {advice}.") from error
+        device = "see whether it is still there, and continue with --resume"
+        advice = memory if "memory" in failure else device
+        raise UserError(f"{failure}{when}: {advice}.") from error
 
 
 def one_line(text: str, most: int = 2000) -> str:

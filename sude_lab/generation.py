@@ -25,9 +25,6 @@ def sampling_settings(backbone: Backbone | Mapping[str, Any], **chosen: Any) -> 
     """Return the sampler's settings: those chosen (not None), the backbone's own, then SD's.
 
     The facts of a backbone alone will do, where none is open.
-
-    Raises:
-        UserError: no step is asked for, or a guidance scale that is not finite.
     """
     facts = backbone.facts if isinstance(backbone, Backbone) else backbone
     settings = STABLE_DIFFUSION | facts.get("generation", {})
@@ -57,9 +54,6 @@ def generate(
 
     Picture k starts from noise of (seed, k) alone, whatever the batch size: two models drawn with
     one seed start from the same noise. The prompt must have its subject's token filled in.
-
-    Raises:
-        UserError: `num_images` or the sampler's settings are out of range, or a picture is none.
     """
     settings = sampling_settings(
         backbone, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale

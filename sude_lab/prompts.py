@@ -17,11 +17,7 @@ def article(words: str) -> str:
 
 
 def checked(text: str) -> str:
-    """Return a prompt as it is, if it is a text that can be read; white space may be of any kind.
-
-    Raises:
-        UserError: it has a character that no one reads: a control character, half of a pair.
-    """
+    """Return a prompt as it is, if it is a text that can be read, with white space of any kind."""
     for ch in text:
         if unicodedata.category(ch) in ("Cc", "Cs") and not ch.isspace():
             raise UserError(

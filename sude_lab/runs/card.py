@@ -107,39 +107,27 @@ def default_prompts(config: TuningConfig) -> list[str]:
     ]
 
 
-def loading_code(config: TuningConfig, weights: Path, *, is_xl: bool, by_hand: bool = False) -> str:
-    """Return the lines of Python that put a run's weights into `pipeline`, in plain diffusers.
-
-    They stand in the run's folder. The tokens come first: a trained text encoder has a row for
-    each of them. `by_hand`: the pipeline has no `load_textual_inversion`.
-    """
-    names = [EMBEDDINGS.replace("*", f"-{k + 1}" if k else "") for k in range(len(config.subjects))]
-    tokens = [
-        (name, json.dumps(subject.token))
-        for name, subject in zip(names, config.subjects, strict=True)
-        if (weights / name).is_file()
-    ]
-    parts = [part for part in PARTS if (weights / f"{part}.safetensors").is_file()]
-    lora = LORA_FILE if (weights / LORA_FILE).is_file() else None
-    template = _TEMPLATES.get_template("load.py.jinja")
-    about = {"tokens": tokens, "parts": parts, "lora": lora}
-    return template.render(is_xl=is_xl, by_hand=by_hand, **about)
-
-
 def _drawing_code(
     config: TuningConfig, backbone: Backbone, weights: Path, prompt: str, pipeline: bool
 ) -> str:
-    """Return the lines that draw the upper left picture of samples.png, as `generate` does."""
+    """Return the lines that draw the upper left picture of samples.png, as `generate` does.
+
+    They stand in the run's folder. In plain diffusers the tokens come first: a trained text encoder
+    has a row for each of them.
+    """
     from diffusers import DDIMScheduler
 
     plain = is_plain(weights)
-    own = plain and not pipeline
-    kind = {"is_xl": backbone.is_xl}
-    kind["by_hand"] = not hasattr(backbone.pipeline, "load_textual_inversion")
-    source = '"."' if pipeline else _source(config, backbone)
+    names = [EMBEDDINGS.replace("*", f"-{k + 1}" if k else "") for k in range(len(config.subjects))]
+    words = zip(names, (json.dumps(s.token) for s in config.subjects), strict=True)
     return _TEMPLATES.get_template("draw.py.jinja").render(
-        source=source if pipeline or plain else None,
-        loading=loading_code(config, weights, **kind) if own else None,
+        source='"."' if pipeline else _source(config, backbone) if plain else None,
+        loads=plain and not pipeline,
+        tokens=[(name, token) for name, token in words if (weights / name).is_file()],
+        parts=[part for part in PARTS if (weights / f"{part}.safetensors").is_file()],
+        lora=LORA_FILE if (weights / LORA_FILE).is_file() else None,
+        is_xl=backbone.is_xl,
+        by_hand=not hasattr(backbone.pipeline, "load_textual_inversion"),
         ddim=isinstance(backbone.sampler(), DDIMScheduler),
         clip=bool(backbone.pipeline.scheduler.config.get("clip_sample", False)),
         prompt=json.dumps(prompt, ensure_ascii=False),

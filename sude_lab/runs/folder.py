@@ -48,7 +48,7 @@ from tqdm.auto import tqdm
 from sude_lab.backbone import Backbone
 from sude_lab.config import CompleteConfig, TuningConfig, fields_of, read_settings
 from sude_lab.draws import side_of
-from sude_lab.errors import UserError, check_whole, flag, listed, machine_failure
+from sude_lab.errors import UserError, check_whole, flag, listed, machine_failures
 from sude_lab.generation import generate
 from sude_lab.io.files import (
     LOCK,
@@ -654,17 +654,10 @@ def _draw_grid(
     """Draw `number` pictures of every prompt into one file, a row a prompt; return it."""
     images: list[Image.Image] = []
     bar = tqdm(prompts, desc="drawing samples", unit="prompt", disable=not progress)
-    try:
-        with _undisturbed(backbone):
-            for prompt in bar:
-                images += generate(backbone, prompt, num_images=number, seed=config.seed)
-    except (RuntimeError, MemoryError) as error:
-        failure = machine_failure(error)
-        if failure is None:
-            raise
-        memory = "memory" in failure
-        advice = "use a smaller --num-samples" if memory else "see whether it is there"
-        raise UserError(f"{failure} while {file.name} was drawn: {advice}.") from error
+    smaller = "use a smaller --num-samples"
+    with _undisturbed(backbone), machine_failures(f" while {file.name} was drawn", smaller):
+        for prompt in bar:
+            images += generate(backbone, prompt, num_images=number, seed=config.seed)
     from diffusers.utils import make_image_grid  # here: it takes longer to import than torch
 
     grid = make_image_grid(images, len(prompts), number)

@@ -26,7 +26,7 @@ from sude_lab.errors import UserError
 from sude_lab.generation import generate
 from sude_lab.io.opening import FACTS_FILE, open_backbone
 from sude_lab.io.weights import LORA_FILE
-from sude_lab.runs.card import CARD, is_plain, loading_code, model_card
+from sude_lab.runs.card import CARD, is_plain, model_card
 from sude_lab.runs.export import (
     XL,
     base_version,
@@ -261,7 +261,8 @@ def test_the_words_after_the_subjects_have_a_say_in_the_whole_prompt(
     assert ours is not None and (ours[0] - ours[1]).abs().max() > 0.1
     exported = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     scope: dict[str, Any] = {"pipeline": DiffusionPipeline.from_pretrained(folder)}
-    lines = loading_code(config, run.weights, is_xl=True)
+    _, loading = code(run.folder / CARD).split("pipeline = DiffusionPipeline.from_pretrained(")
+    lines = loading.split("\n", 1)[1].split("image = pipeline(")[0]
     exec(lines.replace('"weights/', f'"{run.weights}/'), scope | {"load_file": load_file})
     for pipeline in (exported, scope["pipeline"]):
         _, _, pooled, _ = pipeline.encode_prompt(prompts, negative_prompt=["", ""])
