@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,6 +100,20 @@ def load_weights(
     backbone.use()
     if method == "vico" and scale != 1:
         raise UserError("ViCo's weights begin at no image attention at all: draw them at scale 1.")
+    try:
+        _load(method, backbone, folder, scale, initializers)
+    except UserError:
+        raise
+    except Exception as error:  # foreign files fail in the loaders with errors of any class
+        raise UserError(
+            f"The weights in {folder} are damaged, or do not fit this model "
+            f"({type(error).__name__}: {str(error)[:160]}): {_ELSEWHERE}"
+        ) from error
+
+
+def _load(
+    method: str, backbone: Backbone, folder: Path, scale: float, initializers: Sequence[str]
+) -> None:
     if method == "custom_diffusion":
         path = folder / "unet.safetensors"
         # A smaller model's weights would fit some layers of a larger one: all or nothing.
@@ -121,11 +134,12 @@ def load_weights(
         ids = [list(of_encoder) for of_encoder in zip(*added, strict=True)]
         tables = [e.get_input_embeddings().weight for e in backbone.text_encoders.values()]
         starts = [table[rows].detach() for table, rows in zip(tables, ids, strict=True)]
-        tokens.append((ids, list(map(partial(_between, scale=scale), starts, vectors))))
+        ends = [_between(*pair, scale) for pair in zip(starts, vectors, strict=True)]
+        tokens.append((ids, ends))
     for part, module in ((backbone.part, backbone.denoiser), *backbone.text_encoders.items()):
         path = folder / f"{part}.safetensors"
         if path.is_file():
-            _load_part(module, part, path, scale)
+            _load_part(module, path, scale)
     # Last, because a trained text encoder's table has rows for the tokens, too.
     encoders = backbone.text_encoders.values()
     for ids, vectors in tokens:
@@ -134,11 +148,8 @@ def load_weights(
             with torch.no_grad():
                 table[rows] = vector
     if (folder / LORA_FILE).is_file():
-        try:
-            with quiet():  # it misses a LoRA of the text encoders, which there is none of
-                backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"The run's LoRA does not fit this model: {_ELSEWHERE}") from error
+        with quiet():  # it misses a LoRA of the text encoders, which there is none of
+            backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
         if scale != 1:
             names = list(backbone.unet.peft_config)
             backbone.pipeline.set_adapters(names, [scale] * len(names))
@@ -154,11 +165,9 @@ def _load_images(backbone: Backbone, path: Path) -> None:
     references = tensors.pop(REFERENCES, torch.zeros(0))
     shape = (len(words), backbone.unet.config.in_channels)
     if not words or references.ndim != 4 or references.shape[:2] != shape:
-        raise UserError(f"{path.name} holds no references for this model: {_ELSEWHERE}")
+        raise ValueError(f"references of the shape {tuple(references.shape)}")
     ids = []
     for word in words:
-        if word not in vocabulary:
-            raise UserError(f"The run has no embedding of its token {word!r}: tune it anew.")
         number = 1
         while f"{word}_{number}" in vocabulary:
             number += 1
@@ -166,7 +175,7 @@ def _load_images(backbone: Backbone, path: Path) -> None:
     images = ImageAttention(backbone, ids, references)
     weights = images.weights()
     if {n: v.shape for n, v in tensors.items()} != {n: p.shape for n, p in weights.items()}:
-        raise UserError(f"The run's image attention does not fit this model: {_ELSEWHERE}")
+        raise ValueError("another image attention")
     with torch.no_grad():
         for name, p in weights.items():
             p.copy_(tensors[name])
@@ -192,19 +201,7 @@ def _read_token(backbone: Backbone, path: Path) -> tuple[str, list[Tensor]]:
     tensors, about = read_tensors(path)
     several = len(backbone.text_encoders) > 1
     keys = [XL_KEYS[n] for n in backbone.text_encoders] if several else list(tensors)
-    token = about.get("token") or next(iter(tensors), None)
-    if set(tensors) != set(keys) or len(keys) != len(backbone.text_encoders) or token is None:
-        kind = "two text encoders" if several else "one text encoder"
-        raise UserError(f"{path.name} holds no embedding for {kind}: {_ELSEWHERE}")
-    vectors = [torch.atleast_2d(tensors[key]) for key in keys]
-    for vector, encoder in zip(vectors, backbone.text_encoders.values(), strict=True):
-        width = encoder.get_input_embeddings().weight.shape[1]
-        if vector.ndim != 2 or len(vector) != len(vectors[0]) or vector.shape[1] != width:
-            raise UserError(
-                f"The run's token has the shape {tuple(vector.shape)}, this model's text encoder "
-                f"the width {width}: {_ELSEWHERE}"
-            )
-    return token, vectors
+    return about.get("token") or keys[0], [torch.atleast_2d(tensors[key]) for key in keys]
 
 
 def shared_name(part: str, name: str) -> str:
@@ -219,21 +216,15 @@ def shared_name(part: str, name: str) -> str:
 
 def _between(start: Tensor, end: Tensor, scale: float) -> Tensor:
     """Return W_0 + lambda (W - W_0) in the dtype of W_0; for lambda = 1 W to the bit."""
+    if start.shape != end.shape:
+        raise ValueError(f"a tensor of the shape {tuple(end.shape)}, not {tuple(start.shape)}")
     end = end.to(start)
     return end if scale == 1 else torch.lerp(start, end, scale)
 
 
-def _load_part(module: nn.Module, part: str, path: Path, scale: float) -> None:
-    own = {name.removeprefix(_TEXT): name for name in module.state_dict()}
-    tensors, _ = read_tensors(path)
-    where = f"The run's {part} weights do not fit this model"
-    if unknown := [name for name in tensors if name.removeprefix(_TEXT) not in own]:
-        raise UserError(f"{where} (unknown tensor {unknown[0]}): {_ELSEWHERE}")
+def _load_part(module: nn.Module, path: Path, scale: float) -> None:
+    tensors, before = read_tensors(path)[0], module.state_dict()
+    own = {name.removeprefix(_TEXT): name for name in before}
     tensors = {own[name.removeprefix(_TEXT)]: tensor for name, tensor in tensors.items()}
-    try:
-        if scale != 1:
-            before = module.state_dict()
-            tensors = {n: _between(before[n], end, scale) for n, end in tensors.items()}
-        module.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise UserError(f"{where}: {_ELSEWHERE}") from error
+    tensors = {name: _between(before[name], end, scale) for name, end in tensors.items()}
+    module.load_state_dict(tensors, strict=False)

@@ -181,15 +181,7 @@ class Run:
             backbone = self.open_base(device, dtype=dtype, trust_backbone=trust_backbone)
         start = get_method(config.method).initializer_of
         starts = [start(config, k) for k in range(len(config.subjects))]
-        try:
-            load_weights(config.method, backbone, weights, scale=scale, initializers=starts)
-        except UserError:
-            raise
-        except Exception as error:  # foreign files fail in the loaders with errors of any class
-            raise UserError(
-                f"The weights in {weights} could not be loaded ({type(error).__name__}: "
-                f"{str(error)[:160]}): they are damaged, or not a {self.config.method} run's."
-            ) from error
+        load_weights(config.method, backbone, weights, scale=scale, initializers=starts)
         return backbone
 
     def open_base(

@@ -357,6 +357,7 @@ def test_weights_of_another_architecture_are_refused_in_one_sentence(
     assert str(error.value).count(". ") == 0 and "\n" not in str(error.value)
     # A token that fits does not open the door for a UNet that does not.
     (tmp_path / "learned_embeds.safetensors").unlink()
+    other = open_backbone(wider_folder, device="cpu")
     with pytest.raises(UserError, match="backbone it was tuned on"):
         load_weights("custom_diffusion", other, tmp_path)
 
