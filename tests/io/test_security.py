@@ -516,7 +516,7 @@ def test_the_report_of_the_demo_escapes_every_text(finished: Run) -> None:
     steps = pd.DataFrame({"step": [1, 2], "rho": 0.5, "open_gates": 1.0, "loss_sude": 0.1,
                           "tau": 0.2, "loss_subject": 0.1, "t": 1.0})  # fmt: skip
     config = TuningConfig(Path("x.png"), "dog", method=EVIL, prompt="{S*}" + EVIL)
-    run: Any = SimpleNamespace(config=config, metrics=lambda: steps, folder=finished.folder)
+    run: Any = SimpleNamespace(config=config, metrics=lambda: steps, environment={})
     page = demo.report(who, pd.DataFrame(rows), grids, {EVIL: run, "sude": run}, 0)
     harmless(page, 8)
 
