@@ -116,9 +116,7 @@ _NAMES: dict[Any, str] = {
 }
 
 
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
+_hints = cache(get_type_hints)
 
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:

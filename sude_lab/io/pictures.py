@@ -22,7 +22,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "MPO", "AVIF", "JPEG2000
 """What is opened, whatever a file's name says: Pillow's others are rare, and some start programs
 (EPS, Ghostscript)."""
 AnyPicture = Path | str | Image.Image | np.ndarray
-_ANIMATED = {"GIF", "WEBP", "PNG", "AVIF"}
 
 
 class PictureError(UserError):
@@ -170,11 +169,8 @@ def _formats() -> tuple[str, ...]:
 
 def _note_frames(file: Image.Image, path: Path, notes: list[str]) -> None:
     frames = getattr(file, "n_frames", 1)
-    if frames == 1 or file.format == "MPO":  # a phone's JPEG with a preview or a depth map
-        return
-    animated = f"is animated with {frames} frames"
-    kind = animated if file.format in _ANIMATED else f"holds {frames} pictures"
-    notes.append(f"{path.name} {kind}: only the first is used.")
+    if frames > 1 and file.format != "MPO":  # a phone's JPEG with a preview or a depth map
+        notes.append(f"{path.name} holds {frames} pictures: only the first is used.")
 
 
 def _to_rgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:

@@ -65,10 +65,7 @@ def kohya_weights(
         name if name.startswith(("unet.", "text_encoder")) else f"unet.{name}": value
         for name, value in lora.items()
     }
-    try:
-        tensors = convert_state_dict_to_kohya(convert_all_state_dict_to_peft(named))
-    except (ValueError, KeyError) as error:
-        raise UserError("These weights are no LoRA: tune with --train lora.") from error
+    tensors = convert_state_dict_to_kohya(convert_all_state_dict_to_peft(named))
     if version == XL:
         ups = [int(m[1]) for n in tensors if (m := re.match(r".*up_blocks_\d_attentions_(\d)", n))]
         tensors = {sgm_name(n, max(ups, default=2)): value for n, value in tensors.items()}

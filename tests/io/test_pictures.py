@@ -313,7 +313,7 @@ def test_animation_gives_its_first_frame(tmp_path: Path, suffix: str) -> None:
     frames[0].save(path, save_all=True, append_images=frames[1:], **options)
     picture = load_picture(path, resolution=64)
     assert_square(picture, 64)
-    assert picture.notes == (f"moving.{suffix} is animated with 3 frames: only the first is used.",)
+    assert picture.notes == (f"moving.{suffix} holds 3 pictures: only the first is used.",)
     assert corners(picture.image) == [RED] * 4
 
 
