@@ -222,9 +222,11 @@ class Backbone:
         plain = len(token) <= 64 and token.isprintable() and not {*"{` "} & {*token}
         if not token.strip() or not plain:
             raise UserError(f"{name} must be a word of at most 64 plain characters, like <sks>.")
-        if any(self._is_known(tokenizer, token) for tokenizer in self.tokenizers):
-            known = "is already in the vocabulary and means something"
-            raise UserError(f"{name} {known}: choose a new one, like <sks>.")
+        for tokenizer in self.tokenizers:
+            pieces = tokenizer(token, add_special_tokens=False).input_ids
+            if token.lower() in tokenizer.get_vocab() or len(pieces) == 1:
+                known = "is already in the vocabulary and means something"
+                raise UserError(f"{name} {known}: choose a new one, like <sks>.")
         if not initializer.strip():
             raise UserError(f"{name} must start from a word: --initializer is empty.")
         ids = []
@@ -240,11 +242,6 @@ class Backbone:
                 table[index] = table[start].mean(dim=0)
             ids.append(index)
         return ids
-
-    @staticmethod
-    def _is_known(tokenizer: Any, word: str) -> bool:
-        pieces = tokenizer(word, add_special_tokens=False).input_ids
-        return word.lower() in tokenizer.get_vocab() or len(pieces) == 1
 
     def tokenize(self, prompts: list[str], tokenizer: Any = None) -> Tensor:
         """Return token ids (B, L), padded to the text encoder's length, on the device."""

@@ -5,7 +5,6 @@ Grids of pictures come from `diffusers.utils.make_image_grid`.
 
 import warnings
 from dataclasses import dataclass
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -138,8 +137,12 @@ def _decode(path: Path, notes: list[str]) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow only warns up to twice its limit: the limit is the limit here.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_formats()) as file:
-                _note_frames(file, path, notes)
+            Image.init()
+            formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every build
+            with Image.open(path, formats=formats) as file:
+                frames = getattr(file, "n_frames", 1)
+                if frames > 1 and file.format != "MPO":  # a phone's, with a preview or a depth map
+                    notes.append(f"{path.name} holds {frames} pictures: only the first is used.")
                 # A frame counter may have moved on through the file.
                 file.seek(0)
                 return _to_rgb(ImageOps.exif_transpose(file), path, notes)
@@ -159,18 +162,6 @@ def _decode(path: Path, notes: list[str]) -> Image.Image:
         raise PictureError(f"{path} may not be read: change its permissions.") from error
     except Exception as error:  # decoders meet damaged bytes with errors of every class
         raise PictureError(f"{path} is damaged or cut short ({error}): copy it again.") from error
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF is not in every build
-
-
-def _note_frames(file: Image.Image, path: Path, notes: list[str]) -> None:
-    frames = getattr(file, "n_frames", 1)
-    if frames > 1 and file.format != "MPO":  # a phone's JPEG with a preview or a depth map
-        notes.append(f"{path.name} holds {frames} pictures: only the first is used.")
 
 
 def _to_rgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:

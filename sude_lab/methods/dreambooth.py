@@ -50,8 +50,9 @@ class DreamBooth(Method):
                         target_modules=list(self.backbone.lora_targets),
                     )
                 )
+        parts = {"unet": ("",), "attention": self.backbone.attention, "lora": (".lora_",)}
         for name, p in denoiser.named_parameters():
-            if self._is_trained(name):
+            if any(part in name for part in parts[self.config.train]):
                 self.parameters[f"{part}.{name}"] = p.requires_grad_(True)
         if self.config.train_text_encoder:
             for part, encoder in self.backbone.text_encoders.items():
@@ -59,10 +60,3 @@ class DreamBooth(Method):
                     self.parameters[f"{part}.{name}"] = p.requires_grad_(True)
         if self.config.token_learning_rate:
             self.train_tokens()
-
-    def _is_trained(self, name: str) -> bool:
-        if self.config.train == "lora":
-            return ".lora_" in name
-        if self.config.train == "attention":
-            return any(part in name for part in self.backbone.attention)
-        return True

@@ -17,8 +17,23 @@ class Trackers:
     """The trackers of a run, by accelerate's names and classes; nothing is imported for none."""
 
     def __init__(self, report_to: str) -> None:
-        self.names = _tracker_names(report_to)
+        self.names: list[str] = []
         self.begun: list[Any] = []
+        if report_to == "none":
+            return
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
+
+        try:
+            self.names = [str(name) for name in filter_trackers([report_to], ".")]
+        except ValueError as error:
+            choices = ", ".join(["none", "all", *LOGGER_TYPE_TO_CLASS])
+            unknown = f"There is no tracker {report_to!r}: choose --report-to among {choices}."
+            raise UserError(unknown) from error
+        if not self.names:
+            raise UserError(
+                f"--report-to {report_to} needs the package {report_to}: pip install {report_to}, "
+                "or use --report-to none."
+            )
 
     def begin(self, folder: Path, config: TuningConfig, first: int) -> None:
         """Start the trackers; what they write on this machine goes into `folder`."""
@@ -67,22 +82,3 @@ class Trackers:
         """Let the trackers write what they still hold."""
         for tracker in self.begun:
             tracker.finish()
-
-
-def _tracker_names(report_to: str) -> list[str]:
-    if report_to == "none":
-        return []
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
-
-    try:
-        names = [str(name) for name in filter_trackers([report_to], ".")]
-    except ValueError as error:
-        choices = ", ".join(["none", "all", *LOGGER_TYPE_TO_CLASS])
-        unknown = f"There is no tracker {report_to!r}: choose --report-to among {choices}."
-        raise UserError(unknown) from error
-    if not names:
-        raise UserError(
-            f"--report-to {report_to} needs the package {report_to}: pip install {report_to}, or "
-            "use --report-to none."
-        )
-    return names
