@@ -21,6 +21,7 @@ import pandas as pd
 import tyro
 
 from studies.fair import FILES, On
+from studies.tables import MARGIN
 from sude_lab.evaluate.fronts import Line, gain_at, line, mean_gain, paired
 from sude_lab.evaluate.statistics import (
     AGREES,
@@ -32,7 +33,7 @@ from sude_lab.evaluate.statistics import (
     sign_flip_p,
     verdict,
 )
-from sude_lab.evaluate.stored import MARGIN, RESULTS, read
+from sude_lab.evaluate.stored import RESULTS, read
 from sude_lab.io.files import atomic_write
 
 _END = "strength == ''"

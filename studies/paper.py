@@ -18,8 +18,8 @@ from typing import Annotated, Literal
 import pandas as pd
 import tyro
 
-from studies import runs
-from sude_lab.evaluate import stored
+from studies import runs, tables
+from sude_lab.evaluate.stored import RESULTS
 from sude_lab.io.files import atomic_write
 
 
@@ -36,14 +36,19 @@ EXPERIMENTS = {
     "table1": Experiment(
         "Table 1: methods, with SuDe at 0.5, 1, 2 w_s and the best of them (gain in alignment)",
         ("held_out", "methods_w_s", "w_s"),
-        stored.table1,
+        tables.table1,
     ),
-    "table2": Experiment("Table 2: prompts P1, P2, P3", ("prompts",), stored.table2),
-    "fig4": Experiment("Fig. 4: w_s", ("w_s",), stored.fig4),
-    "fig5": Experiment("Fig. 5: truncation", ("truncation", "collapse"), stored.fig5),
-    "fig6": Experiment("Fig. 6: attribute and background", ("prompts",), stored.fig6),
+    "table2": Experiment("Table 2: prompts P1, P2, P3", ("prompts",), tables.table2),
+    "fig4": Experiment("Fig. 4: w_s", ("w_s",), tables.fig4),
+    "fig5": Experiment("Fig. 5: truncation", ("truncation", "collapse"), tables.fig5),
+    "fig6": Experiment("Fig. 6: attribute and background", ("prompts",), tables.fig6),
     "fig8": Experiment(
-        "Fig. 8: class images against SuDe", ("prompts", "class_images"), stored.fig8
+        "Fig. 8: class images against SuDe", ("prompts", "class_images"), tables.fig8
+    ),
+    "claims": Experiment(
+        "What the paper claims, and what these studies say of it (`studies.tables.claims`)",
+        ("held_out", "w_s", "truncation", "prompts", "class_images"),
+        tables.claims,
     ),
 }
 
@@ -53,7 +58,7 @@ class PaperConfig:
     """Which table or figure of the paper to repeat on the embedded world."""
 
     name: Annotated[
-        Literal["table1", "table2", "fig4", "fig5", "fig6", "fig8"], tyro.conf.Positional
+        Literal["table1", "table2", "fig4", "fig5", "fig6", "fig8", "claims"], tyro.conf.Positional
     ]
     run: bool = True
     """Run what is missing of its grids first."""
@@ -69,7 +74,7 @@ def main(config: PaperConfig) -> None:
     for study in experiment.studies if config.run else ():
         runs.main(runs.RunsConfig(study, workers=config.workers, out=config.out))
     text = experiment.table().to_markdown(index=False, disable_numparse=True)
-    with atomic_write(stored.RESULTS / f"{config.name}.md") as path:
+    with atomic_write(RESULTS / f"{config.name}.md") as path:
         path.write_text(f"{experiment.title}\n\n{text}\n", encoding="utf-8")
     print(text)
 

@@ -23,7 +23,7 @@ from sude_lab.backbone import Backbone
 from sude_lab.config import CompleteConfig
 from sude_lab.diffusion import add_noise, training_target
 from sude_lab.draws import picture_latents
-from sude_lab.evaluate.stored import KEYS, RESULTS
+from sude_lab.evaluate.stored import RESULTS
 from sude_lab.io.files import atomic_write
 from sude_lab.losses import subject_loss
 from sude_lab.methods import get_method
@@ -31,6 +31,7 @@ from sude_lab.prompts import fill
 from sude_lab.runs.folder import Run
 from sude_lab.runs.prior_bank import Pairs
 from sude_lab.sweep.sweep import fresh_backbone
+from sude_lab.world.subjects import KEYS
 
 
 @torch.no_grad()

@@ -16,13 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 import pandas as pd
 import tyro
 
+from studies.tables import ALIGNMENT, FIDELITY, against
 from sude_lab.evaluate.metrics import per_run
-from sude_lab.evaluate.stored import KEYS, against, means_table, untuned_alignment
 from sude_lab.io.files import atomic_write
+from sude_lab.io.opening import data_folder
 from sude_lab.view import plots
+from sude_lab.world.subjects import KEYS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +39,33 @@ class ReportConfig:
 
     table: Annotated[Path, tyro.conf.Positional]
     """CSV file that `python -m sude_lab.world.subjects` wrote."""
+
+
+WATCHED = ("open_gates", "rho")
+
+
+def means_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the README's table: a row a (method, variant), gains with their intervals."""
+    # A row a run: some categories have more attributes, hence more pictures.
+    runs = table.drop_duplicates(KEYS).groupby(["method", "variant"])[list(WATCHED)].mean()
+    lines = against(per_run(table), "plain", (ALIGNMENT, FIDELITY))
+    watched = runs.loc[list(zip(lines["method"], lines["variant"], strict=True))]
+    for place, (name, form) in enumerate(zip(WATCHED, ("{:.0%}", "{:.2f}"), strict=True)):
+        column = np.where(lines["variant"] == "plain", "", watched[name].map(form.format))
+        lines.insert(4 + place, name.replace("_", " "), column)
+    names = lines["method"].str.replace("_", " ")
+    return lines.assign(method=names).rename(columns={"variant": ""})
+
+
+def untuned_alignment(table: pd.DataFrame, subject: str) -> float:
+    """Return the untuned model's mean alignment of the attributes that a subject was asked for.
+
+    They are those of the model card, but the one that the subject's picture shows.
+    """
+    card = pd.read_csv(data_folder() / "embedded" / "alignment.csv")
+    rows = table[table["subject"] == subject]
+    card = card[card["category"] == rows["category"].iloc[0]]
+    return float(card[card["attribute"].isin(rows["attribute"])]["attribute_alignment"].mean())
 
 
 def subjects_table(table: pd.DataFrame) -> pd.DataFrame:

@@ -22,10 +22,11 @@ import pandas as pd
 import tyro
 from PIL import Image
 
+from studies.tables import BACKGROUND
 from sude_lab.errors import UserError
 from sude_lab.evaluate.evaluate import evaluate
 from sude_lab.evaluate.metrics import MEASURES
-from sude_lab.evaluate.stored import BACKGROUND, KEYS, RESULTS
+from sude_lab.evaluate.stored import RESULTS
 from sude_lab.io.files import atomic_write
 from sude_lab.io.opening import data_folder
 from sude_lab.runs.folder import Run
@@ -34,7 +35,7 @@ from sude_lab.sweep.sweep import sweep
 from sude_lab.tuning import TuningConfig
 from sude_lab.world import drawing as world
 from sude_lab.world.judging import drawn_judge
-from sude_lab.world.subjects import describe, strip_name
+from sude_lab.world.subjects import KEYS, describe, strip_name
 
 GRIDS = data_folder() / "grids"
 SWEEPS = Path("results")

@@ -77,11 +77,12 @@ class Line:
         f = self.fidelity[rows].mean(0)[front]
         if fidelity > f[-1] + 1e-9:  # of rounding
             return np.full(len(weights), np.nan)
+        fidelity = min(fidelity, f[-1])
         if fidelity <= f[0]:
             weights[front[0]] = 1
             return weights
-        k = int(np.searchsorted(f, min(fidelity, f[-1])))
-        share = (min(fidelity, f[-1]) - f[k - 1]) / (f[k] - f[k - 1])
+        k = int(np.searchsorted(f, fidelity))
+        share = (fidelity - f[k - 1]) / (f[k] - f[k - 1])
         weights[front[k - 1]], weights[front[k]] = 1 - share, share
         return weights
 

@@ -37,6 +37,13 @@ def test_a_strength_that_another_one_beats_is_not_of_the_front() -> None:
     assert Line("one", ("x",), ("",), of.fidelity[:, :1], of.alignment[:, :1]).front() == [0]
 
 
+def test_a_line_of_one_point_is_read_at_its_own_fidelity() -> None:
+    of = line("one", table({"x": [(0.1, 0.9)], "y": [(0.2, 0.7)], "z": [(0.3, 0.5)]}), "steps")
+    own = of.fidelity.mean()
+    for fidelity in (own, np.nextafter(own, 1), own - 0.1):  # the mean's last bit may differ
+        assert of.at(float(fidelity)) == pytest.approx([0.9, 0.7, 0.5])
+
+
 def test_the_order_of_the_strengths_says_nothing() -> None:
     points = [(0.2, 1.0), (0.6, 0.4), (0.4, 0.9)]
     forward, backward = (line("", table({"x": p}), "steps") for p in (points, points[::-1]))

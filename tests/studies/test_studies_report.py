@@ -7,7 +7,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from studies import report
-from sude_lab.evaluate import stored
 from sude_lab.evaluate.metrics import per_run
 from sude_lab.io.opening import data_folder
 from sude_lab.world import drawing as world
@@ -47,12 +46,12 @@ def test_what_was_seen_while_tuning_counts_once_a_run() -> None:
     first = table["subject"] == table["subject"].iloc[0]
     table.loc[first & (table["variant"] == "sude"), ["open_gates", "rho"]] = 0.75, 1.2
     more = pd.concat([table, table[first], table[first]])
-    _, sude = stored.means_table(more).to_dict("records")
+    _, sude = report.means_table(more).to_dict("records")
     assert (sude["open gates"], sude["rho"]) == ("50%", "1.00")
 
 
 def test_means_and_gains_with_the_interval_of_two_subjects() -> None:
-    plain, sude = stored.means_table(hand_made()).to_dict("records")
+    plain, sude = report.means_table(hand_made()).to_dict("records")
     assert plain["attribute alignment"] == "0.35" and plain["open gates"] == ""
     # Student's t on two subjects, which gain 0.2 and 0.4: mean -+ 12.7 times half their distance.
     assert sude["attribute alignment"] == "0.65 (+0.30 [-0.97, +1.57])"
@@ -68,24 +67,6 @@ def test_a_row_a_subject_beside_the_untuned_model() -> None:
     card = pd.read_csv(data_folder() / "embedded" / "alignment.csv")
     dogs = card[(card["category"] == "dog") & (card["attribute"] != "sitting")]
     assert dog["untuned"] == f"{dogs['attribute_alignment'].mean():.2f}"
-
-
-def test_what_was_lost_and_what_was_gained_of_every_subject() -> None:
-    dog, teapot = stored.lost_and_gained(hand_made()).to_dict("records")
-    assert (dog["method"], dog["subject"]) == ("textual_inversion", "held-out-0-dog")
-    assert (dog["gained"], teapot["gained"]) == (pytest.approx(0.4), pytest.approx(0.2))
-    card = pd.read_csv(data_folder() / "embedded" / "alignment.csv")
-    dogs = card[(card["category"] == "dog") & (card["attribute"] != "sitting")]
-    assert dog["lost"] == pytest.approx(dogs["attribute_alignment"].mean() - 0.2)
-    assert teapot["fidelity_change"] == pytest.approx(-0.1)
-    assert (teapot["open_gates"], teapot["rho"]) == (0.25, 0.8)  # of the runs with SuDe alone
-    assert dog["freed"] == pytest.approx(0.09)
-
-
-def test_a_subject_that_is_not_finished_has_not_gained_anything_yet() -> None:
-    table = hand_made()
-    half = table[(table["variant"] == "plain") | table["subject"].str.endswith("dog")]
-    assert stored.lost_and_gained(half)["subject"].tolist() == ["held-out-0-dog"]
 
 
 def test_it_writes_the_tables_and_the_picture(

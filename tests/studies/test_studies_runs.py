@@ -14,14 +14,14 @@ from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.evaluate import stored
-from sude_lab.evaluate.stored import KEYS, at_equal_fidelity
+from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.io.opening import open_backbone
 from sude_lab.methods import configure
 from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.tuning import tune
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import load_oracle
-from sude_lab.world.subjects import measure, strip_name, subject
+from sude_lab.world.subjects import KEYS, measure, strip_name, subject
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_grid_gives_the_rows_and_pictures_of_tuning_and_measuring(
         for column in ("prompt", "attribute", "image"):
             assert rows[column].tolist() == other[column].tolist()
         asked = other["attribute"] != ""  # of its own attribute `evaluate` does not ask
-        for name in stored.MEASURES:
+        for name in MEASURES:
             values = rows.loc[asked.to_numpy(), name].tolist()
             assert values == pytest.approx(other.loc[asked, name].tolist(), abs=2e-5)
         name = strip_name(*rows.iloc[0][KEYS].tolist())
@@ -105,7 +105,7 @@ def test_rules_are_compared_on_the_models_of_a_grid_and_go_on(
     weights = table.groupby("variant")["weight_sude"].first()
     assert weights["plain"] == weights["guidance 1"] == 0 and weights["sude-tuned 1"] == 1
     assert table[table["rule"] == "guidance"]["rho"].notna().all()
-    equal = at_equal_fidelity(table)
+    equal = compare_guidance.at_equal_fidelity(table)
     assert list(equal["rule"]) == ["guidance", "composition"] and equal["subjects"].eq(1).all()
 
     drawn: list[tuple[Any, ...]] = []
@@ -158,7 +158,7 @@ def test_the_paper_s_command_makes_its_studies_and_writes_the_table(
     table = paper.EXPERIMENTS["fig8"].table()
     experiment = paper.Experiment("Fig. 8", ("prompts", "class_images"), lambda: table)
     monkeypatch.setitem(paper.EXPERIMENTS, "fig8", experiment)
-    monkeypatch.setattr(stored, "RESULTS", tmp_path)
+    monkeypatch.setattr(paper, "RESULTS", tmp_path)
     paper.main(paper.PaperConfig("fig8", workers=3))
     assert made == [runs.RunsConfig(s, workers=3) for s in ("prompts", "class_images")]
     assert (tmp_path / "fig8.md").read_text(encoding="utf-8").startswith("Fig. 8")

@@ -45,13 +45,10 @@ CELLS = (
     "explorers.ThresholdExplorer(model, grid)",
 )
 OTHERS = (
-    "import pandas as pd\nfrom PIL import Image\nfrom sude_lab.view.flipbook import Flipbook\n"
-    "from sude_lab.view.runs import RunExplorer\n"
+    "from PIL import Image\nfrom sude_lab.view.flipbook import Flipbook\n"
     "def pictures(name): return {{'running': [Image.new('RGB', (32, 32), name)] * 2}}",
     "Flipbook({{0: pictures('red'), 1: pictures('blue')}}, name='g')",
-    "runs = pd.DataFrame({{'subject': 'dog', 'factor': [0.0, 1.0, 2.0, 4.0, 8.0]}})\n"
-    "runs = runs.assign(subject_fidelity=0.4, attribute_alignment=[0.1, 0.3, 0.5, 0.7, 0.9])\n"
-    "RunExplorer(runs, lambda run: pictures('red' if run['factor'] else 'blue'))",
+    "Flipbook({{0: pictures('red'), 1: pictures('blue')}}, name='w_s')",
 )
 
 
@@ -263,20 +260,21 @@ def test_the_arrow_keys_move_the_explorer_which_outlives_its_kernel(
         page.close()
 
 
-def test_flipbook_and_runs_outlive_their_kernel(browser: Any, lab: str, tmp_path: Path) -> None:
+def test_flipbooks_outlive_their_kernel(browser: Any, lab: str, tmp_path: Path) -> None:
     address = lab.replace("explorer.ipynb", "others.ipynb")
     page = browser.new_page(viewport={"width": 1024, "height": 1000})
     run_all(page, address, OTHERS)
-    images, buttons = page.locator(IMAGE), page.locator(".jupyter-widgets.widget-button")
+    images, sliders = page.locator(IMAGE), page.get_by_role("slider")
     images.nth(1).wait_for(timeout=1000 * RUN)
-    buttons.last.wait_for()
-    before = images.nth(1).get_attribute("src")
-    buttons.last.click()
+    sliders.nth(1).wait_for()
+    before = [image.get_attribute("src") for image in images.all()]
+    sliders.nth(1).press("ArrowRight")
     page.wait_for_function(
         "([where, old]) => document.querySelectorAll(where)[1].src !== old",
-        arg=[IMAGE, before],
+        arg=[IMAGE, before[1]],
         timeout=1000 * MOVE,
     )
-    inside(page, *images.all(), buttons.last, page.locator(".widget-hslider").first)
+    assert images.nth(0).get_attribute("src") == before[0]
+    inside(page, *images.all(), *page.locator(".widget-hslider").all())
     page.screenshot(path=tmp_path / "others.png")
     visit_again(browser, page, address, 1024, tmp_path / "others-again.png")

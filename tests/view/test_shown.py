@@ -2,11 +2,9 @@
 
 import base64
 import re
-from collections.abc import Callable
 from typing import Any
 
 import nbformat
-import pandas as pd
 import pytest
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
@@ -15,7 +13,6 @@ from PIL import Image
 from sude_lab.view import shown
 from sude_lab.view.flipbook import Flipbook
 from sude_lab.view.live import LiveView
-from sude_lab.view.runs import RunExplorer
 from sude_lab.view.shown import WIDGET_VIEW, Shown
 
 BOOK = """
@@ -30,10 +27,8 @@ book
 
 def explorers() -> dict[str, Shown]:
     picture = Image.new("RGB", (16, 16), "olive")
-    run = {"subject": "dog", "factor": 1.0, "subject_fidelity": 0.4, "attribute_alignment": 0.6}
     return {
         "flipbook": Flipbook({1.0: {"running": [picture]}}, name="g", per_cell=1),
-        "runs": RunExplorer(pd.DataFrame([run]), lambda _: {"running": [picture]}),
         "live": LiveView(),
     }
 
@@ -76,7 +71,7 @@ def test_a_static_notebook_stores_one_picture_with_its_alternative_text(
     assert output["metadata"]["image/jpeg"]["alt"] == "g = 0\ng = 1"
 
 
-@pytest.mark.parametrize("name", ["flipbook", "runs", "live"])
+@pytest.mark.parametrize("name", ["flipbook", "live"])
 def test_every_one_is_a_picture_with_words(name: str) -> None:
     explorer = explorers()[name]
     with pytest.raises(NotImplementedError):  # no notebook listens: the bundle is asked for
@@ -94,9 +89,8 @@ def test_words_are_escaped_for_the_page(monkeypatch: pytest.MonkeyPatch) -> None
     assert "<script>" not in page and "&quot;&gt;&lt;script&gt;" in page
 
 
-@pytest.mark.parametrize("make", [lambda: explorers()["flipbook"], lambda: explorers()["runs"]])
-def test_controls_say_their_value_and_break_on_a_narrow_page(make: Callable[[], Any]) -> None:
-    widget = make().widget()
+def test_controls_say_their_value_and_break_on_a_narrow_page() -> None:
+    widget = explorers()["flipbook"].widget()
     for control in [widget, *widget.children]:
         for leaf in getattr(control, "children", [control]):
             words = getattr(leaf, "description", "") or getattr(leaf, "value", "")
