@@ -181,8 +181,6 @@ class Sweep:
     """Folder of the runs, which several sweeps may share; none: OUT/runs."""
     dry_run: bool = False
     """Write nothing; say how many runs, pictures, hours and gigabytes are left."""
-    measure: bool = False
-    """With --dry-run: tune a few steps of each kind of run whose times are unknown."""
     status: bool = False
     """Say how far the sweep in OUT is, while it runs or not; needs no grid."""
     workers: int = 1
@@ -361,7 +359,7 @@ def _sweep(args: Sweep) -> int:
         raise UserError("Name a grid file, for example data/grids/smoke.yaml.")
     if args.dry_run:
         plan = make_plan(read_grid(args.grid), args.out, args.runs)
-        print(describe(plan, measure=args.measure))
+        print(describe(plan))
         return 0
     shared = ("grid", "out", "runs", "workers", "cluster", "checkpoint_every")
     failed = sweep(**{name: getattr(args, name) for name in shared})

@@ -4,8 +4,7 @@
     features = dino.images(pictures)  # (N, D), of unit length
 
 Weights are safetensors at a fixed revision. Where a model's main branch has none, the revision is
-the hub's own conversion of it (its bot's pull request). Features of pictures are kept in the cache,
-addressed by the encoder and by the picture's pixels: no picture is encoded twice.
+the hub's own conversion of it (its bot's pull request).
 """
 
 from __future__ import annotations
@@ -24,15 +23,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sude_lab.errors import UserError
-from sude_lab.io.files import atomic_write
 from sude_lab.io.opening import check_harmless, pick_device, quiet
-from sude_lab.runs.class_images import cache_folder
 
 Triple = tuple[float, float, float]
-CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
-CLIP_DEVIATION: Triple = (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
-IMAGENET_DEVIATION: Triple = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -54,11 +47,7 @@ class Preprocessing:
         if self.stretch:
             image = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
         else:
-            short = min(image.size)
-            sides = [
-                self.resize if x == short else int(self.resize * x / short) for x in image.size
-            ]
-            width, height = sides
+            width, height = (int(self.resize * x / min(image.size)) for x in image.size)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
             left, top = (width - self.side) // 2, (height - self.side) // 2
             image = image.crop((left, top, left + self.side, top + self.side))
@@ -83,10 +72,11 @@ class Pinned:
     """Tokens of a text that are read; 0: the encoder reads no texts."""
 
 
-_CLIP = Preprocessing(224, 224, CLIP_MEAN, CLIP_DEVIATION)
-_BLIP = Preprocessing(384, 384, CLIP_MEAN, CLIP_DEVIATION, stretch=True)
+_OF_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_CLIP = Preprocessing(224, 224, *_OF_CLIP)
+_BLIP = Preprocessing(384, 384, *_OF_CLIP, stretch=True)
 # DINO's own evaluation; the hub's processor for it would squeeze every picture into the square.
-_DINO = Preprocessing(224, 256, IMAGENET_MEAN, IMAGENET_DEVIATION)
+_DINO = Preprocessing(224, 256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 ENCODERS: dict[str, Pinned] = {
     "clip": Pinned(
@@ -142,25 +132,15 @@ class Encoder:
     def images(
         self, images: Sequence[Image.Image], *, batch_size: int = 32, progress: bool = False
     ) -> Tensor:
-        """Return the features of pictures, (N, D), each of length 1; known ones from the cache.
-
-        Raises:
-            UserError: the cache folder cannot be written.
-        """
-        paths = [self._cached(image) for image in images]
-        missing = {path: k for k, path in enumerate(paths) if _read_vector(path) is None}
-        order = list(missing.items())
-        starts = range(0, len(order), batch_size)
+        """Return the features of pictures, (N, D), each of length 1."""
+        parts = []
+        starts = range(0, len(images), batch_size)
         for start in tqdm(starts, desc="encoding", unit="batch", disable=not progress):
-            batch = order[start : start + batch_size]
-            pixels = torch.stack([self.preprocessing(images[k]) for _, k in batch])
+            batch = images[start : start + batch_size]
+            pixels = torch.stack([self.preprocessing(image) for image in batch])
             with self._autocast():
-                features = _image_features(self.model, pixels.to(self.device))
-            for (path, _), vector in zip(batch, _unit(features).numpy(), strict=True):
-                with atomic_write(path) as file:
-                    np.save(file, vector)
-        vectors = [_read_vector(path) for path in paths]
-        return torch.from_numpy(np.stack([v for v in vectors if v is not None]))
+                parts.append(_unit(_image_features(self.model, pixels.to(self.device))))
+        return torch.cat(parts)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
@@ -190,23 +170,9 @@ class Encoder:
         exact = self.dtype == torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=not exact)
 
-    def _cached(self, image: Image.Image) -> Path:
-        image = image.convert("RGB")
-        name = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32]
-        about = f"{self.identity} {self.dtype} {self.preprocessing}"
-        folder = hashlib.sha256(about.encode()).hexdigest()[:16]
-        return cache_folder() / "features" / folder / f"{name}.npy"
-
 
 def _unit(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=-1).cpu()
-
-
-def _read_vector(path: Path) -> np.ndarray | None:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # not there, or damaged: it is computed
-        return None
 
 
 def _image_features(model: Any, pixels: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple, Protocol
 import pandas as pd
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
@@ -70,8 +69,6 @@ PAPERS = ("CLIP-I", "CLIP-T", "DINO-I", "BLIP-T")
 
 BATCH = 8
 """Pictures that are drawn at once."""
-TOGETHER = "drawn together"
-"""What a picture's file calls the batch that it was drawn in: first number and size."""
 _SUDE = (*fields_of("sude"), *fields_of("prior"), "prior_bank")
 _SUBJECT = ("category", "token", "initializer")
 _NOT_SETTINGS = (*fields_of("place"), *_SUBJECT, *_SUDE, "method", "seed", "dtype")
@@ -499,12 +496,10 @@ def _pictures(
                         batch_size=BATCH,
                         **job.sampling,
                     )
-                together = PngInfo()
-                together.add_text(TOGETHER, f"{first.number} {len(batch)}")
                 for place, picture in zip(batch, drawn, strict=True):
-                    if images.get(place.path) is None:
+                    if images[place.path] is None:
                         with atomic_write(place.path) as file:
-                            picture.save(file, pnginfo=together)
+                            picture.save(file)
                         images[place.path] = picture
                     bar.update()
         del backbone, base
@@ -516,38 +511,15 @@ def _pictures(
 def _batches(
     places: Iterable[_Place], images: Mapping[Path, Image.Image | None]
 ) -> Iterator[list[_Place]]:
-    """Yield what is drawn together: places of one prompt and seed whose numbers follow each other.
+    """Yield what is drawn together: at most `BATCH` places of one prompt and seed, not all there.
 
-    The last bits of a picture depend on those that are drawn with it. So what a stopped command
-    left out is drawn with those that were drawn with it, as their files say; the rest in batches of
-    at most `BATCH`.
+    The last bits of a picture depend on those that are drawn with it: what a stopped command left
+    out is drawn with the same ones again.
     """
-    for _, group in groupby(places, lambda place: place[:2]):
-        of_prompt = list(group)
-        lost = [place for place in of_prompt if images[place.path] is None]
-        there = [place.path for place in of_prompt if images[place.path] is not None]
-        for first, count in sorted(set(map(_drawn_with, there))) if lost else ():
-            numbers = range(first, first + count)
-            if any(place.number in numbers for place in lost):
-                one = lost[0]
-                folder = one.path.parent
-                yield [one._replace(number=k, path=folder / f"{k:03d}.png") for k in numbers]
-                lost = [place for place in lost if place.number not in numbers]
-        batch: list[_Place] = []
-        for place in lost:
-            if batch and (len(batch) == BATCH or place.number != batch[-1].number + 1):
-                yield batch
-                batch = []
-            batch.append(place)
-        if batch:
+    for _, group in groupby(places, lambda place: (*place[:2], place.number // BATCH)):
+        batch = list(group)
+        if any(images[place.path] is None for place in batch):
             yield batch
-
-
-def _drawn_with(path: Path) -> tuple[int, int]:
-    """Return the first number and the size of the batch that a picture's file was drawn in."""
-    with Image.open(path) as image:
-        first, _, count = str(image.info.get(TOGETHER, "")).partition(" ")
-    return (int(first), int(count)) if first.isdecimal() and count.isdecimal() else (0, 0)
 
 
 def _mention_unknown_words(backbone: Backbone, job: _Job) -> None:

@@ -61,10 +61,9 @@ class _Checked:
                 raise UserError(f"{f.name} cannot be {value!r}: it takes a text.")
             if least is None or value is None:
                 continue
-            for number in value.values() if isinstance(value, dict) else [value]:
-                if type(number) not in (int, float) or not least <= number <= 2**32:
-                    text = f"{f.name} cannot be {number!r}"
-                    raise UserError(f"{text}: it takes a number, at least {least}.")
+            if not least <= value <= 2**32:
+                text = f"{f.name} cannot be {value!r}"
+                raise UserError(f"{text}: it takes a number, at least {least}.")
 
 
 @dataclass
@@ -93,27 +92,6 @@ class Asked(_Checked):
 
 
 @dataclass
-class Costs(_Checked):
-    """What a run takes: a number, or one for each method; None where nobody knows."""
-
-    seconds_per_step: Any = _entry(least=0)
-    seconds_per_picture: Any = _entry(least=0)
-    """To draw and to judge it."""
-    megabytes_per_run: Any = _entry(least=0)
-    """Without its pictures."""
-    megabytes_per_picture: Any = _entry(least=0)
-
-
-@dataclass
-class Assumed(Costs):
-    """Times and sizes for the dry run, for runs that nobody has measured."""
-
-    sude_factor: float = _entry(1.5, least=0)
-    price_per_gpu_hour: float = _entry(0.0, least=0)
-    source: str = ""
-
-
-@dataclass
 class GridFile(Uses):
     """All keys of a grid file."""
 
@@ -130,7 +108,6 @@ class GridFile(Uses):
     evaluate: Asked = field(default_factory=Asked)
     num_gpus: float | None = _entry(least=0)
     """What a run takes of a cluster's GPUs; None: one where this machine has a card."""
-    assume: Assumed = field(default_factory=Assumed)
 
 
 @dataclass

@@ -68,6 +68,8 @@ from sude_lab.tuning import Step
 from sude_lab.world.judging import drawn_judge
 
 PLAN, RESULTS, TIMING, STATE = "plan.json", "results.parquet", "timing.json", ".sweep"
+COSTS = ("seconds_per_step", "seconds_per_picture", "megabytes_per_run", "megabytes_per_picture")
+"""What timing.json says of a run, beside its kind and its seconds."""
 _FULL = "No space is left on the disk: free some, and give the command again."
 
 # --- one run -------------------------------------------------------------------------------------
@@ -150,14 +152,14 @@ def _tune_and_judge(
     now = time.perf_counter()
     steps = len(stamps) - 2  # without the first one, which opens what is slow
     a_step = (stamps[-1] - stamps[1]) / steps if steps > 0 else None
-    about = {
-        "kind": kind_of(config),
-        "seconds_per_step": a_step or timing(folder).get("seconds_per_step"),  # of another sweep
-        "seconds_per_picture": (now - tuned) / job.pictures,
-        "megabytes_per_run": megabytes(p for p in folder.rglob("*") if p.suffix != ".png"),
-        "megabytes_per_picture": megabytes(folder.rglob("seed-*/*.png")) / job.pictures,
-        "seconds": now - stamps[0],
-    }
+    costs = (
+        a_step or timing(folder).get("seconds_per_step"),  # of another sweep
+        (now - tuned) / job.pictures,
+        _megabytes(p for p in folder.rglob("*") if p.suffix != ".png"),
+        _megabytes(folder.rglob("seed-*/*.png")) / job.pictures,
+    )
+    about = {"kind": kind_of(config), **dict(zip(COSTS, costs, strict=True))}
+    about["seconds"] = now - stamps[0]
     _write_json(folder / TIMING, about)
     means = Run.open(folder).metrics()[["open_gates", "rho"]].mean()
     scores = evaluation.scores.assign(**means).reindex(columns=_SCORES.names)
@@ -205,7 +207,7 @@ def timing(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def megabytes(files: Iterable[Path]) -> float:
+def _megabytes(files: Iterable[Path]) -> float:
     """Return the size of files, in units of 1e6 bytes."""
     return sum(p.stat().st_size for p in files if p.is_file()) / 1e6
 

@@ -165,11 +165,6 @@ class ThresholdExplorer(Shown):
         plots.picture_table(self._left, self._cells(0, 0, 0, 0.0), per_cell=1)
         self._strip = self._left.get_images()[0]
         self._title = self.figure.text(0.02, 0.91, "", fontsize=10)
-        for artist in (self._strip, self._title):
-            artist.set_animated(True)
-        # Axes, labels and curves cost most of the time and stay as they are while t and w_s move.
-        places = itertools.product(range(shape[0]), range(shape[2]))
-        self._backgrounds = {(n, k): self._background(n, k) for n, k in places}
         widest = grid.times[int(self.rho[0, :, 0].argmin())]  # where there is most to see
         rows = {
             "t": ("t", grid.times, widest),
@@ -196,12 +191,11 @@ class ThresholdExplorer(Shown):
         reading = self.read(t, category, seed, weight_sude)
         n, m, k = self._index(t, category, seed)
         self._strip.set_data(plots.tile(self._cells(n, m, k, weight_sude), per_cell=1)[0])
-        self._now.set_xdata([t, t])
         self._title.set_text(str(reading).replace("   w_s", "\nw_s"))
-        self.canvas.restore_region(self._backgrounds[n, k])
-        self._left.draw_artist(self._strip)
-        self._right.draw_artist(self._now)
-        self.figure.draw_artist(self._title)
+        self._right.clear()
+        loss, threshold = (x[n, :, k].numpy() for x in (self.loss, self.threshold))
+        plots.gate_over_time(self._right, self.grid.times, loss, threshold, now=t)
+        self.canvas.draw()
         return reading
 
     def picture(self) -> bytes:
@@ -232,16 +226,6 @@ class ThresholdExplorer(Shown):
                 f"The grid holds no t = {t}, {category!r}, noise {seed}: choose t among "
                 f"{grid.times}, the category among {grid.categories}, the noise among {grid.seeds}."
             ) from error
-
-    def _background(self, n: int, k: int) -> Any:
-        """Draw all that does not move with t and w_s, and return its pixels."""
-        self._right.clear()
-        loss, threshold = (x[n, :, k].numpy() for x in (self.loss, self.threshold))
-        plots.gate_over_time(self._right, self.grid.times, loss, threshold, now=self.grid.times[0])
-        self._now = self._right.get_lines()[-1]
-        self._now.set_animated(True)
-        self.canvas.draw()
-        return self.canvas.copy_from_bbox(self.figure.bbox)
 
     def _cells(self, n: int, m: int, k: int, weight_sude: float) -> Any:
         """Return the row of pictures of one position."""

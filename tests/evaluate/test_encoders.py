@@ -20,7 +20,6 @@ from tiny_encoders import SIDE, build_encoder
 from torch import Tensor
 
 from sude_lab.errors import UserError
-from sude_lab.evaluate import encoders as rooms
 from sude_lab.evaluate.encoders import ENCODERS, Encoder, Preprocessing, open_encoder
 
 TEXTS = ["photo of a running dog", "photo of a dog", "a burning candle on the beach at night"]
@@ -189,8 +188,6 @@ def test_batches_repetitions_and_order_do_not_matter(folders: dict[str, Path]) -
     texts = encoder.texts([TEXTS[1], TEXTS[0], TEXTS[1]])
     torch.testing.assert_close(texts, encoder.texts(TEXTS, batch_size=1)[[1, 0, 1]])
     again = open_encoder("clip", folders["clip"], device="cpu")
-    for path in rooms.cache_folder().rglob("*.npy"):
-        path.unlink()
     order = [2, 0, 0, 3, 1]
     seen = again.images([PICTURES[k] for k in order], batch_size=2)
     torch.testing.assert_close(seen, whole[order], atol=1e-6, rtol=1e-5)
@@ -205,53 +202,13 @@ def test_bfloat16_gives_nearly_the_same_and_is_kept_apart(folders: dict[str, Pat
         assert rough.images(PICTURES).dtype == torch.float32
 
 
-# --- the cache -----------------------------------------------------------------------------------
-
-
-def files() -> list[Path]:
-    return sorted(rooms.cache_folder().rglob("*.npy"))
-
-
-def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object) -> None:
-        raise AssertionError("computed again")
-
-    monkeypatch.setattr(rooms, "_image_features", fail)
-
-
-def test_no_picture_is_encoded_twice(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoder = open_encoder("dino", folders["dino"], device="cpu")
-    first = encoder.images(PICTURES)
-    assert len(files()) == len(PICTURES)
-    forbid(monkeypatch)
-    PICTURES[1].save(tmp_path / "another-file.png")  # the same pixels
-    again = open_encoder("dino", folders["dino"], device="cpu")
-    seen = again.images([Image.open(tmp_path / "another-file.png"), PICTURES[0]])
-    assert torch.equal(seen, first[[1, 0]])
-    with pytest.raises(AssertionError, match="computed again"):
-        again.images([picture(64, 64, seed=9)])
-
-
-def test_the_cache_knows_encoders_and_shapes_apart(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_encoders_and_shapes_are_told_apart(folders: dict[str, Path], tmp_path: Path) -> None:
     other = build_encoder("dino", tmp_path / "dino", seed=1)  # of the same name
     a, b = (open_encoder("dino", f, device="cpu") for f in (folders["dino"], other))
     assert a.identity != b.identity
     assert not torch.allclose(a.images(PICTURES), b.images(PICTURES))
     turned = Image.frombytes("RGB", (50, 90), PICTURES[1].tobytes())  # the same bytes, 90 x 50
     assert not torch.allclose(a.images([turned]), a.images([PICTURES[1]]))
-
-
-def test_a_damaged_file_of_the_cache_is_made_anew(folders: dict[str, Path]) -> None:
-    encoder = open_encoder("dino", folders["dino"], device="cpu")
-    first = encoder.images(PICTURES)
-    for damage in (b"\x93NUMPY broken", b""):
-        files()[0].write_bytes(damage)
-        torch.testing.assert_close(encoder.images(PICTURES), first, atol=1e-6, rtol=1e-5)
-        assert np.load(files()[0]).shape == (32,)
 
 
 # --- refusals ------------------------------------------------------------------------------------

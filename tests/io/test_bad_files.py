@@ -145,10 +145,9 @@ GRID: dict[str, Any] = {
     "pictures": 2,
     "evaluate": {"num_seeds": 1, "guidance_scale": 2.0, "metrics": ["oracle"]},
     "num_gpus": 0,
-    "assume": {"seconds_per_step": 1.0},
 }
 PLACES = [(k,) for k in GRID] + [
-    (k, inner) for k in ("settings", "evaluate", "assume") for inner in GRID[k]
+    (k, inner) for k in ("settings", "evaluate") for inner in GRID[k]
 ] + [
     ("settings", name) for name in sorted(TuningConfig.__dataclass_fields__)
 ]  # fmt: skip

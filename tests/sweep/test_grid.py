@@ -13,7 +13,6 @@ import yaml
 
 from sude_lab.errors import UserError
 from sude_lab.sweep import grid
-from sude_lab.sweep import plan as forecast
 from sude_lab.sweep.grid import Plan, make_plan, read_grid
 from sude_lab.sweep.plan import describe
 from sude_lab.world import drawing as world
@@ -226,55 +225,33 @@ def test_files_that_are_no_grids(tmp_path: Path) -> None:
 
 # --- forecasts -----------------------------------------------------------------------------------
 
-ASSUMED = {
-    "seconds_per_step": {"dreambooth": 0.5, "textual_inversion": 0.25},
-    "sude_factor": 2.0,
-    "seconds_per_picture": 3.0,
-    "megabytes_per_run": 100,
-    "megabytes_per_picture": 0.5,
-}
 
-
-def test_a_forecast_adds_up(planned: Planned) -> None:
-    keys = {"w_s": [0, 1], "settings": {"max_train_steps": 1000}, "seeds": [0, 1], "pictures": 5}
-    plan = planned(**keys, assume=ASSUMED | {"price_per_gpu_hour": 2}, num_gpus=0.5)
-    told = describe(plan)
-    # 2 plain runs of 1000 steps of 0.5 s, 2 of 1 s; 4 runs of 4 prompts x 5 pictures of 3 s.
-    hours = (2 * 1000 * 0.5 + 2 * 1000 * 1.0 + 4 * 20 * 3.0) / 3600
-    assert "4 runs, 0 of them finished. To do: 4 runs, 80 pictures." in told
-    assert (
-        f"About {hours:,.1f} hours one after another, {(4 * 100 + 80 * 0.5) / 1000:.2f} GB" in told
+def test_a_forecast_adds_up_what_finished_runs_took(planned: Planned) -> None:
+    plan = planned(w_s=[0, 1], settings={"max_train_steps": 1000}, seeds=[0, 1], pictures=5)
+    assert "Unknown are 4 of the runs" in describe(plan) and not plan.out.exists()
+    plain, sude = plan.jobs[:2]
+    for k, (job, seconds) in enumerate(((plain, 0.5), (sude, 1.0), (sude, 2.0), (sude, 9.0))):
+        took = {"seconds_per_step": seconds, "seconds_per_picture": 3.0}
+        took |= {"megabytes_per_run": 100, "megabytes_per_picture": 0.5}
+        write_timing(plan.runs / f"run-{k}", {"kind": grid.kind_of(job.config), **took})
+    write_timing(
+        plan.runs / "damaged", {"kind": grid.kind_of(sude.config), "seconds_per_step": "a"}
     )
-    assert f"{hours / 2:,.0f} GPU hours" in told and f"At 2 a GPU hour: {hours:,.0f}." in told
-    assert told.count("assumed") == 2 and not plan.out.exists()
-
-
-def test_class_images_are_counted_once_for_a_category_and_seed(planned: Planned) -> None:
-    prior = {"prior_loss_weight": 1.0, "num_class_images": 30}
-    told = describe(planned(w_s=[1, 2], seeds=[0, 1], settings=prior, assume=ASSUMED, num_gpus=0))
-    assert "+ 60 of classes" in told
-
-
-def test_what_finished_runs_took_counts_more_than_what_is_assumed(planned: Planned) -> None:
-    plan = planned(w_s=[0, 1], assume=ASSUMED, settings={"max_train_steps": 100}, num_gpus=0)
-    plain, sude = plan.jobs
-    for k, seconds in enumerate((1.0, 2.0, 9.0)):
-        folder = plan.runs / f"run-{k}"
-        folder.mkdir(parents=True)
-        took = {"seconds_per_step": seconds, "seconds_per_picture": 1.0}
-        took |= {"megabytes_per_run": 10.0, "megabytes_per_picture": 1.0}
-        about = {"kind": forecast.kind_of(sude.config), **took}
-        (folder / "timing.json").write_text(json.dumps(about), encoding="utf-8")
-    rows = [line for line in describe(plan).splitlines() if line.startswith("| embedded")]
-    assert "assumed" in rows[0] and "3 runs" in rows[1] and " 2.00 " in rows[1]
+    text = describe(plan)
+    # 2 plain runs of 1000 steps of 0.5 s, 2 of 2 s; 4 runs of 4 prompts x 5 pictures of 3 s.
+    hours = (2 * 1000 * 0.5 + 2 * 1000 * 2.0 + 4 * 20 * 3.0) / 3600
+    assert "4 runs, 0 of them finished. To do: 4 runs, 80 pictures." in text
+    size = (4 * 100 + 80 * 0.5) / 1000
+    assert f"About {hours:,.1f} hours one after another, {size:.2f} GB" in text
+    assert "| 1 runs " in text and "| 3 runs " in text and "Unknown" not in text
     plain.scores(plan.runs).parent.mkdir(parents=True)
     plain.scores(plan.runs).touch()
-    assert "2 runs, 1 of them finished. To do: 1 runs, 16 pictures." in describe(plan)
+    assert "4 runs, 1 of them finished. To do: 3 runs, 60 pictures." in describe(plan)
 
 
-def test_a_hub_id_is_not_fetched_for_a_forecast(planned: Planned) -> None:
-    told = describe(planned(backbone="nobody/nothing", prompts=["plain"]), measure=True)
-    assert "The times of 1 of the runs are unknown" in told
+def write_timing(folder: Path, about: dict[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    (folder / "timing.json").write_text(json.dumps(about), encoding="utf-8")
 
 
 # --- the grids of this repository ----------------------------------------------------------------
