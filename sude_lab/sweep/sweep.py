@@ -15,11 +15,8 @@ from the runs' own scores: no fault can leave a run in it twice or not at all.
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import errno
 import gc
-import html
 import itertools
 import json
 import logging
@@ -29,10 +26,10 @@ import shutil
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,7 +44,7 @@ from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError, check_whole, one_line
 from sude_lab.evaluate.encoders import Encoder
-from sude_lab.evaluate.evaluate import FOLDER, PICTURES, evaluate
+from sude_lab.evaluate.evaluate import FOLDER, evaluate
 from sude_lab.io.files import (
     PARTIAL,
     DiskFullError,
@@ -509,8 +506,15 @@ def _status(runs: Path, key: str, rows: str) -> tuple[Status, str]:
     return ("failed", failure) if failure else ("waiting", "")
 
 
-def summary(states: Sequence[State]) -> str:
-    """Return the counts, and the time left: what finished runs took, by how many run at once."""
+def status(out: Path | str) -> str:
+    """Return what the terminal shows of a sweep: the counts, who is running, what failed and why.
+
+    The time left is what finished runs took in the mean, by how many run at once.
+
+    Raises:
+        UserError: there is no sweep in the folder.
+    """
+    states = survey(out)
     number = Counter(state.status for state in states)
     text = ", ".join(f"{number[status]} {status}" for status in get_args(Status))
     seconds = (timing(x.folder).get("seconds", 0) for x in states if x.status == "finished")
@@ -518,70 +522,5 @@ def summary(states: Sequence[State]) -> str:
     if took and number["running"]:
         left = (number["waiting"] / number["running"] + 0.5) * sum(took) / len(took)
         text += f"; about {left / 60:,.0f} minutes left"
-    return f"{len(states)} runs: {text}."
-
-
-def status(out: Path | str) -> str:
-    """Return what the terminal shows of a sweep: the counts, who is running, what failed and why.
-
-    Raises:
-        UserError: there is no sweep in the folder.
-    """
-    states = survey(out)
     lines = [f"{s.status}: {s.name} ({s.reason})" for s in states if s.reason]
-    return "\n".join([summary(states), *lines])
-
-
-def watch(out: Path | str, *, every: float = 5.0) -> Any:
-    """Return a live page of a sweep for a notebook: counts, time left, a run's pictures by a click.
-
-    Renewed `every` seconds while runs are left. Without ipywidgets it is the text of `status`.
-
-    Raises:
-        UserError: there is no sweep in the folder.
-    """
-    try:
-        import ipywidgets as widgets
-    except ImportError:
-        return status(out)
-
-    counts, about = widgets.HTML(), widgets.HTML()
-    runs = widgets.Select(rows=16, layout={"width": "48%"})
-    marks = {"finished": "✓", "running": "▶", "failed": "✗", "waiting": "·"}
-
-    def show(*_: Any) -> None:
-        about.value = "".join(_page(s) for s in survey(out) if s.folder.name == runs.value)
-
-    def renew() -> bool:
-        states, chosen = survey(out), runs.value
-        counts.value = f"<b>{html.escape(summary(states))}</b>"
-        options = [(f"{marks[s.status]} {s.name}", s.folder.name) for s in states]
-        if options != list(runs.options):
-            runs.options = options
-            runs.value = chosen or options[0][1]
-        show()
-        return any(s.status in ("running", "waiting") for s in states)
-
-    async def keep_renewing() -> None:
-        while renew():
-            await asyncio.sleep(every)
-
-    runs.observe(show, names="value")
-    renew()
-    page = widgets.VBox([counts, widgets.HBox([runs, about])])
-    with suppress(RuntimeError):  # no notebook: the page as it is now
-        page.renewing = asyncio.get_running_loop().create_task(keep_renewing())
-    return page
-
-
-def _page(state: State, most: int = 8) -> str:
-    """Return a run as HTML: what it is, and its first pictures of up to `most` prompts."""
-    parts = [f"<p>{html.escape(state.name)}: {state.status}. {html.escape(state.reason)}</p>"]
-    for folder in sorted(state.folder.glob(f"{FOLDER}/{PICTURES}/*"))[:most]:
-        words = folder.name.rsplit("-", 1)[0].replace("-", " ")
-        pictures = sorted(folder.glob("seed-*/*.png"))[:4]
-        source = "data:image/png;base64,"
-        coded = [source + base64.b64encode(p.read_bytes()).decode() for p in pictures]
-        images = "".join(f'<img src="{x}" height="96">' for x in coded)
-        parts.append(f"<div>{html.escape(words)}</div><div>{images}</div>")
-    return "".join(parts)
+    return "\n".join([f"{len(states)} runs: {text}.", *lines])

@@ -32,7 +32,6 @@ from sude_lab.io.identity import backbone_identity, is_known
 from sude_lab.io.opening import hub_id, open_backbone
 from sude_lab.io.weights import load_weights, save_weights
 from sude_lab.runs.folder import Run, run_tuning
-from sude_lab.sweep import sweep
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
@@ -519,15 +518,6 @@ def test_the_report_of_the_demo_escapes_every_text(finished: Run) -> None:
     run: Any = SimpleNamespace(config=config, metrics=lambda: steps, environment={})
     page = demo.report(who, pd.DataFrame(rows), grids, {EVIL: run, "sude": run}, 0)
     harmless(page, 8)
-
-
-def test_the_page_of_a_sweep_escapes_every_text(tmp_path: Path) -> None:
-    folder = tmp_path / "run" / "evaluation" / "pictures" / f"{EVIL.replace('/', '')}-0" / "seed-0"
-    folder.mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(folder / "000.png")
-    state = sweep.State(EVIL, tmp_path / "run", "failed", EVIL)
-    shown = harmless(sweep._page(state), 2)
-    assert ("img", frozenset({"src", "height"})) in shown.tags
 
 
 def test_the_card_of_a_run_quotes_what_it_says(finished: Run, tiny: Backbone) -> None:

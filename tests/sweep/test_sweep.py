@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import shutil
@@ -32,7 +31,7 @@ from sude_lab.io.files import PARTIAL, lock_holder, locked
 from sude_lab.runs.folder import CHECKPOINT, ENVIRONMENT, Run
 from sude_lab.sweep import sweep as room
 from sude_lab.sweep.grid import make_plan, read_grid
-from sude_lab.sweep.sweep import RESULTS, survey, sweep, watch
+from sude_lab.sweep.sweep import RESULTS, status, survey, sweep
 from sude_lab.world import subjects as study
 from sude_lab.world.oracle import judge, load_oracle
 
@@ -467,43 +466,25 @@ def test_a_killed_ray_worker_is_started_again(unbroken: Swept, tmp_path: Path) -
         ray.shutdown()
 
 
-# --- the page, and the command -------------------------------------------------------------------
+# --- the command ---------------------------------------------------------------------------------
 
 
-def test_the_page_shows_counts_and_a_run_s_pictures(unbroken: Swept, tmp_path: Path) -> None:
+def test_the_status_says_who_is_at_what_and_how_long_it_takes(
+    unbroken: Swept, tmp_path: Path
+) -> None:
     out = Path(shutil.copytree(unbroken(), tmp_path / "out"))
     plan = (out / "plan.json").read_text(encoding="utf-8")
     (out / "plan.json").write_text(
         plan.replace(str(unbroken() / "runs"), str(out / "runs")), encoding="utf-8"
     )
-    page = watch(out)
-    counts, (runs, about) = page.children[0], page.children[1].children
-    assert "2 runs: 2 finished, 0 running, 0 failed, 0 waiting." in counts.value
-    assert len(runs.options) == 2 and about.value.count("<img") == 8
-    before = about.value
-    runs.value = runs.options[1][1]  # a click
-    assert about.value != before and "SuDe" in about.value and "running" in about.value
-
-    async def later() -> str:
-        key = runs.options[0][1]
-        next((out / "runs" / key / "evaluation").glob("rows-*")).unlink()
-        with locked(out / "runs" / room.STATE / f"{key}.lock"):
-            live = watch(out, every=0.01)
-            assert "1 finished, 1 running" in live.children[0].value
-            assert "minutes left" in live.children[0].value
-            assert f"process {os.getpid()}" in live.children[1].children[1].value
-        await asyncio.sleep(0.1)
-        live.renewing.cancel()
-        return live.children[0].value
-
-    assert "1 finished, 0 running, 0 failed, 1 waiting" in asyncio.run(later())
-
-
-def test_without_widgets_the_page_is_a_text(
-    unbroken: Swept, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    assert "2 runs: 2 finished" in watch(unbroken())
+    assert status(out) == "2 runs: 2 finished, 0 running, 0 failed, 0 waiting."
+    rows = next((out / "runs").glob("*/evaluation/rows-*"))
+    rows.unlink()
+    with locked(out / "runs" / room.STATE / f"{rows.parents[1].name}.lock"):
+        counts, line = status(out).splitlines()
+    assert "1 finished, 1 running" in counts and "minutes left" in counts
+    assert line.startswith("running: held-out-0-dog") and f"process {os.getpid()}" in line
+    assert "1 finished, 0 running, 0 failed, 1 waiting" in status(out)
 
 
 def test_a_dry_run_knows_the_times_of_finished_runs_and_writes_nothing(
