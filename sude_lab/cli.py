@@ -425,8 +425,7 @@ def _lab(args: Lab) -> None:
 
 
 def _release(args: Release) -> None:
-    from sude_lab.exercises.lessons import release_lessons
-    from sude_lab.exercises.release import release
+    from sude_lab.exercises.release import release, release_lessons
 
     if args.folder is None and (args.lessons is None or args.course is not None):
         raise UserError("Name the folder for the students' copies, or --lessons FOLDER.")

@@ -59,7 +59,7 @@ class Line:
         return Line(self.name, tuple(subjects), self.strengths, *parts)
 
     def weights(self, fidelity: Fidelity, rows: Rows = EVERYONE) -> np.ndarray:
-        """Return how much each strength counts where the mean fidelity is at least `fidelity`, (K,).
+        """Return each strength's share where the mean fidelity is at least `fidelity`, (K,).
 
         On the front, and between two neighbours of it all values are interpolated linearly: one
         strength for all subjects, as somebody who tunes must choose it. Below the front's first

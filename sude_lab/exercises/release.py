@@ -1,10 +1,8 @@
-"""Students' copies of the exercises, made by nbgrader from the sources in `notebooks/exercises`.
-
-The sources hold solutions and hidden tests; nbgrader (the extra `teach`) takes both out.
-"""
+"""Copies for a class: exercises without solutions, by nbgrader, and lessons without outputs."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -29,17 +27,37 @@ guard(c)
 """
 
 
-def exercise_sources() -> list[Path]:
-    """Return the notebooks with the solutions, in the order of the lessons.
+def notebooks(pattern: str) -> list[Path]:
+    """Return our notebooks by name, in the order of the lessons; exercises with the solutions.
 
     Raises:
         UserError: they are not where they should be.
     """
-    folder = data_folder().parent / "notebooks" / "exercises"
-    notebooks = sorted(folder.glob("ex_*.ipynb"))
-    if not notebooks:
-        raise UserError(f"There are no exercises in {folder}: run from a clone of the repository.")
-    return notebooks
+    folder = data_folder().parent / "notebooks"
+    found = sorted(folder.glob(pattern))
+    if not found:
+        raise UserError(f"There are no {pattern} in {folder}: run from a clone of the repository.")
+    return found
+
+
+def release_lessons(folder: Path) -> list[Path]:
+    """Write the lessons without outputs into `folder`, so that a class predicts before it sees.
+
+    Answers to the predictions stay, folded. Returns the copies.
+
+    Raises:
+        UserError: there are no lessons, or the folder is not empty.
+    """
+    sources = notebooks("[0-9][0-9]_*.ipynb")
+    with atomic_folder(folder) as copies:
+        for source in sources:
+            book = json.loads(source.read_text(encoding="utf-8"))
+            for cell in book["cells"]:
+                if cell["cell_type"] == "code":
+                    cell |= {"outputs": [], "execution_count": None}
+            text = json.dumps(book, indent=1, ensure_ascii=False) + "\n"
+            (copies / source.name).write_text(text, encoding="utf-8")
+    return [folder / source.name for source in sources]
 
 
 def release(folder: Path, course: Path | None = None) -> list[Path]:
@@ -51,7 +69,7 @@ def release(folder: Path, course: Path | None = None) -> list[Path]:
     Raises:
         UserError: nbgrader is not installed, it refuses a source, or a folder is not empty.
     """
-    sources = exercise_sources()
+    sources = notebooks("exercises/ex_*.ipynb")
     if course is not None:
         one, other = folder.resolve(), course.resolve()
         if one == other or one in other.parents or other in one.parents:

@@ -323,25 +323,12 @@ def _choices(kind: Any, content: Any, where: str) -> Iterator[dict[str, Any]]:
 # --- the runs of a grid --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Label:
-    """What the table of results says of a run beside its scores: its first columns."""
-
-    run: str
-    subject: str
-    category: str
-    method: str
-    backbone: str
-    settings: str
-    variant: str
-    tuning_seed: int
-    w_s: float
-    w_s_factor: float  # of the method's own
-    truncate: bool
-    truncate_at: float
-    prior: str
-    weighting: str
-    steps: int
+LABEL: dict[str, type] = dict.fromkeys(
+    ("run", "subject", "category", "method", "backbone", "settings", "variant"), str
+) | {"tuning_seed": int, "w_s": float, "w_s_factor": float, "truncate": bool, "truncate_at": float}
+LABEL |= {"prior": str, "weighting": str, "steps": int}
+"""What the table of results says of a run beside its scores, its first columns; w_s_factor: w_s in
+units of the method's own."""
 
 
 @dataclass(frozen=True)
@@ -351,7 +338,7 @@ class Job:
     key: str
     config: CompleteConfig
     label: dict[str, Any]
-    """The fields of `Label`."""
+    """Its values of `LABEL`."""
     scene: Scene | None
     asked: dict[str, Any]
     """Arguments of `evaluate`."""
@@ -442,7 +429,7 @@ def _of_run(strength: Strength, config: CompleteConfig) -> Strength:
 
 
 def _label(key: str, subject: str, config: CompleteConfig, usual: float) -> dict[str, Any]:
-    shared = {f.name for f in fields(Label)} & {f.name for f in fields(config)}
+    shared = LABEL.keys() & {f.name for f in fields(config)}
     return {name: getattr(config, name) for name in shared} | {
         **{"run": key, "subject": subject, "tuning_seed": config.seed},
         **{"w_s": config.weight_sude, "steps": config.max_train_steps},

@@ -33,7 +33,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -60,7 +60,7 @@ from sude_lab.io.opening import open_backbone, resolve_source
 from sude_lab.io.reading import read_json
 from sude_lab.io.workers import worker_pool
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, run_tuning
-from sude_lab.sweep.grid import Job, Label, Plan, kind_of, make_plan, read_grid
+from sude_lab.sweep.grid import LABEL, Job, Plan, kind_of, make_plan, read_grid
 from sude_lab.tuning import Step
 from sude_lab.world.judging import drawn_judge
 
@@ -412,7 +412,7 @@ def _write_plan(plan: Plan) -> None:
 # --- the table -----------------------------------------------------------------------------------
 
 _TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
-_LABELS = pa.schema([(name, _TYPES[hint]) for name, hint in get_type_hints(Label).items()])
+_LABELS = pa.schema([(name, _TYPES[kind]) for name, kind in LABEL.items()])
 _COLUMNS = (
     "open_gates rho strength number kind prompt caption attribute background seed picture metric "
 )

@@ -45,9 +45,8 @@ def smooth(values: pd.Series, window: int = 25) -> pd.Series:
 
 def open_gates(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) -> Axes:
     """Draw the share of samples whose gate (eq. 9) is open, a line a run."""
-    _over_steps(ax, metrics, "open_gates", window)
-    title = f"Open gates,\nrunning mean of {window} steps"
-    return finish(ax, title, xlabel="step", ylabel="share of open gates", ylim=(-0.02, 1.02))
+    y = {"ylabel": "share of open gates", "ylim": (-0.02, 1.02)}
+    return _over_steps(ax, metrics, "open_gates", "Open gates", window, **y)
 
 
 def loss_against_threshold(ax: Axes, metrics: pd.DataFrame, window: int = 25) -> Axes:
@@ -62,20 +61,19 @@ def loss_against_threshold(ax: Axes, metrics: pd.DataFrame, window: int = 25) ->
 
 def membership(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) -> Axes:
     """Draw rho, how far the subject follows the category's direction; 1 is where eq. 9 stops."""
-    _over_steps(ax, metrics, "rho", window)
+    _over_steps(ax, metrics, "rho", "Category membership", window, ylabel=r"$\rho$")
     ax.axhline(1.0, **_EDGE)
-    title = f"Category membership,\nrunning mean of {window} steps"
-    return finish(ax, title, xlabel="step", ylabel=r"$\rho$")
+    return ax
 
 
 def learning(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) -> Axes:
     """Draw L_sub over the steps, a line a run: single steps faint, their running mean strong."""
+    how: dict[str, Any] = {"legend": 10 * (len(metrics) > 1)}
+    how["ylabel"] = "$L_{sub}$ (eq. 3), per dimension"
     for name, table in metrics.items():
         ax.plot(table["step"], table["loss_subject"], ".", ms=2, alpha=0.3, color=_colour(name))
-        _over_steps(ax, {name: table}, "loss_subject", window)
-    title, legend = f"The subject's loss,\nrunning mean of {window} steps", 10 * (len(metrics) > 1)
-    y = "$L_{sub}$ (eq. 3), per dimension"
-    return finish(ax, title, legend=legend, xlabel="step", ylabel=y)
+        _over_steps(ax, {name: table}, "loss_subject", "The subject's loss", window, **how)
+    return ax
 
 
 def membership_over_time(ax: Axes, samples: pd.DataFrame) -> Axes:
@@ -302,39 +300,6 @@ def samples(
     return finish(ax, title, legend=0, xlabel=xlabel, ylabel="density")
 
 
-def agreement(
-    ax: Axes,
-    exact: Numbers,
-    estimates: Mapping[str, Numbers],
-    *,
-    xlabel: str,
-    ylabel: str,
-    title: str = "",
-) -> Axes:
-    """Draw estimates over the truth; on the thin diagonal they are equal."""
-    exact = np.asarray(exact)
-    for k, (name, values) in enumerate(estimates.items()):
-        look: dict[str, Any] = {"color": _colour_of(k), "marker": "o^sv"[k % 4], "ls": ""}
-        ax.plot(exact, np.asarray(values), **look, ms=3, alpha=0.6, label=name)
-    ax.axline((float(exact.mean()), float(exact.mean())), slope=1, color="black", lw=0.7)
-    return finish(ax, title, legend=9 * (len(estimates) > 1), xlabel=xlabel, ylabel=ylabel)
-
-
-def coverage(ax: Axes, low: np.ndarray, high: np.ndarray, truth: float, title: str = "") -> Axes:
-    """Draw the intervals of repeated studies, one below the other; those off the truth stand out.
-
-    `low`, `high`: (N,). The title counts the intervals that hold the truth.
-    """
-    holds = (low <= truth) & (truth <= high)
-    for k, name in enumerate(("holds the truth", "misses it")):
-        rows = np.flatnonzero(holds == (k == 0))
-        look: dict[str, Any] = {"color": _SAFE[k], "lw": 1.2 + k, "label": name}
-        ax.hlines(rows, low[rows], high[rows], **look)
-    ax.axvline(truth, **_EDGE)
-    ax.set(yticks=[], ylim=(len(low), -1))
-    return finish(ax, f"{title}\n{holds.sum()} of {len(low)} hold the truth", legend=0)
-
-
 def gate_over_time(
     ax: Axes, times: Numbers, loss: Numbers, threshold: Numbers, *, now: float | None = None
 ) -> Axes:
@@ -448,9 +413,12 @@ def words(column: str) -> str:
     return column.replace("_", " ")
 
 
-def _over_steps(ax: Axes, metrics: Mapping[str, pd.DataFrame], column: str, window: int) -> None:
+def _over_steps(
+    ax: Axes, metrics: Mapping[str, pd.DataFrame], column: str, title: str, window: int, **how: Any
+) -> Axes:
     for name, table in metrics.items():
         ax.plot(table["step"], smooth(table[column], window), label=name, color=_colour(name))
+    return finish(ax, f"{title},\nrunning mean of {window} steps", xlabel="step", **how)
 
 
 def finish(

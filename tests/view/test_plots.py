@@ -258,15 +258,6 @@ def test_panels_are_as_wide_as_the_page_and_shown_at_the_size_of_their_letters()
     plt.close("all")
 
 
-def test_coverage_counts_the_intervals_that_hold_the_truth(ax: Axes) -> None:
-    low, high = np.array([0.0, 0.3, 0.1]), np.array([0.2, 0.4, 0.15])
-    plots.coverage(ax, low, high, 0.15, "three studies")
-    assert ax.get_title() == "three studies\n2 of 3 hold the truth"
-    holding, missing = (lines.get_segments() for lines in ax.collections)  # type: ignore[attr-defined]
-    assert [line[:, 0].tolist() for line in holding] == [[0.0, 0.2], [0.1, 0.15]]
-    assert [line.tolist() for line in missing] == [[[0.3, 1.0], [0.4, 1.0]]]
-
-
 def test_a_difference_is_grey_where_pictures_agree_and_says_how_much_else() -> None:
     before, after = (Image.new("RGB", (1, 1), colour) for colour in ((10, 10, 10), (10, 40, 250)))
     assert plots.difference(before, after, 2).getpixel((0, 0)) == (128, 188, 255)
@@ -303,14 +294,6 @@ def test_samples_draws_histograms_under_their_densities(ax: Axes) -> None:
     assert sum(bars.values()) * 0.1 == pytest.approx(1)  # sixty bins of a tenth: a density
     assert bars[0.5] == pytest.approx(7.5) and bars[3.0] == pytest.approx(2.5)
     assert to_hex(ax.patches[0].get_facecolor()) == to_hex(ax.get_lines()[0].get_color())
-
-
-def test_agreement_has_a_diagonal_where_both_are_equal(ax: Axes) -> None:
-    plots.agreement(ax, [1.0, 3.0], {"a": [1.0, 4.0], "b": [0.0, 2.0]}, xlabel="x", ylabel="y")
-    a, b, diagonal = ax.get_lines()
-    assert list(a.get_xdata()) == [1.0, 3.0] and list(b.get_ydata()) == [0.0, 2.0]
-    assert a.get_marker() != b.get_marker() and a.get_linestyle() == "None"
-    assert diagonal.get_slope() == 1 and diagonal.get_xy1() == (2.0, 2.0)
 
 
 def test_gate_over_time_is_shaded_where_the_gate_is_open(ax: Axes) -> None:
