@@ -27,9 +27,14 @@ from sude_lab.methods import configure
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, read_config, run_tuning
 from sude_lab.view import plots
 from sude_lab.world.oracle import load_oracle
-from sude_lab.world.subjects import NO_TRUNCATION, PLAIN, SUDE, Subject, describe, measure, subject
+from sude_lab.world.subjects import Subject, describe, measure, subject
 
-UNTUNED = "untuned model"
+UNTUNED, PLAIN, SUDE, NO_TRUNCATION = "untuned model", "plain", "sude", "sude, no truncation"
+VARIANTS: dict[str, dict[str, Any]] = {
+    PLAIN: {"weight_sude": 0.0},
+    SUDE: {},
+    NO_TRUNCATION: {"truncate": False, "prior": "current"},
+}
 RESULTS, REPORT, STRIP = "results.csv", "report.html", "difference.png"
 SETTINGS = (
     *("method", "train", "weight_sude", "prior", "weighting", "truncate", "max_train_steps"),
@@ -71,16 +76,16 @@ def run_demo(
     base.check_category(category)
     who, picture = subject("demo", seed, category), out / "subject.png"
     shared: dict[str, Any] = {"method": method, "seed": seed, "max_train_steps": max_train_steps}
-    variants = (PLAIN, SUDE, NO_TRUNCATION)[: 3 if truncation else 2]
     configs = {}
-    for v in variants:
-        every = WATCHED_EVERY if v is PLAIN else 1
-        watched: dict[str, Any] = {"monitor_sude": True, "sude_every": every}
-        config = configure(TuningConfig(picture, category, **watched, **shared, **v.settings), base)
-        if v is NO_TRUNCATION and method == "dreambooth":
+    for name, settings in VARIANTS.items():
+        every = WATCHED_EVERY if name == PLAIN else 1
+        settings = settings | shared | {"monitor_sude": True, "sude_every": every}
+        config = configure(TuningConfig(picture, category, **settings), base)
+        if name == NO_TRUNCATION and method == "dreambooth":
             steps = math.ceil(COLLAPSED_AFTER * config.max_train_steps)
             config = replace(config, max_train_steps=steps)
-        configs[v.name] = config
+        if name != NO_TRUNCATION or truncation:
+            configs[name] = config
     folders = {name: out / "runs" / name.replace(", ", "-").replace(" ", "-") for name in configs}
     for name, folder in folders.items():  # before anything there is changed
         if (folder / CONFIG).is_file() and read_config(folder / CONFIG) != configs[name]:

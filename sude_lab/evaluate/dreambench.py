@@ -128,13 +128,6 @@ def load_dreambench(folder: Path | str) -> DreamBench:
     return DreamBench(root, subjects, *prompts)
 
 
-def close_folder(folder: Path, name: str) -> str:
-    """Return the hint "is it dog6?" where a folder in `folder` has nearly that name, else ""."""
-    folders = [p.name for p in folder.iterdir() if p.is_dir()]
-    close = get_close_matches(name, folders, n=1)
-    return f"is it {close[0]}?" if close else ""
-
-
 def pictures_in(folder: Path) -> tuple[Path, ...]:
     """Return the picture files of a folder in the order of their names."""
     shown = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
@@ -142,13 +135,10 @@ def pictures_in(folder: Path) -> tuple[Path, ...]:
 
 
 def _images(dataset: Path, name: str) -> tuple[Path, ...]:
-    folder = dataset / name
-    if not folder.is_dir():
-        hint = close_folder(dataset, name) or "copy it from the data set."
-        raise UserError(f"The folder of the subject {name} is missing in {dataset}: {hint}")
-    if not (folder / ONE_SHOT).is_file():
-        raise UserError(f"{folder} has no {ONE_SHOT}, the picture to tune on: copy it again.")
-    return pictures_in(folder)
+    if not (dataset / name / ONE_SHOT).is_file():
+        missing = f"{dataset / name} has no {ONE_SHOT}, the picture to tune on"
+        raise UserError(f"{missing}: copy it from the data set.")
+    return pictures_in(dataset / name)
 
 
 @cache

@@ -33,7 +33,6 @@ from sude_lab.evaluate import metrics as m
 from sude_lab.evaluate.dreambench import (
     attributes_of,
     backgrounds,
-    close_folder,
     find_dreambench,
     load_dreambench,
     pictures_in,
@@ -398,8 +397,7 @@ def _references(run: Run, folder: Path | None, several: bool) -> list[Image.Imag
     else:
         paths = pictures_in(folder)
         if not paths:
-            hint = close_folder(folder, name) or "put some there."
-            raise UserError(f"{folder} has neither pictures nor a folder {name} of them: {hint}")
+            raise UserError(f"{folder} has neither pictures nor a folder {name}: put some there.")
         if several:
             raise UserError(
                 f"The pictures in {folder} are of one subject, the runs of several: put those of "

@@ -59,19 +59,6 @@ def subject(group: str, number: int, category: str | None = None) -> Subject:
     return Subject(f"{group}-{number}-{category.replace(' ', '-')}", scene, world.draw(scene, 256))
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A named change of the tuning settings."""
-
-    name: str
-    settings: dict[str, Any]
-
-
-PLAIN = Variant("plain", {"weight_sude": 0.0})
-SUDE = Variant("sude", {})
-NO_TRUNCATION = Variant("sude, no truncation", {"truncate": False, "prior": "current"})
-
-
 def measure(
     backbone: Backbone,
     oracle: Oracle,

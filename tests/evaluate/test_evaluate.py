@@ -587,7 +587,7 @@ def test_bad_references_are_told_one_by_one(
         assert expected in str(error.value)
         assert not (pair[0] / "evaluation").exists()
 
-    refused("neither pictures nor a folder dog of them: is it dogs?")
+    refused("neither pictures nor a folder dog: put some there.")
     (folder / "dogs").rename(folder / "dog")
     refused("no pictures in")
     for name in ("a.png", "b.jpg", "c.png"):
