@@ -21,10 +21,9 @@ import yaml
 
 from studies.runs import GRIDS, SWEEPS
 from sude_lab.errors import UserError
-from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.evaluate.stored import RESULTS
 from sude_lab.io.files import atomic_write
-from sude_lab.sweep.sweep import RESULTS as ROWS
+from sude_lab.sweep.bench import subject_rows
 from sude_lab.sweep.sweep import sweep
 
 SUBJECTS = {
@@ -61,20 +60,6 @@ def run(arm: str, on: On, *, workers: int, out: Path = SWEEPS) -> None:
     if failed:
         key, reason = next(iter(failed.items()))
         raise UserError(f"{len(failed)} runs of {arm} failed, {key} because: {reason}")
-
-
-def subject_rows(arm: str, folder: Path) -> pd.DataFrame:
-    """Return a row a (subject, configuration, strength): means of the oracle's measures.
-
-    A prompt's pictures are averaged first, then the prompts: none weighs more for having more.
-    """
-    table = pd.read_parquet(folder / ROWS)
-    table = table[table["metric"].isin(MEASURES)].fillna({"strength": ""})
-    keys = ["subject", "category", "settings", "variant", "w_s", "strength", "steps"]
-    keys += ["rho", "open_gates"]
-    prompts = table.groupby([*keys, "attribute", "metric"], dropna=False)["value"].mean()
-    means = prompts.groupby([*keys, "metric"], dropna=False).mean().unstack("metric").reset_index()
-    return means.assign(arm=arm)
 
 
 @dataclass(frozen=True)

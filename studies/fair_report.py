@@ -10,28 +10,25 @@ they are registered there.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import tyro
 
 from studies.fair import FILES, On
-from studies.tables import MARGIN
-from sude_lab.evaluate.fronts import Line, gain_at, line, mean_gain, paired
-from sude_lab.evaluate.statistics import (
-    AGREES,
-    CANNOT_TELL,
-    DISAGREES,
-    NO_DIFFERENCE,
-    Interval,
-    holm,
-    sign_flip_p,
-    verdict,
+from sude_lab.evaluate.fronts import (
+    END,
+    POINT,
+    SHARES,
+    Line,
+    family,
+    gain_at,
+    line,
+    places,
+    points,
 )
 from sude_lab.evaluate.stored import RESULTS, read
 from sude_lab.io.files import atomic_write
@@ -57,11 +54,6 @@ LINES = {
 """Every way of tuning, over its strengths: rows of the table."""
 
 
-def points(table: pd.DataFrame) -> pd.Series:
-    """Return the name of every row's point of a line."""
-    return table[POINT].agg(" ".join, axis=1)
-
-
 def lines_of(table: pd.DataFrame) -> dict[str, Line]:
     """Return the lines of a table of `studies.fair`, as far as their runs are there."""
     table = table.assign(point=points(table))
@@ -69,26 +61,14 @@ def lines_of(table: pd.DataFrame) -> dict[str, Line]:
     return {n: line(n, r, "point") for n, r in rows.items() if r["point"].nunique() > 1}
 
 
-def contrast(a: Line, b: Line, whole: Line) -> list[dict[str, Any]]:
-    """Return a row a fidelity, and one for the area between the first and the last of them.
+def asks(table: pd.DataFrame) -> pd.Series:
+    """Return the passes of a picture through the UNet in a step of each row.
 
-    The fidelities are `SHARES` of what plain tuning gives of these subjects at the end of `whole`.
+    One in a plain step, two more where SuDe asks, one more with class images; the drawing of either
+    is not in it.
     """
-    a, b = paired(a, b)
-    whole = whole.of(a.subjects)
-    end = whole.fidelity[:, whole.strengths.index(END)]
-    rows: list[tuple[str, Interval, float]] = []
-    for share in SHARES:
-        dots = a.at(share * end) - b.at(share * end)
-        flip = math.nan if np.isnan(dots).any() else sign_flip_p(dots)
-        rows.append((f"{share:g}", gain_at(a, b, share * end), flip))
-    low, high = min(SHARES), max(SHARES)
-    rows.append((f"{low:g} to {high:g}", mean_gain(a, b, low * end, high * end), math.nan))
-    about = {"arm": a.name, "against": b.name}
-    return [
-        about | {"fidelity": at, "gain": gain, "p": gain.p, "sign flip": flip}
-        for at, gain, flip in rows
-    ]
+    every = table["variant"].str.extract(r"sude_every (\d+)")[0].astype(float).fillna(1)
+    return 1 + 2 / every * (table["w_s"] > 0) + table["arm"].str.contains("class_images")
 
 
 def category_rows(lines: dict[str, Line], category: dict[str, Line]) -> list[dict[str, Any]]:
@@ -104,67 +84,6 @@ def category_rows(lines: dict[str, Line], category: dict[str, Line]) -> list[dic
     return rows
 
 
-def places(lines: dict[str, Line], category: dict[str, Line], table: pd.DataFrame) -> pd.DataFrame:
-    """Return what every line gives, and costs, where it is read: means over its subjects.
-
-    `passes`: of a picture through the UNet, once in a plain step, twice more where SuDe asks, once
-    more with class images; the drawing of either is not in it.
-    """
-    steps = table["strength"].str.extract(r"^(\d+)")[0].astype(float).fillna(table["steps"])
-    every = table["variant"].str.extract(r"sude_every (\d+)")[0].astype(float).fillna(1)
-    asks = 1 + 2 / every * (table["w_s"] > 0) + table["arm"].str.contains("class_images")
-    passes = (steps * asks).groupby(points(table)).first()
-    rows = []
-    for name, one in lines.items():
-        whole = lines["less tuning"].of(one.subjects)
-        end = whole.fidelity[:, whole.strengths.index(END)].mean()
-        for share in SHARES:
-            weights = one.weights(share * float(end))
-            row = {"line": name, "subjects": len(one.subjects), "fidelity": f"{share:g}"}
-            row["alignment"] = (one.alignment @ weights).mean()
-            row["category"] = (category[name].alignment @ weights).mean()
-            rows.append(row | {"passes": passes[list(one.strengths)].to_numpy() @ weights})
-    return (
-        pd.DataFrame(rows).dropna().round({"alignment": 3, "category": 3, "steps": 0, "passes": 0})
-    )
-
-
-def family(
-    lines: dict[str, Line],
-    pairs: Sequence[tuple[str, str]],
-    more: Sequence[dict[str, Any]] = (),
-) -> pd.DataFrame:
-    """Return the contrasts of pairs of lines, and `more`: all at a fidelity corrected together."""
-    there = [(a, b) for a, b in pairs if a in lines and b in lines]
-    rows = [row for a, b in there for row in contrast(lines[a], lines[b], lines["less tuning"])]
-    table = pd.DataFrame([*rows, *more])
-    if table.empty:
-        return table
-    is_area = table["fidelity"].str.contains("to")
-    read = table["p"].notna() & ~is_area
-    table.loc[read, "p, Holm"] = holm(table.loc[read, "p"].to_numpy())
-    table["says"] = [
-        "" if area else _says(gain, p)
-        for gain, p, area in zip(table["gain"], table["p, Holm"], is_area, strict=True)
-    ]
-    return table
-
-
-def _says(gain: Interval, p: float) -> str:
-    """Return the verdict: better or worse after the correction, else no difference, or neither."""
-    if math.isnan(p):  # of the gain itself, or of one without a subject
-        return "not reached" if math.isnan(gain.mean) else CANNOT_TELL
-    said = {AGREES: "better", DISAGREES: "worse"}.get(verdict(gain, p=p), CANNOT_TELL)
-    within = verdict(gain, margin=MARGIN) == NO_DIFFERENCE
-    return NO_DIFFERENCE if within and said == CANNOT_TELL else said
-
-
-POINT = ["arm", "settings", "variant", "strength"]
-"""What names a point of a line."""
-END = "plain dreambooth plain "
-"""The point of plain tuning after all its steps."""
-SHARES = (0.75, 0.85, 0.95)
-"""Of the fidelity that plain tuning ends with: where alignments are read."""
 PRIMARY = [("SuDe", "less tuning")]
 SECONDARY = [
     *product(("SuDe 1, steps", "SuDe 2, steps"), ("plain, steps", "plain, scale")),
@@ -226,7 +145,7 @@ def main(config: ReportConfig) -> str:
     groups = table.groupby(POINT, sort=False)
     means = groups[["subject_fidelity", "attribute_alignment", "category_alignment"]].mean()
     means["subjects"] = groups["subject"].nunique()
-    at = places(lines, category, table)
+    at = places(lines, category, table, asks(table))
     parts += ["## Where the lines are read", at.to_markdown(index=False)]
     parts += [
         "## Every point, means over the subjects",

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from sude_lab.evaluate.fronts import MARGIN
 from sude_lab.evaluate.metrics import MEASURES, gains
 from sude_lab.evaluate.statistics import Interval, holm, mean_interval, verdict
 from sude_lab.evaluate.stored import edits, read, truncation
 
 ALIGNMENT, FIDELITY, CATEGORY = MEASURES
 BACKGROUND = "background_alignment"
-MARGIN = 0.05
-"""What counts as no difference, in probabilities of the oracle."""
 WEIGHTS = {"dreambooth": 2.0, "custom_diffusion": 2.0, "vico": 1.5, "textual_inversion": 1.0}
 """w_s of the methods on the embedded model when these studies were made."""
 

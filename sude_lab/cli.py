@@ -1,6 +1,6 @@
 """The command line, made from the dataclasses.
 
-`sude-lab demo | tune | generate | evaluate | sweep | classify | export | lab | release`
+`sude-lab demo | tune | generate | evaluate | sweep | bench | classify | export | lab | release`
 """
 
 from __future__ import annotations
@@ -192,6 +192,28 @@ class Sweep:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Compare a regulariser of your own with SuDe and less tuning; the same command continues."""
+
+    file: Positional[Path]
+    """A Python file that defines `regularizer(x_t, t, output, frozen)`; it is run."""
+    out: Path
+    """Folder of bench.md, bench.png, bench.csv and the runs."""
+    size: Literal["minutes", "hour", "whole"] = "minutes"
+    """Two or six development subjects, or the 36 of the comparison: about 5 minutes, 1 hour, 6."""
+    weights: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """w_s of the runs."""
+    seed: int = 0
+    """Seed of the tuning; the stored lines have 0."""
+    token_learning_rate: float | None = None
+    """Train the subject's word, too."""
+    train_text_encoder: bool = False
+    """Train the text encoder, too."""
+    workers: int = 1
+    """Processes of one thread each on this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export(_Trusting):
     """Write a finished run in a form that other programs read."""
 
@@ -372,6 +394,13 @@ def _sweep(args: Sweep) -> int:
     return int(bool(failed))
 
 
+def _bench(args: Bench) -> None:
+    from sude_lab.sweep.bench import FIGURE, PAGE, bench
+
+    print(bench(**vars(args)))
+    print(f"This is in {args.out / PAGE}, the fronts are in {args.out / FIGURE}.")
+
+
 def _export(args: Export) -> None:
     from sude_lab.runs.export import export_pipeline, share, write_kohya
     from sude_lab.runs.folder import Run
@@ -445,13 +474,14 @@ _COMMANDS: dict[type, Callable[[Any], int | None]] = {
     Generate: _generate,
     Evaluate: _evaluate,
     Sweep: _sweep,
+    Bench: _bench,
     Classify: _classify,
     Export: _export,
     Lab: _lab,
     Release: _release,
 }
 
-Command = Demo | Tune | Generate | Evaluate | Sweep | Classify | Export | Lab | Release
+Command = Demo | Tune | Generate | Evaluate | Sweep | Bench | Classify | Export | Lab | Release
 
 
 def _parse(arguments: Sequence[str] | None) -> Any:
@@ -494,7 +524,7 @@ def _sole(command: Any) -> AbstractContextManager[None]:
     """Let no second command write where this one does; tune and export see to it themselves."""
     if isinstance(command, Generate):
         return sole_writer(command.out)
-    if isinstance(command, Demo):
+    if isinstance(command, Demo | Bench):
         return sole_writer(command.out, inside=True)
     if isinstance(command, Evaluate) and (command.out or command.runs):
         from sude_lab.evaluate.evaluate import FOLDER
@@ -512,7 +542,7 @@ def _kept(command: Any) -> str:
         if (command.out / "config.json").is_file():
             return f"no checkpoint was due yet in {command.out}: --resume starts it anew"
         return "nothing was written; a run that has begun is continued with --resume"
-    if isinstance(command, Demo | Evaluate | Sweep):
+    if isinstance(command, Demo | Evaluate | Sweep | Bench):
         return "what is finished is kept: the same command continues"
     return "nothing was written"
 

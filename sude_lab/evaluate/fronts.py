@@ -8,19 +8,33 @@ line its front counts: the strengths that no other one beats, in the means over 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from sude_lab.evaluate.metrics import MEASURES
-from sude_lab.evaluate.statistics import Interval, jackknife_interval
+from sude_lab.evaluate.statistics import (
+    AGREES,
+    CANNOT_TELL,
+    DISAGREES,
+    NO_DIFFERENCE,
+    Interval,
+    holm,
+    jackknife_interval,
+    sign_flip_p,
+    verdict,
+)
 
 ALIGNMENT, FIDELITY, _ = MEASURES
 Fidelity = float | np.ndarray
 Rows = np.ndarray | slice
 EVERYONE = slice(None)
+MARGIN = 0.05
+"""What is no difference of alignment, or less."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,7 @@ class Line:
         return Line(self.name, tuple(subjects), self.strengths, *parts)
 
     def weights(self, fidelity: Fidelity, rows: Rows = EVERYONE) -> np.ndarray:
-        """Return each strength's share where the mean fidelity is at least `fidelity`, (K,).
+        """Return how much each strength counts where the mean fidelity is `fidelity` or more, (K,).
 
         On the front, and between two neighbours of it all values are interpolated linearly: one
         strength for all subjects, as somebody who tunes must choose it. Below the front's first
@@ -143,3 +157,92 @@ def mean_gain(a: Line, b: Line, low: Fidelity, high: Fidelity, *, points: int = 
         return float(np.mean([(a.at(f, rows) - b.at(f, rows)).mean() for f in at]))
 
     return jackknife_interval(read, len(a.subjects))
+
+
+# --- the registered reading (data/grids/fair.md) ---
+
+POINT = ["arm", "settings", "variant", "strength"]
+"""What names a point of a line."""
+END = "plain dreambooth plain "
+"""The point of plain tuning after all its steps."""
+SHARES = (0.75, 0.85, 0.95)
+"""Of the fidelity that plain tuning ends with: where alignments are read."""
+
+
+def points(table: pd.DataFrame) -> pd.Series:
+    """Return the name of every row's point of a line."""
+    return table[POINT].agg(" ".join, axis=1)
+
+
+def contrast(a: Line, b: Line, whole: Line) -> list[dict[str, Any]]:
+    """Return a row a fidelity, and one for the area between the first and the last of them.
+
+    The fidelities are `SHARES` of what plain tuning gives of these subjects at the end of `whole`.
+    """
+    a, b = paired(a, b)
+    whole = whole.of(a.subjects)
+    end = whole.fidelity[:, whole.strengths.index(END)]
+    rows: list[tuple[str, Interval, float]] = []
+    for share in SHARES:
+        dots = a.at(share * end) - b.at(share * end)
+        flip = math.nan if np.isnan(dots).any() else sign_flip_p(dots)
+        rows.append((f"{share:g}", gain_at(a, b, share * end), flip))
+    low, high = min(SHARES), max(SHARES)
+    rows.append((f"{low:g} to {high:g}", mean_gain(a, b, low * end, high * end), math.nan))
+    about = {"arm": a.name, "against": b.name}
+    return [
+        about | {"fidelity": at, "gain": gain, "p": gain.p, "sign flip": flip}
+        for at, gain, flip in rows
+    ]
+
+
+def family(
+    lines: dict[str, Line],
+    pairs: Sequence[tuple[str, str]],
+    more: Sequence[dict[str, Any]] = (),
+) -> pd.DataFrame:
+    """Return the contrasts of pairs of lines, and `more`: all at a fidelity corrected together."""
+    there = [(a, b) for a, b in pairs if a in lines and b in lines]
+    rows = [row for a, b in there for row in contrast(lines[a], lines[b], lines["less tuning"])]
+    table = pd.DataFrame([*rows, *more])
+    if table.empty:
+        return table
+    is_area = table["fidelity"].str.contains("to")
+    read = table["p"].notna() & ~is_area
+    table.loc[read, "p, Holm"] = holm(table.loc[read, "p"].to_numpy())
+    table["says"] = [
+        "" if area else says(gain, p)
+        for gain, p, area in zip(table["gain"], table["p, Holm"], is_area, strict=True)
+    ]
+    return table
+
+
+def says(gain: Interval, p: float) -> str:
+    """Return the verdict: better or worse after the correction, else no difference, or neither."""
+    if math.isnan(p):  # of the gain itself, or of one without a subject
+        return "not reached" if math.isnan(gain.mean) else CANNOT_TELL
+    said = {AGREES: "better", DISAGREES: "worse"}.get(verdict(gain, p=p), CANNOT_TELL)
+    within = verdict(gain, margin=MARGIN) == NO_DIFFERENCE
+    return NO_DIFFERENCE if within and said == CANNOT_TELL else said
+
+
+def places(
+    lines: dict[str, Line], category: dict[str, Line], table: pd.DataFrame, asks: pd.Series
+) -> pd.DataFrame:
+    """Return what every line gives, and costs, where it is read: means over its subjects.
+
+    `passes`: of a picture through the UNet, by `asks`, those of a step in each row of the table.
+    """
+    steps = table["strength"].str.extract(r"^(\d+)")[0].astype(float).fillna(table["steps"])
+    passes = (steps * asks).groupby(points(table)).first()
+    rows = []
+    for name, one in lines.items():
+        whole = lines["less tuning"].of(one.subjects)
+        end = whole.fidelity[:, whole.strengths.index(END)].mean()
+        for share in SHARES:
+            weights = one.weights(share * float(end))
+            row = {"line": name, "subjects": len(one.subjects), "fidelity": f"{share:g}"}
+            row["alignment"] = (one.alignment @ weights).mean()
+            row["category"] = (category[name].alignment @ weights).mean()
+            rows.append(row | {"passes": passes[list(one.strengths)].to_numpy() @ weights})
+    return pd.DataFrame(rows).dropna().round({"alignment": 3, "category": 3, "passes": 0})

@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 
 from studies import fair, fair_report
-from sude_lab.evaluate import stored
+from sude_lab.evaluate import fronts, stored
 from sude_lab.evaluate.statistics import Interval
 from sude_lab.sweep.grid import make_plan, read_grid
+from sude_lab.sweep.sweep import RESULTS
 from sude_lab.world import drawing as world
 
 
@@ -55,7 +56,9 @@ def test_category_and_cost_are_read_where_alignment_is() -> None:
     category = fair_report.lines_of(table.assign(attribute_alignment=table["category_alignment"]))
     gains = [row["gain"].mean for row in fair_report.category_rows(lines, category)]
     assert gains == pytest.approx([-0.2] * 3)
-    at = fair_report.places(lines, category, table).set_index(["line", "fidelity"])
+    at = fair_report.places(lines, category, table, fair_report.asks(table)).set_index(
+        ["line", "fidelity"]
+    )
     passes = at.loc["plain, steps", "passes"]
     assert passes["0.95"] > passes["0.75"]
     # Fidelity rises with the step alike in both, and a step with SuDe has three passes.
@@ -74,9 +77,9 @@ def test_a_fidelity_that_a_line_does_not_reach_is_no_gain() -> None:
 def test_what_the_correction_takes_away_is_not_said() -> None:
     """An interval below 0 whose corrected p is not below .05 says nothing, neither way."""
     below = Interval(-0.05, -0.09, -0.01, 36)
-    assert fair_report._says(below, 0.06) == "cannot tell"
-    assert fair_report._says(below, 0.04) == "worse"
-    assert fair_report._says(Interval(0.0, -0.03, 0.03, 36), 1.0) == "no difference"
+    assert fronts.says(below, 0.06) == "cannot tell"
+    assert fronts.says(below, 0.04) == "worse"
+    assert fronts.says(Interval(0.0, -0.03, 0.03, 36), 1.0) == "no difference"
 
 
 def test_the_report_is_written_with_its_figure(
@@ -107,7 +110,7 @@ def test_prompts_weigh_alike_in_a_subjects_mean(tmp_path: Path) -> None:
     about |= {"steps": 200, "rho": 1.0, "open_gates": 0.0, "metric": "attribute_alignment"}
     values = [("running", 1.0), ("running", 1.0), ("running", 1.0), ("standing", 0.0)]
     pd.DataFrame([about | {"attribute": a, "value": v} for a, v in values]).to_parquet(
-        tmp_path / fair.ROWS
+        tmp_path / RESULTS
     )
     (row,) = fair.subject_rows("plain", tmp_path).to_dict("records")
     assert row["attribute_alignment"] == 0.5 and row["strength"] == "" and row["arm"] == "plain"

@@ -1,0 +1,244 @@
+"""A regulariser of one's own, by the comparison of SuDe with less tuning (data/grids/fair.md).
+
+OUT/regularizer.py     the file, as it was when OUT was begun
+OUT/grid.yaml, sweep/  its runs, as `sude-lab sweep` makes them
+OUT/bench.csv          a row a subject and point, the stored ones of plain tuning and SuDe beside
+OUT/bench.md, .png     what follows: gains at equal fidelity, costs, fronts
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import yaml
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sude_lab import __version__
+from sude_lab.errors import UserError
+from sude_lab.evaluate.fronts import (
+    END,
+    POINT,
+    SHARES,
+    Line,
+    family,
+    line,
+    places,
+    points,
+)
+from sude_lab.evaluate.metrics import MEASURES
+from sude_lab.evaluate.stored import read
+from sude_lab.io.files import atomic_write, require_own
+from sude_lab.io.identity import digest
+from sude_lab.io.opening import data_folder
+from sude_lab.runs.prepare import prepared_tuning
+from sude_lab.runs.regularizer import NAME, OwnRegularizer, load_regularizer
+from sude_lab.sweep.grid import make_plan, read_grid
+from sude_lab.sweep.sweep import RESULTS, fresh_backbone, sweep
+
+GRID, TABLE, PAGE, FIGURE = "grid.yaml", "bench.csv", "bench.md", "bench.png"
+TRIED = 5
+"""Steps that are taken before anything is written."""
+LESS, SUDE, OWN = "less tuning", "SuDe", "yours"
+ARMS = {"plain": LESS, "sude": SUDE, "own": OWN}
+MEANS = ["subject_fidelity", "attribute_alignment", "category_alignment"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of the comparison is run."""
+
+    subjects: str
+    stored: str
+    """The table of plain tuning and SuDe on these subjects."""
+    steps: int
+    kept: tuple[int, ...]
+    decides: str = "This decides nothing: these subjects are for finding faults and for choosing."
+
+
+SizeName = Literal["minutes", "hour", "whole"]
+_DEVELOPMENT = "development 100 101 102 103 104 105"
+SIZES: dict[SizeName, Size] = {
+    "minutes": Size("development 100 101", "fair_development", 50, (25,)),
+    "hour": Size(_DEVELOPMENT, "fair_development", 200, (25, 50, 100)),
+    "whole": Size(
+        "held-out " + " ".join(map(str, range(100, 136))),
+        *("fair", 200, (25, 50, 100)),
+        decides="Whoever has looked at these 36 subjects and chosen by them needs fresh ones.",
+    ),
+}
+
+
+def subject_rows(arm: str, folder: Path) -> pd.DataFrame:
+    """Return a row a (subject, configuration, strength): means of the oracle's measures.
+
+    A prompt's pictures are averaged first, then the prompts: none weighs more for having more.
+    """
+    table = pd.read_parquet(folder / RESULTS)
+    table = table[table["metric"].isin(MEASURES)].fillna({"strength": ""})
+    keys = ["subject", "category", "settings", "variant", "w_s", "strength", "steps"]
+    keys += ["rho", "open_gates"]
+    prompts = table.groupby([*keys, "attribute", "metric"], dropna=False)["value"].mean()
+    means = prompts.groupby([*keys, "metric"], dropna=False).mean().unstack("metric").reset_index()
+    return means.assign(arm=arm)
+
+
+def bench(
+    file: Path,
+    out: Path,
+    *,
+    size: SizeName = "minutes",
+    weights: Sequence[float] = (0.5, 1.0, 2.0),
+    seed: int = 0,
+    token_learning_rate: float | None = None,
+    train_text_encoder: bool = False,
+    workers: int = 1,
+    progress: bool = True,
+) -> str:
+    """Tune with the `regularizer` of a file over weights and steps, and return what that says.
+
+    What is finished is kept, and the same call continues. The arguments are the flags of `sude-lab
+    bench`; those of the text train more than the stored lines did.
+
+    Raises:
+        UserError: the file cannot serve, OUT is another's or another file's, or a run failed.
+    """
+    chosen, source = SIZES[size], load_regularizer(file)
+    assert source is not None
+    kept = out / NAME
+    if kept.is_file() and kept.read_bytes() != source.source:
+        raise UserError(f"{out} was begun with another file than {file}: choose another --out.")
+    require_own(out, NAME, "", (GRID, TABLE, PAGE, FIGURE))
+    if not weights or not all(0 < w < math.inf for w in weights):
+        raise UserError("--weights are numbers above 0: a weight of 0 is plain tuning.")
+    settings = {"max_train_steps": chosen.steps, "regularizer_file": str(kept.absolute())}
+    settings |= {"train_text_encoder": True} if train_text_encoder else {}
+    if token_learning_rate is not None:
+        settings["token_learning_rate"] = token_learning_rate
+    content = yaml.safe_load((data_folder() / "grids" / "fair" / "sude.yaml").read_text("utf-8"))
+    content |= {"subjects": [chosen.subjects], "seeds": [seed], "w_s": list(weights)}
+    content |= {"settings": settings, "strengths": [{}, {"step": list(chosen.kept)}]}
+    passes = _tried(content, source)
+    with atomic_write(kept) as path:
+        path.write_bytes(source.source)
+    with atomic_write(out / GRID) as path:
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    failed = sweep(out / GRID, out / "sweep", workers=workers, progress=progress)
+    if failed:
+        key, reason = next(iter(failed.items()))
+        again = "the same command tries them again"
+        raise UserError(f"{len(failed)} runs failed, {key} because: {reason} ({again}).")
+    own = subject_rows("own", out / "sweep")
+    stored = read(chosen.stored).query("arm in ('plain', 'sude')")
+    stored = stored[stored["subject"].isin(own["subject"])]
+    table = pd.concat([stored, own], ignore_index=True).fillna({"strength": ""})
+    table["asks"] = 1 + table["arm"].map({"plain": 0.0, "sude": 2.0, "own": passes})
+    with atomic_write(out / TABLE) as path:
+        table.round(5).to_csv(path, index=False)
+    draw_fronts(_lines(table), out / FIGURE)
+    about = f"size {size}, w_s {', '.join(f'{w:g}' for w in weights)}, seed {seed}"
+    for name in ("token_learning_rate", "train_text_encoder"):
+        about += f", {name} {settings[name]}" if name in settings else ""
+    cited = f"sude_lab {__version__}, bench, {about}; {file.name}, SHA-256 {digest(kept)}"
+    text = _page(table, chosen, cited)
+    with atomic_write(out / PAGE) as path:
+        path.write_text(text, encoding="utf-8")
+    return text
+
+
+def _tried(content: dict[str, Any], own: OwnRegularizer) -> float:
+    """Take a few steps in memory; return the passes of a sample that the regulariser adds to one.
+
+    Raises:
+        UserError: it fails, or its losses have no gradient.
+    """
+    grid_settings = content["settings"] | {"regularizer_file": str(own.file.absolute())}
+    with tempfile.TemporaryDirectory() as name:
+        grid = Path(name) / GRID
+        grid.write_text(yaml.safe_dump(content | {"settings": grid_settings}), encoding="utf-8")
+        plan = make_plan(read_grid(grid), name)
+    config = replace(plan.jobs[0].config, max_train_steps=TRIED)
+    picture = Image.open(io.BytesIO(plan.grid.subjects[0].png))
+    reached = []
+
+    def noted(*batch: Any) -> Tensor:
+        loss = own(*batch)
+        reached.append(loss.requires_grad)
+        return loss
+
+    tuning = prepared_tuning(config, fresh_backbone(config), picture, regularizer=noted)
+    for _ in tqdm(tuning, desc="trying the file", total=TRIED, leave=False, disable=None):
+        pass
+    if not any(reached):
+        raise UserError(
+            f"The losses of {own.file} have no gradient, so that no weight would change anything: "
+            "use output, or frozen.subject with --token-learning-rate or --train-text-encoder."
+        )
+    return tuning.frozen.passes / (TRIED * config.train_batch_size)
+
+
+def draw_fronts(lines: dict[str, Line], file: Path) -> None:
+    """Draw the means of every line, its front drawn through, over the fidelities that are read."""
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(figsize=(7, 4), layout="constrained", dpi=160)
+    styles = {LESS: ("tab:grey", "s"), SUDE: ("tab:red", "o"), OWN: ("tab:blue", "D")}
+    for name, one in lines.items():
+        colour, mark = styles[name]
+        fidelity, alignment, front = one.fidelity.mean(0), one.alignment.mean(0), one.front()
+        axes.plot(fidelity, alignment, mark, ms=4, alpha=0.4, color=colour)
+        axes.plot(fidelity[front], alignment[front], f"{mark}-", color=colour, lw=2, label=name)
+    whole = lines[LESS]
+    end = whole.fidelity[:, whole.strengths.index(END)].mean()
+    for share in SHARES:
+        axes.axvline(share * end, color="grey", lw=0.8, ls=":")
+    axes.set_xlabel(f"subject fidelity: is it mine? (mean of {len(whole.subjects)} subjects)")
+    axes.set_ylabel("attribute alignment: as asked?")
+    axes.legend(loc="lower left")
+    with atomic_write(file) as path:
+        fig.savefig(path, format="png")
+    plt.close(fig)
+
+
+def _lines(table: pd.DataFrame) -> dict[str, Line]:
+    named = table.assign(point=points(table))
+    return {name: line(name, named[named["arm"] == arm], "point") for arm, name in ARMS.items()}
+
+
+def _page(table: pd.DataFrame, chosen: Size, cited: str) -> str:
+    """Return what a bench says, as Markdown."""
+    lines = _lines(table)
+    category = _lines(table.assign(attribute_alignment=table["category_alignment"]))
+    number, left_out = len(lines[OWN].subjects), [] if chosen.stored == "fair" else ["says"]
+    parts = ["# A regulariser of one's own", f"{number} subjects. {chosen.decides}"]
+    for title, other in {"Gain at equal fidelity": LESS, "Beside SuDe, exploration": SUDE}.items():
+        shown = family(lines, [(OWN, other)]).drop(columns=left_out)
+        shown["gain"] = [gain.words("+.3f") for gain in shown["gain"]]
+        parts += [f"## {title}", shown.round(4).to_markdown(index=False)]
+    at = places(lines, category, table, table["asks"])
+    means = table.assign(arm=table["arm"].map(ARMS)).groupby(POINT)[MEANS].mean().round(3)
+    words = (
+        "Gains of alignment where both lines keep these shares of the fidelity that plain tuning "
+        "ends with: mean, 95 % interval (jackknife over subjects, Student's t), its p, the p of "
+        "sign flips, and p corrected by Holm over the three. The area has no verdict. *not "
+        "reached*: a line ends before that fidelity, which is no gain of anybody; no interval: "
+        "without one of the subjects it does."
+    )
+    counted = (
+        "`passes`: of a picture through the UNet, one in a plain step, two more where SuDe asks; "
+        "yours are counted in the first steps."
+    )
+    parts += [words, "## Where the lines are read", at.to_markdown(index=False), counted]
+    parts += [
+        "## Every point, means over the subjects",
+        means.reset_index().to_markdown(index=False),
+    ]
+    return "\n\n".join([*parts, "## To cite", cited]) + "\n"
