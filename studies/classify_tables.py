@@ -67,6 +67,27 @@ def accuracy_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def beside(table: pd.DataFrame, other: pd.DataFrame, name: str) -> str:
+    """Return as Markdown how another model names the same drawings, paired."""
+    rows = []
+    for prompts, form in ((ATTRIBUTES, ALL), (ATTRIBUTES, PRUNED), (CATEGORIES, ALL)):
+        both = [
+            t[(t["prompts"] == prompts) & (t["form"] == form)].set_index("picture")["right"]
+            for t in (table, other)
+        ]
+        pair = pd.concat(both, axis=1, keys=["this", "other"], join="inner")
+        lost, won = ((pair["this"] - pair["other"] == change).sum() for change in (-1, 1))
+        gain = share_difference(int(lost), int(won), len(pair))
+        line: dict[str, object] = {"prompts": prompts, "asked": form, "drawings": len(pair)}
+        for which, right in pair.items():
+            share = wilson_interval(int(right.sum()), len(pair))
+            line[str(which)] = f"{share.mean:.3f} [{share.low:.3f}, {share.high:.3f}]"
+        line["this minus other"] = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+        rows.append(line | {"only one right": f"{lost} / {won}"})
+    shown = pd.DataFrame(rows).to_markdown(index=False)
+    return f"\n\nThe same drawings, named by this model and by the other one ({name}):\n\n{shown}"
+
+
 def one_step_table(table: pd.DataFrame) -> pd.DataFrame:
     """Return the accuracy of eq. 5 alone at each t, with x_{t-1} drawn and at its mean."""
     steps = table[table["form"].isin((ONE_STEP, ONE_STEP_MEAN))]

@@ -1,19 +1,21 @@
-"""Does SuDe beat less tuning? The registered comparison (data/grids/fair.md).
+"""Does SuDe beat less tuning? The registered comparisons (data/grids/fair.md, flow.md).
 
     python -m studies.fair --arms plain sude     the held-out subjects; no --arms: all arms
     python -m studies.fair --on development      the subjects on which everything was chosen
+    python -m studies.fair --on flow             the same question on the embedded flow model
 
-Each arm is a grid of `data/grids/fair/`. What is missing is swept on every core; the command may be
-stopped and given again. Then the rows, a subject's mean a strength, are kept in
-`data/results/fair.csv` (or fair_development.csv).
+Each arm is a grid of `data/grids/fair/` or `flow/`. What is missing is swept on every core; the
+command may be stopped and given again. Then the rows, a subject's mean a strength, are kept in
+`data/results/fair.csv` (or fair_development.csv, flow.csv, flow_development.csv).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import tyro
@@ -26,26 +28,45 @@ from sude_lab.io.files import atomic_write
 from sude_lab.sweep.bench import subject_rows
 from sude_lab.sweep.sweep import sweep
 
-SUBJECTS = {
-    "held-out": "held-out " + " ".join(map(str, range(100, 136))),
-    "development": "development " + " ".join(map(str, range(100, 106))),
+On = Literal["held-out", "development", "flow", "flow-development"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Subjects, and the arms that are run on them."""
+
+    subjects: str
+    table: str
+    """Name of the stored table."""
+    page: str = "fair"
+    """The page in `data/grids` that says what was fixed beforehand, and the folder of the arms."""
+    arms: tuple[str, ...] = ("plain", "sude", "drawn")
+    """The first stage, which decides the question."""
+
+
+def _group(drawn: str, numbers: Iterable[int], *about: Any) -> Group:
+    return Group(f"{drawn} {' '.join(map(str, numbers))}", *about)
+
+
+FLOW = "flow", ("plain", "sude", "lora_plain", "lora_sude")
+GROUPS: dict[On, Group] = {
+    "held-out": _group("held-out", range(100, 136), "fair"),
+    "development": _group("development", range(100, 106), "fair_development"),
+    "flow": _group("held-out", range(200, 209), "flow", *FLOW),
+    "flow-development": _group("development", (200, 206), "flow_development", *FLOW),
 }
-"""Held-out: four subjects a category, whom nobody had looked at before fair.md was committed.
-Development: six others, who chose everything in it."""
-On = Literal["held-out", "development"]
-FILES = {"held-out": "fair", "development": "fair_development"}
-"""The stored table of each."""
-ARMS = ("plain", "sude", "drawn")
-"""The first stage, which decides the question."""
+"""Held-out: four subjects a category (of flow one), whom nobody had looked at before the page was
+committed. Development: others, who chose everything in it."""
 TRIED = ("lazy",)
 """On the development subjects alone."""
 
 
 def grid_file(arm: str, on: On, folder: Path) -> Path:
-    """Write an arm's grid for one of the two groups of subjects into a folder; return the file."""
-    grid = yaml.safe_load((GRIDS / "fair" / f"{arm}.yaml").read_text(encoding="utf-8"))
+    """Write an arm's grid for a group of subjects into a folder; return the file."""
+    group = GROUPS[on]
+    grid = yaml.safe_load((GRIDS / group.page / f"{arm}.yaml").read_text(encoding="utf-8"))
     with atomic_write(folder / f"{arm}.yaml") as path:
-        path.write_text(yaml.safe_dump(grid | {"subjects": [SUBJECTS[on]]}), encoding="utf-8")
+        path.write_text(yaml.safe_dump(grid | {"subjects": [group.subjects]}), encoding="utf-8")
     return folder / f"{arm}.yaml"
 
 
@@ -66,7 +87,8 @@ def run(arm: str, on: On, *, workers: int, out: Path = SWEEPS) -> None:
 class FairConfig:
     """Which arms to run, and on whom."""
 
-    arms: tuple[str, ...] = ARMS
+    arms: tuple[str, ...] = ()
+    """None: all of the group."""
     on: On = "held-out"
     run: bool = True
     """Sweep what is missing first."""
@@ -78,11 +100,13 @@ class FairConfig:
 
 def main(config: FairConfig) -> pd.DataFrame:
     """Sweep the arms one after another, and keep the subjects' means of all that are finished."""
-    for arm in config.arms if config.run else ():
+    group = GROUPS[config.on]
+    arms = config.arms or group.arms
+    for arm in arms if config.run else ():
         run(arm, config.on, workers=config.workers, out=config.out)
-    folders = {arm: config.out / "fair" / config.on / arm for arm in config.arms}
+    folders = {arm: config.out / "fair" / config.on / arm for arm in arms}
     table = pd.concat([subject_rows(arm, f) for arm, f in folders.items()], ignore_index=True)
-    with atomic_write(RESULTS / f"{FILES[config.on]}.csv") as path:
+    with atomic_write(RESULTS / f"{group.table}.csv") as path:
         table.round(5).to_csv(path, index=False)
     return table
 

@@ -1,7 +1,8 @@
-"""What the comparison of data/grids/fair.md says: its lines, contrasts and figure.
+"""What the comparisons of data/grids/fair.md and flow.md say: lines, contrasts and figure.
 
     python -m studies.fair_report                      data/results/fair.md and fair.png
     python -m studies.fair_report --on development     of the subjects that chose the settings
+    python -m studies.fair_report --on flow            flow.md and flow.png: all weights, then LoRA
 
 It reads what `python -m studies.fair` kept. Lines, fidelities, margin and contrasts stand here as
 they are registered there.
@@ -18,7 +19,7 @@ from typing import Any
 import pandas as pd
 import tyro
 
-from studies.fair import FILES, On
+from studies.fair import GROUPS, On
 from sude_lab.evaluate.fronts import (
     END,
     POINT,
@@ -96,24 +97,36 @@ FAMILIES = {"Primary": PRIMARY, "Secondary": SECONDARY, "Lazy SuDe": LAZY}
 """Contrasts that are corrected together."""
 
 
-def figure(lines: dict[str, Line], path: Path) -> None:
+def parts_of(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the rows of all weights, and of LoRA if it is there, with arms named alike."""
+    is_lora = table["arm"].str.startswith("lora_")
+    parts = {"": table[~is_lora]} | ({"LoRA: ": table[is_lora]} if is_lora.any() else {})
+    return {k: rows.assign(arm=rows["arm"].str.removeprefix("lora_")) for k, rows in parts.items()}
+
+
+def figure(parts: dict[str, dict[str, Line]], path: Path) -> None:
     """Draw the means of every line, its front drawn through, over the fidelities that are read."""
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(figsize=(7, 4), layout="constrained", dpi=160)
-    whole = lines["less tuning"]
-    for name, colour, mark in (("less tuning", "tab:grey", "s"), ("SuDe", "tab:red", "o")):
-        one = lines[name]
-        fidelity, alignment = one.fidelity.mean(0), one.alignment.mean(0)
-        axes.plot(fidelity, alignment, mark, ms=4, alpha=0.4, color=colour)
-        front = one.front()
-        axes.plot(fidelity[front], alignment[front], f"{mark}-", color=colour, lw=2, label=name)
-    end = whole.fidelity[:, whole.strengths.index(END)].mean()
-    for share in SHARES:
-        axes.axvline(share * end, color="grey", lw=0.8, ls=":")
-    axes.set_xlabel(f"subject fidelity: is it mine? (mean of {len(whole.subjects)} subjects)")
-    axes.set_ylabel("attribute alignment: as asked?")
-    axes.legend(loc="lower left")
+    size = (7 * len(parts) ** 0.5, 4)
+    fig, row = plt.subplots(
+        1, len(parts), figsize=size, layout="constrained", dpi=160, sharey=True, squeeze=False
+    )
+    for axes, (title, lines) in zip(row[0], parts.items(), strict=True):
+        whole = lines["less tuning"]
+        for name, colour, mark in (("less tuning", "tab:grey", "s"), ("SuDe", "tab:red", "o")):
+            one = lines[name]
+            fidelity, alignment = one.fidelity.mean(0), one.alignment.mean(0)
+            axes.plot(fidelity, alignment, mark, ms=4, alpha=0.4, color=colour)
+            front = one.front()
+            axes.plot(fidelity[front], alignment[front], f"{mark}-", color=colour, lw=2, label=name)
+        end = whole.fidelity[:, whole.strengths.index(END)].mean()
+        for share in SHARES:
+            axes.axvline(share * end, color="grey", lw=0.8, ls=":")
+        subjects = f"(mean of {len(whole.subjects)} subjects)"
+        axes.set_xlabel(f"{title}subject fidelity: is it mine? {subjects}")
+        axes.legend(loc="lower left")
+    row[0, 0].set_ylabel("attribute alignment: as asked?")
     with atomic_write(path) as file:
         fig.savefig(file, format="png")
     plt.close(fig)
@@ -128,33 +141,34 @@ class ReportConfig:
 
 def main(config: ReportConfig) -> str:
     """Write the contrasts as Markdown, and the figure; return the text."""
-    table, name = read(FILES[config.on]).fillna({"strength": ""}), FILES[config.on]
-    lines = lines_of(table)
-    category = lines_of(table.assign(attribute_alignment=table["category_alignment"]))
-    command = f"python -m studies.fair_report --on {config.on}"
-    parts = [
-        f"Made by `{command}` as data/grids/fair.md says; {table['subject'].nunique()} subjects."
-    ]
-    more = {"Secondary": category_rows(lines, category)}
-    for title, pairs in FAMILIES.items():
-        shown = family(lines, pairs, more.get(title, ()))
-        if shown.empty:
-            continue
-        shown["gain"] = [gain.words("+.3f") for gain in shown["gain"]]
-        parts += [f"## {title} contrasts", shown.round(4).to_markdown(index=False)]
+    group = GROUPS[config.on]
+    table = read(group.table).fillna({"strength": ""})
+    command, number = f"python -m studies.fair_report --on {config.on}", table["subject"].nunique()
+    texts = [f"Made by `{command}` as data/grids/{group.page}.md says; {number} subjects."]
+    parts: dict[str, dict[str, Line]] = {}
+    for part, rows in parts_of(table).items():
+        lines = parts[part] = lines_of(rows)
+        category = lines_of(rows.assign(attribute_alignment=rows["category_alignment"]))
+        more = {"Secondary": category_rows(lines, category)}
+        for title, pairs in FAMILIES.items():
+            shown = family(lines, pairs, more.get(title, ()))
+            if shown.empty:
+                continue
+            shown["gain"] = [gain.words("+.3f") for gain in shown["gain"]]
+            texts += [f"## {part}{title} contrasts", shown.round(4).to_markdown(index=False)]
+        at = places(lines, category, rows, asks(rows))
+        texts += [f"## {part}Where the lines are read", at.to_markdown(index=False)]
     groups = table.groupby(POINT, sort=False)
     means = groups[["subject_fidelity", "attribute_alignment", "category_alignment"]].mean()
     means["subjects"] = groups["subject"].nunique()
-    at = places(lines, category, table, asks(table))
-    parts += ["## Where the lines are read", at.to_markdown(index=False)]
-    parts += [
+    texts += [
         "## Every point, means over the subjects",
         means.round(3).reset_index().to_markdown(index=False),
     ]
-    text = "\n\n".join(parts) + "\n"
-    with atomic_write(RESULTS / f"{name}.md") as path:
+    text = "\n\n".join(texts) + "\n"
+    with atomic_write(RESULTS / f"{group.table}.md") as path:
         path.write_text(text, encoding="utf-8")
-    figure(lines, RESULTS / f"{name}.png")
+    figure(parts, RESULTS / f"{group.table}.png")
     return text
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from studies import classify as study
-from studies.classify_tables import accuracy_table
+from studies.classify_tables import accuracy_table, beside
 from sude_lab.backbone import Backbone
 from sude_lab.prompts import photo_of
 from sude_lab.world import drawing as world
@@ -123,3 +123,22 @@ def test_the_table_counts_pairs_of_answers() -> None:
     assert rows.loc["pruned", "only one right"] == "2 / 1"
     assert rows.loc["first pairs", "only one right"] == "0 / 1"
     assert rows.loc["oracle", "UNet evaluations"] == ""
+
+
+def test_two_models_are_compared_on_the_drawings_that_both_named() -> None:
+    def answers(right: list[int]) -> pd.DataFrame:
+        forms = [("attributes", "all pairs"), ("attributes", "pruned"), ("categories", "all pairs")]
+        return pd.DataFrame(
+            [
+                {"picture": k, "prompts": prompts, "form": form, "right": value}
+                for prompts, form in forms
+                for k, value in enumerate(right)
+            ]
+        )
+
+    text = beside(answers([1, 1, 1, 0]), answers([1, 0, 0, 1, 1, 1]), "other.csv")
+    row = next(line for line in text.splitlines() if "pruned" in line)
+    assert row.split("|")[3].strip() == "4"  # two of the six were not asked here
+    assert "0.750 [" in row and "0.500 [" in row and "+0.250 [" in row and "1 / 2" in row
+    same = beside(answers([1, 0]), answers([1, 0]), "other.csv")
+    assert "+0.000 [" in same and "0 / 0" in same

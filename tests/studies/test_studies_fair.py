@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -93,15 +94,51 @@ def test_the_report_is_written_with_its_figure(
     assert (tmp_path / "fair.png").is_file()
 
 
-@pytest.mark.parametrize("arm", fair.ARMS)
-def test_the_registered_grids_are_of_four_subjects_a_category(arm: str, tmp_path: Path) -> None:
-    grid = fair.grid_file(arm, "held-out", tmp_path)
+@pytest.mark.parametrize(
+    ("on", "arm", "each", "points"),
+    [
+        ("held-out", "plain", 4, 12),
+        ("held-out", "sude", 4, 12),
+        ("held-out", "drawn", 4, 7),
+        ("flow", "plain", 1, 9),
+        ("flow", "sude", 1, 12),
+        ("flow", "lora_plain", 1, 9),
+        ("flow", "lora_sude", 1, 12),
+    ],
+)
+def test_the_registered_grids_are_of_as_many_subjects_a_category(
+    on: fair.On, arm: str, each: int, points: int, tmp_path: Path
+) -> None:
+    assert arm in fair.GROUPS[on].arms
+    grid = fair.grid_file(arm, on, tmp_path)
     plan = make_plan(read_grid(grid), tmp_path / "out")
-    of = pd.Series({job.label["subject"]: job.label["category"] for job in plan.jobs})
-    assert of.value_counts().to_dict() == dict.fromkeys(world.CATEGORIES, 4)
+    of = {job.label["subject"]: job.label["category"] for job in plan.jobs}
+    assert pd.Series(of).value_counts().to_dict() == dict.fromkeys(world.CATEGORIES, each)
     assert all(job.config.seed == 0 and job.asked["seed"] == 500 for job in plan.jobs)
-    points = {"plain": 12, "sude": 12, "drawn": 7}[arm]
-    assert sum(len(job.strengths) for job in plan.jobs) == 36 * points
+    assert sum(len(job.strengths) for job in plan.jobs) == 9 * each * points
+    train = "lora" if arm.startswith("lora") else "unet"
+    backbone = "embedded-flow" if on == "flow" else "embedded"
+    assert {(job.config.train, job.config.backbone) for job in plan.jobs} == {(train, backbone)}
+    assert {job.label["settings"] for job in plan.jobs} == {"dreambooth"}  # as END reads it
+
+
+def test_a_lora_is_compared_with_a_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "RESULTS", tmp_path)
+    monkeypatch.setattr(fair_report, "RESULTS", tmp_path)
+    of_all, of_lora = rows(0.0, 9), rows(0.3, 9)
+    of_lora["arm"] = "lora_" + of_lora["arm"]
+    pd.concat([of_all, of_lora]).to_csv(tmp_path / "flow.csv", index=False)
+    text = fair_report.main(fair_report.ReportConfig("flow"))
+    assert "data/grids/flow.md" in text and "9 subjects" in text
+    found = re.split(r"^## (.*)", text, flags=re.M)[1:]
+    primary = dict(zip(found[::2], found[1::2], strict=True))
+    gains = {
+        title: float(re.findall(r"\| 0.75 .*?\| ([+-]\d\.\d+)", primary[title])[0])
+        for title in ("Primary contrasts", "LoRA: Primary contrasts")
+    }
+    assert abs(gains["Primary contrasts"]) < 0.05
+    assert abs(gains["LoRA: Primary contrasts"] - 0.3) < 0.05
+    assert (tmp_path / "flow.png").is_file()
 
 
 def test_prompts_weigh_alike_in_a_subjects_mean(tmp_path: Path) -> None:
