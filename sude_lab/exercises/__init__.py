@@ -20,6 +20,7 @@ _TASKS = {
     "evaluating": "judged_text image_score paired_interval spearman detects",
     "without_training": "hinge_gradient corrected after_steps at_fidelity drawn",
     "less_tuning": "best_kept area covers decided sign_flip",
+    "two_languages": "as_ddpm velocity flow_weight noisy_step euler",
 }
 _GIVEN = {
     "judging": "Mistake check_letter",

@@ -589,6 +589,42 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         (">= abs(gains.mean()) - 1e-12", "> abs(gains.mean()) + 1e-12", "As far counts, too"),
         ("- 1e-12).mean()", "- 1e-12).sum()", "how many"),
     ],
+    "as_ddpm": [
+        (".sqrt()", "", "a root is missing"),
+        ("x_s / length", "x_s * length", "You multiplied by"),
+        ("length[:, None]", "(1 - s)[:, None]", "the length of both parts"),
+        ("length[:, None]", "length", "`[:, None]` is missing"),
+    ],
+    "velocity": [
+        ("(eps - x_s)", "(x_s - eps)", "A sign is turned: `eps` minus `x_s`"),
+        (" / (1 - s)[:, None]", "", "x_s is not x_0"),
+        ("(1 - s)[:, None]", "s[:, None]", "Divide by what is left of the picture"),
+        ("return (eps - x_s)", "return (x_s - s[:, None] * eps)", "That is x_0 itself"),
+    ],
+    "same_number": [
+        ('"b"', '"a"', "smaller by just that"),
+        ('"b"', '"c"', "(1 - s)^2 in v"),
+        ('"b"', '"d"', "rho is the same"),
+    ],
+    "flow_weight": [
+        ("(there - here)", "(here - there)", "A sign is turned: the SNR"),
+        ("s**2 / 2", "near**2 / 2", "you squared `near`"),
+        ("s**2 / 2 *", "0.5 *", "a network that says x_0"),
+        ("s**2 / 2 * (there - here)", "(there / here - 1) / 2", "the weight in noises"),
+    ],
+    "noisy_step": [
+        ("eta**2", "eta", "its square the variance"),
+        ("(near**2 - variance) ** 0.5", "near", "less of the old may stay"),
+        ("(near**2 - variance) ** 0.5", "(near - variance**0.5)", "not deviations"),
+        (" + variance**0.5 * z", "", "z"),
+        ("(1 - near) * x_0", "(1 - s) * x_0", "You took `s` in the place of `near`."),
+    ],
+    "euler": [
+        ("(near - s)", "(s - near)", "the wrong way"),
+        ("field(x, s)", "field(x, near)", "where the step begins"),
+        ("pairwise(times)", "pairwise(times[:-1])", "The last step is missing"),
+        ("x = x +", "x =", "Each step is added"),
+    ],
 }  # fmt: skip
 
 
