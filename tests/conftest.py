@@ -5,6 +5,7 @@ No test here reaches a network: a hub id must fail at once, and be told in one s
 
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -175,3 +176,20 @@ def subject_picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("subject") / "dog.png"
     draw(Scene("dog", "sitting", Look("brown", "white", "spots", "red")), 64).save(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium: playwright's own, else the system's."""
+    reason = "playwright is missing: pip install -e '.[browser]'"
+    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
+    with playwright.sync_playwright() as driver:
+        names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+        places = (driver.chromium.executable_path, *map(shutil.which, names))
+        found = next((place for place in places if place and Path(place).exists()), None)
+        if found is None:
+            pytest.skip("no Chromium: install the system's, or run `playwright install chromium`")
+        # In a container Chromium's own sandbox has no rights; the only page is ours.
+        opened = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield opened
+        opened.close()

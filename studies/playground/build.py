@@ -19,6 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from studies.playground.models import CATEGORY, Model
+from studies.playground.noise import normal
 from sude_lab.backbone import Backbone
 from sude_lab.classify.implicit import step_weights
 from sude_lab.errors import UserError
@@ -29,8 +31,6 @@ from sude_lab.prompts import PLACEHOLDER, fill, photo_of, with_attribute
 from sude_lab.runs.folder import Run
 from sude_lab.world import drawing as world
 from sude_lab.world.subjects import subject
-from studies.playground.models import CATEGORY, Model
-from studies.playground.noise import normal
 
 RUNTIME = "onnxruntime-web@1.30.0"
 PAGE = Path(__file__).parent / "page"
@@ -158,7 +158,7 @@ def write_facts(out: Path, base: Backbone) -> dict[str, Any]:
     """Write the pictures; return the schedule, the sampler and the world for the manifest."""
     examples = Image.new("RGB", (base.resolution * len(world.CATEGORIES), base.resolution))
     for k in range(len(world.CATEGORIES)):
-        scene = subject("demo", k).scene
+        scene = subject("demo", len(world.CATEGORIES) + k).scene  # new ones: number 0 is tuned on
         examples.paste(world.draw(scene, base.resolution), (k * base.resolution, 0))
     with atomic_write(out / "examples.png") as path:
         examples.save(path)

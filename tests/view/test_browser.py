@@ -1,7 +1,7 @@
 """Explorers as a reader meets them: JupyterLab, a real browser, the arrow keys, a second visit.
 
 Needs playwright (the extra `browser`) and a Chromium, the system's or one that
-`playwright install chromium` fetched; without them it is skipped and says why.
+`playwright install chromium` fetched; without them it is skipped and says why (`browser`).
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -25,10 +24,6 @@ import nbformat
 import numpy as np
 import pytest
 from PIL import Image
-
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="playwright is missing: pip install -e '.[browser]'"
-)
 
 ROOT = Path(__file__).resolve().parents[2]
 START, RUN, MOVE = 120, 240, 60  # seconds of patience: a server, a cell, a slider on a busy machine
@@ -50,21 +45,6 @@ OTHERS = (
     "Flipbook({{0: pictures('red'), 1: pictures('blue')}}, name='g')",
     "Flipbook({{0: pictures('red'), 1: pictures('blue')}}, name='w_s')",
 )
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    """A headless Chromium: playwright's own, else the system's."""
-    with playwright.sync_playwright() as driver:
-        names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-        places = (driver.chromium.executable_path, *map(shutil.which, names))
-        found = next((place for place in places if place and Path(place).exists()), None)
-        if found is None:
-            pytest.skip("no Chromium: install the system's, or run `playwright install chromium`")
-        # In a container Chromium's own sandbox has no rights; the only page is ours.
-        opened = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 def ask_server(url: str, token: str, method: str = "GET") -> Any:

@@ -214,7 +214,7 @@ export function pairTimes(number, shift) {
     cumulative.findIndex((value) => value > ((k + shift) / number) * sum)));
 }
 
-// Gives {pair, t, p} after every pair: p(c | x) for all categories.
+// Gives {pair, t, p} after every pair: p(c | x) from the terms of the bound added up so far, of `number`.
 export async function* classify(x0, number, seed) {
   const names = Object.keys(about.attributes), scale = about.elbo.reduce((a, b) => a + b);
   const asked = names.map((name) => condition(`photo of a ${name}`));
@@ -225,7 +225,7 @@ export async function* classify(x0, number, seed) {
     names.forEach((_, k) => rows.set(x, k * size));
     const answers = await predict('untuned', rows, names.map(() => t), asked);
     for (let i = 0; i < answers.length; i++) sums[Math.floor(i / size)] += scale * (answers[i] - eps[i % size]) ** 2;
-    const logits = sums.map((s) => -s / (m + 1)), most = Math.max(...logits);
+    const logits = sums.map((s) => -s / number), most = Math.max(...logits);
     const p = logits.map((l) => Math.exp(l - most)), whole = p.reduce((a, b) => a + b);
     yield { pair: m + 1, t, p: p.map((v) => v / whole) };
   }
@@ -390,13 +390,13 @@ function look() {
     const found = terms(subject, category, uncond, t, ws);
     const pushed = subject.map((e, i) => e + found.move * (category[i] - uncond[i]));
     const verdict = found.open ? `Gate open: SuDe moves the answer by ${found.move.toFixed(2)} d` : 'Gate shut: SuDe moves nothing';
-    $('verdict').textContent = `${verdict}   (ρ = ${found.rho.toFixed(2)})`;
+    $('verdict').textContent = `${verdict}   (ρ = ${found.rho.toFixed(2)})`.replace('-', '−');
     $('verdict').classList.toggle('open', found.open);
     const rows = { 'ρ': found.rho.toFixed(3), 'L_sude × 1000': (1000 * found.loss).toFixed(2),
       'τ_t × 1000': (1000 * found.threshold).toFixed(2), 'λ_τ (gate)': found.open ? '1, open' : '0, shut',
       'push': `${found.move.toFixed(2)} d`, '‖d‖': found.length.toFixed(2) };
     $('terms').replaceChildren(...Object.entries(rows).map(([name, value]) =>
-      make('div', {}, make('dt', { textContent: name }), make('dd', { textContent: value }))));
+      make('div', {}, make('dt', { textContent: name }), make('dd', { textContent: value.replace('-', '−') }))));
     const abar = about.abar[t], images = { 'x_t': await decode(x) };
     for (const [name, eps] of Object.entries({ subject, category, uncond, pushed })) {
       if (stale()) return;
@@ -425,7 +425,7 @@ function curve(t, model, seed) {
   const across = (at) => 50 + 0.575 * at, up = (rho) => 205 - 45 * (Math.min(3, Math.max(-1, rho)) + 1);
   const parts = [];
   for (const [at, found] of kept) if (found.open)
-    parts.push(svg('rect', { x: across(at - 25), y: up(3), width: 28.75, height: 180, fill: 'var(--open)' }));
+    parts.push(svg('rect', { x: across(at - 25), y: up(3), width: 29.2, height: 180, fill: 'var(--open)' }));
   for (const rho of [-1, 0, 1, 2, 3]) {
     parts.push(svg('line', { x1: 50, x2: 625, y1: up(rho), y2: up(rho), stroke: rho === 1 ? '#1b1b1f' : '#c9c9d2', 'stroke-dasharray': rho === 1 ? '6 4' : '' }));
     parts.push(svg('text', { x: 42, y: up(rho) + 5, 'text-anchor': 'end' }, rho));
