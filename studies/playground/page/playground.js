@@ -227,7 +227,7 @@ export async function* classify(x0, number, seed) {
     for (let i = 0; i < answers.length; i++) sums[Math.floor(i / size)] += scale * (answers[i] - eps[i % size]) ** 2;
     const logits = sums.map((s) => -s / number), most = Math.max(...logits);
     const p = logits.map((l) => Math.exp(l - most)), whole = p.reduce((a, b) => a + b);
-    yield { pair: m + 1, t, p: p.map((v) => v / whole) };
+    yield { pair: m + 1, t, p: p.map((v) => v / whole), behind: logits.map((l) => most - l) };
   }
 }
 
@@ -422,16 +422,16 @@ function look() {
 
 function curve(t, model, seed) {
   const kept = Object.entries(curves.get(`${model} ${seed}`) ?? {}).map(([at, found]) => [Number(at), found]);
-  const across = (at) => 50 + 0.575 * at, up = (rho) => 205 - 45 * (Math.min(3, Math.max(-1, rho)) + 1);
+  const across = (at) => 50 + 0.575 * at, up = (rho) => 193 - 42 * (Math.min(3, Math.max(-1, rho)) + 1);
   const parts = [];
   for (const [at, found] of kept) if (found.open)
-    parts.push(svg('rect', { x: across(at - 25), y: up(3), width: 29.2, height: 180, fill: 'var(--open)' }));
+    parts.push(svg('rect', { x: across(at - 25), y: up(3), width: 29.2, height: 168, fill: 'var(--open)' }));
   for (const rho of [-1, 0, 1, 2, 3]) {
     parts.push(svg('line', { x1: 50, x2: 625, y1: up(rho), y2: up(rho), stroke: rho === 1 ? '#1b1b1f' : '#c9c9d2', 'stroke-dasharray': rho === 1 ? '6 4' : '' }));
-    parts.push(svg('text', { x: 42, y: up(rho) + 5, 'text-anchor': 'end' }, rho));
+    parts.push(svg('text', { x: 42, y: up(rho) + 5, 'text-anchor': 'end' }, `${rho}`.replace('-', '−')));
   }
-  for (const at of [0, 200, 400, 600, 800, 1000]) parts.push(svg('text', { x: across(at), y: 224, 'text-anchor': 'middle' }, at));
-  parts.push(svg('text', { x: 337, y: 245, 'text-anchor': 'middle' }, 't: little noise on the left, much on the right'));
+  for (const at of [0, 200, 400, 600, 800, 1000]) parts.push(svg('text', { x: across(at), y: 214, 'text-anchor': 'middle' }, at));
+  parts.push(svg('text', { x: 337, y: 238, 'text-anchor': 'middle' }, 't: little noise on the left, much on the right'));
   parts.push(svg('text', { x: 12, y: 20 }, 'ρ'));
   parts.push(svg('line', { x1: across(t), x2: across(t), y1: up(3), y2: up(-1), stroke: '#b3261e', 'stroke-width': 2 }));
   parts.push(svg('polyline', { points: kept.map(([at, { rho }]) => `${across(at)},${up(rho)}`).join(' '), fill: 'none', stroke: 'var(--accent)', 'stroke-width': 2.5 }));
@@ -461,7 +461,7 @@ function judge() {
   const image = $('paper').getContext('2d').getImageData(0, 0, 64, 64);
   job(async (stale) => {
     $('pairs').textContent = 'Asking the first pair …';
-    for await (const { pair, t, p } of classify(await encode(image), PAIRS, 0)) {
+    for await (const { pair, t, p, behind } of classify(await encode(image), PAIRS, 0)) {
       if (stale()) return;
       const best = p.indexOf(Math.max(...p));
       $('pairs').textContent = `After ${pair} of ${PAIRS} pairs (the last at t = ${t}): ${names[best]}, p = ${p[best].toFixed(2)}`;
@@ -472,7 +472,8 @@ function judge() {
         const path = svg('svg', { viewBox: '0 0 150 26', preserveAspectRatio: 'none', 'aria-hidden': 'true' });
         path.append(svg('polyline', { points: history[k].map((v, i) => `${(150 * (i + 0.5)) / PAIRS},${24 - 22 * v}`).join(' '), fill: 'none', stroke: 'var(--accent)', 'stroke-width': 2 }));
         return make('tr', { className: k === best ? 'best' : '' }, make('th', { scope: 'row', textContent: name }),
-          make('td', { className: 'p', textContent: p[k].toFixed(3) }), make('td', {}, bar), make('td', { className: 'line' }, path));
+          make('td', { className: 'p', textContent: p[k].toFixed(3) }), make('td', {}, bar),
+          make('td', { className: 'line' }, path), make('td', { className: 'p', textContent: behind[k].toFixed(1) }));
       });
       $('bars').querySelector('tbody').replaceChildren(...rows);
       await breathe();
@@ -500,7 +501,7 @@ function startClassify() {
     await take(await createImageBitmap(sheet, 64 * names.indexOf(chosen('examples')), 0, 64, 64));
   };
   clear();
-  choices('examples', names.map((name, k) => [name, name, `url(examples.png) ${-52 * k}px 0 / 468px 52px`]), '', () => example().catch(fail));
+  choices('examples', names.map((name, k) => [name, name, `url(examples.png) ${-48 * k}px 0 / 432px 48px`]), '', () => example().catch(fail));
   let last = null;
   const at = (event) => [event.offsetX / 4, event.offsetY / 4];
   paper.onpointerdown = (event) => { turn++; paper.setPointerCapture(event.pointerId); last = at(event); paper.onpointermove(event); };
