@@ -5,7 +5,7 @@ site:  ## lessons, guide and reference as HTML: open site/_build/html/index.html
 	jupyter-book build notebooks --path-output site --warningiserror --keep-going
 	if [ -d playground ]; then cp -R playground site/_build/html/; fi
 
-playground:  ## the model in a browser (guide: playground); `make playground site` puts it on the site
+playground:  ## the model in a browser (guide: playground); `make site` puts it on the site
 	python -m studies.playground --out playground
 
 slides:  ## the lessons as slides (reveal.js), from what is stored in them: open slides/00_start_here.html

@@ -84,7 +84,8 @@ export async function load() {
   size = about.shape.reduce((a, b) => a * b);
   prompts = new Float32Array(await bytes('prompts.bin'));
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
-  if (!adapter) return open('wasm');
+  const asked = new URLSearchParams(location.search).get('on'); // ?on=wasm, ?on=webgpu: not what is best here
+  if (!adapter || asked === 'wasm' || (adapter.info?.isFallbackAdapter && asked !== 'webgpu')) return open('wasm');
   return open('webgpu').catch((error) => (console.warn(`WebGPU: ${error.message}`), open('wasm')));
 }
 
