@@ -12,10 +12,11 @@ from typing import Any
 
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
+from sude_lab.demo import NO_TRUNCATION, PLAIN, VARIANTS
 from sude_lab.errors import UserError
 from sude_lab.io.files import atomic_write
 from sude_lab.runs.folder import ENVIRONMENT, Run, run_tuning
-from sude_lab.world.subjects import NO_TRUNCATION, PLAIN, subject
+from sude_lab.world.subjects import subject
 
 CATEGORY, SEED, STEPS = "dog", 0, 200
 WEIGHTS = (0.5, 1.0, 2.0)
@@ -37,8 +38,8 @@ class Model:
 def models(steps: int = STEPS) -> tuple[Model, ...]:
     """Return all tuned models, of runs of so many steps."""
     early, short = max(1, steps // 8), max(1, steps // 4)
-    plain = PLAIN.settings | {"max_train_steps": steps}
-    never = NO_TRUNCATION.settings | {"weight_sude": 2.0, "max_train_steps": short}
+    plain = VARIANTS[PLAIN] | {"max_train_steps": steps}
+    never = VARIANTS[NO_TRUNCATION] | {"weight_sude": 2.0, "max_train_steps": short}
     return (
         Model(f"plain-{early}", f"plain, {early} steps", "plain", plain, early),
         Model("plain", f"plain, {steps} steps", "plain", plain),
