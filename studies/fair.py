@@ -40,25 +40,24 @@ class Group:
     """Name of the stored table."""
     page: str = "fair"
     """The page in `data/grids` that says what was fixed beforehand, and the folder of the arms."""
-    arms: tuple[str, ...] = ("plain", "sude", "drawn")
-    """The first stage, which decides the question."""
+    arms: tuple[str, ...] = ("plain", "sude", "drawn", "rate", "sude_rate")
+    """The first stage, which decides the question, and the second one."""
 
 
 def _group(drawn: str, numbers: Iterable[int], *about: Any) -> Group:
     return Group(f"{drawn} {' '.join(map(str, numbers))}", *about)
 
 
+TRIED = ("plain", "sude", "rate", "rate_half", "sude_rate", "lora", "lazy")
 FLOW = "flow", ("plain", "sude", "lora_plain", "lora_sude")
 GROUPS: dict[On, Group] = {
     "held-out": _group("held-out", range(100, 136), "fair"),
-    "development": _group("development", range(100, 106), "fair_development"),
+    "development": _group("development", range(100, 106), "fair_development", "fair", TRIED),
     "flow": _group("held-out", range(200, 209), "flow", *FLOW),
     "flow-development": _group("development", (200, 206), "flow_development", *FLOW),
 }
 """Held-out: four subjects a category (of flow one), whom nobody had looked at before the page was
 committed. Development: others, who chose everything in it."""
-TRIED = ("lazy",)
-"""On the development subjects alone."""
 
 
 def grid_file(arm: str, on: On, folder: Path) -> Path:
