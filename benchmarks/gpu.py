@@ -9,7 +9,7 @@ tried again next time. Random weights cost what trained ones cost.
 
 `seconds` is the median of a step after warm-up, the device awaited (of a picture, where pictures
 are drawn), `least` and `most` beside it; `start_seconds` is the first step with all that comes
-before it (encoding, a prior bank). `peak_gib` is the most that the run held on the device, weights
+before it (encoding). `peak_gib` is the most that the run held on the device, weights
 and optimiser included, `step_gib` the same of its timed steps alone; what the benchmark itself
 keeps there is subtracted. `share` is the part of the card's own bf16 matrix rate that a step
 reaches: its matrix products and convolutions, as torch.utils.flop_counter counts them in one step
@@ -76,8 +76,6 @@ METHODS: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"weight_sude": 0.0},
     "SuDe": {"prior": "pretrained"},
-    # A small one: a step costs the same with any.
-    "SuDe, bank": {"prior": "pretrained", "prior_bank": 16},
     "SuDe, checkpointing": {"prior": "pretrained", "gradient_checkpointing": True},
 }
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -444,8 +442,6 @@ class Laboratory:
         for batch in (1, 4):
             key = (name, "dreambooth", "diffusers' loop", batch)
             plan.append((12, key, partial(self.script, batch)))
-        for method, batch in (("dreambooth", 1), ("vico", 1), ("dreambooth", 4)):
-            tuned(method, "SuDe, bank", batch, 15)
         for batch in (1, 4):
             plan.append((15, (name, "drawing", "", batch), partial(self.drawing, batch)))
         for batch in (1, 4):

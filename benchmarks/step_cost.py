@@ -8,23 +8,20 @@ of the blocks beside it. Peak memory is measured in a process of its own for eac
 
 A step of plain DreamBooth is a forward and a backward, which costs two forwards: three units. SuDe
 with prior `current` adds one forward of twice the rows without autograd, two units: 5/3 is the
-least that it can cost. A prior bank adds none; what it costs once stands below the table, and its
-rows of memory are those of runs that found it built.
+least that it can cost.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -35,7 +32,6 @@ from sude_lab.config import EMBEDDED, TuningConfig
 from sude_lab.io.opening import open_backbone
 from sude_lab.methods import configure
 from sude_lab.runs.prepare import prepared_tuning as tune
-from sude_lab.runs.prior_bank import PAIRS_AT_ONCE, PriorBank, open_bank
 from sude_lab.tuning import Step
 from sude_lab.world import subjects as study
 
@@ -43,9 +39,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "plain": {"weight_sude": 0.0},
     "SuDe, prior current": {"prior": "current"},
     "SuDe, prior pretrained": {"prior": "pretrained"},
-    "SuDe, every 4th step": {"prior": "pretrained", "sude_every": 4},
-    "SuDe, prior bank": {"prior": "pretrained", "prior_bank_dtype": "float16"},
-    "SuDe, bank in float32": {"prior": "pretrained", "prior_bank_dtype": "float32"},
+    "SuDe, every 2nd step": {"prior": "pretrained", "sude_every": 2},
 }
 
 
@@ -58,8 +52,6 @@ class Benchmark:
     steps: int = 10
     """Steps in a block."""
     train_batch_size: int = 4
-    pairs: int = 128
-    """Pairs of the prior bank."""
     out: Path | None = None
     """Folder for step_cost.csv; none: the table is only printed."""
     memory_of: str = ""
@@ -74,7 +66,6 @@ def settings_of(args: Benchmark, name: str) -> TuningConfig:
         backbone=args.backbone,
         max_train_steps=1_000_000,
         train_batch_size=args.train_batch_size,
-        prior_bank=args.pairs if "prior_bank_dtype" in VARIANTS[name] else 0,
         **VARIANTS[name],  # type: ignore[arg-type]
     )
 
@@ -84,22 +75,6 @@ def start(args: Benchmark, name: str) -> Iterator[Step]:
     backbone = open_backbone(args.backbone)
     config = configure(settings_of(args, name), backbone)
     return tune(config, backbone, study.subject("demo", 0, "dog").picture)
-
-
-def seconds_of_bank(args: Benchmark, name: str) -> tuple[float, float, PriorBank]:
-    """Return the seconds that building a variant's bank and reading it take, and the bank."""
-    backbone = open_backbone(args.backbone)
-    # Another seed than the runs': theirs is built already.
-    config = replace(configure(settings_of(args, name), backbone), seed=1)
-    side = backbone.resolution
-    picture = study.subject("demo", 0, "dog").picture.resize((side, side))
-    latents = backbone.encode_pictures([picture])
-    times = []
-    for _ in range(2):
-        began = time.perf_counter()
-        bank = open_bank(config, backbone, "dog", picture, (latents[0].cpu(), latents[1].cpu()))
-        times.append(time.perf_counter() - began)
-    return times[0], times[1], bank
 
 
 def seconds_of_block(run: Iterator[Step], steps: int) -> float:
@@ -123,9 +98,7 @@ def main(args: Benchmark) -> None:
     if args.memory_of:
         print(json.dumps(peak_memory(args, args.memory_of)))
         return
-    with tempfile.TemporaryDirectory() as folder:  # no bank of another day
-        os.environ["SUDE_LAB_CACHE"] = folder
-        measure(args)
+    measure(args)
 
 
 def processor() -> str:
@@ -157,7 +130,7 @@ def measure(args: Benchmark) -> None:
     base, rows = 0.0, []
     for name in VARIANTS:
         command = [sys.executable, __file__, "--memory-of", name, "--backbone", args.backbone]
-        command += ["--train-batch-size", str(args.train_batch_size), "--pairs", str(args.pairs)]
+        command += ["--train-batch-size", str(args.train_batch_size)]
         memory = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
         base = base or memory
         ratios = [a / b for a, b in zip(times[name], times["plain"], strict=True)]
@@ -176,17 +149,6 @@ def measure(args: Benchmark) -> None:
     if args.out:
         pd.DataFrame(rows).to_csv(args.out / "step_cost.csv", index=False)
     print(f"The floor of prior current is 5/3 = {5 / 3:.2f}.")
-    step = statistics.median(times["plain"])
-    for name in (n for n in VARIANTS if "prior_bank_dtype" in VARIANTS[n]):
-        built, read, bank = seconds_of_bank(args, name)
-        assert bank.path is not None
-        at_once = PAIRS_AT_ONCE if VARIANTS[name]["prior_bank_dtype"] == "float16" else 1
-        print(
-            f"{name}: {len(bank)} pairs, {at_once} at once, were built in {built:.2f} s = "
-            f"{built / step:.0f} plain steps and read in {read:.3f} s; "
-            f"{bank.path.stat().st_size / 2**20:.2f} MiB on the disk, "
-            f"{bank.num_bytes / 2**20:.2f} MiB in memory"
-        )
 
 
 if __name__ == "__main__":

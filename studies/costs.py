@@ -60,7 +60,7 @@ def steps(rows: list[Row]) -> str:
 
 
 def others(rows: list[Row]) -> str:
-    """Return what is no pair of plain and SuDe: banks, checkpointing, drawing, diffusers' loop."""
+    """Return what is no pair of plain and SuDe: checkpointing, drawing, diffusers' loop."""
     lines = [
         (
             *(MODELS.get(row["model"], row["model"]), row["method"], row["variant"], row["batch"]),

@@ -4,13 +4,11 @@
 
 writes `held_out.md` and `held_out.png` beside it. Means are over the attributes that a subject's
 one picture does not show; intervals are 95 %, Student's t on the subjects' means. A search for
-settings, which has other variants than plain and sude, gets a table alone: a row a setting. A study
-of prior banks (variants sude and prior_bank=N) gets a table of what N changes.
+settings, which has other variants than plain and sude, gets a table alone: a row a setting.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,33 +112,6 @@ def settings_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def banks_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a row a (method, bank): means, and paired differences from asking live, by size.
-
-    Live is the variant `sude`: pairs drawn anew in every step. A loss is eq. 2 after tuning: a bank
-    is too small where the model has learnt its noise by heart, and new noise costs more.
-    """
-    runs, rows = table.drop_duplicates(KEYS), []
-    for line in against(per_run(table), "sude", list(NAMES), digits=3).to_dict("records"):
-        method, variant = line.pop("method"), str(line.pop("variant"))
-        size = re.fullmatch(r"prior_bank=(\d+)(.*)", variant)
-        if size is None and variant not in ("sude", "plain"):
-            continue
-        name = f"{int(size[1]):,}{size[2].replace(',', ', ')}" if size else variant
-        means = runs[(runs["method"] == method) & (runs["variant"] == variant)]
-        row = {"method": method.replace("_", " ")}
-        row |= {"pairs": {"sude": "drawn anew", "plain": "plain, no SuDe"}.get(name, name)}
-        number = line.pop("runs")
-        row |= line | {"rho": "" if name == "plain" else f"{means['rho'].mean():.2f}"}
-        if "loss_seen" in means:
-            row["loss on its pairs"] = f"{means['loss_seen'].mean():.3f}" if size else ""
-            row["on new noise"] = f"{means['loss_new'].mean():.3f}"
-        row["runs"] = number
-        order = {"plain": -1.0, "sude": math.inf}.get(name, float(size[1]) if size else 0.0)
-        rows.append((method, order, name, row))
-    return pd.DataFrame([row for *_, row in sorted(rows, key=lambda r: r[:3])])
-
-
 def paired_runs(ax: Axes, runs: pd.DataFrame) -> Axes:
     """Draw an arrow a (subject, seed) from the run without SuDe to the run with it."""
     x, y = "subject_fidelity", "attribute_alignment"
@@ -164,9 +135,7 @@ def main(config: ReportConfig) -> None:
 
     table = pd.read_csv(config.table)
     study = set(table["variant"]) == {"plain", "sude"}
-    banks = table["variant"].str.startswith("prior_bank=").any() and "sude" in set(table["variant"])
     parts = (means_table, subjects_table) if study else (settings_table,)
-    parts = (banks_table,) if banks else parts
     text = "\n\n".join(
         part(table).fillna("").to_markdown(index=False, disable_numparse=True) for part in parts
     )

@@ -63,7 +63,6 @@ STUDIES = {
     "collapse": Study(("collapse",)),
     "prompts": Study(("prompts_p1", "prompts_p2", "prompts_p3"), named=True),
     "class_images": Study(("class_images",), named=True),
-    "prior_bank": Study(("prior_bank",), named=True, strips=False),
 }
 
 
@@ -126,7 +125,6 @@ def variant(config: TuningConfig, named: bool = False) -> str:
     parts = ["prior=current"] if config.prior == "current" else []
     parts += [] if config.truncate else ["truncate=false"]
     parts += [f"truncate_at={config.truncate_at:g}"] if config.truncate_at != 1 else []
-    parts += [f"prior_bank={config.prior_bank}"] if config.prior_bank else []
     parts += [f"prior_loss_weight={config.prior_loss_weight:g}"] if config.prior_loss_weight else []
     if named:
         zero = [] if config.weight_sude else ["weight_sude=0"]

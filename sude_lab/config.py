@@ -25,6 +25,8 @@ EMBEDDED_MODELS = {EMBEDDED: "embedded", "embedded-flow": "embedded_flow"}
 """The folders in `data/` of the models that are there, by their names."""
 RENAMED = {"regularizer": "prior_preservation"}
 """Fields that had another name in files of earlier days."""
+REMOVED = {"prior_bank": 0, "prior_bank_dtype": "float16"}
+"""Fields of earlier days, with the values that said nothing."""
 Prior = Literal["current", "pretrained"]
 Weighting = Literal["exact", "simple", "reference"]
 Train = Literal["unet", "attention", "lora"]
@@ -35,7 +37,7 @@ def _setting(
     *,
     usual: Any = None,
     between: tuple[float, float] | None = None,
-    about: Literal["sude", "prior", "place", ""] = "",
+    about: Literal["sude", "place", ""] = "",
 ) -> Any:
     """Return a field of `TuningConfig`.
 
@@ -43,8 +45,8 @@ def _setting(
         default: None where the method's default, or the model's own, is meant.
         usual: What None means where neither the method nor the model says.
         between: The least and the most that a number may be.
-        about: sude: changes the use of SuDe, and no draw; prior: who is asked
-            eq. 5 and how that is kept; place: where something lies or runs, not what it is.
+        about: sude: changes the use of SuDe, and no draw; place: where something lies or runs, not
+            what it is.
     """
     return field(default=default, metadata={"usual": usual, "between": between, "about": about})
 
@@ -72,14 +74,8 @@ class TuningConfig:
     """The baseline that SuDe regularises: dreambooth, custom_diffusion, vico, textual_inversion."""
     weight_sude: float | None = _setting(None, between=(0.0, 1e6), about="sude")
     """w_s of eq. 10; 0 is the plain baseline."""
-    prior: Prior | None = _setting(None, usual="pretrained", about="prior")
+    prior: Prior | None = _setting(None, usual="pretrained", about="sude")
     """Which model's opinion of the category counts: as it is now, or as it was before tuning."""
-    prior_bank: int = _setting(0, between=(0, 10_000_000))
-    """Draw from so many pairs (t, noise), for which SuDe asks the model before tuning once, for all
-    runs of a seed on this picture (without SuDe: the same pairs, nothing asked); 0 draws and asks
-    anew in every step."""
-    prior_bank_dtype: Literal["float16", "float32", "live"] = _setting("float16", about="prior")
-    """How the bank is kept; live keeps nothing and asks every step, at the same pairs."""
     weighting: Weighting | None = _setting(None, usual="reference", about="sude")
     """How eq. 7 is weighted over t; see `sude_lab.losses.sude_weight`."""
     truncate: bool = _setting(True, about="sude")
@@ -196,7 +192,7 @@ class CompleteConfig(TuningConfig):
 
 
 def fields_of(about: str) -> tuple[str, ...]:
-    """Return the names of the fields of `TuningConfig` that are about sude, prior or place."""
+    """Return the names of the fields of `TuningConfig` that are about sude or place."""
     return tuple(f.name for f in fields(TuningConfig) if f.metadata.get("about") == about)
 
 
@@ -206,6 +202,8 @@ def read_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name, value in values.items():
         name = RENAMED.get(name, name)
+        if name in REMOVED and value == REMOVED[name]:
+            continue
         if name not in names:
             raise UserError(f"There is no setting {name!r}.")
         settings[name] = tuple(value) if isinstance(value, list) else value

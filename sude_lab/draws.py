@@ -34,8 +34,6 @@ class Batch:
     """Timesteps, (B,)."""
     which: Tensor
     """Whose picture it is: the number of the subject, (B,)."""
-    index: Tensor | None = None
-    """The numbers of the pairs in banks, (B,), where the draws come from them; on the CPU, too."""
     z_0: Tensor | None = None
     """Latents of class images, (B, C, h, w), for prior preservation."""
     noise: Tensor | None = None
@@ -51,8 +49,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device; nobody waits for a GPU to take it."""
-        moved = self._map(lambda x: x.to(device, non_blocking=device.type == "cuda"))
-        return replace(moved, index=self.index)
+        return self._map(lambda x: x.to(device, non_blocking=device.type == "cuda"))
 
 
 class Draws(Protocol):

@@ -3,8 +3,8 @@
     uncond, category = ask(predict, x_t, t, null, dog)              # eq. 5, in one call
     terms = sude_terms(output, category, uncond, x_t, t, schedule)  # eq. 7-9
 
-`ask` is the only asker of this library: tuning, the prior bank, guidance, the explorers and the
-plug call it. The plug, `SudeRegularizer`, is for anyone's loop.
+`ask` is the only asker of this library: tuning, guidance, the explorers and the plug
+call it. The plug, `SudeRegularizer`, is for anyone's loop.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class Tuning:
 
     Raises:
         UserError: the settings do not fit the model, it has been used already, the run needs class
-            images or a prior bank, the loss became NaN, memory ran out, or the device failed.
+            images or a regulariser, the loss became NaN, memory ran out, or the device failed.
     """
 
     def __init__(
@@ -155,10 +155,10 @@ class Tuning:
         self.number = 0
         """The last step that was taken."""
         self._state = "running"
-        made = draws is None and (config.prior_bank or config.prior_loss_weight)
+        made = draws is None and config.prior_loss_weight
         if made or (config.regularizer_file and regularizer is None):
             raise UserError(
-                "This run needs class images, a prior bank or a regularizer, which are made before:"
+                "This run needs class images or a regularizer, which are made before:"
                 " start it with sude_lab.runs.prepare, or leave their settings out."
             )
         with machine_failures():

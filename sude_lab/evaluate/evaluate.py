@@ -68,7 +68,7 @@ PAPERS = ("CLIP-I", "CLIP-T", "DINO-I", "BLIP-T")
 
 BATCH = 8
 """Pictures that are drawn at once."""
-_SUDE = (*fields_of("sude"), *fields_of("prior"), "prior_bank")
+_SUDE = fields_of("sude")
 _SUBJECT = ("category", "token", "initializer")
 _NOT_SETTINGS = (*fields_of("place"), *_SUBJECT, *_SUDE, "method", "seed", "dtype")
 
@@ -322,9 +322,7 @@ def settings_and_variants(configs: Sequence[TuningConfig]) -> list[tuple[str, st
     for method in dict.fromkeys(c.method for c in configs):
         family = [c for c in configs if c.method == method]
         settings = _varying(family, [n for n in every if n not in _NOT_SETTINGS])
-        # Where plain runs were tuned with several banks, each is compared with its own kind.
-        settings += _varying([c for c in family if not c.weight_sude], ["prior_bank"])
-        of_sude = [n for n in every if n in _SUDE and n not in settings]
+        of_sude = [n for n in every if n in _SUDE]
         varying[method] = settings, _varying([c for c in family if c.weight_sude], of_sude)
     several = len({c.backbone for c in configs}) > 1
     names = []

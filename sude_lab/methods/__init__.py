@@ -55,7 +55,7 @@ def configure(
 
     Raises:
         UserError: a setting, preset or method does not exist, the model cannot know the category,
-            a token cannot hold its vectors, or a prior bank is of no use to the prior.
+            or a token cannot hold its vectors.
     """
     if isinstance(settings, Mapping):
         settings = TuningConfig(**read_settings(settings))
@@ -70,12 +70,6 @@ def configure(
     values = {f.name: getattr(settings, f.name) for f in fields(TuningConfig)}
     values = {name: usual[name] if value is None else value for name, value in values.items()}
     config = CompleteConfig(**values)
-    moves = config.prior == "current" and not method.keeps_prior
-    if config.prior_bank and config.with_sude and moves:
-        raise UserError(
-            "--prior-bank keeps what the model says before tuning, and --prior current asks it as "
-            "it is by then: use --prior pretrained, or leave --prior-bank out."
-        )
     check_tokens([subject.token for subject in config.subjects], config.num_vectors)
     return _on_model(config, model) if isinstance(model, Backbone) else config
 

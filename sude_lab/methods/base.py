@@ -32,9 +32,6 @@ class Method:
     """Settings on Stable Diffusion, for the fields of `TuningConfig` that are None."""
     initializers: ClassVar[tuple[str, ...]] = ()
     """Words that the subjects' tokens start from, in their order; none: from their category."""
-    keeps_prior: ClassVar[bool] = False
-    """Whether tuning changes nothing in what the model says of prompts without the subject, so that
-    the priors `current` and `pretrained` are the same."""
 
     def __init__(self, backbone: Backbone, config: CompleteConfig) -> None:
         backbone.use()

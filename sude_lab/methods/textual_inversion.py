@@ -17,7 +17,6 @@ class TextualInversion(Method):
 
     name: ClassVar[str] = "textual_inversion"
     template: ClassVar[str] = "photo of a {S*}"
-    keeps_prior: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = {
         "learning_rate": 0.0,
         "token_learning_rate": 5e-4,

@@ -365,7 +365,6 @@ class ViCo(Method):
 
     name: ClassVar[str] = "vico"
     template: ClassVar[str] = "photo of a {S*}"
-    keeps_prior: ClassVar[bool] = True
     defaults: ClassVar[dict[str, Any]] = {
         "learning_rate": 1e-5,
         "token_learning_rate": 5e-3,

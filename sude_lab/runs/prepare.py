@@ -1,4 +1,4 @@
-"""What is made before a run starts, and handed to its `Tuning`: class images, and a prior bank."""
+"""What is made before a run starts, and handed to its `Tuning`: what it draws from."""
 
 from __future__ import annotations
 
@@ -16,25 +16,21 @@ from sude_lab.draws import (
     picture_latents,
     side_of,
 )
-from sude_lab.errors import UserError
 from sude_lab.io.pictures import load_picture
 from sude_lab.methods import configure
 from sude_lab.runs.class_images import WithClassImages, class_latents
-from sude_lab.runs.prior_bank import BankClassifier, BankDraws, open_bank
 from sude_lab.runs.regularizer import load_regularizer
-from sude_lab.tuning import Classifier, Processes, Regularizer, Tuning
+from sude_lab.tuning import Processes, Regularizer, Tuning
 
 Pictures = Image.Image | Sequence[Image.Image]
 
 
 def prepare(
     config: TuningConfig, backbone: Backbone, pictures: Pictures, *, accelerator: Any = None
-) -> tuple[Draws, Classifier | None]:
-    """Build, or find in the cache, what a run draws from and who answers its eq. 5.
+) -> Draws:
+    """Return what a run draws from, with class images beside where `prior_loss_weight` is above 0.
 
-    With `prior_bank` the samples are pairs of the subjects' banks, and the banks answer; with
-    `prior_loss_weight` above 0 class images of every category come beside them. None for the
-    classifier: the run asks its own model. Of an accelerator's processes the first one builds.
+    They are drawn, or found in the cache; of an accelerator's processes the first one draws.
 
     Raises:
         UserError: the backbone has been used already, the settings do not fit it, or the cache
@@ -45,26 +41,11 @@ def prepare(
     images = _squares(config, backbone, pictures)
     latents = [picture_latents(config, backbone, image) for image in images]
     draws: Draws = FreshDraws(latents, backbone.schedule.num_timesteps, backbone.density)
-    classifier: Classifier | None = None
-    if config.prior_bank:
-        if config.regularizer_file:
-            raise UserError(
-                "--prior-bank keeps answers to eq. 5, and --regularizer-file asks the model itself:"
-                " leave one of them out."
-            )
-        with processes.in_turn():
-            banks = [
-                open_bank(config, backbone, subject.category, image, latent)
-                for subject, image, latent in zip(config.subjects, images, latents, strict=True)
-            ]
-        draws = BankDraws(banks)
-        if banks[0].kept:
-            classifier = BankClassifier(banks)
     if config.prior_loss_weight:
         with processes.in_turn():
             class_images = [class_latents(config, backbone, s.category) for s in config.subjects]
         draws = WithClassImages(draws, class_images)
-    return draws, classifier
+    return draws
 
 
 def prepared_tuning(
@@ -81,13 +62,11 @@ def prepared_tuning(
     Without a `regularizer` the settings' own file is run, where they name one.
     """
     regularizer = regularizer or load_regularizer(config.regularizer_file)
-    draws, classifier = prepare(config, backbone, pictures, accelerator=accelerator)
     return Tuning(
         config,
         backbone,
         _squares(configure(config, backbone), backbone, pictures),
-        draws=draws,
-        classifier=classifier,
+        draws=prepare(config, backbone, pictures, accelerator=accelerator),
         regularizer=regularizer,
         state=state,
         accelerator=accelerator,

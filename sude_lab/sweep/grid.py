@@ -445,12 +445,9 @@ def _config(settings: dict[str, Any]) -> tuple[CompleteConfig, float]:
     factor = settings.pop("factor", 1.0)
     settings.setdefault("weight_sude", usual.weight_sude * factor)
     config = configure(settings, facts)
-    # The bank's pairs stay: without SuDe a run draws the samples that its like with SuDe draws.
-    sude = {*fields_of("sude"), *fields_of("prior"), "regularizer_file"}
-    silent = set() if config.with_sude else sude
+    silent = set() if config.with_sude else {*fields_of("sude"), "regularizer_file"}
     silent |= set() if config.truncate else {"truncate_at"}
     silent |= set() if config.prior_loss_weight else {"class_images"}
-    silent |= set() if config.prior_bank else {"prior_bank_dtype"}
     unsaid = {name: getattr(usual, name) for name in silent - {"weight_sude"}}
     return replace(config, **unsaid), usual.weight_sude
 
@@ -460,8 +457,6 @@ def kind_of(config: CompleteConfig) -> str:
     size = config.train_batch_size * config.gradient_accumulation_steps
     own = config.regularizer_file
     sude = (own.name if own else "SuDe") if config.with_sude else "plain"
-    if sude == "SuDe" and config.prior_bank and config.prior_bank_dtype != "live":
-        sude = "SuDe from a prior bank"
     train = f" {config.train}" if config.method == "dreambooth" else ""
     side = f", {config.resolution} px" if config.resolution else ""
     return f"{Path(config.backbone).name}, {config.method}{train}, {sude}, batch {size}{side}"

@@ -32,7 +32,6 @@ from sude_lab.methods import configure
 from sude_lab.runs.card import loading_code
 from sude_lab.runs.guided import guidance_for
 from sude_lab.runs.prepare import prepared_tuning
-from sude_lab.runs.prior_bank import Pairs
 from sude_lab.runs.strength import Strength
 from sude_lab.sude import SudeRegularizer
 from sude_lab.tuning import Step
@@ -358,8 +357,6 @@ def test_what_is_distilled_is_refused_before_its_weights_are_read(
     "values",
     [
         {"prior": "current", "train": "lora"},
-        {"prior_bank": 6},
-        {"prior_bank": 6, "prior_bank_dtype": "float32"},
         {"prior_loss_weight": 1.0, "num_class_images": 2, "prior_preservation": "teacher"},
         {"gradient_checkpointing": True},
         {"dtype": "bfloat16"},
@@ -372,26 +369,6 @@ def test_what_else_a_run_can_have(
 ) -> None:
     _, steps = tuned(model_of(name), picture, **{"train": "attention"} | values)
     assert all(math.isfinite(value) for step in steps for value in step.row().values())
-
-
-def test_a_bank_has_the_density_of_its_model() -> None:
-    """Pair k of N has its t from the k-th of N parts that are equally likely."""
-    latents = torch.zeros(1, 1, 1, 1)
-    pairs = Pairs(latents, latents, 100, 1000, 0, "logit_normal")
-    times = [pairs.pair(k)[2] for k in range(100)]
-    edges = torch.special.ndtri(torch.linspace(0, 1, 101, dtype=torch.float64)).sigmoid() * 1000
-    assert all(int(a) <= t <= int(b) for a, t, b in zip(edges, times, edges[1:], strict=False))
-
-
-def test_a_bank_of_floats_is_asking_in_every_step(
-    model_of: Callable[[str], Model], picture: Image.Image
-) -> None:
-    rows = []
-    for dtype in ("float32", "live"):
-        values = {"prior_bank": 4, "prior_bank_dtype": dtype, "train_batch_size": 1}
-        _, steps = tuned(model_of("sd3"), picture, train="attention", **values)
-        rows.append([step.row() for step in steps])
-    assert rows[0] == rows[1]
 
 
 def test_guidance_without_training_moves_a_lora_to_its_category(

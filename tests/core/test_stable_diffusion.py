@@ -340,9 +340,8 @@ def test_a_vae_that_overflows_in_float16_decodes_in_float32(model: Model, force:
 
 
 @pytest.mark.parametrize("model", ["sdxl"], indirect=True)
-@pytest.mark.parametrize("prior_bank", [0, 4])
 def test_sdxl_is_told_the_size_that_it_is_tuned_at(
-    model: Model, prior_bank: int, picture: Image.Image, class_images: Path
+    model: Model, picture: Image.Image, class_images: Path
 ) -> None:
     """As diffusers' scripts tell it: original size, crop, target size of the picture used."""
     backbone = model.fresh()
@@ -356,7 +355,6 @@ def test_sdxl_is_told_the_size_that_it_is_tuned_at(
         train_batch_size=1,
         prior_loss_weight=1.0,
         class_images=class_images,
-        prior_bank=prior_bank,
     )
     sizes: list[list[float]] = []
     forward = backbone.unet.forward

@@ -40,7 +40,7 @@ def test_a_second_run_on_one_backbone_is_refused(fresh: Fresh, picture: Image.Im
         with pytest.raises(UserError, match=rf"has been tuned \(dreambooth, dog\).*{CURE}"):
             tune(settings, backbone, picture)
     with pytest.raises(UserError, match=CURE):
-        prepare(config(prior_bank=2), backbone, picture)
+        prepare(config(), backbone, picture)
 
 
 def test_a_run_that_was_left_has_used_its_backbone(fresh: Fresh, picture: Image.Image) -> None:
@@ -143,10 +143,10 @@ def test_run_tuning_takes_only_the_backbone_that_its_settings_name(
     assert Run.open(run.folder).config == configure(replace(settings, backbone=beside), fresh())
 
 
-def test_a_run_without_its_class_images_or_bank_says_where_they_are_made(
+def test_a_run_without_its_class_images_says_where_they_are_made(
     fresh: Fresh, picture: Image.Image
 ) -> None:
-    for settings in ({"prior_bank": 2}, {"prior_loss_weight": 1.0}, {"method": "custom_diffusion"}):
+    for settings in ({"prior_loss_weight": 1.0}, {"method": "custom_diffusion"}):
         with pytest.raises(UserError, match=r"sude_lab\.runs\.prepare"):
             Tuning(config(**settings), fresh(), picture)
 

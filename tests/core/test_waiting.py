@@ -114,7 +114,7 @@ def test_the_device_counts_what_waits() -> None:
         {"method": "dreambooth", "weighting": "exact", "gradient_accumulation_steps": 2},
         {"method": "dreambooth", "prior": "current", "max_grad_norm": 1e-9},
         {"method": "custom_diffusion", "prior_loss_weight": 1.0, "num_class_images": 2},
-        {"method": "textual_inversion", "prior_bank": 6},
+        {"method": "textual_inversion"},
     ],
     ids=str,
 )

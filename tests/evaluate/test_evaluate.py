@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -348,26 +347,6 @@ def test_runs_are_named_by_what_sets_them_apart(tuned: Callable[..., Path]) -> N
     ]
     # Seeds and subjects are no settings: they are what is averaged over.
     assert labels([plain, tuned(seed=1)]) == [("dreambooth", "plain")] * 2
-
-
-def test_a_plain_run_is_compared_with_its_like_of_the_same_bank() -> None:
-    def named(*kinds: tuple[float, int]) -> list[tuple[str, str]]:
-        usual = TuningConfig(Path("dog.png"), "dog")
-        runs = [replace(usual, weight_sude=w, prior_bank=pairs) for w, pairs in kinds]
-        return room.settings_and_variants(runs)
-
-    assert named((0.0, 0), (0.0, 8), (1.0, 0), (1.0, 8)) == [
-        ("dreambooth, prior_bank 0", "plain"),
-        ("dreambooth, prior_bank 8", "plain"),
-        ("dreambooth, prior_bank 0", "SuDe"),
-        ("dreambooth, prior_bank 8", "SuDe"),
-    ]
-    # One plain run is everybody's.
-    assert named((0.0, 0), (1.0, 8), (1.0, 16)) == [
-        ("dreambooth", "plain"),
-        ("dreambooth", "SuDe, prior_bank 8"),
-        ("dreambooth", "SuDe, prior_bank 16"),
-    ]
 
 
 def test_a_run_given_twice_is_refused(pair: list[Path], measure: Measure, tmp_path: Path) -> None:

@@ -246,16 +246,14 @@ def test_a_card_is_measured_row_by_row(
     expected = counted.tera_operations / counted.seconds / rate
     np.testing.assert_allclose(counted.share, expected, rtol=1e-3)
 
-    # SuDe adds two predictions of the model before tuning, whatever is tuned; a bank adds none, and
-    # what is recomputed counts.
+    # SuDe adds two predictions of the model before tuning, whatever is tuned; what is
+    # recomputed counts.
     work = table.fillna({"variant": ""}).set_index(["model", "method", "batch", "variant"])
     work = work.tera_operations["sd15"].unstack()
     added = (work["SuDe"] - work["plain"]).dropna()
     assert set(added.index.get_level_values("method")) == set(gpu.METHODS)
     batch = added.index.get_level_values("batch")
     np.testing.assert_allclose(added / batch, added["dreambooth", 1], rtol=1e-4)
-    for case in (("dreambooth", 1), ("dreambooth", 4), ("vico", 1)):
-        assert work["SuDe, bank"][case] == work["plain"][case]
     assert work["SuDe, checkpointing"]["dreambooth lora", 1] > work["SuDe"]["dreambooth lora", 1]
     assert work["diffusers' loop"]["dreambooth", 1] > work["plain"]["dreambooth", 1]
 

@@ -18,7 +18,7 @@ from sude_lab.errors import UserError
 from sude_lab.io.opening import data_folder
 from sude_lab.runs.export import share
 from sude_lab.runs.folder import Run, run_tuning
-from sude_lab.runs.prepare import prepare, prepared_tuning
+from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.runs.regularizer import load_regularizer
 from sude_lab.sweep.grid import make_plan, read_grid
 from sude_lab.tuning import Frozen, Tuning
@@ -180,8 +180,6 @@ def test_a_run_with_a_file_is_never_tuned_without_it(
     own = replace(config, regularizer_file=SUDE)
     with pytest.raises(UserError, match=r"regularizer, which are made before: start it with"):
         Tuning(own, fresh(), picture)
-    with pytest.raises(UserError, match="--prior-bank keeps answers to eq"):
-        prepare(replace(own, prior_bank=8), fresh(), picture)
 
 
 # --- a run keeps its file and never runs it ------------------------------------------------------

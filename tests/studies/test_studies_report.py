@@ -92,23 +92,6 @@ def test_a_search_is_a_table_of_its_settings(tmp_path: Path) -> None:
     assert not (tmp_path / "search.png").exists()
 
 
-def test_banks_are_compared_with_drawing_anew_by_their_size(tmp_path: Path) -> None:
-    """A bank that loses 0.4 of the dog's alignment and 0.2 of the teapot's: their mean is 0.3."""
-    table = hand_made()
-    plain, live = (table[table["variant"] == name] for name in ("plain", "sude"))
-    small = plain.assign(variant="prior_bank=64", rho=0.5)
-    large = live.assign(variant="prior_bank=1024")
-    pd.concat([large, live, small, plain]).to_csv(tmp_path / "banks.csv", index=False)
-    rows = report.banks_table(pd.read_csv(tmp_path / "banks.csv")).to_dict("records")
-    assert [r["pairs"] for r in rows] == ["plain, no SuDe", "64", "1,024", "drawn anew"]
-    assert rows[1]["attribute alignment"] == "0.350 (-0.300 [-1.571, +0.971])"
-    assert rows[2]["attribute alignment"] == "0.650 (+0.000 [+0.000, +0.000])"
-    assert rows[3]["attribute alignment"] == "0.650" and rows[3]["runs"] == "2 x 1"
-    assert [r["rho"] for r in rows] == ["", "0.50", "0.80", "0.80"]
-    report.main(report.ReportConfig(tmp_path / "banks.csv"))
-    assert "drawn anew" in (tmp_path / "banks.md").read_text()
-
-
 def test_an_arrow_leads_from_the_plain_run_to_the_one_with_sude() -> None:
     ax = report.paired_runs(Figure().subplots(), per_run(hand_made()))
     arrows = [text for text in ax.texts if text.arrow_patch is not None]

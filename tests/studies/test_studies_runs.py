@@ -9,15 +9,12 @@ import yaml
 from PIL import Image
 
 from studies import compare_guidance, gallery, paper, runs
-from studies.prior_bank import noise_errors
-from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.evaluate import stored
 from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.io.opening import open_backbone
 from sude_lab.methods import configure
-from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.tuning import tune
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import load_oracle
@@ -168,26 +165,3 @@ def test_the_paper_s_command_makes_its_studies_and_writes_the_table(
     with pytest.raises(UserError, match="There is no study 'nothing': choose held_out"):
         monkeypatch.undo()
         runs.main(runs.RunsConfig("nothing"))
-
-
-def test_a_small_bank_s_noise_is_learnt_by_heart(tiny: Backbone) -> None:
-    """The loss falls on the pairs that were seen; without tuning none was."""
-    who = subject("held-out", 5)
-    config = TuningConfig(
-        image=Path("candle.png"),
-        category="candle",
-        max_train_steps=80,
-        learning_rate=3e-3,
-        prior_bank=2,
-        prior_bank_dtype="live",
-    )
-    config = configure(config, tiny)
-    untuned = tiny.copy()
-    untuned.add_token(config.token, "candle")
-    before = noise_errors(untuned, config, who.picture)
-    assert before["loss_seen"] == pytest.approx(before["loss_new"], rel=0.1)
-    tuned = tiny.copy()
-    assert len(list(prepared_tuning(config, tuned, who.picture))) == 80
-    after = noise_errors(tuned, config, who.picture)
-    assert after["loss_seen"] < 0.8 * after["loss_new"]
-    assert after["loss_seen"] < 0.8 * before["loss_seen"]
