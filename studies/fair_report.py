@@ -11,10 +11,11 @@ they are registered there.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import tyro
@@ -46,6 +47,9 @@ LINES = {
     "SuDe 2, steps": "arm == 'sude' and w_s == 2",
     "SuDe 50, w_s": "arm == 'sude' and strength == '50'",
     "plain, composition": f"{_PLAIN_END} or strength.str.startswith('compose')",
+    "plain, lower rate": "arm == 'rate'",
+    "SuDe, lower rate": "arm == 'sude_rate'",
+    "best plain": "arm in ('plain', 'rate')",
     "SuDe without training": f"{_PLAIN_END} or strength.str.startswith('sude_guidance')",
     **{
         f"SuDe every {k}": f"arm == 'lazy' and variant.str.endswith('every {k}')"
@@ -72,13 +76,18 @@ def asks(table: pd.DataFrame) -> pd.Series:
     return 1 + 2 / every * (table["w_s"] > 0) + table["arm"].str.contains("class_images")
 
 
-def category_rows(lines: dict[str, Line], category: dict[str, Line]) -> list[dict[str, Any]]:
-    """Return the primary contrasts of the alignment with the category, at the same strengths."""
+def category_rows(
+    lines: dict[str, Line],
+    category: dict[str, Line],
+    pairs: Sequence[tuple[str, str]],
+    shares: Sequence[float],
+) -> list[dict[str, Any]]:
+    """Return contrasts of the alignment with the category, at the same strengths."""
     rows = []
-    for a, b in PRIMARY:
+    for a, b in pairs if all(name in lines for pair in pairs for name in pair) else ():
         end = lines[b].fidelity[:, lines[b].strengths.index(END)]
         of = category[a].alignment, category[b].alignment
-        for share in SHARES:
+        for share in shares:
             gain = gain_at(lines[a], lines[b], share * end, of)
             about = {"arm": f"{a}: category", "against": b, "fidelity": f"{share:g}"}
             rows.append(about | {"gain": gain, "p": gain.p, "sign flip": math.nan})
@@ -92,9 +101,33 @@ SECONDARY = [
     ("SuDe", "plain, composition"),
     ("SuDe without training", "less tuning"),
 ]
+LOWER = [("SuDe, lower rate", "best plain")]
+SECOND = [
+    ("SuDe, lower rate", "plain, lower rate"),
+    ("SuDe, lower rate", "SuDe"),
+    ("plain, lower rate", "less tuning"),
+]
 LAZY = [(f"SuDe every {k}", "SuDe every 1") for k in (2, 4, 8)]
-FAMILIES = {"Primary": PRIMARY, "Secondary": SECONDARY, "Lazy SuDe": LAZY}
-"""Contrasts that are corrected together."""
+HIGHER = (0.85, 0.95, 1.05)
+"""Shares of the second stage."""
+
+
+class Family(NamedTuple):
+    """Contrasts that are corrected together, with those of the category for some of them."""
+
+    title: str
+    pairs: Sequence[tuple[str, str]]
+    shares: Sequence[float] = SHARES
+    of_category: Sequence[tuple[str, str]] = ()
+
+
+FAMILIES = (
+    Family("Primary", PRIMARY),
+    Family("Secondary", SECONDARY, of_category=PRIMARY),
+    Family("Second stage, primary", LOWER, HIGHER),
+    Family("Second stage, secondary", SECOND, HIGHER, LOWER),
+    Family("Lazy SuDe", LAZY),
+)
 
 
 def parts_of(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -149,14 +182,14 @@ def main(config: ReportConfig) -> str:
     for part, rows in parts_of(table).items():
         lines = parts[part] = lines_of(rows)
         category = lines_of(rows.assign(attribute_alignment=rows["category_alignment"]))
-        more = {"Secondary": category_rows(lines, category)}
-        for title, pairs in FAMILIES.items():
-            shown = family(lines, pairs, more.get(title, ()))
+        for title, pairs, shares, of_category in FAMILIES:
+            more = category_rows(lines, category, of_category, shares)
+            shown = family(lines, pairs, more, shares)
             if shown.empty:
                 continue
             shown["gain"] = [gain.words("+.3f") for gain in shown["gain"]]
             texts += [f"## {part}{title} contrasts", shown.round(4).to_markdown(index=False)]
-        at = places(lines, category, rows, asks(rows))
+        at = places(lines, category, rows, asks(rows), sorted({*SHARES, *HIGHER}))
         texts += [f"## {part}Where the lines are read", at.to_markdown(index=False)]
     groups = table.groupby(POINT, sort=False)
     means = groups[["subject_fidelity", "attribute_alignment", "category_alignment"]].mean()

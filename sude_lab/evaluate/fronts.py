@@ -174,20 +174,22 @@ def points(table: pd.DataFrame) -> pd.Series:
     return table[POINT].agg(" ".join, axis=1)
 
 
-def contrast(a: Line, b: Line, whole: Line) -> list[dict[str, Any]]:
+def contrast(
+    a: Line, b: Line, whole: Line, shares: Sequence[float] = SHARES
+) -> list[dict[str, Any]]:
     """Return a row a fidelity, and one for the area between the first and the last of them.
 
-    The fidelities are `SHARES` of what plain tuning gives of these subjects at the end of `whole`.
+    The fidelities are `shares` of what plain tuning gives of these subjects at the end of `whole`.
     """
     a, b = paired(a, b)
     whole = whole.of(a.subjects)
     end = whole.fidelity[:, whole.strengths.index(END)]
     rows: list[tuple[str, Interval, float]] = []
-    for share in SHARES:
+    for share in shares:
         dots = a.at(share * end) - b.at(share * end)
         flip = math.nan if np.isnan(dots).any() else sign_flip_p(dots)
         rows.append((f"{share:g}", gain_at(a, b, share * end), flip))
-    low, high = min(SHARES), max(SHARES)
+    low, high = min(shares), max(shares)
     rows.append((f"{low:g} to {high:g}", mean_gain(a, b, low * end, high * end), math.nan))
     about = {"arm": a.name, "against": b.name}
     return [
@@ -200,10 +202,12 @@ def family(
     lines: dict[str, Line],
     pairs: Sequence[tuple[str, str]],
     more: Sequence[dict[str, Any]] = (),
+    shares: Sequence[float] = SHARES,
 ) -> pd.DataFrame:
     """Return the contrasts of pairs of lines, and `more`: all at a fidelity corrected together."""
     there = [(a, b) for a, b in pairs if a in lines and b in lines]
-    rows = [row for a, b in there for row in contrast(lines[a], lines[b], lines["less tuning"])]
+    whole = lines["less tuning"]
+    rows = [row for a, b in there for row in contrast(lines[a], lines[b], whole, shares)]
     table = pd.DataFrame([*rows, *more])
     if table.empty:
         return table
@@ -227,7 +231,11 @@ def says(gain: Interval, p: float) -> str:
 
 
 def places(
-    lines: dict[str, Line], category: dict[str, Line], table: pd.DataFrame, asks: pd.Series
+    lines: dict[str, Line],
+    category: dict[str, Line],
+    table: pd.DataFrame,
+    asks: pd.Series,
+    shares: Sequence[float] = SHARES,
 ) -> pd.DataFrame:
     """Return what every line gives, and costs, where it is read: means over its subjects.
 
@@ -239,7 +247,7 @@ def places(
     for name, one in lines.items():
         whole = lines["less tuning"].of(one.subjects)
         end = whole.fidelity[:, whole.strengths.index(END)].mean()
-        for share in SHARES:
+        for share in shares:
             weights = one.weights(share * float(end))
             row = {"line": name, "subjects": len(one.subjects), "fidelity": f"{share:g}"}
             row["alignment"] = (one.alignment @ weights).mean()

@@ -55,7 +55,8 @@ def test_category_and_cost_are_read_where_alignment_is() -> None:
     table.loc[table["arm"] == "sude", "category_alignment"] = 0.7
     lines = fair_report.lines_of(table)
     category = fair_report.lines_of(table.assign(attribute_alignment=table["category_alignment"]))
-    gains = [row["gain"].mean for row in fair_report.category_rows(lines, category)]
+    about = lines, category, fair_report.PRIMARY, fair_report.SHARES
+    gains = [row["gain"].mean for row in fair_report.category_rows(*about)]
     assert gains == pytest.approx([-0.2] * 3)
     at = fair_report.places(lines, category, table, fair_report.asks(table)).set_index(
         ["line", "fidelity"]
