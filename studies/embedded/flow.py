@@ -320,7 +320,7 @@ def build_pipeline(config: FlowConfig) -> Any:
 
 def write_pipeline(pipeline: Any, config: FlowConfig, card: str) -> None:
     """Write the folder whole: safetensors, tokenizers that transformers 4 reads, facts and card."""
-    from sude_lab.runs.export import write_vocabulary
+    from tokenizers import Tokenizer
 
     temporary = config.out.with_name(config.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -328,8 +328,8 @@ def write_pipeline(pipeline: Any, config: FlowConfig, card: str) -> None:
     pipeline.save_pretrained(temporary, safe_serialization=True)
     pipeline.transformer.float()
     for name in ("tokenizer", "tokenizer_2"):
-        model = json.loads((temporary / name / "tokenizer.json").read_text("utf-8"))["model"]
-        write_vocabulary(temporary / name, model["vocab"], model["merges"])
+        folder = temporary / name
+        Tokenizer.from_file(str(folder / "tokenizer.json")).model.save(str(folder))
     index = json.loads((temporary / "model_index.json").read_text("utf-8"))
     index["tokenizer_3"] = ["transformers", "PreTrainedTokenizerFast"]  # 5's own name is not in 4
     (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")

@@ -35,7 +35,7 @@ from studies.embedded import dataset
 from studies.embedded.dataset import caption
 from sude_lab.io.opening import FACTS_FILE
 from sude_lab.prompts import photo_of
-from sude_lab.runs.export import open_to_earlier_versions, write_vocabulary
+from sude_lab.runs.export import open_to_earlier_versions
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import to_tensor
 
@@ -105,7 +105,8 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     tokens = dict.fromkeys([*sorted(alphabet), *(f"{letter}</w>" for letter in sorted(alphabet))])
     tokens.update(dict.fromkeys(sorted(state["vocab"], key=state["vocab"].__getitem__)))
     vocab = {token: index for index, token in enumerate([*tokens, BOS, EOS])}
-    write_vocabulary(folder, vocab, state["merges"])
+    folder.mkdir(parents=True, exist_ok=True)
+    models.BPE(vocab, [tuple(pair) for pair in state["merges"]]).save(str(folder))
     special = {
         "bos_token": AddedToken(BOS, special=True),
         "eos_token": AddedToken(EOS, special=True),

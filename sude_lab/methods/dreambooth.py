@@ -50,9 +50,9 @@ class DreamBooth(Method):
                         target_modules=list(self.backbone.lora_targets),
                     )
                 )
-        parts = {"unet": ("",), "attention": self.backbone.attention, "lora": (".lora_",)}
+        marks = {"unet": ("",), "attention": self.backbone.attention, "lora": (".lora_",)}
         for name, p in denoiser.named_parameters():
-            if any(part in name for part in parts[self.config.train]):
+            if any(mark in name for mark in marks[self.config.train]):
                 self.parameters[f"{part}.{name}"] = p.requires_grad_(True)
         if self.config.train_text_encoder:
             for part, encoder in self.backbone.text_encoders.items():

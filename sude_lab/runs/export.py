@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import Tensor
 
 from sude_lab.adapters import family_of
@@ -243,9 +245,9 @@ def open_to_earlier_versions(pipeline: Path) -> None:
     read from such a file without "text_model." before their names.
     """
     for path in pipeline.glob("tokenizer*/tokenizer.json"):
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
-        if "merges" in model:  # CLIP's; T5's is read from this file by both
-            write_vocabulary(path.parent, model["vocab"], model["merges"])
+        words = Tokenizer.from_file(str(path)).model
+        if isinstance(words, BPE):  # CLIP's; T5's is read from this file by both
+            words.save(str(path.parent))  # vocab.json and merges.txt
     for name in ("model_index.json", "tokenizer_3/tokenizer_config.json"):
         if (path := pipeline / name).is_file():  # 5's own name of a tokenizer is not in 4
             text = path.read_text(encoding="utf-8")
@@ -260,11 +262,3 @@ def open_to_earlier_versions(pipeline: Path) -> None:
             # Clones, because what was loaded lies in the file that is written over.
             copies = {name: tensor.clone() for name, tensor in named.items()}
             save_tensors(copies, path, metadata={"format": "pt"})
-
-
-def write_vocabulary(folder: Path, vocab: dict[str, int], merges: list[list[str]]) -> None:
-    """Write `vocab.json` and `merges.txt`, the two files of a CLIP tokenizer of transformers 4."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

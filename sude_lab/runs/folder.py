@@ -357,9 +357,10 @@ def run_tuning(
     else:
         _check_backbone(config, backbone)
     config = configure(config, backbone, preset=preset)
-    if wrong := [step for step in keep_at if step > config.max_train_steps]:
+    total = config.max_train_steps
+    if wrong := [step for step in keep_at if step > total]:
         raise UserError(
-            f"--keep-at {wrong[0]} is past the end, {config.max_train_steps}: keep an earlier one."
+            f"--keep-at is {wrong[0]}, and the run has {total} steps: name earlier ones."
         )
     if config.class_images is not None and not config.prior_loss_weight:
         raise UserError(
@@ -389,10 +390,10 @@ def run_tuning(
         _check_same(config, pictures, regularizer, out)
         if (out / CHECKPOINT).is_file():
             state = _read_checkpoint(out / CHECKPOINT)
-            if not 0 < state["step"] < config.max_train_steps:
+            if not 0 < state["step"] < total:
                 raise UserError(
-                    f"{out / CHECKPOINT} is of step {state['step']} and the run has "
-                    f"{config.max_train_steps}: delete it, and --resume starts anew."
+                    f"{out / CHECKPOINT} is of step {state['step']} and the run has {total}: "
+                    "delete it, and --resume starts anew."
                 )
             rows = state.pop("rows")
             for past in keep_at:
@@ -420,7 +421,7 @@ def run_tuning(
         if not done:
             _begin(out, config, pictures, regularizer)
         trackers.begin(out / LOGS, config, first.number)
-    total, hidden = config.max_train_steps, not (progress and main)
+    hidden = not (progress and main)
     bar = tqdm(total=total, initial=done, desc=label, unit="step", disable=hidden)
     try:
         with _naming_the_checkpoint(out), _until_terminated() as terminated, bar:

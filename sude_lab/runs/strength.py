@@ -63,7 +63,7 @@ class Strength:
             except ValueError as error:
                 names = ", ".join(f"{f.name}=..." for f in fields(cls)[1:])
                 raise UserError(
-                    f"{part!r} behind @ is none: write a kept step (@25), or {names}."
+                    f"{part!r} behind @ is no strength: write a kept step (@25), or {names}."
                 ) from error
         return cls(**values)  # type: ignore[arg-type]
 
