@@ -161,10 +161,7 @@ class TuningConfig:
             category, _, rest = text.partition("=")
             token, _, image = rest.partition("=")
             if not (category and token and image):
-                raise UserError(
-                    f"--more-subjects {text!r} must read category=token=picture, "
-                    'for example "candle=<my-candle>=candle.png".'
-                )
+                raise UserError(f"--more-subjects {text!r} must read category=token=picture.")
             subjects.append(Subject(Path(image), category, token))
         return tuple(subjects)
 

@@ -146,10 +146,7 @@ def share(run: Run, out: Path | str) -> Path:
     """
     source, weights = run.config.backbone, run.weights
     if (weights / VICO_FILE).is_file():
-        raise UserError(
-            "ViCo draws with the photo itself, which its weights hold: share the run's folder as "
-            "it is, if you may."
-        )
+        raise UserError("ViCo's weights hold the photo itself: share the run's folder, if you may.")
     config = asdict(replace(run.config, image=Path(run.config.image.name), class_images=None))
     if run.config.regularizer_file:
         config["regularizer_file"] = run.config.regularizer_file.name
@@ -215,8 +212,7 @@ def export_pipeline(
     weights = run.weights
     if not is_plain(weights):
         raise UserError(
-            f"A pipeline folder has no place for what {run.config.method} adds to the UNet: draw "
-            "with `sude-lab generate`."
+            f"A pipeline has no place for what {run.config.method} adds: use `generate`."
         )
     with sole_writer(out), atomic_folder(out) as folder:
         backbone = run.load("cpu", trust_backbone=trust_backbone)

@@ -152,8 +152,7 @@ class Run:
         folder = self.folder / WEIGHTS if step is None or at_end else self._kept(step)
         if not any(folder.glob("*.safetensors")):
             raise UserError(
-                f"{folder} holds no safetensors, the only weights that are read: put the run's "
-                "own back, or tune again."
+                f"{folder} has no safetensors, the only weights that are read: tune again."
             )
         return folder
 
@@ -363,10 +362,7 @@ def run_tuning(
             f"--keep-at is {wrong[0]}, and the run has {total} steps: name earlier ones."
         )
     if config.class_images is not None and not config.prior_loss_weight:
-        raise UserError(
-            "--class-images is of no use where --prior-loss-weight is 0: add "
-            "--prior-loss-weight 1, or leave it out."
-        )
+        raise UserError("--class-images is of no use where --prior-loss-weight is 0: leave it out.")
     sampled, watched = (listed(p or ()) for p in (sample_prompts, validation_prompts))
     word = " ".join(["a"] * config.num_vectors)  # as many pieces as the subject's word has
     for prompt in (*default_prompts(config), *sampled, *watched):
@@ -398,16 +394,10 @@ def run_tuning(
             rows = state.pop("rows")
             for past in keep_at:
                 if past <= state["step"] and not (out / KEPT / f"{past:06d}").is_dir():
-                    raise UserError(
-                        f"The run in {out} is past step {past} (its checkpoint is of step "
-                        f"{state['step']}): leave --keep-at {past} out, or choose another --out."
-                    )
+                    raise UserError(f"{out} is past step {past}: leave --keep-at {past} out.")
             now = accelerator.num_processes if accelerator else 1
             if (begun := state.pop("processes", now)) != now:
-                raise UserError(
-                    f"The run in {out} was begun with {begun} process(es), not {now}, which would "
-                    f"draw another batch: resume it with {begun}."
-                )
+                raise UserError(f"It was begun with {begun} process(es), not {now}: use {begun}.")
 
     started = time.time()
     done = state["step"] if state else 0
@@ -558,16 +548,12 @@ def _check_same(
             before, now = ([(s.category, s.token) for s in c.subjects[1:]] for c in (old, new))
         if before != now and f.name not in ("image", "device", "regularizer_file"):
             raise UserError(
-                f"The run in {out} was started with --{flag(f.name)} {before}, not {now}: resume "
-                "it with the same settings, or choose another --out."
+                f"{out} was started with --{flag(f.name)} {before}, not {now}: use that."
             )
     for number, (picture, subject) in enumerate(zip(pictures, new.subjects, strict=True)):
         kept = out / picture_name(number)  # not there where the run stopped between its first files
         if kept.is_file() and open_picture(kept).tobytes() != picture.tobytes():
-            raise UserError(
-                f"The run in {out} was started on another picture than {subject.image}: resume it "
-                "with that one, or choose another --out."
-            )
+            raise UserError(f"{out} was started on another picture than {subject.image}: use that.")
     kept = out / NAME
     other = own and kept.is_file() and kept.read_bytes() != own.source
     if other or (old.regularizer_file is None) != (own is None):

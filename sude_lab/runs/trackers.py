@@ -31,8 +31,7 @@ class Trackers:
             raise UserError(unknown) from error
         if not self.names:
             raise UserError(
-                f"--report-to {report_to} needs the package {report_to}: pip install {report_to}, "
-                "or use --report-to none."
+                f"No {report_to} here: pip install {report_to}, or use --report-to none."
             )
 
     def begin(self, folder: Path, config: TuningConfig, first: int) -> None:
