@@ -15,7 +15,6 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sude_lab import __version__
-from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError, check_whole
 from sude_lab.evaluate.metrics import MEASURES
@@ -24,7 +23,7 @@ from sude_lab.generation import MOST
 from sude_lab.io.files import atomic_write, require_own
 from sude_lab.io.opening import open_backbone
 from sude_lab.methods import configure
-from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, read_config, run_tuning
+from sude_lab.runs.folder import CONFIG, Run, read_config, run_tuning
 from sude_lab.view import plots
 from sude_lab.world.oracle import load_oracle
 from sude_lab.world.subjects import Subject, describe, measure, subject
@@ -68,11 +67,8 @@ def run_demo(
         UserError: the category is unknown, a number is out of range, or `out` cannot be written or
             holds other files of these names.
     """
-    out = Path(out)
-    if out.is_file():
-        raise UserError(f"{out} is a file: --out takes a folder.")
     check_whole("--num-images", num_images, 1, MOST)
-    base, oracle = open_backbone(), load_oracle()
+    out, base, oracle = Path(out), open_backbone(), load_oracle()
     base.check_category(category)
     who, picture = subject("demo", seed, category), out / "subject.png"
     shared: dict[str, Any] = {"method": method, "seed": seed, "max_train_steps": max_train_steps}
@@ -102,7 +98,11 @@ def run_demo(
     about = {"subject": who.name, "variant": UNTUNED, "category": category, "seed": seed}
     rows = [about | row for row in measure(base, oracle, who, None, grids=grids[UNTUNED], **judged)]
     for name, config in configs.items():
-        runs[name], backbone = _tuned(config, folders[name], base, name, progress)
+        # No samples and no logs: results.csv and the report hold everything.
+        how: dict[str, Any] = {"num_samples": 0, "report_to": "none", "progress": progress}
+        how |= {"resume": folders[name].is_dir(), "label": f"tuning, {name}"}
+        runs[name] = run_tuning(config, folders[name], backbone=base.copy(), **how)
+        backbone = runs[name].load(backbone=base.copy())
         if progress:
             tqdm.write(f"drawing and judging: {name}")
         about = {"subject": who.name, "variant": name} | describe(config)
@@ -118,21 +118,6 @@ def run_demo(
     with atomic_write(out / REPORT) as path:
         path.write_text(report(who, table, grids, runs, seed), encoding="utf-8")
     return table
-
-
-def _tuned(
-    config: TuningConfig, folder: Path, base: Backbone, name: str, progress: bool
-) -> tuple[Run, Backbone]:
-    """Return a run of the demo, finished now or before, and the model that it tuned."""
-    if (folder / ENVIRONMENT).is_file():
-        run = Run.open(folder)
-        return run, run.load()
-    backbone, resume = base.copy(), folder.is_dir()
-    # No samples and no logs: results.csv and the report hold everything.
-    quiet: dict[str, Any] = {"num_samples": 0, "report_to": "none", "progress": progress}
-    label = f"tuning, {name}"
-    run = run_tuning(config, folder, backbone=backbone, resume=resume, label=label, **quiet)
-    return run, backbone
 
 
 def _shows(file: Path, picture: Image.Image) -> bool:
