@@ -41,7 +41,7 @@ class Method:
         self.parameters: dict[str, nn.Parameter] = {}
         ids = [
             [
-                backbone.add_token(word, self.initializer(k))
+                backbone.add_token(word, self.initializer(config, k))
                 for word in token_words(s.token, config.num_vectors)
             ]
             for k, s in enumerate(self.subjects)
@@ -91,13 +91,9 @@ class Method:
         """Return what the model as it is now says of a prompt without the subject."""
         return self.backbone.predict(x_t, t, condition)
 
-    def initializer(self, number: int) -> str:
-        """Return the words whose embedding the token of subject `number` starts from."""
-        return self.initializer_of(self.config, number)
-
     @classmethod
-    def initializer_of(cls, config: CompleteConfig, number: int) -> str:
-        """Return the words that the token of subject `number` of a run starts from."""
+    def initializer(cls, config: CompleteConfig, number: int) -> str:
+        """Return the words whose embedding the token of subject `number` starts from."""
         if config.initializer:
             return config.initializer
         if cls.initializers:

@@ -30,7 +30,7 @@ class DreamBooth(Method):
 
     def prepare(self) -> None:
         """Open the chosen part of the denoiser, and the text encoders and the tokens on request."""
-        words = [self.initializer(number) for number in range(len(self.subjects))]
+        words = [self.initializer(self.config, number) for number in range(len(self.subjects))]
         if not self.config.token_learning_rate and len(set(words)) < len(words):
             raise UserError(
                 "Several subjects' tokens start from the same word and stay there: give "

@@ -178,7 +178,7 @@ class Run:
         weights, config, scale = self.weights, self.config, self.strength.scale
         if backbone is None:
             backbone = self.open_base(device, dtype=dtype, trust_backbone=trust_backbone)
-        start = get_method(config.method).initializer_of
+        start = get_method(config.method).initializer
         starts = [start(config, k) for k in range(len(config.subjects))]
         load_weights(config.method, backbone, weights, scale=scale, initializers=starts)
         return backbone

@@ -513,7 +513,9 @@ def test_every_method_is_tuned_saved_loaded_and_sampled(
     loaded = model.fresh()
     load_weights(CASES[case]["method"], loaded, tmp_path / "weights")
     x_t, t = noise(2, 4, 16, 16), torch.tensor([100, 900])
-    start = SUBJECT.replace("<sks>", tuned.method.initializer(0))  # what the token began as
+    start = SUBJECT.replace(
+        "<sks>", tuned.method.initializer(tuned.method.config, 0)
+    )  # what the token began as
     outputs = []
     with torch.no_grad():
         for backbone, prompt in (

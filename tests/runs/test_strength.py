@@ -160,7 +160,7 @@ def test_a_scale_lies_between_the_untuned_weights_and_the_tuned(
     untuned = open_backbone(config.backbone)
     for k in range(config.num_vectors):
         word = config.token if k == 0 else f"{config.token}_{k}"
-        untuned.add_token(word, get_method(config.method).initializer_of(config, 0))
+        untuned.add_token(word, get_method(config.method).initializer(config, 0))
     begins = weights(untuned)
     assert all(torch.equal(none[name], begins[name]) for name in begins)
 
