@@ -103,13 +103,11 @@ ENCODERS: dict[str, Pinned] = {
 class Encoder:
     """One encoder, opened: pictures and, where it reads them, texts become unit vectors.
 
-    Forward passes run in `dtype` (autocast); features are float32 on the CPU.
+    Features are float32, on the CPU.
     """
 
-    def __init__(
-        self, pinned: Pinned, folder: Path | None, *, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self.pinned, self.device, self.dtype = pinned, device, dtype
+    def __init__(self, pinned: Pinned, folder: Path | None, *, device: torch.device) -> None:
+        self.pinned, self.device = pinned, device
         model, self.tokenizer = _load(pinned, folder)
         self.model = model.eval().requires_grad_(False).to(device)
         if folder is None:
@@ -138,8 +136,7 @@ class Encoder:
         for start in tqdm(starts, desc="encoding", unit="batch", disable=not progress):
             batch = images[start : start + batch_size]
             pixels = torch.stack([self.preprocessing(image) for image in batch])
-            with self._autocast():
-                parts.append(_unit(_image_features(self.model, pixels.to(self.device))))
+            parts.append(_unit(_image_features(self.model, pixels.to(self.device))))
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -161,14 +158,9 @@ class Encoder:
                 max_length=min(self.pinned.max_words, self.tokenizer.model_max_length),
                 return_tensors="pt",
             ).to(self.device)
-            with self._autocast():
-                features = _text_features(self.model, tokens.input_ids, tokens.attention_mask)
+            features = _text_features(self.model, tokens.input_ids, tokens.attention_mask)
             parts.append(_unit(features))
         return torch.cat(parts)[[distinct.index(text) for text in texts]]
-
-    def _autocast(self) -> Any:
-        exact = self.dtype == torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=not exact)
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -192,12 +184,8 @@ def _text_features(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return model.text_proj(states[:, 0])
 
 
-def open_encoder(
-    name: str, source: str | Path | None = None, *, device: str = "auto", dtype: str = "auto"
-) -> Encoder:
+def open_encoder(name: str, source: str | Path | None = None, *, device: str = "auto") -> Encoder:
     """Open an encoder by its name in `ENCODERS`: from the hub, or from a folder of the same kind.
-
-    `dtype` auto computes in bfloat16 on a CUDA card that has it and in float32 elsewhere.
 
     Args:
         name: clip, clip-large, dino, dinov2 or blip.
@@ -218,14 +206,9 @@ def open_encoder(
                 "safetensors, as transformers' save_pretrained writes it."
             )
         check_harmless(folder)
-    where = pick_device(device)
-    if dtype == "auto":
-        dtype = "float32"
-        if where.type == "cuda" and torch.cuda.is_bf16_supported():
-            dtype = "bfloat16"
     try:
         with quiet():
-            return Encoder(pinned, folder, device=where, dtype=getattr(torch, dtype))
+            return Encoder(pinned, folder, device=pick_device(device))
     except UserError:
         raise
     except Exception as error:  # the loaders, and the hub's client, fail with errors of any class

@@ -12,7 +12,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sude_lab.errors import UserError
 from sude_lab.view import plots
 from sude_lab.view.shown import SCALE, Shown
 
@@ -27,9 +26,7 @@ class LiveView(Shown):
             run_tuning(config, out, on_step=live, validation_every=50)
 
     Around `tune` call it in the loop: `live(step)`, or `live(step, grid)` with a picture of one's
-    own. A notebook shows one figure that moves; elsewhere `figure`, `picture()` and `save(file)`
-    hold the same. Steps that are done again, by a run that goes on, replace the first ones. After a
-    drawing that took s seconds the next one waits s (1 / share - 1) seconds, at least `every`.
+    own. Steps that are done again, by a run that goes on, replace the first ones.
 
     Args:
         total: the steps of the run, the length of the axes; None: as many as there are.
@@ -37,10 +34,6 @@ class LiveView(Shown):
         labels: names of the grid's rows, from the top.
         every: seconds between two drawings, at least.
         share: share of the time that drawing may take, above 0 and at most 1.
-        window: steps of the running means.
-
-    Raises:
-        UserError: `share` is out of range.
     """
 
     def __init__(
@@ -51,13 +44,10 @@ class LiveView(Shown):
         labels: Sequence[str] = (),
         every: float = 2.0,
         share: float = 0.05,
-        window: int = 25,
     ) -> None:
-        if not 0 < share <= 1:
-            raise UserError(f"The share of time for drawing is {share}: give above 0, at most 1.")
         self.total, self.labels = total, tuple(labels)
         self.folder = Path(folder) if folder else None
-        self.every, self.share, self.window = every, share, window
+        self.every, self.share = every, share
         self.rows: list[dict[str, float]] = []
         self.figure = Figure(figsize=(plots.WIDTH, 5.0), dpi=SCALE * plots.DPI)
         edges = {"left": 0.11, "right": 0.98, "bottom": 0.1, "top": 0.87}
@@ -109,10 +99,6 @@ class LiveView(Shown):
         self.figure.savefig(file, format="png")
         return file.getvalue()
 
-    def save(self, file: Path | str) -> None:
-        """Write the figure as it was drawn last; the ending of the name says in which format."""
-        self.figure.savefig(file)
-
     def _redraw(self) -> None:
         loss, sude, member, pictures = self._axes
         for ax in self._axes:
@@ -120,12 +106,12 @@ class LiveView(Shown):
         table = self.metrics()
         self.figure.suptitle(self._state(), fontsize=10, x=0.01, ha="left")
         if len(table):
-            plots.learning(loss, {"sude": table}, self.window)
+            plots.learning(loss, {"sude": table})
         watched = len(table) and table["rho"].notna().any()
         if watched:
-            plots.loss_against_threshold(sude, table, self.window)
-            plots.membership(member, {"sude": table}, self.window)
-            gates = plots.smooth(table["open_gates"], self.window)
+            plots.loss_against_threshold(sude, table)
+            plots.membership(member, {"sude": table})
+            gates = plots.smooth(table["open_gates"])
             (line,) = member.plot(table["step"], gates, ":", color="black")
             lines = [member.get_lines()[0], line]
             member.legend(lines, [r"$\rho$", "share of open gates"], frameon=False, fontsize=9)
@@ -148,7 +134,7 @@ class LiveView(Shown):
             return "waiting for the first step"
         total = f" of {self.total}" if self.total else ""
         pace = f"{self._seconds / max(1, self._steps):.2f} s a step, pictures included"
-        lines = f"lines: running means of {self.window} steps"
+        lines = "lines: running means of 25 steps"
         return f"step {self.rows[-1]['step']:.0f}{total}   ·   {pace}   ·   {lines}"
 
     def _newest(self) -> tuple[str, Image.Image] | None:
