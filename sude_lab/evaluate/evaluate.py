@@ -388,15 +388,12 @@ def _references(run: Run, folder: Path | None, several: bool) -> list[Image.Imag
         raise UserError(f"There is no folder {folder}: --references takes one with pictures.")
     if find_dreambench(folder):
         paths = load_dreambench(folder).subject(name).images
-    elif (folder / name).is_dir():
-        paths = pictures_in(folder / name)
-        if not paths:
-            raise UserError(f"There are no pictures in {folder / name}: put some there.")
     else:
-        paths = pictures_in(folder)
+        place = folder / name if (folder / name).is_dir() else folder
+        paths = pictures_in(place)
         if not paths:
-            raise UserError(f"{folder} has neither pictures nor a folder {name}: put some there.")
-        if several:
+            raise UserError(f"There are no pictures in {place}: put some there.")
+        if several and place == folder:
             raise UserError(
                 f"The pictures in {folder} are of one subject, the runs of several: put those of "
                 f"each in a folder of its name ({name}, ...)."

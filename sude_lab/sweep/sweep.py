@@ -80,14 +80,7 @@ class Outcome:
     reason: str = ""
 
 
-def perform(
-    job: Job,
-    runs: Path,
-    *,
-    wait: bool = True,
-    checkpoint_every: int = 100,
-    on_step: Callable[[Step], None] | None = None,
-) -> Outcome:
+def perform(job: Job, runs: Path, *, wait: bool = True, checkpoint_every: int = 100) -> Outcome:
     """Tune, draw and judge one run from where it stands, under its lock; record a failure.
 
     A failure that is recorded stands until its file is removed, as `sweep` does when it begins.
@@ -106,7 +99,7 @@ def perform(
         for left in (runs / STATE).glob(f"{PARTIAL}*-{job.key}.failed.json"):
             left.unlink()
         try:
-            _tune_and_judge(job, runs, checkpoint_every, on_step)
+            _tune_and_judge(job, runs, checkpoint_every)
         except Exception as error:  # of any class: the other runs go on
             if _is_full(error):
                 raise DiskFullError(_FULL) from error
@@ -118,9 +111,7 @@ def perform(
         return Outcome("finished")
 
 
-def _tune_and_judge(
-    job: Job, runs: Path, checkpoint_every: int, on_step: Callable[[Step], None] | None
-) -> None:
+def _tune_and_judge(job: Job, runs: Path, checkpoint_every: int) -> None:
     folder, config = runs / job.key, job.config
     _clear_halves(folder)
     stamps = [time.perf_counter()]
@@ -128,8 +119,6 @@ def _tune_and_judge(
 
     def stamp(step: Step) -> None:
         stamps.append(time.perf_counter())
-        if on_step:
-            on_step(step)
 
     if not (folder / ENVIRONMENT).is_file():
         quiet |= {"checkpoint_every": checkpoint_every, "resume": folder.is_dir()}
@@ -259,14 +248,10 @@ def sweep(
     sweeps may share their runs. The table holds the runs of the grid as it is now.
 
     Args:
-        grid: The grid file.
-        out: Folder of the sweep.
         runs: Folder of the runs; None: OUT/runs.
         workers: Processes of one thread each, which end with this one; 1: this process alone.
         cluster: None: on this machine; else for Ray: "local" (all of this machine), "auto" (the
             cluster that this machine is part of) or ray://HOST:PORT.
-        checkpoint_every: Steps between checkpoints.
-        progress: Whether to show the bar.
 
     Raises:
         UserError: bad input (nothing is written then), a full disk, or no such cluster.
@@ -285,16 +270,9 @@ def sweep(
         raise UserError(f"{text}: run with a connection, or name a pipeline folder.")
     todo = [job for job in plan.jobs if not job.scores(plan.runs).is_file()]
     failed: dict[str, str] = {}
-    total, shown = len(plan.jobs), time.monotonic()
+    total = len(plan.jobs)
     about = {"total": total, "initial": total - len(todo), "disable": not progress}
     bar = tqdm(desc="sweep", unit="run", **about)
-
-    def on_step(step: Step) -> None:
-        nonlocal shown
-        if time.monotonic() - shown > 1:
-            shown = time.monotonic()
-            bar.set_postfix_str(f"{len(failed)} failed, step {step.number}")
-
     settings = {"runs": plan.runs, "checkpoint_every": checkpoint_every}
     how: AbstractContextManager[Submit | None] = nullcontext(None)  # this process alone
     if cluster is not None:
@@ -306,7 +284,7 @@ def sweep(
         """Attempt jobs, and yield how each one ended."""
         if submit is None:
             for job in jobs:
-                yield job, perform(job, on_step=on_step, **settings)
+                yield job, perform(job, **settings)
             return
         running = {submit(job, **settings): job for job in jobs}
         for future in as_completed(running):
@@ -325,6 +303,7 @@ def sweep(
                     continue
                 if outcome.status == "failed":
                     failed[job.key] = outcome.reason
+                    bar.set_postfix_str(f"{len(failed)} failed")
                 bar.update()
                 if time.monotonic() - written > 20 * took:  # a twentieth of the time at most
                     took, written = _write_table(plan), time.monotonic()

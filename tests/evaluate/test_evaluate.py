@@ -566,9 +566,9 @@ def test_bad_references_are_told_one_by_one(
         assert expected in str(error.value)
         assert not (pair[0] / "evaluation").exists()
 
-    refused("neither pictures nor a folder dog: put some there.")
+    refused(f"no pictures in {folder}: put some there.")
     (folder / "dogs").rename(folder / "dog")
-    refused("no pictures in")
+    refused(f"no pictures in {folder / 'dog'}: put some there.")
     for name in ("a.png", "b.jpg", "c.png"):
         Image.new("RGB", (9, 9)).save(folder / "dog" / name)
     (folder / "dog" / "b.jpg").write_bytes(b"\xff\xd8 broken")
