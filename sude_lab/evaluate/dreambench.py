@@ -1,10 +1,6 @@
 """DreamBench, the DreamBooth data set: 30 subjects, 15 classes, 25 prompts for each of two kinds.
 
-Read from a clone of the data set's own repository (google/dreambooth on GitHub), whose layout is
-
-    dataset/<subject>/00.jpg, 01.jpg, ...
-    dataset/prompts_and_classes.txt
-
+A clone of google/dreambooth holds dataset/prompts_and_classes.txt and dataset/SUBJECT/00.jpg, ...
 One-shot tuning takes `00.jpg` alone; all pictures of a subject are the references that its
 fidelity is measured against. The attribute prompts are our own: `data/attribute_prompts.yaml`.
 """

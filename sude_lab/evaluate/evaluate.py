@@ -165,8 +165,6 @@ def evaluate(
 
     Args:
         runs: Folders of finished runs; RUN@25, RUN@scale=0.5: see `sude_lab.runs.strength`.
-        out: Folder of the common tables; None: that of the one run, RUN/evaluation.
-        prompts: Names of `PROMPT_SETS` and files (see `sude_lab.evaluate.prompts`).
         metrics: Names of `LEARNED`, or oracle; (): the paper's four, or where there is a judge the
             oracle, and what the encoders that are named can measure.
         judges: Gives the judge of a run; the drawn world's is `sude_lab.world.judging.drawn_judge`.

@@ -1,13 +1,7 @@
 """One family of statistics, in which the unit is the subject.
 
 Values of one subject (its seeds, prompts and pictures) are averaged first, so that a subject with
-more of them weighs no more. What is said about other subjects follows from these means alone:
-
-- `mean_interval`: Student's t on the subjects' means;
-- `jackknife_interval`: the same for what is read off all subjects together;
-- `t_test_p`, `sign_flip_p`, `holm`, `verdict`: what may be concluded;
-- `wilson_interval`: shares of independent trials;
-- `drawings_interval`: drawings of one run, and nothing about other subjects.
+more of them weighs no more. What is said about other subjects follows from these means alone.
 """
 
 from __future__ import annotations

@@ -44,9 +44,7 @@ T = TypeVar("T")
 
 
 def _entry(default: Any = None, *, least: float | None = None, says: Sequence[str] = ()) -> Any:
-    """Return a key of a grid file: its default (a list is an axis of the grid), the least that its
-    numbers may be, and the fields of `TuningConfig` that it stands for.
-    """
+    """Return a key of a grid: its default, its least number, the tuning settings it stands for."""
     about = {"least": least, "says": says}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=about)

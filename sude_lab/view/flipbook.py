@@ -18,8 +18,6 @@ from sude_lab.view.shown import SCALE, Shown, row, short, slider
 class Flipbook(Shown):
     """Pages of pictures under one slider; on a static page, all pages below each other.
 
-    Every page is drawn once, here: a move of the slider exchanges one finished picture for another.
-
     Args:
         pages: the setting's value, and under it a column's name and its pictures; all of one size.
         name: what the slider sets.

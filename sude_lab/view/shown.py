@@ -1,9 +1,8 @@
 """A picture with controls in a notebook: the notebook keeps the picture, the kernel the controls.
 
-An explorer, as a cell's last line, shows two outputs: its controls, and below them its picture,
-which follows them in place, so that the last one is stored. A control dies with its kernel, and
-JupyterLab would show "Error displaying widget" for it; the style beside the picture replaces that
-by a sentence. With SUDE_LAB_STATIC=1, and outside a notebook, there is the picture alone.
+An explorer, as a cell's last line, shows its controls, and below them its picture, which follows
+them in place and is stored. For controls that died with their kernel the style beside the picture
+puts a sentence. With SUDE_LAB_STATIC=1, and outside a notebook, there is the picture alone.
 """
 
 from __future__ import annotations

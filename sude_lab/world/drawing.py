@@ -1,8 +1,7 @@
 """Pictures whose category, public attribute and private look are known exactly.
 
-A `Scene` says everything about a picture, `draw` paints it. The words fall into three groups: the
-category ("dog"), its public attributes ("running", shared by all dogs) and the private look (two
-colours, a pattern, a collar) that makes one dog *your* dog.
+A `Scene` says what `draw` paints: the category ("dog"), its public attribute ("running", shared by
+all dogs) and the private look (two colours, a pattern, a collar) that makes one dog *your* dog.
 """
 
 from __future__ import annotations

@@ -47,11 +47,9 @@ class GaussianMixture:
 
     def __post_init__(self) -> None:
         count = (len(self.weights),)
-        shapes = (self.weights.shape, self.variances.shape, self.labels.shape)
-        if any(shape != count for shape in shapes) or self.means.ndim != 2:
+        shapes = {x.shape for x in (self.weights, self.variances, self.labels)}
+        if shapes != {count} or self.means.ndim != 2 or self.means.shape[:1] != count:
             raise ValueError("weights, variances and labels must be (N,), means (N, D).")
-        if self.means.shape[:1] != count:
-            raise ValueError(f"means must hold {count[0]} rows, got {len(self.means)}.")
         if self.labels.dtype != torch.long or bool((self.labels < 0).any()):
             raise ValueError("labels must be a LongTensor counting from 0.")
         if not bool((self.variances > 0).all()):

@@ -307,7 +307,7 @@ def test_what_is_refused():
     w, m, v, y = (getattr(mixture(), f) for f in ("weights", "means", "variances", "labels"))
     for bad, message in (
         ((w[:4], m, v, y), "must be"),
-        ((w, m[:4], v, y), "rows"),
+        ((w, m[:4], v, y), "must be"),
         ((w, m[:, 0], v, y), "must be"),
         ((w, m, -v, y), "variances"),
         ((w, m, v, y.float()), "LongTensor"),
