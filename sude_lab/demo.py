@@ -165,8 +165,6 @@ def curves_figure(runs: dict[str, Run]) -> Figure:
 def report(who: Subject, table: pd.DataFrame, grids: Grids, runs: dict[str, Run], seed: int) -> str:
     """Return the report as one HTML page that needs no network."""
     means = table_with_intervals(table)
-    bars = Figure(figsize=(9, 3.2), layout="constrained")
-    plots.measures(bars.subplots(), means, MEASURES)
     settings = {
         name: {key: getattr(run.config, key) for key in SETTINGS}
         | {"seconds": run.environment.get("seconds")}
@@ -185,7 +183,6 @@ def report(who: Subject, table: pd.DataFrame, grids: Grids, runs: dict[str, Run]
         strip=plots.data_url(difference_figure(grids), **look),
         measures=MEASURES,
         means=means.to_dict("records"),
-        bars=plots.data_url(bars, **look),
         curves=plots.data_url(curves_figure(runs), **look),
         variants=list(grids),
         rows={

@@ -157,22 +157,6 @@ def difference(before: Image.Image, after: Image.Image, times: float = 2.0) -> I
     return Image.fromarray((128 + times * (b - a)).clip(0, 255).astype(np.uint8))
 
 
-def measures(ax: Axes, table: pd.DataFrame, names: Sequence[str]) -> Axes:
-    """Draw the means of measures by variant with their intervals (`name_low`, `name_high`)."""
-    width = 0.8 / len(table)
-    for i, row in enumerate(table.to_dict("records")):
-        low, means, high = (
-            np.array([row[n + end] for n in names]) for end in ("_low", "", "_high")
-        )
-        x = np.arange(len(names)) + (i - (len(table) - 1) / 2) * width
-        look: dict[str, Any] = {"color": _colour(str(row["variant"])), "label": row["variant"]}
-        ax.bar(x, means, width * 0.92, yerr=[means - low, high - means], capsize=3, **look)
-    ax.set_xticks(np.arange(len(names)), list(map(words, names)))
-    ax.set_ylim(0, 1.05)
-    ax.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.14))
-    return ax
-
-
 def half_space(
     ax: Axes, direction: Numbers, before: np.ndarray, after: Mapping[str, np.ndarray]
 ) -> Axes:

@@ -93,25 +93,6 @@ def test_picture_table_puts_every_picture_in_its_place(ax: Axes) -> None:
     assert ax.get_yticks().tolist() == [10, 32]
 
 
-def test_measures_draws_means_with_their_intervals(ax: Axes) -> None:
-    table = pd.DataFrame(
-        {
-            "variant": ["plain", "sude"],
-            "fidelity": [0.5, 0.6],
-            "fidelity_low": [0.4, 0.55],
-            "fidelity_high": [0.7, 0.65],
-        }
-    )
-    plots.measures(ax, table, ["fidelity"])
-    bars = [patch for group in ax.containers[1::2] for patch in group]
-    assert [bar.get_height() for bar in bars] == [0.5, 0.6]
-    assert bars[0].get_x() < bars[1].get_x()
-    assert bars[0].get_x() + bars[0].get_width() <= bars[1].get_x() + 1e-12  # no overlap
-    spans = [line.get_segments()[0][:, 1] for line in ax.collections]
-    assert np.allclose(spans, [[0.4, 0.7], [0.55, 0.65]])
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["fidelity"]
-
-
 GAINS = pd.DataFrame(
     {
         "method": ["one", "two", "one", "two", "one"],
