@@ -10,7 +10,10 @@ from setuptools.command.build_py import build_py
 class WithData(build_py):
     """Copy what the commands read from `data/` into the package; an editable one reads it there."""
 
-    shipped = ("embedded", "embedded_flow", "oracle", "grids", "attribute_prompts.yaml")
+    shipped = (
+        *("embedded", "embedded_flow", "oracle", "grids", "bench", "attribute_prompts.yaml"),
+        *("results/fair.csv", "results/fair_development.csv"),  # `bench` draws them beside its own
+    )
 
     def run(self) -> None:
         super().run()
@@ -21,6 +24,7 @@ class WithData(build_py):
             if source.is_dir():
                 shutil.copytree(source, target, dirs_exist_ok=True)
             else:
+                target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
 
 

@@ -200,7 +200,7 @@ class Bench:
     out: Path
     """Folder of bench.md, bench.png, bench.csv and the runs."""
     size: Literal["minutes", "hour", "whole"] = "minutes"
-    """Two or six development subjects, or the 36 of the comparison: about 5 minutes, 1 hour, 6."""
+    """Two or six development subjects, or the 36 of the comparison (guide: bench)."""
     weights: tuple[float, ...] = (0.5, 1.0, 2.0)
     """w_s of the runs."""
     seed: int = 0

@@ -67,7 +67,7 @@ class Size:
 SizeName = Literal["minutes", "hour", "whole"]
 _DEVELOPMENT = "development 100 101 102 103 104 105"
 SIZES: dict[SizeName, Size] = {
-    "minutes": Size("development 100 101", "fair_development", 50, (25,)),
+    "minutes": Size("development 100 101", "fair_development", 100, (25, 50)),
     "hour": Size(_DEVELOPMENT, "fair_development", 200, (25, 50, 100)),
     "whole": Size(
         "held-out " + " ".join(map(str, range(100, 136))),
