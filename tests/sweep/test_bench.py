@@ -41,7 +41,7 @@ def benched(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             "attribute_alignment": 1 - 0.01 * k,
         }
         for arm, variant, w_s in (("plain", "plain", 0.0), ("sude", "weight_sude=1", 1.0))
-        for strength, k in (("25", 1), ("50", 2), ("", 3))
+        for strength, k in (("25", 1), ("scale=0.5", 2), ("", 3))
         for who in WHO
     ]
     monkeypatch.setattr(stored, "RESULTS", tmp_path)
