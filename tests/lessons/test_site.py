@@ -99,6 +99,9 @@ def test_the_site_is_built_without_a_warning_and_needs_no_network(tmp_path: Path
         assert f'href="../{name.removeprefix("exercises/ex_")}.html"' in text[f"{name}.html"]
         assert "BEGIN" not in re.sub(r"<[^>]+>", "", text[f"{name}.html"])
     assert "difference.png" in text["index.html"]
+    # make site puts the playground beside the pages, where it was made.
+    assert 'href="../playground/index.html"' in text["guide/playground.html"]
+    assert "cp -R playground site/_build/html/" in (ROOT / "Makefile").read_text()
     assert "_modules/sude_lab/losses.html" in text["02_sude_loss.html"]
     assert (html / "_modules" / "sude_lab" / "losses.html").is_file()
     assert 'id="sude_lab.losses.sude_loss"' in text["reference/mathematics.html"]

@@ -289,7 +289,7 @@ function wanted() {
   return `photo of ${'aeiou'.includes(text[0]) ? 'an' : 'a'} ${text}`;
 }
 
-function draw() {
+function draw(event) {
   const prompt = wanted(), seed = whole('seed'), guidance = Number($('guidance').value), share = Number($('lambda').value);
   const words = (name) => name === 'untuned' ? prompt.replace('{S*} ', '') : prompt.includes('{S*}') ? `${name}: ${prompt}` : prompt;
   $('prompt').textContent = prompt;
@@ -297,7 +297,9 @@ function draw() {
   $('lambda-is').textContent = share.toFixed(2);
   const keyed = panels.map((panel) => ({ ...panel, panel, now: JSON.stringify([panel.model(), prompt, seed, guidance]) }))
     .filter(({ panel, now }) => panel.key !== now);
-  // What the slider asks for comes first where all else is there.
+  // What the slider asks for is the last picture of all, and the first when the slider is moved.
+  const rank = ({ figure }) => (figure.id === 'between' ? 0 : 1);
+  if (['lambda', 'towards'].includes(event?.target.id || event?.target.name)) keyed.sort((a, b) => rank(a) - rank(b));
   for (const { figure } of keyed) figure.className = 'stale';
   job(async (stale) => {
     for (const { panel, figure, now } of keyed) {
@@ -337,7 +339,7 @@ function startDraw() {
   $('guidance').value = about.guidance;
   for (const { name, label } of [{ name: 'untuned', label: 'untuned (asked for the class)' }, ...about.models])
     panels.push({ figure: frame($('pictures').appendChild(make('figure')), label), model: () => name, key: '' });
-  panels.unshift({
+  panels.push({
     figure: frame($('between'), 'between plain and SuDe'),
     model: () => ({ plain: 'plain', sude: chosen('towards'), share: Number($('lambda').value) }),
     key: '',
