@@ -104,18 +104,23 @@ def test_the_networks_agree_with_torch(base: Any, built: Path, kept: Any) -> Non
     assert (run("encoder", x=pixels) - base.scaled(latents, latents)[0]).abs().max() < 1e-4
 
 
+@torch.no_grad()
 def test_a_tuned_model_is_kept_to_half_a_step_of_its_scale(
-    base: Any, runs: list[Any], built: Path
+    base: Any, runs: list[Any], built: Path, kept: Any
 ) -> None:
     start = base.unet.state_dict()
     model, run = runs[-1]
-    weights = run.load(backbone=base.copy()).unet.state_dict()
+    tuned_run = run.load(backbone=base.copy())
+    weights = tuned_run.unet.state_dict()
     again = build.unpack((built / f"{model.name}.bin").read_bytes(), start)
     for name, weight in weights.items():
         rows = (weight - start[name]).reshape(len(weight) if weight.ndim > 1 else 1, -1)
         off = (again[name] - weight).reshape(rows.shape).abs()
         assert (off <= rows.abs().amax(1, keepdim=True) / 254 * 1.001 + 1e-7).all(), name
     assert any((again[name] != start[name]).any() for name in start)
+    about = noise.normal(4)[None], torch.tensor([500]), base.encode_prompts([CLASS])
+    before, after, shown = (m.predict(*about) for m in (base, tuned_run, kept(model.name)))
+    assert (shown - after).norm() < 2e-3 * (after - before).norm()
 
 
 @torch.no_grad()
