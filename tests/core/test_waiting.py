@@ -124,11 +124,10 @@ def test_a_step_waits_once(
     # Adam as torch writes it for any device: the fused one is made for those that exist.
     config = TuningConfig(subject_picture, "dog", optimizer="adamw", **settings)
     picture, backbone = Image.open(subject_picture).convert("RGB"), fresh()
-    draws, classifier = prepare(configure(config, backbone), backbone, picture)
-    handed_in = {"draws": draws, "classifier": classifier}
-    here = Tuning(config, fresh(), picture, **handed_in)
+    draws = prepare(configure(config, backbone), backbone, picture)
+    here = Tuning(config, fresh(), picture, draws=draws)
     with Device() as device:
-        there = Tuning(config, send(backbone), picture, **handed_in)
+        there = Tuning(config, send(backbone), picture, draws=draws)
         next(here), next(there)  # the first step asks for the end of the schedule's table, too
         device.waits.clear()
         step = next(there)

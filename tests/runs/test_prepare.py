@@ -18,8 +18,8 @@ def test_pictures_in_memory_get_the_care_of_files(fresh: Callable[[], Backbone])
     config = TuningConfig(Path("dog.png"), "dog", weight_sude=0.0, max_train_steps=1)
 
     def latents(picture: Image.Image) -> Tensor:
-        draws, classifier = prepare(config, fresh(), picture)
-        assert isinstance(draws, FreshDraws) and classifier is None
+        draws = prepare(config, fresh(), picture)
+        assert isinstance(draws, FreshDraws)
         return draws.latents[0][0]
 
     side = fresh().resolution
