@@ -221,7 +221,7 @@ class Backbone:
         name = f"The token {token[:40]!r}"
         plain = len(token) <= 64 and token.isprintable() and not {*"{` "} & {*token}
         if not token.strip() or not plain:
-            raise UserError(f"{name} must be a word of at most 64 plain characters, like <sks>.")
+            raise UserError(f"{name} must be one word of at most 64 plain characters, like <sks>.")
         for tokenizer in self.tokenizers:
             pieces = tokenizer(token, add_special_tokens=False).input_ids
             if token.lower() in tokenizer.get_vocab() or len(pieces) == 1:

@@ -262,7 +262,7 @@ def test_the_words_after_the_subjects_have_a_say_in_the_whole_prompt(
     exported = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     scope: dict[str, Any] = {"pipeline": DiffusionPipeline.from_pretrained(folder)}
     _, loading = code(run.folder / CARD).split("pipeline = DiffusionPipeline.from_pretrained(")
-    lines = loading.split("\n", 1)[1].split("image = pipeline(")[0]
+    lines = loading.split("\n", 1)[1].split("pipeline.scheduler = ")[0]
     exec(lines.replace('"weights/', f'"{run.weights}/'), scope | {"load_file": load_file})
     for pipeline in (exported, scope["pipeline"]):
         _, _, pooled, _ = pipeline.encode_prompt(prompts, negative_prompt=["", ""])

@@ -934,7 +934,7 @@ def test_a_model_in_the_runs_folder_moves_with_it(
     shutil.copytree(tiny_folder, out / "model")
     (out / ENVIRONMENT).unlink()
     (out / CONFIG).unlink()
-    runs._begin(out, replace(run.config, backbone=config.backbone), [])
+    runs._begin(out, replace(run.config, backbone=config.backbone), [], None)
     (out / ENVIRONMENT).touch()
     assert json.loads((out / CONFIG).read_text())["backbone"] == "./model"
     out.rename(tmp_path / "new" / "moved")
