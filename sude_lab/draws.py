@@ -64,13 +64,6 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
-def draw_subjects(number: int, size: int, generator: torch.Generator) -> Tensor:
-    """Return whose picture each sample is of, (size,); of one subject nothing is drawn."""
-    if number > 1:
-        return torch.randint(number, (size,), generator=generator)
-    return torch.zeros(size, dtype=torch.long)
-
-
 Density = Literal["uniform", "logit_normal"]
 
 
@@ -95,7 +88,9 @@ class FreshDraws:
         """Return `size` samples."""
         means = torch.stack([mean for mean, _ in self.latents])
         deviations = torch.stack([std for _, std in self.latents])
-        which = draw_subjects(len(self.latents), size, generator)
+        which = torch.zeros(size, dtype=torch.long)
+        if len(self.latents) > 1:  # of one subject nothing is drawn
+            which = torch.randint(len(self.latents), (size,), generator=generator)
         pick = torch.randint(means.shape[1], (size,), generator=generator)
         shape = (size, *means.shape[2:])
         x_0 = means[which, pick] + deviations[which, pick] * torch.randn(shape, generator=generator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,6 @@ def cache_folder() -> Path:
     return Path(named) if named else Path.home() / ".cache" / "sude_lab"
 
 
-def place_in_cache(kind: str, about: Mapping[str, Any], ending: str = "") -> Path:
-    """Return where the cache keeps a result, by all that it follows from."""
-    return cache_folder() / kind / f"{hash_of(about)[:16]}{ending}"
-
-
 def fingerprint(backbone: Backbone) -> str:
     """Return a short name of the model's weights: the same weights, the same name."""
     digest = hashlib.sha256()
@@ -64,7 +59,7 @@ def drawn_class_images(
         "number": number,
         "sampling": sampling_settings(backbone),
     }
-    folder = place_in_cache("class_images", about)
+    folder = cache_folder() / "class_images" / hash_of(about)[:16]
     if not folder.is_dir():
         try:
             with atomic_folder(folder) as unfinished:

@@ -9,13 +9,7 @@ from PIL import Image
 
 from sude_lab.backbone import Backbone
 from sude_lab.config import CompleteConfig, TuningConfig
-from sude_lab.draws import (
-    Draws,
-    FreshDraws,
-    one_of_each,
-    picture_latents,
-    side_of,
-)
+from sude_lab.draws import Draws, FreshDraws, one_of_each, picture_latents, side_of
 from sude_lab.io.pictures import load_picture
 from sude_lab.methods import configure
 from sude_lab.runs.class_images import WithClassImages, class_latents
