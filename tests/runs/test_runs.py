@@ -530,7 +530,7 @@ def test_old_or_foreign_weights_are_refused(
         run.load("cpu")
     assert "\n" not in str(error.value)
     if change in (nothing, pickled):
-        assert "holds no safetensors" in str(error.value)
+        assert "has no safetensors" in str(error.value)
 
 
 @pytest.mark.parametrize(
