@@ -152,7 +152,7 @@ def sole_writer(path: Path | str, *, inside: bool = False) -> Iterator[None]:
     lock = path / LOCK if inside else path.with_name(f".{_end(path.name)}{LOCK}")
     with _removed_if_empty(lock.parent), locked(lock, wait=False) as held:
         if not held:
-            raise UserError(f"A command is writing {path}: wait for it, or name another --out.")
+            raise UserError(f"Another command is writing {path}: wait, or name another --out.")
         yield
 
 
