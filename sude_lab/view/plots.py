@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -208,35 +208,6 @@ def rule_lines(ax: Axes, table: pd.DataFrame) -> Axes:
     return finish(ax, legend=9, xlabel=words(x), ylabel=words(y))
 
 
-def response(
-    ax: Axes,
-    runs: pd.DataFrame,
-    measure: str,
-    *,
-    x: str,
-    interval: Callable[[pd.Series], Any],
-    unit: str = "",
-) -> Axes:
-    """Draw the change of a measure over a setting: every subject's line, their mean and interval.
-
-    `runs`: a row a picture or a run, with the columns `x`, subject and `measure`. Changes are
-    against the smallest x; `interval` gives that of their mean, `evaluate.statistics.mean_interval`
-    for example. Values of x stand at equal distances.
-    """
-    means = runs.groupby(["subject", x])[measure].mean().unstack(x)
-    change = means.sub(means.iloc[:, 0], axis=0)
-    places = range(change.shape[1])
-    for k, (name, line) in enumerate(change.iterrows()):
-        ax.plot(places, line, **_mark(k), lw=1, ms=4, alpha=0.6, label=str(name))
-    ends = [interval(change[value].dropna()) for value in change]
-    spread = np.nan_to_num([end.high - end.mean for end in ends])
-    ax.errorbar(places, change.mean(), spread, color="black", lw=2, capsize=4, label="mean")
-    ax.axhline(0.0, **_EDGE)
-    ax.set_xticks(places, [f"{value:g}{unit}" for value in change])
-    y = f"change of {words(measure)}"
-    return finish(ax, legend=9, beside=True, xlabel=words(x), ylabel=y)
-
-
 def curves(
     ax: Axes,
     x: Numbers,
@@ -258,30 +229,6 @@ def curves(
         ax.axvline(mark, color="black", lw=0.7)
     ax.set(**{f"{axis}scale": "log" for axis in log})
     return finish(ax, title, legend=9 * (len(lines) > 1), xlabel=xlabel, ylabel=ylabel)
-
-
-def samples(
-    ax: Axes,
-    drawn: Mapping[str, Numbers],
-    x: Numbers,
-    densities: Mapping[str, Numbers],
-    *,
-    xlabel: str,
-    title: str = "",
-) -> Axes:
-    """Draw histograms of drawn numbers, and over them the densities that they should follow.
-
-    Both are named alike, one colour a name; densities integrate to one over `x`.
-    """
-    x = np.asarray(x)
-    edges = np.linspace(x.min(), x.max(), 61)
-    for k, name in enumerate(densities):
-        colour = _colour_of(k)
-        if name in drawn:
-            ax.hist(np.asarray(drawn[name]), list(edges), density=True, color=colour, alpha=0.25)
-        ax.plot(x, np.asarray(densities[name]), color=colour, ls=_DASHES[k % 4], label=name)
-    ax.legend(frameon=False, fontsize=9, loc="upper right")
-    return finish(ax, title, legend=0, xlabel=xlabel, ylabel="density")
 
 
 def gate_over_time(

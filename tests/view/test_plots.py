@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from sude_lab.evaluate.statistics import mean_interval
 from sude_lab.view import plots
 
 
@@ -263,20 +262,6 @@ def test_one_curve_needs_no_legend(ax: Axes) -> None:
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "linear")
 
 
-def test_samples_draws_histograms_under_their_densities(ax: Axes) -> None:
-    x = np.linspace(0, 6, 7)
-    drawn = {"dog": [0.55, 0.55, 0.55, 3.05]}
-    densities = {"dog": np.full(7, 1 / 6), "cat": x / 18}
-    plots.samples(ax, drawn, x, densities, xlabel="snout")
-    assert [list(line.get_ydata()) for line in ax.get_lines()] == [
-        list(densities[k]) for k in densities
-    ]
-    bars = {round(bar.get_x(), 3): bar.get_height() for bar in ax.patches}
-    assert sum(bars.values()) * 0.1 == pytest.approx(1)  # sixty bins of a tenth: a density
-    assert bars[0.5] == pytest.approx(7.5) and bars[3.0] == pytest.approx(2.5)
-    assert to_hex(ax.patches[0].get_facecolor()) == to_hex(ax.get_lines()[0].get_color())
-
-
 def test_gate_over_time_is_shaded_where_the_gate_is_open(ax: Axes) -> None:
     plots.gate_over_time(ax, [100, 500, 900], [-5e-4, -1e-4, -3e-4], [-2e-4] * 3, now=500)
     loss, tau = ax.get_lines()[:2]
@@ -295,27 +280,3 @@ def test_confusion_counts_and_shades_by_row(ax: Axes) -> None:
     assert shown.tolist() == [[0.75, 0.25], [0.0, 0.0]]
     assert {(t.get_position(), t.get_text()) for t in ax.texts} == {((0, 0), "3"), ((1, 0), "1")}
     assert (ax.get_ylabel(), ax.get_xlabel()) == ("what it is", "what the model calls it")
-
-
-def test_response_draws_changes_from_the_smallest_setting_and_their_mean(ax: Axes) -> None:
-    runs = pd.DataFrame(
-        {
-            "subject": ["dog", "cat"] * 3,
-            "factor": [0.0, 0.0, 4.0, 4.0, 1.0, 1.0],
-            "alignment": [0.1, 0.3, 0.5, 0.5, 0.3, 0.3],
-        }
-    )
-    assert (
-        plots.response(ax, runs, "alignment", x="factor", interval=mean_interval, unit=" w") is ax
-    )
-    cat, dog, mean, *_ = ax.get_lines()
-    assert list(dog.get_ydata()) == pytest.approx([0.0, 0.2, 0.4])
-    assert list(cat.get_ydata()) == pytest.approx([0.0, 0.0, 0.2])
-    assert list(mean.get_ydata()) == pytest.approx([0.0, 0.1, 0.3])
-    (bars,) = ax.containers
-    ends = [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()]
-    # Student's t on two subjects: mean -+ 12.7 times half their distance.
-    assert ends[1] == pytest.approx([0.1 - 1.27062, 0.1 + 1.27062], abs=1e-4)
-    assert ends[2] == pytest.approx([0.3 - 1.27062, 0.3 + 1.27062], abs=1e-4)
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["0 w", "1 w", "4 w"]
-    assert ax.get_ylabel() == "change of alignment"
