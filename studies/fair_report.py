@@ -26,6 +26,7 @@ from sude_lab.evaluate.fronts import (
     POINT,
     SHARES,
     Line,
+    draw,
     family,
     gain_at,
     line,
@@ -146,19 +147,7 @@ def figure(parts: dict[str, dict[str, Line]], path: Path) -> None:
         1, len(parts), figsize=size, layout="constrained", dpi=160, sharey=True, squeeze=False
     )
     for axes, (title, lines) in zip(row[0], parts.items(), strict=True):
-        whole = lines["less tuning"]
-        for name, colour, mark in (("less tuning", "tab:grey", "s"), ("SuDe", "tab:red", "o")):
-            one = lines[name]
-            fidelity, alignment = one.fidelity.mean(0), one.alignment.mean(0)
-            axes.plot(fidelity, alignment, mark, ms=4, alpha=0.4, color=colour)
-            front = one.front()
-            axes.plot(fidelity[front], alignment[front], f"{mark}-", color=colour, lw=2, label=name)
-        end = whole.fidelity[:, whole.strengths.index(END)].mean()
-        for share in SHARES:
-            axes.axvline(share * end, color="grey", lw=0.8, ls=":")
-        subjects = f"(mean of {len(whole.subjects)} subjects)"
-        axes.set_xlabel(f"{title}subject fidelity: is it mine? {subjects}")
-        axes.legend(loc="lower left")
+        draw(axes, lines, title)
     row[0, 0].set_ylabel("attribute alignment: as asked?")
     with atomic_write(path) as file:
         fig.savefig(file, format="png")

@@ -254,3 +254,29 @@ def places(
             row["category"] = (category[name].alignment @ weights).mean()
             rows.append(row | {"passes": passes[list(one.strengths)].to_numpy() @ weights})
     return pd.DataFrame(rows).dropna().round({"alignment": 3, "category": 3, "passes": 0})
+
+
+STYLES = {
+    "less tuning": ("tab:grey", "s"),
+    "SuDe": ("tab:red", "o"),
+    "yours": ("tab:blue", "D"),
+}
+"""Colour and mark of the lines that are drawn."""
+
+
+def draw(axes: Any, lines: dict[str, Line], title: str = "") -> None:
+    """Draw the means of every line, its front drawn through, over the fidelities that are read."""
+    for name, (colour, mark) in STYLES.items():
+        if name not in lines:
+            continue
+        one, front = lines[name], lines[name].front()
+        fidelity, alignment = one.fidelity.mean(0), one.alignment.mean(0)
+        axes.plot(fidelity, alignment, mark, ms=4, alpha=0.4, color=colour)
+        axes.plot(fidelity[front], alignment[front], f"{mark}-", color=colour, lw=2, label=name)
+    whole = lines["less tuning"]
+    end = whole.fidelity[:, whole.strengths.index(END)].mean()
+    for share in SHARES:
+        axes.axvline(share * end, color="grey", lw=0.8, ls=":")
+    subjects = f"(mean of {len(whole.subjects)} subjects)"
+    axes.set_xlabel(f"{title}subject fidelity: is it mine? {subjects}")
+    axes.legend(loc="lower left")

@@ -24,16 +24,7 @@ from tqdm.auto import tqdm
 
 from sude_lab import __version__
 from sude_lab.errors import UserError
-from sude_lab.evaluate.fronts import (
-    END,
-    POINT,
-    SHARES,
-    Line,
-    family,
-    line,
-    places,
-    points,
-)
+from sude_lab.evaluate.fronts import POINT, Line, draw, family, line, places, points
 from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.evaluate.stored import read
 from sude_lab.io.files import atomic_write, require_own
@@ -143,7 +134,7 @@ def bench(
     table["asks"] = 1 + table["arm"].map({"plain": 0.0, "sude": 2.0, "own": passes})
     with atomic_write(out / TABLE) as path:
         table.round(5).to_csv(path, index=False)
-    draw_fronts(_lines(table), out / FIGURE)
+    _figure(_lines(table), out / FIGURE)
     about = f"size {size}, w_s {', '.join(f'{w:g}' for w in weights)}, seed {seed}"
     for name in ("token_learning_rate", "train_text_encoder"):
         about += f", {name} {settings[name]}" if name in settings else ""
@@ -185,24 +176,12 @@ def _tried(content: dict[str, Any], own: OwnRegularizer) -> float:
     return tuning.frozen.passes / (TRIED * config.train_batch_size)
 
 
-def draw_fronts(lines: dict[str, Line], file: Path) -> None:
-    """Draw the means of every line, its front drawn through, over the fidelities that are read."""
+def _figure(lines: dict[str, Line], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(figsize=(7, 4), layout="constrained", dpi=160)
-    styles = {LESS: ("tab:grey", "s"), SUDE: ("tab:red", "o"), OWN: ("tab:blue", "D")}
-    for name, one in lines.items():
-        colour, mark = styles[name]
-        fidelity, alignment, front = one.fidelity.mean(0), one.alignment.mean(0), one.front()
-        axes.plot(fidelity, alignment, mark, ms=4, alpha=0.4, color=colour)
-        axes.plot(fidelity[front], alignment[front], f"{mark}-", color=colour, lw=2, label=name)
-    whole = lines[LESS]
-    end = whole.fidelity[:, whole.strengths.index(END)].mean()
-    for share in SHARES:
-        axes.axvline(share * end, color="grey", lw=0.8, ls=":")
-    axes.set_xlabel(f"subject fidelity: is it mine? (mean of {len(whole.subjects)} subjects)")
+    draw(axes, lines)
     axes.set_ylabel("attribute alignment: as asked?")
-    axes.legend(loc="lower left")
     with atomic_write(file) as path:
         fig.savefig(path, format="png")
     plt.close(fig)
