@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from sude_lab import __version__
 from sude_lab.errors import UserError
-from sude_lab.evaluate.fronts import POINT, Line, draw, family, line, places, points
+from sude_lab.evaluate.fronts import Line, draw, family, line, places, points
 from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.evaluate.stored import read
 from sude_lab.io.files import atomic_write, require_own
@@ -203,7 +203,12 @@ def _page(table: pd.DataFrame, chosen: Size, cited: str) -> str:
         shown["gain"] = [gain.words("+.3f") for gain in shown["gain"]]
         parts += [f"## {title}", shown.round(4).to_markdown(index=False)]
     at = places(lines, category, table, table["asks"])
-    means = table.assign(arm=table["arm"].map(ARMS)).groupby(POINT)[MEANS].mean().round(3)
+    means = (
+        table.assign(arm=table["arm"].map(ARMS))
+        .groupby(["arm", "w_s", "strength"])[MEANS]
+        .mean()
+        .round(3)
+    )
     words = (
         "Gains of alignment where both lines keep these shares of the fidelity that plain tuning "
         "ends with: mean, 95 % interval (jackknife over subjects, Student's t), its p, the p of "
