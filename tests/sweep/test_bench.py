@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -132,3 +133,32 @@ def test_the_whole_is_the_registered_grid(tmp_path: Path) -> None:
         if size.steps == 200:
             kept = {strength.step or size.steps for strength in plan.jobs[0].strengths}
             assert kept == {*size.kept, size.steps}
+
+
+@pytest.mark.parametrize(
+    ("bonus", "steps", "says"),
+    [(0.1, 4, "better"), (0.0, 4, "no difference"), (-0.1, 4, "worse"), (0.1, 2, "not reached")],
+)
+def test_the_whole_gives_the_verdicts_of_the_comparison(
+    bonus: float, steps: int, says: str
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            **{"subject": f"s{i}", "arm": arm, "settings": "dreambooth", "variant": variant},
+            **{"w_s": 0.0, "strength": "" if k == 4 else str(k), "steps": 200, "asks": 1},
+            **{"subject_fidelity": 0.1 * k, "category_alignment": 0.9},
+            "attribute_alignment": 1 - 0.1 * k + added + rng.normal(0, 0.02),
+        }
+        for arm, variant, added, last in (
+            *(("plain", "plain", 0.0, 4), ("sude", "weight_sude=1", 0.0, 4)),
+            ("own", "weight_sude=1", bonus, steps),
+        )
+        for k in range(1, last + 1)
+        for i in range(36)
+    ]
+    text = module._page(pd.DataFrame(rows), SIZES["whole"], "cited")
+    table = text.split("## Beside SuDe")[0]
+    last_columns = [line.split("|")[-2].strip() for line in table.splitlines() if "| yours" in line]
+    assert last_columns == [says] * 3 + [""]
+    assert "36 subjects. Whoever has looked at these 36 subjects" in text
