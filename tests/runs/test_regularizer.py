@@ -89,6 +89,21 @@ def test_sude_as_a_file_is_sude_to_the_bit(
     assert own.frozen.passes == 2 * own.config.train_batch_size * asked(config)
 
 
+def test_the_hinge_with_a_margin_pulls_as_a_later_threshold(
+    config: TuningConfig, fresh: Fresh, picture: Image.Image
+) -> None:
+    config = replace(config, train="unet", learning_rate=1e-3)
+    hinge = replace(config, regularizer_file=SUDE.with_name("hinge_margin.py"))
+    later = replace(config, weighting="simple", truncate_at=1.25)
+    own, built_in, usual = (
+        trained(prepared_tuning(c, fresh(), picture))
+        for c in (hinge, later, replace(later, weight_sude=0.0))
+    )
+    for name in own:
+        torch.testing.assert_close(own[name], built_in[name], rtol=0, atol=2e-5)
+    assert any((own[name] - usual[name]).abs().max() > 1e-4 for name in own)
+
+
 def asked(config: TuningConfig) -> int:
     """Steps in which SuDe is asked."""
     return len(range(0, config.max_train_steps or 0, config.sude_every))
