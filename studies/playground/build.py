@@ -71,7 +71,7 @@ def export(backbone: Backbone, name: str, path: Path) -> None:
     if name == "unet":
         inputs |= {"t": torch.tensor([1, 1]), "condition": torch.zeros(2, length, width)}
     with atomic_write(path) as file, warnings.catch_warnings(), torch.no_grad():
-        # The newer exporter takes 100 s in place of 6, and its graph is ten times as large.
+        # The newer exporter takes much longer, and its graph is ten times as large.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             Network(backbone, name).eval(),
@@ -175,6 +175,7 @@ def write_facts(out: Path, base: Backbone) -> dict[str, Any]:
         "sude": output_weight(t, schedule, "reference").tolist(),
         "elbo": step_weights(schedule).tolist(),
         "shape": list(base.latent_shape),
+        "tokens": base.tokenizer.model_max_length,
         "category": CATEGORY,
         "attributes": {name: list(values) for name, values in world.ATTRIBUTES.items()},
         "check": base.predict(*check).flatten()[:64].tolist(),

@@ -12,6 +12,7 @@ const svg = (tag, attributes, text = '') => {
   element.textContent = text;
   return element;
 };
+const polyline = (points) => svg('polyline', { points: points.map((p) => p.join()).join(' ') });
 const breathe = () => new Promise((done) => setTimeout(done));
 
 // --- noise: mulberry32 started at 100003 seed + stream, then Box and Muller (noise.py) -------------
@@ -89,10 +90,9 @@ export async function load() {
   return open('webgpu').catch((error) => (console.warn(`WebGPU: ${error.message}`), open('wasm')));
 }
 
-export function condition(...names) {
-  const width = prompts.length / about.prompts.length;
-  const rows = names.map((name) => about.prompts.indexOf(name)).map((k) => prompts.subarray(k * width, (k + 1) * width));
-  return rows[0];
+export function condition(name) {
+  const width = prompts.length / about.prompts.length, k = about.prompts.indexOf(name);
+  return prompts.subarray(k * width, (k + 1) * width);
 }
 
 const mixed = (a, b, share) => a.map((value, i) => value + share * (b[i] - value));
@@ -150,11 +150,11 @@ export async function predict(model, x, times, conditions) {
     ...(await feeds(model)),
     x: new ort.Tensor('float32', x, [times.length, ...about.shape]),
     t: new ort.Tensor('int64', BigInt64Array.from(times, BigInt), [times.length]),
-    condition: new ort.Tensor('float32', rows, [times.length, 32, width / 32]),
+    condition: new ort.Tensor('float32', rows, [times.length, about.tokens, width / about.tokens]),
   });
 }
 
-const twice = (x) => { const both = new Float32Array(2 * x.length); both.set(x); both.set(x, x.length); return both; };
+const twice = (x) => Float32Array.from({ length: 2 * x.length }, (_, i) => x[i % x.length]);
 const noised = (x0, eps, abar) => x0.map((v, i) => Math.sqrt(abar) * v + Math.sqrt(1 - abar) * eps[i]);
 const clean = (x, eps, abar) => x.map((v, i) => (v - Math.sqrt(1 - abar) * eps[i]) / Math.sqrt(abar));
 
@@ -191,7 +191,7 @@ export async function decode(latents) {
   const values = await run('decoder', { x: new ort.Tensor('float32', latents, [1, ...about.shape]) });
   const side = Math.sqrt(values.length / 3), image = new ImageData(side, side);
   for (let i = 0; i < side * side; i++) {
-    for (let c = 0; c < 3; c++) image.data[4 * i + c] = Math.round(255 * Math.min(1, Math.max(0, values[c * side * side + i] / 2 + 0.5)));
+    for (let c = 0; c < 3; c++) image.data[4 * i + c] = Math.round(127.5 * (values[c * side * side + i] + 1));
     image.data[4 * i + 3] = 255;
   }
   return image;
@@ -199,7 +199,8 @@ export async function decode(latents) {
 
 export async function encode(image) {
   const { width: side, data } = image, pixels = new Float32Array(3 * side * side);
-  for (let i = 0; i < pixels.length; i++) pixels[i] = data[4 * (i % (side * side)) + Math.floor(i / (side * side))] / 127.5 - 1;
+  for (let i = 0; i < side * side; i++)
+    for (let c = 0; c < 3; c++) pixels[c * side * side + i] = data[4 * i + c] / 127.5 - 1;
   return run('encoder', { x: new ort.Tensor('float32', pixels, [1, 3, side, side]) });
 }
 
@@ -273,7 +274,8 @@ const whole = (id) => Math.min(9999, Math.max(0, Math.round(Number($(id).value))
 function frame(figure, caption) {
   const canvas = make('canvas', { width: 64, height: 64, ariaLabel: caption });
   canvas.setAttribute('role', 'img');
-  figure.append(canvas, make('progress', { max: 1, value: 0, ariaLabel: `${caption}: progress` }), make('figcaption', { textContent: caption }));
+  const progress = make('progress', { max: 1, value: 0, ariaLabel: `${caption}: progress` });
+  figure.append(canvas, progress, make('figcaption', { textContent: caption }));
   return figure;
 }
 const show = (figure, image) => figure.querySelector('canvas').getContext('2d').putImageData(image, 0, 0);
@@ -290,16 +292,18 @@ function wanted() {
 }
 
 function draw(event) {
-  const prompt = wanted(), seed = whole('seed'), guidance = Number($('guidance').value), share = Number($('lambda').value);
-  const words = (name) => name === 'untuned' ? prompt.replace('{S*} ', '') : prompt.includes('{S*}') ? `${name}: ${prompt}` : prompt;
+  const prompt = wanted(), seed = whole('seed');
+  const guidance = Number($('guidance').value), share = Number($('lambda').value);
+  const words = (name) => (name !== 'untuned' && prompt.includes('{S*}') ? `${name}: ${prompt}` : prompt.replace('{S*} ', ''));
   $('prompt').textContent = prompt;
   $('guidance-is').textContent = guidance;
   $('lambda-is').textContent = share.toFixed(2);
-  const keyed = panels.map((panel) => ({ ...panel, panel, now: JSON.stringify([panel.model(), prompt, seed, guidance]) }))
-    .filter(({ panel, now }) => panel.key !== now);
+  const key = (panel) => JSON.stringify([panel.model(), prompt, seed, guidance]);
+  const keyed = panels.map((panel) => ({ ...panel, panel, now: key(panel) })).filter(({ panel, now }) => panel.key !== now);
   // What the slider asks for is the last picture of all, and the first when the slider is moved.
   const rank = ({ figure }) => (figure.id === 'between' ? 0 : 1);
-  if (['lambda', 'towards'].includes(event?.target.id || event?.target.name)) keyed.sort((a, b) => rank(a) - rank(b));
+  const moved = ['lambda', 'towards'].includes(event?.target.id || event?.target.name);
+  if (moved) keyed.sort((a, b) => rank(a) - rank(b));
   for (const { figure } of keyed) figure.className = 'stale';
   job(async (stale) => {
     for (const { panel, figure, now } of keyed) {
@@ -392,7 +396,9 @@ function look() {
     if (stale()) return;
     const found = terms(subject, category, uncond, t, ws);
     const pushed = subject.map((e, i) => e + found.move * (category[i] - uncond[i]));
-    const verdict = found.open ? `Gate open: SuDe moves the answer by ${found.move.toFixed(2)} d` : 'Gate shut: SuDe moves nothing';
+    const verdict = found.open
+      ? `Gate open: SuDe moves the answer by ${found.move.toFixed(2)} d`
+      : 'Gate shut: SuDe moves nothing';
     $('verdict').textContent = `${verdict}   (ρ = ${found.rho.toFixed(2)})`.replace('-', '−');
     $('verdict').classList.toggle('open', found.open);
     const rows = { 'ρ': found.rho.toFixed(3), 'L_sude × 1000': (1000 * found.loss).toFixed(2),
@@ -428,20 +434,22 @@ function curve(t, model, seed) {
   const across = (at) => 50 + 0.575 * at, up = (rho) => 193 - 42 * (Math.min(3, Math.max(-1, rho)) + 1);
   const parts = [];
   for (const [at, found] of kept) if (found.open)
-    parts.push(svg('rect', { x: across(at - 25), y: up(3), width: 29.2, height: 168, fill: 'var(--open)' }));
+    parts.push(svg('rect', { x: across(at - 25), y: up(3), width: 29.2, height: 168 }));
   for (const rho of [-1, 0, 1, 2, 3]) {
-    parts.push(svg('line', { x1: 50, x2: 625, y1: up(rho), y2: up(rho), stroke: rho === 1 ? '#1b1b1f' : '#c9c9d2', 'stroke-dasharray': rho === 1 ? '6 4' : '' }));
+    parts.push(svg('line', { x1: 50, x2: 625, y1: up(rho), y2: up(rho), class: rho === 1 ? 'shuts' : '' }));
     parts.push(svg('text', { x: 42, y: up(rho) + 5, 'text-anchor': 'end' }, `${rho}`.replace('-', '−')));
   }
-  for (const at of [0, 200, 400, 600, 800, 1000]) parts.push(svg('text', { x: across(at), y: 214, 'text-anchor': 'middle' }, at));
-  parts.push(svg('text', { x: 337, y: 238, 'text-anchor': 'middle' }, 't: little noise on the left, much on the right'));
+  const middle = { 'text-anchor': 'middle' };
+  for (const at of [0, 200, 400, 600, 800, 1000]) parts.push(svg('text', { x: across(at), y: 214, ...middle }, at));
+  parts.push(svg('text', { x: 337, y: 238, ...middle }, 't: little noise on the left, much on the right'));
   parts.push(svg('text', { x: 12, y: 20 }, 'ρ'));
-  parts.push(svg('line', { x1: across(t), x2: across(t), y1: up(3), y2: up(-1), stroke: '#b3261e', 'stroke-width': 2 }));
-  parts.push(svg('polyline', { points: kept.map(([at, { rho }]) => `${across(at)},${up(rho)}`).join(' '), fill: 'none', stroke: 'var(--accent)', 'stroke-width': 2.5 }));
-  for (const [at, { rho }] of kept) parts.push(svg('circle', { cx: across(at), cy: up(rho), r: 4, fill: 'var(--accent)' }));
+  parts.push(svg('line', { x1: across(t), x2: across(t), y1: up(3), y2: up(-1), class: 'now' }));
+  parts.push(polyline(kept.map(([at, { rho }]) => [across(at), up(rho)])));
+  for (const [at, { rho }] of kept) parts.push(svg('circle', { cx: across(at), cy: up(rho), r: 4 }));
   $('gate').replaceChildren(...parts);
   const open = kept.filter(([, found]) => found.open).length;
-  $('gate-says').textContent = `ρ over t for this noise; green: the gate is open (ρ < 1), at ${open} of ${kept.length} timesteps asked. Values beyond the axis stand at its edge.`;
+  $('gate-says').textContent = `ρ over t for this noise; green: the gate is open (ρ < 1), at ${open} of ${kept.length} `
+    + 'timesteps asked. Values beyond the axis stand at its edge.';
 }
 
 function startLook() {
@@ -473,7 +481,7 @@ function judge() {
         const bar = make('div', { className: 'bar' });
         bar.style.width = `${100 * p[k]}%`;
         const path = svg('svg', { viewBox: '0 0 150 26', preserveAspectRatio: 'none', 'aria-hidden': 'true' });
-        path.append(svg('polyline', { points: history[k].map((v, i) => `${(150 * (i + 0.5)) / PAIRS},${24 - 22 * v}`).join(' '), fill: 'none', stroke: 'var(--accent)', 'stroke-width': 2 }));
+        path.append(polyline(history[k].map((v, i) => [(150 * (i + 0.5)) / PAIRS, 24 - 22 * v])));
         return make('tr', { className: k === best ? 'best' : '' }, make('th', { scope: 'row', textContent: name }),
           make('td', { className: 'p', textContent: p[k].toFixed(3) }), make('td', {}, bar),
           make('td', { className: 'line' }, path), make('td', { className: 'p', textContent: behind[k].toFixed(1) }));
@@ -504,10 +512,16 @@ function startClassify() {
     await take(await createImageBitmap(sheet, 64 * names.indexOf(chosen('examples')), 0, 64, 64));
   };
   clear();
-  choices('examples', names.map((name, k) => [name, name, `url(examples.png) ${-48 * k}px 0 / 432px 48px`]), '', () => example().catch(fail));
+  const options = names.map((name, k) => [name, name, `url(examples.png) ${-48 * k}px 0 / 432px 48px`]);
+  choices('examples', options, '', () => example().catch(fail));
   let last = null;
   const at = (event) => [event.offsetX / 4, event.offsetY / 4];
-  paper.onpointerdown = (event) => { turn++; paper.setPointerCapture(event.pointerId); last = at(event); paper.onpointermove(event); };
+  paper.onpointerdown = (event) => {
+    turn++;
+    paper.setPointerCapture(event.pointerId);
+    last = at(event);
+    paper.onpointermove(event);
+  };
   paper.onpointermove = (event) => {
     if (!last) return;
     Object.assign(context, { strokeStyle: $('pen').value, lineWidth: $('width').value, lineCap: 'round' });
@@ -517,7 +531,12 @@ function startClassify() {
     context.stroke();
   };
   paper.onpointerup = () => { last = null; judge(); };
-  $('clear').onclick = () => { turn++; clear(); $('pairs').textContent = ''; $('bars').querySelector('tbody').replaceChildren(); };
+  $('clear').onclick = () => {
+    turn++;
+    clear();
+    $('pairs').textContent = '';
+    $('bars').querySelector('tbody').replaceChildren();
+  };
   $('file').onchange = () => $('file').files[0] && take($('file').files[0]);
   paper.ondragover = (event) => { event.preventDefault(); paper.classList.add('over'); };
   paper.ondragleave = () => paper.classList.remove('over');
