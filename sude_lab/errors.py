@@ -9,7 +9,7 @@ from __future__ import annotations
 import numbers
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
@@ -148,7 +148,10 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def listed(texts: str | Sequence[str]) -> list[str]:
     """Return texts as a list; a single one is no sequence of letters."""
-    return [texts] if isinstance(texts, str) else list(texts)
+    given = [texts] if isinstance(texts, str) else texts
+    if not isinstance(given, Iterable) or not all(isinstance(text, str) for text in given):
+        raise UserError(f"{texts!r} is no text, and no list of texts.")
+    return list(given)
 
 
 def check_tokens(tokens: Sequence[str], number: int) -> None:

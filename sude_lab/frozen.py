@@ -97,13 +97,23 @@ def require_silent(unet: nn.Module) -> None:
     """Check that no adapter of a UNet says anything yet: it is about to be left out."""
     for layer in adapter_layers(unet):
         for name in layer.active_adapters if not layer.disable_adapters else ():
-            up = getattr(layer, "lora_B", {})
-            if name in up and bool(up[name].weight.any()):
+            if _speaks(layer, name):
                 raise UserError(
-                    f"The UNet carries the LoRA {name!r}, which already changes its answers, and "
-                    "the model before tuning would be asked without it: make this before the "
-                    "LoRA is loaded, fuse it into the weights, or give a callable as the prior."
+                    f"The UNet carries the adapter {name!r}, which already changes its answers, "
+                    "and the model before tuning would be asked without it: make this before the "
+                    "adapter is loaded, fuse it into the weights, or give a callable as the prior."
                 )
+
+
+def _speaks(layer: Any, name: str) -> bool:
+    """Return whether an adapter changes what its layer answers."""
+    if not any(name in getattr(layer, part, ()) for part in layer.adapter_layer_names):
+        return False
+    if hasattr(layer, "lora_B"):
+        return name in layer.lora_B and bool(layer.lora_B[name].weight.any())
+    if hasattr(layer, "get_delta_weight"):  # LoHa, LoKr
+        return bool(layer.get_delta_weight(name).any())
+    return True  # IA3 and others: nothing tells
 
 
 def _plain(name: str) -> str:

@@ -59,6 +59,9 @@ def generate(
         backbone, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
     )
     steps = settings["num_inference_steps"]
+    for text in (prompt, negative_prompt or ""):
+        if not isinstance(text, str):
+            raise UserError(f"The prompt is {text!r}: give one text.")
     check_whole("The number of images", num_images, 1, MOST)
     check_whole("The number of inference steps", steps, 1, backbone.schedule.num_timesteps)
     check_whole("The seed", seed, 0, 2**32 - 1)
@@ -77,7 +80,7 @@ def generate(
         for start in tqdm(starts, desc="drawing", unit="batch", disable=not progress):
             indices = range(start, min(start + batch_size, last))
             noise = [
-                torch.randn(shape, generator=torch.Generator().manual_seed(seed * 100_003 + k))
+                torch.randn(shape, generator=torch.Generator().manual_seed(int(seed) * 100_003 + k))
                 for k in indices
             ]
             with backbone.autocast():

@@ -259,6 +259,8 @@ def places(
 STYLES = {
     "less tuning": ("tab:grey", "s"),
     "SuDe": ("tab:red", "o"),
+    "plain, lower rate": ("black", "v"),
+    "SuDe, lower rate": ("tab:orange", "^"),
     "yours": ("tab:blue", "D"),
 }
 """Colour and mark of the lines that are drawn."""

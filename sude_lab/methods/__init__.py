@@ -84,4 +84,10 @@ def _on_model(config: CompleteConfig, backbone: Backbone) -> CompleteConfig:
         source = f"{name}@{backbone.commit}"
     category = backbone.check_category(config.category)
     backbone.check_method(config)
+    schedule, no_eps = backbone.schedule, backbone.schedule.prediction_type == "epsilon"
+    if config.with_sude and config.weighting != "simple" and no_eps and schedule.reaches_zero:
+        raise UserError(
+            "The model predicts noise, and its last step is nothing else (zero terminal SNR), so "
+            "that eq. 7 has no value there: use --weighting simple."
+        )
     return replace(config, backbone=source, category=category, more_subjects=more)

@@ -515,6 +515,8 @@ def read_config(path: Path) -> CompleteConfig:
             raise ValueError(path)
         if str(settings.get("backbone")).startswith("./"):
             settings["backbone"] = os.path.abspath(path.parent / settings["backbone"])
+            if not Path(settings["backbone"]).is_relative_to(os.path.abspath(path.parent)):
+                raise ValueError(path)  # we write so what lies in the run's folder alone
         return CompleteConfig(**settings)
     except UserError as error:
         raise UserError(

@@ -110,6 +110,15 @@ def test_drawing_leaves_the_global_generator_and_the_gradients_alone(tiny: Backb
     assert torch.is_grad_enabled()
 
 
+def test_a_seed_of_numpy_is_one_and_a_prompt_is_a_text(tiny: Backbone) -> None:
+    (one,) = generate(tiny, PROMPT, num_images=1, seed=np.int64(2), num_inference_steps=2)
+    (other,) = generate(tiny, PROMPT, num_images=1, seed=2, num_inference_steps=2)
+    assert one.tobytes() == other.tobytes()
+    for prompts in ({"prompt": None}, {"prompt": []}, {"prompt": "a dog", "negative_prompt": 5}):
+        with pytest.raises(UserError, match="give one text"):
+            generate(tiny, **prompts)  # type: ignore[arg-type]
+
+
 def test_settings_are_those_chosen_then_the_folders_then_stable_diffusions(
     tiny: Backbone,
 ) -> None:

@@ -10,7 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
-from peft import LoraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from PIL import Image
 from torch import Tensor, nn
 
@@ -27,6 +34,7 @@ from sude_lab.draws import FreshDraws
 from sude_lab.errors import UserError
 from sude_lab.frozen import FrozenUNet, without_adapters
 from sude_lab.losses import guidance_projection, sude_loss, sude_threshold
+from sude_lab.methods import configure
 from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.sude import SudeRegularizer, sude_terms
 from sude_lab.tuning import Tuning
@@ -516,6 +524,20 @@ def test_eps_has_none_there() -> None:
         sude_terms(*outputs, torch.tensor([999]), dark("epsilon"), weighting="exact")
 
 
+def test_a_run_that_predicts_noise_is_refused_there_before_its_first_step(
+    predicting: Callable[[str], Backbone], picture: Image.Image
+) -> None:
+    backbone = predicting("epsilon")
+    backbone.pipeline.scheduler = DDPMScheduler.from_config(
+        backbone.pipeline.scheduler.config, rescale_betas_zero_snr=True
+    )
+    config = TuningConfig(Path("dog.png"), "dog", weighting="exact")
+    with pytest.raises(UserError, match=r"zero terminal SNR.*--weighting simple"):
+        configure(config, backbone)
+    assert configure(replace(config, weighting="simple"), backbone)
+    assert configure(replace(config, weight_sude=0.0), backbone)
+
+
 def test_a_run_with_zero_terminal_snr_takes_its_last_step_of_noise(
     predicting: Callable[[str], Backbone], picture: Image.Image
 ) -> None:
@@ -616,6 +638,22 @@ def test_a_lora_that_says_something_already_is_refused(tiny: Backbone) -> None:
     with torch.no_grad():
         for p in trained.values():
             p.add_(0.1)
+    with pytest.raises(UserError, match="already changes its answers"):
+        plug(tiny)
+    called(plug(tiny, prior="current"))
+
+
+@pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig, IA3Config])
+def test_an_adapter_of_any_kind_that_speaks_is_refused(kind: Any, tiny: Backbone) -> None:
+    targets = {"target_modules": ["to_k", "to_v"]}
+    more = {"feedforward_modules": []} if kind is IA3Config else {"init_weights": True}
+    inject_adapter_in_model(kind(**targets, **more), tiny.unet)
+    if kind is not IA3Config:  # of which nothing tells whether it speaks
+        plug(tiny)
+    with torch.no_grad():
+        for name, p in tiny.unet.named_parameters():
+            if any(part in name for part in ("hada_", "lokr_", "ia3_")):
+                p.add_(0.1)
     with pytest.raises(UserError, match="already changes its answers"):
         plug(tiny)
     called(plug(tiny, prior="current"))

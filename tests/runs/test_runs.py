@@ -134,6 +134,7 @@ def test_a_run_leaves_everything_that_tells_of_it(
         ({"num_samples": "4"}, "--num-samples is '4'"),
         ({"validation_every": True}, "--validation-every is True"),
         ({"sample_prompts": "a {S*2}"}, "asks for {S*2}"),
+        ({"sample_prompts": [5]}, "[5] is no text"),
     ],
 )
 def test_what_python_hands_over_is_refused_before_the_work(
@@ -941,6 +942,10 @@ def test_a_model_in_the_runs_folder_moves_with_it(
     moved = Run.open(tmp_path / "new" / "moved")
     assert moved.config.backbone == str(moved.folder / "model")
     assert moved.load("cpu", trust_backbone=True).source == moved.config.backbone
+    values = json.loads((moved.folder / CONFIG).read_text()) | {"backbone": "./../../model"}
+    (moved.folder / CONFIG).write_text(json.dumps(values))  # which came along, and is asked for
+    with pytest.raises(UserError, match="not a run's configuration"):
+        Run.open(moved.folder)
 
 
 # --- two commands on one folder ------------------------------------------------------------------
