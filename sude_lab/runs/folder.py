@@ -368,7 +368,8 @@ def run_tuning(
     for prompt in (*default_prompts(config), *sampled, *watched):
         if rest := backbone.beyond_reach(fill(prompt, *(word for _ in config.subjects))):
             raise UserError(
-                f"The model does not read {rest[:80]!r} of {prompt[:80]!r}: shorten it."
+                f"The prompt {prompt[:80]!r} is too long, the model leaves out {rest[:80]!r}: "
+                "shorten it."
             )
     samples = [_filled(p, config) for p in sampled or default_prompts(config)]
     validated = [_filled(p, config) for p in watched] or samples

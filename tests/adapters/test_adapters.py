@@ -29,7 +29,7 @@ from sude_lab.generation import generate
 from sude_lab.io.opening import open_backbone
 from sude_lab.io.weights import LORA_FILE, load_weights, save_weights
 from sude_lab.methods import configure
-from sude_lab.runs.card import loading_code
+from sude_lab.runs.card import _drawing_code
 from sude_lab.runs.guided import guidance_for
 from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.runs.strength import Strength
@@ -168,8 +168,8 @@ def test_it_is_tuned_saved_and_loaded_by_plain_diffusers(
     if (weights / LORA_FILE).is_file():
         (tmp_path / LORA_FILE).write_bytes((weights / LORA_FILE).read_bytes())
     pipeline = model.plain()
-    by_hand = not hasattr(pipeline, "load_textual_inversion")
-    code = loading_code(config, weights, is_xl=False, by_hand=by_hand)
+    code = _drawing_code(config, model.opened, weights, SUBJECT, False)
+    code = code.partition("from_pretrained")[2].partition("\n")[2].partition("image = ")[0]
     names: dict[str, Any] = {"pipeline": pipeline}
     exec("from safetensors.torch import load_file\nfrom tokenizers import AddedToken", names)
     with chdir(tmp_path):
@@ -390,7 +390,7 @@ def test_guidance_without_training_moves_a_lora_to_its_category(
 @pytest.mark.parametrize(
     ("name", "values", "words"),
     [
-        ("sd3", {"method": "custom_diffusion"}, "custom_diffusion is not made for the transf"),
+        ("sd3", {"method": "custom_diffusion"}, "custom_diffusion is not made for a"),
         ("sd3", {"method": "vico"}, "vico is not made for a"),
         ("sd3", {"method": "textual_inversion", "num_vectors": 2}, "no words of several vectors"),
         ("klein", {"method": "textual_inversion"}, "textual_inversion is not made for"),

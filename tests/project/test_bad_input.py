@@ -309,7 +309,7 @@ def test_a_prompt_that_cannot_be_meant_is_refused(
         ("photo of a dog", "must contain {S*}"),
         ("", "must contain {S*}"),
         ("{S*}\0", "has the character '\\x00'"),
-        (f"{LONG} {{S*}}", "pieces of words"),
+        (f"{LONG} {{S*}}", "is too long, the model leaves out"),
     ],
 )
 def test_a_tuning_prompt_that_cannot_be_meant_is_refused(

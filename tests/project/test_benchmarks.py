@@ -319,7 +319,7 @@ def test_step_costs_are_kept_with_their_spread_and_machine(
 ) -> None:
     step_cost = load("step_cost")
     monkeypatch.setattr(subprocess, "check_output", lambda *args, **kwargs: "100\n")  # memory
-    sizes = {"blocks": 2, "steps": 4, "train_batch_size": 1, "pairs": 4}
+    sizes = {"blocks": 2, "steps": 4, "train_batch_size": 1}
     step_cost.main(step_cost.Benchmark(backbone=str(tiny_folder), out=tmp_path, **sizes))
     table = pd.read_csv(tmp_path / "step_cost.csv")
     assert list(table["variant"]) == list(step_cost.VARIANTS)

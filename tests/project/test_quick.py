@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": "project/test_cli.py::test_tune_then_generate",
     "evaluate": "evaluate/test_evaluate.py::test_the_command_does_the_same",
     "sweep": "sweep/test_sweep.py::test_a_dry_run_imports_nothing_that_takes_seconds",
+    "bench": "sweep/test_bench.py::test_the_command_names_the_file_that_is_not_there",
     "classify": "project/test_cli.py::test_a_picture_is_classified",
     "export": "project/test_cli.py::test_a_run_is_exported",
     "lab": "project/test_cli.py::test_lab_says_where_the_notebooks_should_be",

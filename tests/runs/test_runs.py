@@ -302,7 +302,7 @@ def test_a_prompt_that_is_not_read_to_its_end_is_refused(
     tune_in: Callable[..., Run],
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(UserError, match="does not read"):
+    with pytest.raises(UserError, match="leaves out"):
         tune_in(replace(config, **settings), tmp_path / "run", **options)
     assert not list(tmp_path.iterdir())
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from sude_lab.cli import main
 from sude_lab.errors import UserError
 from sude_lab.evaluate import stored
 from sude_lab.sweep import bench as module
@@ -75,6 +76,15 @@ def test_a_bench_says_what_a_file_gives_beside_the_stored_lines(
     finished = {path: path.stat().st_mtime_ns for path in out.rglob("rows-*.parquet")}
     assert len(finished) == 2 and benched() == text  # nothing is run again
     assert finished == {path: path.stat().st_mtime_ns for path in out.rglob("rows-*.parquet")}
+
+
+@pytest.mark.quick
+def test_the_command_names_the_file_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", str(tmp_path / "none.py"), "--out", str(tmp_path / "out")]) == 2
+    assert "none.py cannot be read" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bench_is_of_one_file(benched: Benched, tmp_path: Path) -> None:
