@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -769,6 +770,7 @@ def test_the_curves_of_a_resumed_run_are_those_of_an_unbroken_one(
         tune_in(config, out, on_step=stop_at(4), **settings)
     (logs,) = (out / LOGS).iterdir()
     assert scalars(logs, "rho")[0] == [1, 2, 3]  # one more than the checkpoint has
+    time.sleep(1.1)  # files of one second are read in the order of their names, .10 before .9
     run = tune_in(config, out, resume=True, **settings)
     assert content(out) == content(whole.folder)
     steps, values = scalars(logs, "rho")
