@@ -12,10 +12,9 @@ command may be stopped and given again. Then the rows, a subject's mean a streng
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 import tyro
@@ -25,7 +24,7 @@ from studies.runs import GRIDS, SWEEPS
 from sude_lab.errors import UserError
 from sude_lab.evaluate.stored import RESULTS
 from sude_lab.io.files import atomic_write
-from sude_lab.sweep.bench import subject_rows
+from sude_lab.sweep.bench import SIZES, subject_rows
 from sude_lab.sweep.sweep import sweep
 
 On = Literal["held-out", "development", "flow", "flow-development"]
@@ -44,17 +43,13 @@ class Group:
     """The first stage, which decides the question, and the second one."""
 
 
-def _group(drawn: str, numbers: Iterable[int], *about: Any) -> Group:
-    return Group(f"{drawn} {' '.join(map(str, numbers))}", *about)
-
-
 TRIED = ("plain", "sude", "rate", "rate_half", "sude_rate", "lora", "lazy")
 FLOW = "flow", ("plain", "sude", "lora_plain", "lora_sude")
 GROUPS: dict[On, Group] = {
-    "held-out": _group("held-out", range(100, 136), "fair"),
-    "development": _group("development", range(100, 106), "fair_development", "fair", TRIED),
-    "flow": _group("held-out", range(200, 209), "flow", *FLOW),
-    "flow-development": _group("development", (200, 206), "flow_development", *FLOW),
+    "held-out": Group(SIZES["whole"].subjects, "fair"),
+    "development": Group(SIZES["hour"].subjects, "fair_development", "fair", TRIED),
+    "flow": Group("held-out 200 201 202 203 204 205 206 207 208", "flow", *FLOW),
+    "flow-development": Group("development 200 206", "flow_development", *FLOW),
 }
 """Held-out: four subjects a category (of flow one), whom nobody had looked at before the page was
 committed. Development: others, who chose everything in it."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from studies.fair import grid_file
 from studies.runs import SWEEPS
 from sude_lab.backbone import Backbone
 from sude_lab.classify.probe import answers
+from sude_lab.evaluate.statistics import mean_interval
 from sude_lab.evaluate.stored import RESULTS
 from sude_lab.io.files import atomic_write
 from sude_lab.prompts import photo_of
@@ -82,6 +84,17 @@ def figure(table: pd.DataFrame, path: Path) -> None:
     plt.close(fig)
 
 
+def added(table: pd.DataFrame) -> pd.DataFrame:
+    """Return what SuDe adds to the errors after the last step: paired by subject, Student's t."""
+    last = table[table["step"] == max(STEPS)]
+    means = last.groupby(["subject", "w_s"])[["loss", "along_d"]].mean().unstack("w_s")
+    return pd.DataFrame(
+        {"w_s": w_s, "of": name, "plain": f"{means[name][0.0].mean():.5f}"}
+        | {"added": mean_interval((means[name][w_s] - means[name][0.0]).to_numpy()).words("+.5f")}
+        for name, w_s in product(("loss", "along_d"), WEIGHTS[1:])
+    )
+
+
 @dataclass(frozen=True)
 class WhereConfig:
     """Where the runs are."""
@@ -112,4 +125,4 @@ def main(config: WhereConfig) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(WhereConfig))
+    print(added(main(tyro.cli(WhereConfig))).to_string(index=False))

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from studies import fair, fair_report
+from studies import fair, fair_report, where
 from sude_lab.evaluate import fronts, stored
 from sude_lab.evaluate.statistics import Interval
 from sude_lab.sweep.grid import make_plan, read_grid
@@ -140,6 +140,19 @@ def test_a_lora_is_compared_with_a_lora(tmp_path: Path, monkeypatch: pytest.Monk
     assert abs(gains["Primary contrasts"]) < 0.05
     assert abs(gains["LoRA: Primary contrasts"] - 0.3) < 0.05
     assert (tmp_path / "flow.png").is_file()
+
+
+def test_what_sude_adds_to_the_error_is_paired_by_subject() -> None:
+    rows = [
+        {"subject": who, "w_s": w_s, "step": step, "loss": base + w_s * k, "along_d": 0.0}
+        for k, (who, base) in enumerate([("a", 1.0), ("b", 5.0), ("c", 9.0)], start=1)
+        for w_s in where.WEIGHTS
+        for step in where.STEPS
+    ]
+    shown = where.added(pd.DataFrame(rows)).set_index(["of", "w_s"])["added"]
+    # 1, 2, 3: their mean, and t = 4.303 times 1 / sqrt(3).
+    assert shown["loss", 1.0] == "+2.00000 [-0.48414, +4.48414]"
+    assert shown["along_d", 2.0] == "+0.00000 [+0.00000, +0.00000]"
 
 
 def test_prompts_weigh_alike_in_a_subjects_mean(tmp_path: Path) -> None:
