@@ -371,6 +371,17 @@ def test_what_else_a_run_can_have(
     assert all(math.isfinite(value) for step in steps for value in step.row().values())
 
 
+def test_what_follows_the_subjects_word_is_in_the_pooled_condition(
+    model_of: Callable[[str], Model],
+) -> None:
+    """SD3's CLIPs pool at the first end mark, not at the highest id, which an added word has."""
+    backbone = model_of("sd3").fresh()
+    backbone.add_token("<sks>", "dog")
+    both = backbone.encode_prompts(["photo of a <sks> dog", "photo of a <sks> cat"])
+    assert both.pooled is not None
+    assert (both.pooled[0] - both.pooled[1]).abs().max() > 1e-3
+
+
 def test_guidance_without_training_moves_a_lora_to_its_category(
     model_of: Callable[[str], Model], picture: Image.Image
 ) -> None:
