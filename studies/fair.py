@@ -1,12 +1,13 @@
-"""Does SuDe beat less tuning? The registered comparisons (data/grids/fair.md, flow.md).
+"""Does SuDe beat less tuning? The registered comparisons (data/grids/fair.md, confirm.md, flow.md).
 
     python -m studies.fair --arms plain sude     the held-out subjects; no --arms: all arms
     python -m studies.fair --on development      the subjects on which everything was chosen
+    python -m studies.fair --on confirm          new subjects, for what the held-out ones suggest
     python -m studies.fair --on flow             the same question on the embedded flow model
 
-Each arm is a grid of `data/grids/fair/` or `flow/`. What is missing is swept on every core; the
-command may be stopped and given again. Then the rows, a subject's mean a strength, are kept in
-`data/results/fair.csv` (or fair_development.csv, flow.csv, flow_development.csv).
+Each arm is a grid of `data/grids/fair/`, `confirm/` or `flow/`. What is missing is swept on every
+core; the command may be stopped and given again. Then the rows, a subject's mean a strength, go to
+`data/results/fair.csv` (or fair_development.csv, confirm.csv, flow.csv, flow_development.csv).
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ import yaml
 
 from studies.runs import GRIDS, SWEEPS
 from sude_lab.errors import UserError
+from sude_lab.evaluate.fronts import SHARES
 from sude_lab.evaluate.stored import RESULTS
 from sude_lab.io.files import atomic_write
 from sude_lab.sweep.bench import SIZES, subject_rows
 from sude_lab.sweep.sweep import sweep
 
-On = Literal["held-out", "development", "flow", "flow-development"]
+On = Literal["held-out", "development", "confirm", "flow", "flow-development"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Group:
     """The page in `data/grids` that says what was fixed beforehand, and the folder of the arms."""
     arms: tuple[str, ...] = ("plain", "sude", "drawn", "rate", "sude_rate")
     """The first stage, which decides the question, and the second one."""
+    shares: tuple[float, ...] = SHARES
+    """Of plain tuning's own fidelity: where the lines are read."""
 
 
 TRIED = ("plain", "sude", "rate", "rate_half", "sude_rate", "lora", "lazy")
@@ -48,11 +52,15 @@ FLOW = "flow", ("plain", "sude", "lora_plain", "lora_sude")
 GROUPS: dict[On, Group] = {
     "held-out": Group(SIZES["whole"].subjects, "fair"),
     "development": Group(SIZES["hour"].subjects, "fair_development", "fair", TRIED),
+    "confirm": Group(
+        "held-out " + " ".join(map(str, range(300, 372))),
+        *("confirm", "confirm", ("plain", "sude"), (0.85, 0.9, 0.95)),
+    ),
     "flow": Group("held-out 200 201 202 203 204 205 206 207 208", "flow", *FLOW),
     "flow-development": Group("development 200 206", "flow_development", *FLOW),
 }
-"""Held-out: four subjects a category (of flow one), whom nobody had looked at before the page was
-committed. Development: others, who chose everything in it."""
+"""Held-out: four subjects a category (to confirm eight, of flow one), whom nobody had looked at
+before the page was committed. Development: others, who chose everything in it."""
 
 
 def grid_file(arm: str, on: On, folder: Path) -> Path:

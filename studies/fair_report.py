@@ -1,7 +1,8 @@
-"""What the comparisons of data/grids/fair.md and flow.md say: lines, contrasts and figure.
+"""What the comparisons of fair.md, confirm.md and flow.md in data/grids say, and their figures.
 
     python -m studies.fair_report                      data/results/fair.md and fair.png
     python -m studies.fair_report --on development     of the subjects that chose the settings
+    python -m studies.fair_report --on confirm         of the new ones that decide
     python -m studies.fair_report --on flow            flow.md and flow.png: all weights, then LoRA
 
 It reads what `python -m studies.fair` kept. Lines, fidelities, margin and contrasts stand here as
@@ -24,7 +25,6 @@ from studies.fair import GROUPS, On
 from sude_lab.evaluate.fronts import (
     END,
     POINT,
-    SHARES,
     Line,
     draw,
     family,
@@ -118,7 +118,8 @@ class Family(NamedTuple):
 
     title: str
     pairs: Sequence[tuple[str, str]]
-    shares: Sequence[float] = SHARES
+    shares: Sequence[float] = ()
+    """None: those of the group."""
     of_category: Sequence[tuple[str, str]] = ()
 
 
@@ -138,7 +139,7 @@ def parts_of(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {k: rows.assign(arm=rows["arm"].str.removeprefix("lora_")) for k, rows in parts.items()}
 
 
-def figure(parts: dict[str, dict[str, Line]], path: Path) -> None:
+def figure(parts: dict[str, dict[str, Line]], path: Path, shares: Sequence[float]) -> None:
     """Draw the means of every line, its front drawn through, over the fidelities that are read."""
     import matplotlib.pyplot as plt
 
@@ -147,7 +148,7 @@ def figure(parts: dict[str, dict[str, Line]], path: Path) -> None:
         1, len(parts), figsize=size, layout="constrained", dpi=160, sharey=True, squeeze=False
     )
     for axes, (title, lines) in zip(row[0], parts.items(), strict=True):
-        draw(axes, lines, title)
+        draw(axes, lines, title, shares)
     row[0, 0].set_ylabel("attribute alignment: as asked?")
     with atomic_write(path) as file:
         fig.savefig(file, format="png")
@@ -172,13 +173,14 @@ def main(config: ReportConfig) -> str:
         lines = parts[part] = lines_of(rows)
         category = lines_of(rows.assign(attribute_alignment=rows["category_alignment"]))
         for title, pairs, shares, of_category in FAMILIES:
+            shares = shares or group.shares
             more = category_rows(lines, category, of_category, shares)
             shown = family(lines, pairs, more, shares)
             if shown.empty:
                 continue
             shown["gain"] = [gain.words("+.3f") for gain in shown["gain"]]
             texts += [f"## {part}{title} contrasts", shown.round(4).to_markdown(index=False)]
-        at = places(lines, category, rows, asks(rows), sorted({*SHARES, *HIGHER}))
+        at = places(lines, category, rows, asks(rows), sorted({*group.shares, *HIGHER}))
         texts += [f"## {part}Where the lines are read", at.to_markdown(index=False)]
     groups = table.groupby(POINT, sort=False)
     means = groups[["subject_fidelity", "attribute_alignment", "category_alignment"]].mean()
@@ -190,7 +192,7 @@ def main(config: ReportConfig) -> str:
     text = "\n\n".join(texts) + "\n"
     with atomic_write(RESULTS / f"{group.table}.md") as path:
         path.write_text(text, encoding="utf-8")
-    figure(parts, RESULTS / f"{group.table}.png")
+    figure(parts, RESULTS / f"{group.table}.png", group.shares)
     return text
 
 

@@ -266,7 +266,9 @@ STYLES = {
 """Colour and mark of the lines that are drawn."""
 
 
-def draw(axes: Any, lines: dict[str, Line], title: str = "") -> None:
+def draw(
+    axes: Any, lines: dict[str, Line], title: str = "", shares: Sequence[float] = SHARES
+) -> None:
     """Draw the means of every line, its front drawn through, over the fidelities that are read."""
     for name, (colour, mark) in STYLES.items():
         if name not in lines:
@@ -277,7 +279,7 @@ def draw(axes: Any, lines: dict[str, Line], title: str = "") -> None:
         axes.plot(fidelity[front], alignment[front], f"{mark}-", color=colour, lw=2, label=name)
     whole = lines["less tuning"]
     end = whole.fidelity[:, whole.strengths.index(END)].mean()
-    for share in SHARES:
+    for share in shares:
         axes.axvline(share * end, color="grey", lw=0.8, ls=":")
     subjects = f"(mean of {len(whole.subjects)} subjects)"
     axes.set_xlabel(f"{title}subject fidelity: is it mine? {subjects}")

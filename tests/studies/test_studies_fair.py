@@ -55,7 +55,7 @@ def test_category_and_cost_are_read_where_alignment_is() -> None:
     table.loc[table["arm"] == "sude", "category_alignment"] = 0.7
     lines = fair_report.lines_of(table)
     category = fair_report.lines_of(table.assign(attribute_alignment=table["category_alignment"]))
-    about = lines, category, fair_report.PRIMARY, fair_report.SHARES
+    about = lines, category, fair_report.PRIMARY, fair.SHARES
     gains = [row["gain"].mean for row in fair_report.category_rows(*about)]
     assert gains == pytest.approx([-0.2] * 3)
     at = fair_report.places(lines, category, table, fair_report.asks(table)).set_index(
@@ -101,6 +101,8 @@ def test_the_report_is_written_with_its_figure(
         ("held-out", "plain", 4, 12),
         ("held-out", "sude", 4, 12),
         ("held-out", "drawn", 4, 7),
+        ("confirm", "plain", 8, 8),
+        ("confirm", "sude", 8, 8),
         ("flow", "plain", 1, 9),
         ("flow", "sude", 1, 12),
         ("flow", "lora_plain", 1, 9),
