@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from studies import fair, fair_report, where
+from studies import fair, fair_report, stopping, where
 from sude_lab.evaluate import fronts, stored
 from sude_lab.evaluate.statistics import Interval
 from sude_lab.sweep.grid import make_plan, read_grid
@@ -167,3 +167,23 @@ def test_prompts_weigh_alike_in_a_subjects_mean(tmp_path: Path) -> None:
     )
     (row,) = fair.subject_rows("plain", tmp_path).to_dict("records")
     assert row["attribute_alignment"] == 0.5 and row["strength"] == "" and row["arm"] == "plain"
+
+
+def test_a_rule_that_knows_when_gains_what_a_common_number_of_steps_loses() -> None:
+    # Alignment falls to 0 at once after a step of the subject's own; the signal says when.
+    kept, ends = np.arange(1, 201), (20, 60, 120)
+    ways = [
+        stopping.Way(
+            kept, np.stack([np.full(200, 0.5), kept <= end], 1), np.where(kept < end, 1.0, 0)
+        )
+        for end in ends
+    ]
+    row = stopping.compared(ways, 0.5)
+    assert row["stops"] == "20 to 120" and row["alignment"] == 1
+    assert row["steps"] <= 20 and row["gain"] == "+0.000 [+0.000, +0.000]"  # all may stop early
+    late = [w._replace(values=w.values + np.stack([kept / 200, 0 * kept], 1)) for w in ways]
+    row = stopping.compared(late, 0.5)  # now fidelity grows with steps: an early stop is no match
+    assert row["steps"] == 67 and row["their alignment"] == pytest.approx(1 / 3)
+    assert row["gain"].startswith("+0.667")
+    never = [w._replace(signal=w.signal + 1) for w in ways]
+    assert stopping.compared(never, 0.5)["stops"] == "200 to 200"
