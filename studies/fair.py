@@ -47,6 +47,9 @@ class Group:
     """Of plain tuning's own fidelity: where the lines are read."""
 
 
+BACKGROUNDS = "_backgrounds"
+"""Ends the name of an arm that draws what another one tuned, on backgrounds."""
+SAME = ["subject", "variant", "w_s", "strength"]
 TRIED = ("plain", "sude", "rate", "rate_half", "sude_rate", "lora", "lazy")
 FLOW = "flow", ("plain", "sude", "lora_plain", "lora_sude")
 GROUPS: dict[On, Group] = {
@@ -54,7 +57,9 @@ GROUPS: dict[On, Group] = {
     "development": Group(SIZES["hour"].subjects, "fair_development", "fair", TRIED),
     "confirm": Group(
         "held-out " + " ".join(map(str, range(300, 372))),
-        *("confirm", "confirm", ("plain", "sude"), (0.85, 0.9, 0.95)),
+        *("confirm", "confirm"),
+        arms=("plain", "sude", "plain_backgrounds", "sude_backgrounds"),
+        shares=(0.85, 0.9, 0.95),
     ),
     "flow": Group("held-out 200 201 202 203 204 205 206 207 208", "flow", *FLOW),
     "flow-development": Group("development 200 206", "flow_development", *FLOW),
@@ -106,8 +111,16 @@ def main(config: FairConfig) -> pd.DataFrame:
     arms = config.arms or group.arms
     for arm in arms if config.run else ():
         run(arm, config.on, workers=config.workers, out=config.out)
-    folders = {arm: config.out / "fair" / config.on / arm for arm in arms}
-    table = pd.concat([subject_rows(arm, f) for arm, f in folders.items()], ignore_index=True)
+    folder = config.out / "fair" / config.on
+    tables = []
+    for arm in (arm for arm in arms if not arm.endswith(BACKGROUNDS)):
+        rows = subject_rows(arm, folder / arm)
+        if arm + BACKGROUNDS in arms:
+            about = folder / (arm + BACKGROUNDS), ["background_alignment"], "background"
+            more = subject_rows(arm, *about)[[*SAME, "background_alignment"]]
+            rows = rows.merge(more, how="left", on=SAME, validate="one_to_one")
+        tables.append(rows)
+    table = pd.concat(tables, ignore_index=True)
     with atomic_write(RESULTS / f"{group.table}.csv") as path:
         table.round(5).to_csv(path, index=False)
     return table

@@ -77,20 +77,21 @@ def asks(table: pd.DataFrame) -> pd.Series:
     return 1 + 2 / every * (table["w_s"] > 0) + table["arm"].str.contains("class_images")
 
 
-def category_rows(
+def other_rows(
     lines: dict[str, Line],
-    category: dict[str, Line],
+    other: dict[str, Line],
     pairs: Sequence[tuple[str, str]],
     shares: Sequence[float],
+    what: str = "category",
 ) -> list[dict[str, Any]]:
-    """Return contrasts of the alignment with the category, at the same strengths."""
+    """Return contrasts of the alignment with something else, at the same strengths."""
     rows = []
     for a, b in pairs if all(name in lines for pair in pairs for name in pair) else ():
         end = lines[b].fidelity[:, lines[b].strengths.index(END)]
-        of = category[a].alignment, category[b].alignment
+        of = other[a].alignment, other[b].alignment
         for share in shares:
             gain = gain_at(lines[a], lines[b], share * end, of)
-            about = {"arm": f"{a}: category", "against": b, "fidelity": f"{share:g}"}
+            about = {"arm": f"{a}: {what}", "against": b, "fidelity": f"{share:g}"}
             rows.append(about | {"gain": gain, "p": gain.p, "sign flip": math.nan})
     return rows
 
@@ -114,18 +115,18 @@ HIGHER = (0.85, 0.95, 1.05)
 
 
 class Family(NamedTuple):
-    """Contrasts that are corrected together, with those of the category for some of them."""
+    """Contrasts that are corrected together, with those of category and background for some."""
 
     title: str
     pairs: Sequence[tuple[str, str]]
     shares: Sequence[float] = ()
     """None: those of the group."""
-    of_category: Sequence[tuple[str, str]] = ()
+    of_others: Sequence[tuple[str, str]] = ()
 
 
 FAMILIES = (
     Family("Primary", PRIMARY),
-    Family("Secondary", SECONDARY, of_category=PRIMARY),
+    Family("Secondary", SECONDARY, of_others=PRIMARY),
     Family("Second stage, primary", LOWER, HIGHER),
     Family("Second stage, secondary", SECOND, HIGHER, LOWER),
     Family("Lazy SuDe", LAZY),
@@ -171,16 +172,23 @@ def main(config: ReportConfig) -> str:
     parts: dict[str, dict[str, Line]] = {}
     for part, rows in parts_of(table).items():
         lines = parts[part] = lines_of(rows)
-        category = lines_of(rows.assign(attribute_alignment=rows["category_alignment"]))
-        for title, pairs, shares, of_category in FAMILIES:
+        others = {
+            what: lines_of(rows.assign(attribute_alignment=rows[f"{what}_alignment"]))
+            for what in ("category", "background")
+            if f"{what}_alignment" in rows
+        }
+        for title, pairs, shares, of_others in FAMILIES:
             shares = shares or group.shares
-            more = category_rows(lines, category, of_category, shares)
+            also = [
+                other_rows(lines, other, of_others, shares, what) for what, other in others.items()
+            ]
+            more = [row for found in also for row in found]
             shown = family(lines, pairs, more, shares)
             if shown.empty:
                 continue
             shown["gain"] = [gain.words("+.3f") for gain in shown["gain"]]
             texts += [f"## {part}{title} contrasts", shown.round(4).to_markdown(index=False)]
-        at = places(lines, category, rows, asks(rows), sorted({*group.shares, *HIGHER}))
+        at = places(lines, others["category"], rows, asks(rows), sorted({*group.shares, *HIGHER}))
         texts += [f"## {part}Where the lines are read", at.to_markdown(index=False)]
     groups = table.groupby(POINT, sort=False)
     means = groups[["subject_fidelity", "attribute_alignment", "category_alignment"]].mean()

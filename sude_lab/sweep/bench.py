@@ -68,16 +68,19 @@ SIZES: dict[SizeName, Size] = {
 }
 
 
-def subject_rows(arm: str, folder: Path) -> pd.DataFrame:
+def subject_rows(
+    arm: str, folder: Path, measures: Sequence[str] = MEASURES, asked: str = "attribute"
+) -> pd.DataFrame:
     """Return a row a (subject, configuration, strength): means of the oracle's measures.
 
     A prompt's pictures are averaged first, then the prompts: none weighs more for having more.
+    `asked`: what the prompts differ in.
     """
     table = pd.read_parquet(folder / RESULTS)
-    table = table[table["metric"].isin(MEASURES)].fillna({"strength": ""})
+    table = table[table["metric"].isin(measures)].fillna({"strength": ""})
     keys = ["subject", "category", "settings", "variant", "w_s", "strength", "steps"]
     keys += ["rho", "open_gates"]
-    prompts = table.groupby([*keys, "attribute", "metric"], dropna=False)["value"].mean()
+    prompts = table.groupby([*keys, asked, "metric"], dropna=False)["value"].mean()
     means = prompts.groupby([*keys, "metric"], dropna=False).mean().unstack("metric").reset_index()
     return means.assign(arm=arm)
 

@@ -11,6 +11,7 @@ import pytest
 
 from studies import fair, fair_report, stopping, where
 from sude_lab.evaluate import fronts, stored
+from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.evaluate.statistics import Interval
 from sude_lab.sweep.grid import make_plan, read_grid
 from sude_lab.sweep.sweep import RESULTS
@@ -56,7 +57,7 @@ def test_category_and_cost_are_read_where_alignment_is() -> None:
     lines = fair_report.lines_of(table)
     category = fair_report.lines_of(table.assign(attribute_alignment=table["category_alignment"]))
     about = lines, category, fair_report.PRIMARY, fair.SHARES
-    gains = [row["gain"].mean for row in fair_report.category_rows(*about)]
+    gains = [row["gain"].mean for row in fair_report.other_rows(*about)]
     assert gains == pytest.approx([-0.2] * 3)
     at = fair_report.places(lines, category, table, fair_report.asks(table)).set_index(
         ["line", "fidelity"]
@@ -103,6 +104,7 @@ def test_the_report_is_written_with_its_figure(
         ("held-out", "drawn", 4, 7),
         ("confirm", "plain", 8, 8),
         ("confirm", "sude", 8, 8),
+        ("confirm", "sude_backgrounds", 8, 8),
         ("flow", "plain", 1, 9),
         ("flow", "sude", 1, 12),
         ("flow", "lora_plain", 1, 9),
@@ -155,6 +157,31 @@ def test_what_sude_adds_to_the_error_is_paired_by_subject() -> None:
     # 1, 2, 3: their mean, and t = 4.303 times 1 / sqrt(3).
     assert shown["loss", 1.0] == "+2.00000 [-0.48414, +4.48414]"
     assert shown["along_d", 2.0] == "+0.00000 [+0.00000, +0.00000]"
+
+
+def test_backgrounds_stand_beside_the_attributes_of_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fair, "RESULTS", tmp_path)
+    about = {"subject": "s", "category": "dog", "settings": "dreambooth", "variant": "plain"}
+    about |= {"w_s": 0.0, "strength": None, "steps": 200, "rho": 1.0, "open_gates": 0.0}
+    of_attributes = [
+        about | {"attribute": "running", "background": "", "metric": metric, "value": 0.5}
+        for metric in MEASURES
+    ]
+    of_backgrounds = [
+        about | {"attribute": "", "background": place, "value": value} | {"metric": metric}
+        for place, value in [("at night", 1.0), ("in the snow", 0.5), ("in the snow", 0.0)]
+        for metric in ("background_alignment", "category_alignment")
+    ]
+    for arm, table in [("plain", of_attributes), ("plain_backgrounds", of_backgrounds)]:
+        folder = tmp_path / "fair" / "confirm" / arm
+        folder.mkdir(parents=True)
+        pd.DataFrame(table).to_parquet(folder / RESULTS)
+    config = fair.FairConfig(("plain", "plain_backgrounds"), on="confirm", run=False, out=tmp_path)
+    (row,) = fair.main(config).to_dict("records")
+    assert (row["category_alignment"], row["background_alignment"]) == (0.5, 0.625)
+    assert row["arm"] == "plain"
 
 
 def test_prompts_weigh_alike_in_a_subjects_mean(tmp_path: Path) -> None:
