@@ -80,6 +80,8 @@ class Backbone:
     """What the names of its attention's weights hold."""
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     """The layers that get a LoRA."""
+    encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    """The folders of the text encoders that learn subjects' words; the second may be missing."""
     density: ClassVar[Literal["uniform", "logit_normal"]] = "uniform"
     """How training draws t, see `sude_lab.draws.place_of`."""
 
@@ -116,18 +118,19 @@ class Backbone:
     @property
     def is_xl(self) -> bool:
         """Whether this is an SDXL: two text encoders, and a condition with more than words."""
-        return getattr(self.pipeline, "text_encoder_2", None) is not None
+        return self.part == "unet" and len(self.text_encoders) > 1
 
     @property
     def text_encoders(self) -> dict[str, Any]:
         """The text encoders by the names of their folders: one, or SDXL's two."""
-        names = ("text_encoder", "text_encoder_2")[: 1 + self.is_xl]
-        return {name: getattr(self.pipeline, name) for name in names}
+        parts = ((name, getattr(self.pipeline, name, None)) for name in self.encoders)
+        return {name: part for name, part in parts if part is not None}
 
     @property
     def tokenizers(self) -> list[Any]:
         """The tokenizer of every text encoder."""
-        return [getattr(self.pipeline, n) for n in ("tokenizer", "tokenizer_2")[: 1 + self.is_xl]]
+        names = (name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
+        return [getattr(self.pipeline, name) for name in names]
 
     @property
     def schedule(self) -> Schedule:

@@ -16,26 +16,19 @@ from sude_lab.adapters.family import FlowBackbone
 from sude_lab.errors import UserError
 
 RESOLUTION = 1024
-PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 WORDS = r"transformers Qwen2Tokenizer(Fast)?"
 
 
 class ChatBackbone(FlowBackbone):
     """What the two have in common; facts may say `resolution`, too."""
 
+    parts: ClassVar[tuple[str, ...]] = (
+        *("transformer", "vae", "text_encoder", "tokenizer", "scheduler"),
+    )
+    encoders: ClassVar[tuple[str, ...]] = ()
     density: ClassVar[Literal["uniform", "logit_normal"]] = "uniform"
     unavailable: ClassVar[tuple[str, ...]] = ("custom_diffusion", "vico", "textual_inversion")
     words: ClassVar[int] = 512  # the chat's marks among them
-
-    @property
-    def text_encoders(self) -> dict[str, Any]:
-        """None that knows the subjects' words."""
-        return {}
-
-    @property
-    def tokenizers(self) -> list[Any]:
-        """None that knows the subjects' words."""
-        return []
 
     @property
     def resolution(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,27 +18,50 @@ DISTILLED = (
     "denominator; take the base model that it was made from"
 )
 """Why such models are refused."""
+SHARED = {"vae": r"diffusers AutoencoderKL", "scheduler": r"diffusers \w+Scheduler"}
+CLIP_WORDS = r"transformers CLIPTokenizer(Fast)?"
 
 
-@dataclass(frozen=True)
-class Family:
-    """What is known of a kind of pipeline before it is opened, and checked when it is open."""
+class Family(Backbone):
+    """A kind of pipeline: what is known before one is opened, and checked when it is open."""
 
-    name: str
-    tag: str
+    title: ClassVar[str]
+    tag: ClassVar[str]
     """Its name among the tags of models on the Hub."""
-    backbone: type[Backbone]
-    classes: dict[str, str]
+    classes: ClassVar[dict[str, str]]
     """The classes that its parts may have, patterns: a folder must not say which code is run."""
-    parts: tuple[str, ...]
+    parts: ClassVar[tuple[str, ...]]
     """The folders that must be there."""
-    misfits: Callable[[Any], Iterator[str]]
-    """Yields which parts of an open pipeline do not fit each other."""
-    refusal: Callable[[Path, dict[str, Any], Callable[[str], Any]], str | None] = lambda *_: None
-    """Says why a folder cannot be used, before its weights are; `read` reads its JSON files."""
+
+    @classmethod
+    def refusal(cls, folder: Path, index: dict[str, Any], read: Callable[[str], Any]) -> str | None:
+        """Say why a folder cannot be used, before its weights are; `read` reads its JSON files."""
+        return None
+
+    def needed(self) -> dict[str, Any]:
+        """Return what the denoiser's configuration must say, by the other parts'."""
+        raise NotImplementedError
+
+    def misfits(self) -> Iterator[str]:
+        """Yield which parts do not fit each other."""
+        flow, kind = isinstance(self, FlowBackbone), type(self.pipeline.scheduler).__name__
+        if (self.schedule.sigmas is not None) != flow:
+            yield f"its {kind} is {'no scheduler' if flow else 'for transformers'} of flow matching"
+        for (name, encoder), words in zip(self.text_encoders.items(), self.tokenizers, strict=True):
+            if words is None:
+                continue
+            tokenizer = name.replace("text_encoder", "tokenizer")
+            if words.model_max_length > (most := encoder.config.max_position_embeddings):
+                yield f"its {tokenizer} has no model_max_length of at most {most}"
+            if len(words) > (rows := encoder.get_input_embeddings().num_embeddings):
+                yield f"its {tokenizer} knows {len(words)} words, its {name} {rows}"
+        for key, number in self.needed().items():
+            own = getattr(self.denoiser.config, key)
+            if any(one != number for one in (own if isinstance(own, list | tuple) else [own])):
+                yield f"its {self.part}'s {key} is {own}, and its other parts need {number}"
 
 
-class FlowBackbone(Backbone):
+class FlowBackbone(Family):
     """A transformer of flow matching with true guidance; no condition is the prompt "".
 
     Its facts may say `text: max_sequence_length`, how many words it is told.
@@ -52,11 +74,6 @@ class FlowBackbone(Backbone):
     """Methods that there are for other families."""
     words: ClassVar[int]
     """How many words the pipeline reads unless told."""
-
-    @property
-    def is_xl(self) -> bool:
-        """It is no SDXL, however many text encoders it has."""
-        return False
 
     @property
     def length(self) -> int:
@@ -89,20 +106,13 @@ class FlowBackbone(Backbone):
         """Return the prompts as they are: no word has several vectors."""
         return prompts
 
-    def null_condition(self, side: int | None = None) -> Condition:
-        """Return the condition of no prompt, one row: that of ""."""
-        return self.encode_prompts([""])
-
     def scaled(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
         """Return (latents - shift) * scale."""
-        config = self.pipeline.vae.config
-        scale = config.scaling_factor
-        return (mean - config.shift_factor) * scale, deviation * scale
+        return super().scaled(mean - self.pipeline.vae.config.shift_factor, deviation)
 
     def unscaled(self, latents: Tensor) -> Tensor:
         """Return latents / scale + shift."""
-        config = self.pipeline.vae.config
-        return latents / config.scaling_factor + config.shift_factor
+        return super().unscaled(latents) + self.pipeline.vae.config.shift_factor
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, model: Any = None) -> Tensor:
         """Return the model output noise - x_0 in float32, (B, C, h, w)."""
@@ -115,27 +125,14 @@ class FlowBackbone(Backbone):
         """Ask a transformer of this family at diffusers' times 1000 s, (B,)."""
         raise NotImplementedError
 
-
-def refusal(folder: Path, index: dict[str, Any], read: Callable[[str], Any]) -> str | None:
-    """Say why a folder cannot be used: its name says Turbo, or its VAE has no shift."""
-    if "turbo" in folder.name.lower():
-        return f"{folder} {DISTILLED}"
-    if read("vae/config.json").get("shift_factor") is None:
-        return (
-            f"The VAE in {folder} has no shift_factor, without which its pipeline cannot draw: "
-            'write "shift_factor": 0.0 into vae/config.json if it needs none'
-        )
-    return None
-
-
-def unequal(model: str, *pairs: tuple[str, Any, Any]) -> Iterator[str]:
-    """Yield in which of some numbers, (name, its own, its other parts'), a model does not fit."""
-    for name, own, expected in pairs:
-        if own != expected:
-            yield f"its {model}'s {name} is {own}, and its other parts need {expected}"
-
-
-def no_flow(pipeline: Any) -> Iterator[str]:
-    """Yield what is wrong where a transformer's scheduler is not one of flow matching."""
-    if Schedule.from_scheduler(pipeline.scheduler).sigmas is None:
-        yield f"its {type(pipeline.scheduler).__name__} is no scheduler of flow matching"
+    @classmethod
+    def refusal(cls, folder: Path, index: dict[str, Any], read: Callable[[str], Any]) -> str | None:
+        """Say why a folder cannot be used: its name says Turbo, or its VAE has no shift."""
+        if "turbo" in folder.name.lower():
+            return f"{folder} {DISTILLED}"
+        if read("vae/config.json").get("shift_factor") is None:
+            return (
+                f"The VAE in {folder} has no shift_factor, without which its pipeline cannot draw: "
+                'write "shift_factor": 0.0 into vae/config.json if it needs none'
+            )
+        return None

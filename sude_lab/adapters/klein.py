@@ -6,16 +6,15 @@ picture; latents are patches of 2 x 2, normalised by the VAE's running statistic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sude_lab.adapters.chat import PARTS, WORDS, ChatBackbone
-from sude_lab.adapters.family import DISTILLED, Family, no_flow, unequal
-from sude_lab.adapters.unet import SHARED
+from sude_lab.adapters.chat import WORDS, ChatBackbone
+from sude_lab.adapters.family import DISTILLED, SHARED
 from sude_lab.backbone import Condition
 from sude_lab.errors import UserError
 
@@ -56,6 +55,14 @@ def ask(model: Any, x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
 class Klein(ChatBackbone):
     """FLUX.2 klein base: latents in patches of 2 x 2, normalised by the VAE."""
 
+    title: ClassVar[str] = "FLUX.2 klein"
+    tag: ClassVar[str] = "flux2"
+    classes: ClassVar[dict[str, str]] = SHARED | {
+        "transformer": r"diffusers Flux2Transformer2DModel",
+        "vae": r"diffusers AutoencoderKLFlux2",
+        "text_encoder": r"transformers Qwen3ForCausalLM",
+        "tokenizer": WORDS,
+    }
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0"),
         "to_qkv_mlp_proj",
@@ -96,41 +103,15 @@ class Klein(ChatBackbone):
             raise UserError("A Flux2KleinPipeline takes no negative prompt: leave it out.")
         return super().call_arguments(**settings)
 
+    def needed(self) -> dict[str, Any]:
+        """Return what the transformer's configuration must say, by the other parts'."""
+        return {
+            "in_channels": 4 * self.pipeline.vae.config.latent_channels,
+            "joint_attention_dim": 3 * self.text_encoder.config.hidden_size,
+        }
 
-def misfits(pipeline: Any) -> Iterator[str]:
-    """Yield which parts of a pipeline do not fit each other."""
-    yield from no_flow(pipeline)
-    model = pipeline.transformer.config
-    yield from unequal(
-        "transformer",
-        ("in_channels", model.in_channels, 4 * pipeline.vae.config.latent_channels),
-        (
-            "joint_attention_dim",
-            model.joint_attention_dim,
-            3 * pipeline.text_encoder.config.hidden_size,
-        ),
-    )
-
-
-def refusal(folder: Path, index: dict[str, Any], read: Callable[[str], Any]) -> str | None:
-    """Say why a folder cannot be used: it is distilled, in steps or in guidance."""
-    if index.get("is_distilled") or read("transformer/config.json").get("guidance_embeds", True):
-        return f"{folder} {DISTILLED}"
-    return None
-
-
-FLUX2_KLEIN = Family(
-    "FLUX.2 klein",
-    "flux2",
-    Klein,
-    {
-        "transformer": r"diffusers Flux2Transformer2DModel",
-        "vae": r"diffusers AutoencoderKLFlux2",
-        "text_encoder": r"transformers Qwen3ForCausalLM",
-        "tokenizer": WORDS,
-        "scheduler": SHARED["scheduler"],
-    },
-    PARTS,
-    misfits,
-    refusal,
-)
+    @classmethod
+    def refusal(cls, folder: Path, index: dict[str, Any], read: Callable[[str], Any]) -> str | None:
+        """Say why a folder cannot be used: it is distilled, in steps or in guidance."""
+        guided = read("transformer/config.json").get("guidance_embeds", True)
+        return f"{folder} {DISTILLED}" if index.get("is_distilled") or guided else None

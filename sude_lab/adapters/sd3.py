@@ -12,15 +12,13 @@ the error of the output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sude_lab.adapters import family
-from sude_lab.adapters.family import Family, FlowBackbone, no_flow, unequal
-from sude_lab.adapters.unet import CLIP_WORDS, SHARED, misread
+from sude_lab.adapters.family import CLIP_WORDS, SHARED, FlowBackbone
 from sude_lab.backbone import Condition
 
 
@@ -38,77 +36,9 @@ def ask(model: Any, x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
 class StableDiffusion3(FlowBackbone):
     """Stable Diffusion 3 or 3.5; `words` are T5's."""
 
-    words: ClassVar[int] = 256
-    attention: ClassVar[tuple[str, ...]] = (".attn.", ".attn2.")
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
-        *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
-    )
-    ask = staticmethod(ask)
-
-    @property
-    def text_encoders(self) -> dict[str, Any]:
-        """The two CLIPs, which know the subjects' words."""
-        return {name: getattr(self.pipeline, name) for name in ("text_encoder", "text_encoder_2")}
-
-    @property
-    def tokenizers(self) -> list[Any]:
-        """The tokenizers of the two CLIPs."""
-        return [self.pipeline.tokenizer, self.pipeline.tokenizer_2]
-
-    def encode_prompts(self, prompts: list[str], side: int | None = None) -> Condition:
-        """Return the condition of the prompts, by the pipeline's own path."""
-        with self.autocast():
-            hidden, _, pooled, _ = self.pipeline.encode_prompt(
-                prompts,
-                None,
-                None,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.length,
-            )
-        return Condition(hidden, pooled)
-
-    def loss_weight(self, t: Tensor) -> Tensor:
-        """Return s^2, (B,): the error of x_0 = x_t - s u in place of that of u."""
-        s = self.schedule.to_time(t) / self.schedule.num_timesteps
-        return s.square()
-
-
-def misfits(pipeline: Any) -> Iterator[str]:
-    """Yield which parts of a pipeline do not fit each other."""
-    yield from no_flow(pipeline)
-    yield from misread(pipeline)
-    model, channels = pipeline.transformer.config, pipeline.vae.config.latent_channels
-    clips = (pipeline.text_encoder.config, pipeline.text_encoder_2.config)
-    yield from unequal(
-        "transformer",
-        ("in_channels", model.in_channels, channels),
-        ("out_channels", model.out_channels, channels),
-        (
-            "pooled_projection_dim",
-            model.pooled_projection_dim,
-            sum(c.projection_dim for c in clips),
-        ),
-        ("joint_attention_dim", model.joint_attention_dim, pipeline.text_encoder_3.config.d_model),
-    )
-
-
-def refusal(folder: Path, index: dict[str, Any], read: Callable[[str], Any]) -> str | None:
-    """Say why a folder cannot be used: it has no T5, or as `family.refusal`."""
-    if not (folder / "text_encoder_3").is_dir():
-        return (
-            f"{folder} has no T5 (text_encoder_3), in whose place diffusers puts words of zeros "
-            "that the model was not trained with: save the pipeline with its T5"
-        )
-    return family.refusal(folder, index, read)
-
-
-STABLE_DIFFUSION_3 = Family(
-    "Stable Diffusion 3",
-    "stable-diffusion-3",
-    StableDiffusion3,
-    SHARED
-    | {
+    title: ClassVar[str] = "Stable Diffusion 3"
+    tag: ClassVar[str] = "stable-diffusion-3"
+    classes: ClassVar[dict[str, str]] = SHARED | {
         "transformer": r"diffusers SD3Transformer2DModel",
         **dict.fromkeys(
             ("text_encoder", "text_encoder_2"), r"transformers CLIPTextModelWithProjection"
@@ -118,13 +48,46 @@ STABLE_DIFFUSION_3 = Family(
         "tokenizer_3": r"transformers (T5Tokenizer(Fast)?|PreTrainedTokenizerFast)",
         "image_encoder": r"transformers SiglipVisionModel",
         "feature_extractor": r"transformers SiglipImageProcessor",
-    },
-    (
-        "transformer",
-        "vae",
-        "scheduler",
-        *(f"{part}{end}" for part in ("text_encoder", "tokenizer") for end in ("", "_2", "_3")),
-    ),
-    misfits,
-    refusal,
-)
+    }
+    parts: ClassVar[tuple[str, ...]] = (
+        *("transformer", "vae", "scheduler"),
+        *("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+        *("text_encoder_3", "tokenizer_3"),
+    )
+    words: ClassVar[int] = 256
+    attention: ClassVar[tuple[str, ...]] = (".attn.", ".attn2.")
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+        *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+    )
+    ask = staticmethod(ask)
+
+    def encode_prompts(self, prompts: list[str], side: int | None = None) -> Condition:
+        """Return the condition of the prompts, by the pipeline's own path."""
+        settings = {"do_classifier_free_guidance": False, "max_sequence_length": self.length}
+        with self.autocast():
+            hidden, _, pooled, _ = self.pipeline.encode_prompt(prompts, None, None, **settings)
+        return Condition(hidden, pooled)
+
+    def loss_weight(self, t: Tensor) -> Tensor:
+        """Return s^2, (B,): the error of x_0 = x_t - s u in place of that of u."""
+        s = self.schedule.to_time(t) / self.schedule.num_timesteps
+        return s.square()
+
+    def needed(self) -> dict[str, Any]:
+        """Return what the transformer's configuration must say, by the other parts'."""
+        channels = self.pipeline.vae.config.latent_channels
+        pooled = sum(encoder.config.projection_dim for encoder in self.text_encoders.values())
+        width = self.pipeline.text_encoder_3.config.d_model
+        sides = {"in_channels": channels, "out_channels": channels}
+        return sides | {"pooled_projection_dim": pooled, "joint_attention_dim": width}
+
+    @classmethod
+    def refusal(cls, folder: Path, index: dict[str, Any], read: Callable[[str], Any]) -> str | None:
+        """Say why a folder cannot be used: it has no T5, or as `FlowBackbone` says."""
+        if not (folder / "text_encoder_3").is_dir():
+            return (
+                f"{folder} has no T5 (text_encoder_3), in whose place diffusers puts words of "
+                "zeros that the model was not trained with: save the pipeline with its T5"
+            )
+        return super().refusal(folder, index, read)

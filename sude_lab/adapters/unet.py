@@ -3,65 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
-from sude_lab.adapters.family import Family, unequal
-from sude_lab.backbone import Backbone
-from sude_lab.diffusion import Schedule
-
-CLIP = r"transformers CLIPTextModel(WithProjection)?"
-CLIP_WORDS = r"transformers CLIPTokenizer(Fast)?"
-SHARED = {"vae": r"diffusers AutoencoderKL", "scheduler": r"diffusers \w+Scheduler"}
-CLASSES = SHARED | {
-    "unet": r"diffusers UNet2DConditionModel",
-    **dict.fromkeys(("text_encoder", "text_encoder_2"), CLIP),
-    **dict.fromkeys(("tokenizer", "tokenizer_2"), CLIP_WORDS),
-    "safety_checker": r"stable_diffusion StableDiffusionSafetyChecker",
-    "feature_extractor": r"transformers CLIP(ImageProcessor|FeatureExtractor)",
-    "image_encoder": r"transformers CLIPVisionModelWithProjection",
-}
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+from sude_lab.adapters.family import CLIP_WORDS, SHARED, Family
 
 
-def misfits(pipeline: Any) -> Iterator[str]:
-    """Yield which parts of a pipeline do not fit each other."""
-    if Schedule.from_scheduler(pipeline.scheduler).sigmas is not None:
-        yield f"its {type(pipeline.scheduler).__name__} is for transformers of flow matching"
-    unet, channels = pipeline.unet.config, pipeline.vae.config.latent_channels
-    if not isinstance(unet.sample_size, int) or unet.sample_size < 1:
-        yield f"its UNet's sample_size is {unet.sample_size}, which must be a whole number"
-    yield from misread(pipeline)
-    encoders = (getattr(pipeline, f"text_encoder{end}", None) for end in ("", "_2"))
-    width = sum(encoder.config.hidden_size for encoder in encoders if encoder is not None)
-    across = unet.cross_attention_dim
-    yield from unequal(
-        "UNet",
-        ("in_channels", unet.in_channels, channels),
-        ("out_channels", unet.out_channels, channels),
-        *(
-            ("cross_attention_dim", one, width)
-            for one in (across if isinstance(across, list | tuple) else [across])
+class StableDiffusion(Family):
+    """Stable Diffusion 1 or 2."""
+
+    title: ClassVar[str] = "Stable Diffusion"
+    tag: ClassVar[str] = "stable-diffusion"
+    classes: ClassVar[dict[str, str]] = SHARED | {
+        "unet": r"diffusers UNet2DConditionModel",
+        **dict.fromkeys(
+            ("text_encoder", "text_encoder_2"), r"transformers CLIPTextModel(WithProjection)?"
         ),
-    )
+        **dict.fromkeys(("tokenizer", "tokenizer_2"), CLIP_WORDS),
+        "safety_checker": r"stable_diffusion StableDiffusionSafetyChecker",
+        "feature_extractor": r"transformers CLIP(ImageProcessor|FeatureExtractor)",
+        "image_encoder": r"transformers CLIPVisionModelWithProjection",
+    }
+    parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+    def needed(self) -> dict[str, Any]:
+        """Return what the UNet's configuration must say, by the other parts'."""
+        channels = self.pipeline.vae.config.latent_channels
+        width = sum(encoder.config.hidden_size for encoder in self.text_encoders.values())
+        return {"in_channels": channels, "out_channels": channels, "cross_attention_dim": width}
+
+    def misfits(self) -> Iterator[str]:
+        """Yield which parts do not fit each other."""
+        side = self.unet.config.sample_size
+        if not isinstance(side, int) or side < 1:
+            yield f"its UNet's sample_size is {side}, which must be a whole number"
+        yield from super().misfits()
 
 
-def misread(pipeline: Any) -> Iterator[str]:
-    """Yield which CLIP does not read what its tokenizer writes."""
-    for end in ("", "_2"):
-        encoder = getattr(pipeline, f"text_encoder{end}", None)
-        tokenizer = getattr(pipeline, f"tokenizer{end}", None)
-        if encoder is None or tokenizer is None:
-            continue
-        length, most = tokenizer.model_max_length, encoder.config.max_position_embeddings
-        if length > most:
-            yield f"its tokenizer{end} has no model_max_length of at most {most}"
-        rows = encoder.get_input_embeddings().num_embeddings
-        if len(tokenizer) > rows:
-            yield f"its tokenizer{end} knows {len(tokenizer)} words, its text_encoder{end} {rows}"
+class StableDiffusionXL(StableDiffusion):
+    """Stable Diffusion XL."""
 
-
-STABLE_DIFFUSION = Family("Stable Diffusion", "stable-diffusion", Backbone, CLASSES, PARTS, misfits)
-STABLE_DIFFUSION_XL = replace(
-    STABLE_DIFFUSION, tag="stable-diffusion-xl", parts=(*PARTS, "text_encoder_2", "tokenizer_2")
-)
+    tag: ClassVar[str] = "stable-diffusion-xl"
+    parts: ClassVar[tuple[str, ...]] = (*StableDiffusion.parts, "text_encoder_2", "tokenizer_2")

@@ -6,15 +6,13 @@ padding; the pipeline's scale of guidance counts from 0, and it writes over the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sude_lab.adapters.chat import PARTS, WORDS, ChatBackbone
-from sude_lab.adapters.family import Family, no_flow, refusal, unequal
-from sude_lab.adapters.unet import SHARED
+from sude_lab.adapters.chat import WORDS, ChatBackbone
+from sude_lab.adapters.family import SHARED
 from sude_lab.backbone import Condition
 
 
@@ -31,6 +29,13 @@ def ask(model: Any, x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
 class ZImage(ChatBackbone):
     """Z-Image base: the output is x_0 - noise at the time 1 - s, and words have no padding."""
 
+    title: ClassVar[str] = "Z-Image"
+    tag: ClassVar[str] = "z-image"
+    classes: ClassVar[dict[str, str]] = SHARED | {
+        "transformer": r"diffusers ZImageTransformer2DModel",
+        "text_encoder": r"transformers Qwen3(Model|ForCausalLM)",
+        "tokenizer": WORDS,
+    }
     attention: ClassVar[tuple[str, ...]] = (".attention.",)
     ask = staticmethod(ask)
 
@@ -62,29 +67,7 @@ class ZImage(ChatBackbone):
         scale = settings.pop("guidance_scale") - 1
         return super().call_arguments(**settings, guidance_scale=scale)
 
-
-def misfits(pipeline: Any) -> Iterator[str]:
-    """Yield which parts of a pipeline do not fit each other."""
-    yield from no_flow(pipeline)
-    model = pipeline.transformer.config
-    yield from unequal(
-        "transformer",
-        ("in_channels", model.in_channels, pipeline.vae.config.latent_channels),
-        ("cap_feat_dim", model.cap_feat_dim, pipeline.text_encoder.config.hidden_size),
-    )
-
-
-Z_IMAGE = Family(
-    "Z-Image",
-    "z-image",
-    ZImage,
-    SHARED
-    | {
-        "transformer": r"diffusers ZImageTransformer2DModel",
-        "text_encoder": r"transformers Qwen3(Model|ForCausalLM)",
-        "tokenizer": WORDS,
-    },
-    PARTS,
-    misfits,
-    refusal,
-)
+    def needed(self) -> dict[str, Any]:
+        """Return what the transformer's configuration must say, by the other parts'."""
+        channels = self.pipeline.vae.config.latent_channels
+        return {"in_channels": channels, "cap_feat_dim": self.text_encoder.config.hidden_size}

@@ -122,9 +122,14 @@ def open_backbone(
             f"({type(error).__name__}: {str(error)[:160]}): name a complete pipeline folder with "
             "safetensors weights, or a hub id that this machine can reach."
         ) from error
-    if wrong := next(_misfits(pipeline, family), None):
+    if dtype == "auto":
+        bf16 = where.type == "cuda" and torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if bf16 else "float32"
+    commit = Path(folder).name if hub else None  # the folder of a snapshot is named by its commit
+    backbone = family(pipeline, str(source), where, getattr(torch, dtype), facts, commit)
+    if wrong := next(_misfits(backbone), None):
         raise UserError(
-            f"{source} is no {family.name} pipeline that works: {wrong}. Name a complete one, "
+            f"{source} is no {family.title} pipeline that works: {wrong}. Name a complete one, "
             "as diffusers' save_pretrained wrote it."
         )
     pool_at_the_end(pipeline)
@@ -132,12 +137,8 @@ def open_backbone(
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
-    if dtype == "auto":
-        bf16 = where.type == "cuda" and torch.cuda.is_bf16_supported()
-        dtype = "bfloat16" if bf16 else "float32"
     pipeline.to(where)
-    commit = Path(folder).name if hub else None  # the folder of a snapshot is named by its commit
-    return family.backbone(pipeline, str(source), where, getattr(torch, dtype), facts, commit)
+    return backbone
 
 
 def _text_encoders(folder: Path) -> dict[str, Any]:
@@ -175,9 +176,9 @@ def pool_at_the_end(pipeline: Any) -> None:
                 module.eos_token_id = end
 
 
-def _misfits(pipeline: Any, family: Family) -> Iterator[str]:
+def _misfits(backbone: Family) -> Iterator[str]:
     """Yield which parts of a pipeline are not whole, or do not fit each other."""
-    for name, part in pipeline.components.items():
+    for name, part in backbone.pipeline.components.items():
         if not isinstance(part, nn.Module):
             continue
         tensors = dict(part.named_parameters())
@@ -187,7 +188,7 @@ def _misfits(pipeline: Any, family: Family) -> Iterator[str]:
         if bad := [n for n, p in tensors.items() if not p.detach().float().sum().isfinite()]:
             yield f"its {name} holds values that are not finite, in {bad[0]}"
     try:
-        yield from family.misfits(pipeline)
+        yield from backbone.misfits()
     except ValueError as error:  # of a scheduler without a table
         yield str(error).rstrip(".")
 
@@ -238,7 +239,7 @@ def quiet() -> Iterator[None]:
                 module.enable_progress_bar()
 
 
-def _check_source(folder: str) -> Family:
+def _check_source(folder: str) -> type[Family]:
     """Refuse what is no pipeline folder, not complete, or not harmless, before it is opened.
 
     Returns the family of the pipeline.
@@ -267,7 +268,7 @@ def _check_source(folder: str) -> Family:
         if not re.fullmatch(allowed, " ".join(map(str, value))):
             raise UserError(
                 f"{index} takes its {part} from {str(value)[:80]}: only the classes that a "
-                f"{family.name} has there are opened."
+                f"{family.title} has there are opened."
             )
     check_harmless(path)
     if refusal := family.refusal(path, content, lambda file: read_json(path / file)):

@@ -20,7 +20,7 @@ from PIL import Image
 from refusals import content, generated, say
 
 from sude_lab import demo
-from sude_lab.adapters.unet import CLASSES
+from sude_lab.adapters.unet import StableDiffusion
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
@@ -226,7 +226,9 @@ def test_published_parts_are_no_hostile_ones(tiny_folder: Path, tmp_path: Path) 
     )
     say_in(folder, ENCODER, attn_implementation="sdpa")
     open_backbone(folder, device="cpu")
-    assert re.fullmatch(CLASSES["feature_extractor"], "transformers CLIPImageProcessor")
+    assert re.fullmatch(
+        StableDiffusion.classes["feature_extractor"], "transformers CLIPImageProcessor"
+    )
 
 
 @pytest.mark.parametrize("where", ["inside", "beside", "by a relative path"])
