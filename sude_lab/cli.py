@@ -14,8 +14,8 @@ import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -47,6 +47,14 @@ class Demo:
     max_train_steps: int | None = None
     truncation: bool = True
     """Add a third run without the truncation of eq. 9."""
+
+    def execute(self) -> None:
+        from sude_lab.demo import REPORT, run_demo, table_with_intervals
+
+        with sole_writer(self.out, inside=True):
+            table = run_demo(**vars(self))
+        print(table_with_intervals(table).round(3).to_string(index=False))
+        print(f"Open {self.out / REPORT} in a browser.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +90,24 @@ class Tune(TuningConfig):
     def __post_init__(self) -> None:
         """Leave the checks to the `TuningConfig` that is made of this, outside the parser."""
 
+    def execute(self) -> None:
+        from torch import distributed
+
+        from sude_lab.runs.folder import run_tuning
+
+        settings = dict(vars(self))
+        config = TuningConfig(**{f.name: settings.pop(f.name) for f in fields(TuningConfig)})
+        repository = settings.pop("push_to_hub")
+        _check_repository(repository)  # before the work
+        run = run_tuning(config, **settings)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+        if process_number():
+            return
+        print(f"The run is in {run.folder}.")
+        _push(run, repository)
+        print(f'Draw with it: sude-lab generate {run.folder} "photo of a {{S*}}" --out pictures')
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Trusting:
@@ -115,6 +141,40 @@ class Generate(_Drawing):
     sude_guidance: float = 0.0
     """SuDe without training: strength g of the pull back to the category; 1 meets it, 0 is none."""
 
+    def execute(self) -> None:
+        from sude_lab.generation import generate
+        from sude_lab.io.files import atomic_folder
+        from sude_lab.prompts import PLACEHOLDER, by_itself
+        from sude_lab.runs.folder import Run
+        from sude_lab.runs.guided import guidance_for
+
+        run = Run.open(self.run)
+        strength = run.strength
+        if self.sude_guidance:
+            strength = replace(strength, sude_guidance=self.sude_guidance)
+        if not self.prompt.strip():
+            raise UserError('The prompt is empty: for example "photo of a {S*}".')
+        prompt, negative = run.prompt(self.prompt), run.prompt(self.negative_prompt or "")
+        words = prompt
+        for token in run.tokens:
+            words = by_itself(token).sub(" ", words)
+        settings = _some(self, "num_images", "seed", "num_inference_steps", "guidance_scale")
+        # Where it cannot be written, no model is opened.
+        with sole_writer(self.out), atomic_folder(self.out) as folder:
+            backbone = run.load(self.device, dtype=self.dtype, trust_backbone=self.trust_backbone)
+            _note(backbone, [prompt, negative], words, *run.tokens)
+            if words == prompt:
+                _warn(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.")
+            if self.guidance_scale is None:
+                settings["guidance_scale"] = strength.guidance_scale
+            settings |= {"negative_prompt": negative or None, "progress": True}
+            with guidance_for(run.config, backbone, self.prompt, strength):
+                images = generate(backbone, prompt, **settings)
+            for k, image in enumerate(images):
+                image.save(folder / f"{k:03d}.png")
+        drawn = "1 picture is" if len(images) == 1 else f"{len(images)} pictures are"
+        print(f"{drawn} in {self.out}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(_Drawing):
@@ -138,6 +198,19 @@ class Evaluate(_Drawing):
     on the embedded model the oracle."""
     encoders: tuple[str, ...] = ()
     """Folders in place of the hub's encoders: clip=FOLDER dino=FOLDER."""
+
+    def execute(self) -> None:
+        from sude_lab.evaluate.evaluate import FOLDER, SCORES, TABLE, evaluate
+        from sude_lab.world.judging import drawn_judge
+
+        settings = dict(vars(self))
+        opening = {name: settings.pop(name) for name in ("dtype", "trust_backbone")}
+        settings["open_base"] = lambda run: run.open_base(self.device, **opening)
+        out = self.out or Path(*self.runs[:1], FOLDER)
+        with sole_writer(out, inside=True):
+            done = evaluate(**settings, judges=drawn_judge)
+        print(done.text)
+        print(f"The table is in {done.out / TABLE}, a row a picture in {done.out / SCORES}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +241,32 @@ class Classify:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
 
+    def execute(self) -> None:
+        from sude_lab.classify.implicit import ImplicitClassifier, checked_prompts
+        from sude_lab.io.opening import open_backbone
+        from sude_lab.io.pictures import load_picture, open_picture
+
+        # What is wrong with these is said before a large model is opened.
+        checked_prompts(self.prompt)
+        open_picture(self.image)
+        backbone = open_backbone(self.backbone, device=self.device, dtype=self.dtype)
+        how = _some(self, "num_pairs", "weighting", "prune", "caution", "batch_size", "seed")
+        classifier = ImplicitClassifier(backbone, self.prompt, prior=self.prior or None, **how)
+        picture = load_picture(self.image, resolution=backbone.resolution)
+        (verdict,) = classifier.classify([picture.image], progress=True)
+        for note in picture.notes:
+            _warn(note)
+        _note(backbone, self.prompt, " ".join(self.prompt))
+        rows = verdict.rows()
+        if self.json:
+            about = _some(self, "backbone", "weighting", "num_pairs", "seed")
+            about |= {"image": str(self.image), "evaluations": verdict.num_evaluations}
+            print(json.dumps(about | {"prompts": rows}, indent=2))
+            return
+        for row in rows:
+            prompt = row["prompt"] or '"" (no prompt)'
+            print(f"{row['probability']:.4f} +/- {row['standard_error']:.4f}  {prompt}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
@@ -189,6 +288,30 @@ class Sweep:
     """For Ray: local, auto, or ray://HOST:PORT; none: one run after another in this process."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
+
+    def execute(self) -> int:
+        from sude_lab.sweep.grid import make_plan, read_grid
+        from sude_lab.sweep.plan import describe
+        from sude_lab.sweep.sweep import RESULTS, status, sweep
+
+        if self.status:
+            print(status(self.out))
+            return 0
+        if self.grid is None:
+            raise UserError("Name a grid file, for example data/grids/smoke.yaml.")
+        if self.dry_run:
+            print(describe(make_plan(read_grid(self.grid), self.out, self.runs)))
+            return 0
+        settings = vars(self) | {}
+        del settings["status"], settings["dry_run"]
+        failed = sweep(**settings)
+        print(f"The table is {self.out / RESULTS}.")
+        for key, reason in list(failed.items())[:1]:
+            _warn(
+                f"sude-lab: {len(failed)} runs failed, the first one ({key}) because: {reason} The "
+                "column error of the table has all reasons; the same command tries them again."
+            )
+        return int(bool(failed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +335,13 @@ class Bench:
     workers: int = 1
     """Processes of one thread each on this machine."""
 
+    def execute(self) -> None:
+        from sude_lab.sweep.bench import FIGURE, PAGE, bench
+
+        with sole_writer(self.out, inside=True):
+            print(bench(**vars(self)))
+        print(f"This is in {self.out / PAGE}, the fronts are in {self.out / FIGURE}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Export(_Trusting):
@@ -230,13 +360,49 @@ class Export(_Trusting):
     push_to_hub: tuple[str, ...] | None = None
     """Upload what --share writes to the Hub; REPO is name or owner/name, none: the run's name."""
 
+    def execute(self) -> None:
+        from sude_lab.runs.export import export_pipeline, share, write_kohya
+        from sude_lab.runs.folder import Run
 
-@dataclass(frozen=True)
+        if self.out is None and self.share is None and self.push_to_hub is None:
+            raise UserError("Name what to write: --out, --share or --push-to-hub.")
+        _check_repository(self.push_to_hub)
+        run = Run.open(self.run)
+        if self.out is not None and self.format == "kohya":
+            write_kohya(run, self.out, self.dtype or "float16")
+            print(f"The LoRA is {self.out}.")
+        elif self.out is not None:
+            trusted = self.trust_backbone
+            export_pipeline(run, self.out, self.dtype or "float32", trust_backbone=trusted)
+            print(f"The pipeline is in {self.out}.")
+        if self.share is not None:
+            share(run, self.share)
+            print(f"What can be shared is in {self.share}.")
+        _push(run, self.push_to_hub)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lab:
     """Open the notebooks in JupyterLab."""
 
     browser: bool = True
     """Open a browser window."""
+
+    def execute(self) -> None:
+        from sude_lab.io.opening import data_folder
+
+        notebooks = data_folder().parent / "notebooks"
+        if not notebooks.is_dir():
+            raise UserError(f"There are no notebooks in {notebooks}: run from a clone.")
+        if importlib.util.find_spec("jupyterlab") is None:
+            raise UserError("JupyterLab is not installed: pip install jupyterlab.")
+        command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={notebooks}"]
+        if not self.browser:
+            command.append("--no-browser")
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
+            command.append("--allow-root")  # a container, where there is no other user
+        if code := subprocess.call(command):
+            raise UserError(f"JupyterLab stopped with exit code {code}: its reason stands above.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,32 +416,19 @@ class Release:
     lessons: Path | None = None
     """Write copies of the lessons, without outputs, into this folder; it must be new or empty."""
 
+    def execute(self) -> None:
+        from sude_lab.exercises.release import release, release_lessons
 
-def _demo(args: Demo) -> None:
-    from sude_lab.demo import REPORT, run_demo, table_with_intervals
-
-    table = run_demo(**vars(args))
-    print(table_with_intervals(table).round(3).to_string(index=False))
-    print(f"Open {args.out / REPORT} in a browser.")
-
-
-def _tune(args: Tune) -> None:
-    from torch import distributed
-
-    from sude_lab.runs.folder import run_tuning
-
-    settings = dict(vars(args))
-    config = TuningConfig(**{f.name: settings.pop(f.name) for f in fields(TuningConfig)})
-    flag = settings.pop("push_to_hub")
-    repository = _repository(flag)  # what is wrong with it is said before the work
-    run = run_tuning(config, **settings)
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
-    if process_number():
-        return
-    print(f"The run is in {run.folder}.")
-    _push(run, flag, repository)
-    print(f'Draw with it: sude-lab generate {run.folder} "photo of a {{S*}}" --out pictures')
+        if self.folder is None and (self.lessons is None or self.course is not None):
+            raise UserError("Name the folder for the students' copies, or --lessons FOLDER.")
+        if self.folder is not None:
+            copies = release(self.folder, self.course)
+            print(f"{len(copies)} students' copies are in {self.folder}, without solutions.")
+            if self.course is not None:
+                print(f"Grade in {self.course}: nbgrader autograde {copies[0].stem}, and so on.")
+        if self.lessons is not None:
+            books = release_lessons(self.lessons)
+            print(f"{len(books)} lessons are in {self.lessons}, without outputs.")
 
 
 def _note(backbone: Backbone, prompts: Sequence[str], words: str, *tokens: str) -> None:
@@ -292,194 +445,21 @@ def _warn(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _generate(args: Generate) -> None:
-    from sude_lab.generation import generate
-    from sude_lab.io.files import atomic_folder
-    from sude_lab.prompts import PLACEHOLDER, by_itself
-    from sude_lab.runs.folder import Run
-    from sude_lab.runs.guided import guidance_for
-
-    run = Run.open(args.run)
-    strength = run.strength
-    if args.sude_guidance:
-        strength = replace(strength, sude_guidance=args.sude_guidance)
-    if not args.prompt.strip():
-        raise UserError('The prompt is empty: for example "photo of a {S*}".')
-    prompt, negative = run.prompt(args.prompt), run.prompt(args.negative_prompt or "")
-    words = prompt
-    for token in run.tokens:
-        words = by_itself(token).sub(" ", words)
-    shared = ("num_images", "seed", "num_inference_steps", "guidance_scale")
-    with atomic_folder(args.out) as folder:  # where it cannot be, no model is opened
-        backbone = run.load(args.device, dtype=args.dtype, trust_backbone=args.trust_backbone)
-        _note(backbone, [prompt, negative], words, *run.tokens)
-        if words == prompt:
-            _warn(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.")
-        settings = {name: getattr(args, name) for name in shared}
-        settings |= {"negative_prompt": negative or None, "progress": True}
-        if args.guidance_scale is None:
-            settings["guidance_scale"] = strength.guidance_scale
-        with guidance_for(run.config, backbone, args.prompt, strength):
-            images = generate(backbone, prompt, **settings)
-        for k, image in enumerate(images):
-            image.save(folder / f"{k:03d}.png")
-    drawn = "1 picture is" if len(images) == 1 else f"{len(images)} pictures are"
-    print(f"{drawn} in {args.out}.")
+def _some(command: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(command, name) for name in names}
 
 
-def _evaluate(args: Evaluate) -> None:
-    from sude_lab.evaluate.evaluate import SCORES, TABLE, evaluate
-    from sude_lab.world.judging import drawn_judge
-
-    settings = dict(vars(args))
-    opening = {name: settings.pop(name) for name in ("dtype", "trust_backbone")}
-    settings["open_base"] = lambda run: run.open_base(args.device, **opening)
-    done = evaluate(**settings, judges=drawn_judge)
-    print(done.text)
-    print(f"The table is in {done.out / TABLE}, a row a picture in {done.out / SCORES}.")
-
-
-def _classify(args: Classify) -> None:
-    from sude_lab.classify.implicit import ImplicitClassifier, checked_prompts
-    from sude_lab.io.opening import open_backbone
-    from sude_lab.io.pictures import load_picture, open_picture
-
-    # What is wrong with these is said before a large model is opened.
-    checked_prompts(args.prompt)
-    open_picture(args.image)
-    backbone = open_backbone(args.backbone, device=args.device, dtype=args.dtype)
-    shared = ("num_pairs", "weighting", "prune", "caution", "batch_size", "seed")
-    settings = {name: getattr(args, name) for name in shared}
-    classifier = ImplicitClassifier(backbone, args.prompt, prior=args.prior or None, **settings)
-    picture = load_picture(args.image, resolution=backbone.resolution)
-    (verdict,) = classifier.classify([picture.image], progress=True)
-    for note in picture.notes:
-        _warn(note)
-    _note(backbone, args.prompt, " ".join(args.prompt))
-    rows = verdict.rows()
-    if args.json:
-        about = {
-            name: getattr(args, name) for name in ("backbone", "weighting", "num_pairs", "seed")
-        }
-        about |= {"image": str(args.image), "evaluations": verdict.num_evaluations}
-        print(json.dumps(about | {"prompts": rows}, indent=2))
-        return
-    for row in rows:
-        prompt = row["prompt"] or '"" (no prompt)'
-        print(f"{row['probability']:.4f} +/- {row['standard_error']:.4f}  {prompt}")
-
-
-def _sweep(args: Sweep) -> int:
-    from sude_lab.sweep.grid import make_plan, read_grid
-    from sude_lab.sweep.plan import describe
-    from sude_lab.sweep.sweep import RESULTS, status, sweep
-
-    if args.status:
-        print(status(args.out))
-        return 0
-    if args.grid is None:
-        raise UserError("Name a grid file, for example data/grids/smoke.yaml.")
-    if args.dry_run:
-        plan = make_plan(read_grid(args.grid), args.out, args.runs)
-        print(describe(plan))
-        return 0
-    shared = ("grid", "out", "runs", "workers", "cluster", "checkpoint_every")
-    failed = sweep(**{name: getattr(args, name) for name in shared})
-    print(f"The table is {args.out / RESULTS}.")
-    for key, reason in list(failed.items())[:1]:
-        _warn(
-            f"sude-lab: {len(failed)} runs failed, the first one ({key}) because: {reason} The "
-            "column error of the table has all reasons; the same command tries them again."
-        )
-    return int(bool(failed))
-
-
-def _bench(args: Bench) -> None:
-    from sude_lab.sweep.bench import FIGURE, PAGE, bench
-
-    print(bench(**vars(args)))
-    print(f"This is in {args.out / PAGE}, the fronts are in {args.out / FIGURE}.")
-
-
-def _export(args: Export) -> None:
-    from sude_lab.runs.export import export_pipeline, share, write_kohya
-    from sude_lab.runs.folder import Run
-
-    if args.out is None and args.share is None and args.push_to_hub is None:
-        raise UserError("Name what to write: --out, --share or --push-to-hub.")
-    run, repository = Run.open(args.run), _repository(args.push_to_hub)
-    if args.out is not None and args.format == "kohya":
-        write_kohya(run, args.out, args.dtype or "float16")
-        print(f"The LoRA is {args.out}.")
-    elif args.out is not None:
-        trusted = args.trust_backbone
-        export_pipeline(run, args.out, args.dtype or "float32", trust_backbone=trusted)
-        print(f"The pipeline is in {args.out}.")
-    if args.share is not None:
-        share(run, args.share)
-        print(f"What can be shared is in {args.share}.")
-    _push(run, args.push_to_hub, repository)
-
-
-def _repository(words: tuple[str, ...] | None) -> str | None:
-    """Return the repository that a flag names; None: it names none."""
+def _check_repository(words: tuple[str, ...] | None) -> None:
     if words and (len(words) > 1 or not re.fullmatch(r"([\w.-]+/)?[\w.-]+", words[0])):
         raise UserError(f"--push-to-hub {' '.join(words)!r} must be name or owner/name.")
-    return words[0] if words else None
 
 
-def _push(run: Any, flag: tuple[str, ...] | None, repository: str | None) -> None:
-    if flag is None:
-        return
-    from sude_lab.runs.export import push
+def _push(run: Any, repository: tuple[str, ...] | None) -> None:
+    if repository is not None:
+        from sude_lab.runs.export import push
 
-    print(f"The run is on the Hub as {push(run, repository)}; a new repository is private.")
+        print(f"The run is on the Hub as {push(run, *repository)}; a new repository is private.")
 
-
-def _lab(args: Lab) -> None:
-    from sude_lab.io.opening import data_folder
-
-    notebooks = data_folder().parent / "notebooks"
-    if not notebooks.is_dir():
-        raise UserError(f"There are no notebooks in {notebooks}: run from a clone.")
-    if importlib.util.find_spec("jupyterlab") is None:
-        raise UserError("JupyterLab is not installed: pip install jupyterlab.")
-    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={notebooks}"]
-    if not args.browser:
-        command.append("--no-browser")
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        command.append("--allow-root")  # a container, where there is no other user
-    if code := subprocess.call(command):
-        raise UserError(f"JupyterLab stopped with exit code {code}: its reason stands above.")
-
-
-def _release(args: Release) -> None:
-    from sude_lab.exercises.release import release, release_lessons
-
-    if args.folder is None and (args.lessons is None or args.course is not None):
-        raise UserError("Name the folder for the students' copies, or --lessons FOLDER.")
-    if args.folder is not None:
-        copies = release(args.folder, args.course)
-        print(f"{len(copies)} students' copies are in {args.folder}, without solutions.")
-        if args.course is not None:
-            print(f"Grade in {args.course}: nbgrader autograde {copies[0].stem}, and so on.")
-    if args.lessons is not None:
-        books = release_lessons(args.lessons)
-        print(f"{len(books)} lessons are in {args.lessons}, without outputs.")
-
-
-_COMMANDS: dict[type, Callable[[Any], int | None]] = {
-    Demo: _demo,
-    Tune: _tune,
-    Generate: _generate,
-    Evaluate: _evaluate,
-    Sweep: _sweep,
-    Bench: _bench,
-    Classify: _classify,
-    Export: _export,
-    Lab: _lab,
-    Release: _release,
-}
 
 Command = Demo | Tune | Generate | Evaluate | Sweep | Bench | Classify | Export | Lab | Release
 
@@ -518,19 +498,6 @@ def _from_box(box: str) -> str:
             parts[-1] += f" {line}"
     text = " ".join(f"{part.strip().rstrip('.')}." for part in parts if part.strip())
     return f"{text or 'These arguments cannot be read.'} See sude-lab --help."
-
-
-def _sole(command: Any) -> AbstractContextManager[None]:
-    """Let no second command write where this one does; tune and export see to it themselves."""
-    if isinstance(command, Generate):
-        return sole_writer(command.out)
-    if isinstance(command, Demo | Bench):
-        return sole_writer(command.out, inside=True)
-    if isinstance(command, Evaluate) and (command.out or command.runs):
-        from sude_lab.evaluate.evaluate import FOLDER
-
-        return sole_writer(command.out or command.runs[0] / FOLDER, inside=True)
-    return nullcontext()
 
 
 def _kept(command: Any) -> str:
@@ -574,8 +541,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # --debug may stand anywhere, also where the parser itself is at fault.
         command = _parse([word for word in words if word != "--debug"])
-        with _sole(command):
-            return _COMMANDS[type(command)](command) or 0
+        return command.execute() or 0
     except BrokenPipeError:  # whoever read the output, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -614,7 +580,3 @@ def _answer(error: BaseException, command: Any) -> tuple[int, str]:
     return 1, (
         f"{type(error).__name__}{reason}; this is a bug: run again with --debug and report it."
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -637,7 +637,7 @@ def fails(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
     """`sude-lab lab` whose work raises an error."""
 
     def give(error: BaseException, *flags: str) -> Said:
-        monkeypatch.setitem(cli._COMMANDS, cli.Lab, broken(error))
+        monkeypatch.setattr(cli.Lab, "execute", broken(error))
         return say(*flags[:1], "lab", *flags[1:])
 
     return give

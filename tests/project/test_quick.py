@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -63,5 +64,5 @@ def test_every_command_is_quick(command: str, quick: set[str]) -> None:
 
 
 def test_no_command_is_forgotten() -> None:
-    names = {command.__name__.lower() for command in cli._COMMANDS}
+    names = {command.__name__.lower() for command in get_args(cli.Command)}
     assert names == COMMANDS.keys() - {"--help"}

@@ -10,6 +10,7 @@ import shlex
 import tomllib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -106,7 +107,7 @@ def test_every_command_can_be_read() -> None:
     assert len(found) >= 20 and {page for page, _ in found} >= {"README.md"}
     for page, words in found:
         words = [word for word in words if word != "--debug"]
-        assert type(cli._parse(words)) in cli._COMMANDS, (page, words)
+        assert isinstance(cli._parse(words), cli.Command), (page, words)
     for _, (module, *_) in of_ours("-m"):
         if not module.startswith("venv"):
             assert importlib.util.find_spec(module), module
@@ -121,7 +122,7 @@ def test_every_command_can_be_read() -> None:
 def options() -> set[str]:
     """What may be said to `sude-lab`, to every study, to every benchmark."""
     names = {"help", "debug"}  # of every command: debug is taken out before they are parsed
-    names |= {name for command in cli._COMMANDS for name in command.__dataclass_fields__}
+    names |= {name for command in get_args(cli.Command) for name in command.__dataclass_fields__}
     packages = (studies, studies.embedded, world)
     modules = [m.name for p in packages for m in pkgutil.iter_modules(p.__path__, f"{p.__name__}.")]
     for module in modules:
