@@ -67,13 +67,6 @@ class SudeTerms:
     rho: Tensor
     """How far the subject follows its category's direction; eq. 9 stops it at 1."""
 
-    @classmethod
-    def none(cls, like: Tensor) -> SudeTerms:
-        """Return the terms of a batch of which nobody was asked: NaN, no loss, shut gates."""
-        nothing = torch.full_like(like, math.nan)
-        shut = torch.zeros_like(nothing, dtype=torch.bool)
-        return cls(nothing, nothing, torch.zeros_like(nothing), shut, nothing)
-
 
 def sude_terms(
     output_subject: Tensor,

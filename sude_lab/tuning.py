@@ -17,7 +17,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from sude_lab.errors import UserError, machine_failures
 from sude_lab.losses import class_regularizer, subject_loss, total_loss
 from sude_lab.methods import Method, configure, get_method
 from sude_lab.prompts import photo_of
-from sude_lab.sude import Predict, SudeTerms, ask, sude_terms
+from sude_lab.sude import Predict, ask, sude_terms
 
 Classifier = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
 """Answers eq. 5 for x_t of a batch: the model outputs for no condition and for the category."""
@@ -69,41 +69,36 @@ Regularizer = Callable[[Tensor, Tensor, Tensor, Frozen], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """One step of tuning; tensors are (B,), detached, on the CPU, NaN where nothing was computed.
+    """One step of tuning; tensors are (B,), detached, on the CPU; None: nobody asked for it.
 
     `loss_subject`, `loss_sude` and `tau` are means over the latent's dimensions, before w_s;
-    `loss_own` is the method's own loss (ViCo's attention), with its weight.
+    `loss_own` is the method's own loss (ViCo's attention), with its weight. In a run without SuDe
+    every gate is shut.
     """
 
     number: int
     t: Tensor
     loss_subject: Tensor
-    loss_sude: Tensor
-    tau: Tensor
-    gate: Tensor
-    rho: Tensor
+    loss_sude: Tensor | None
+    tau: Tensor | None
+    gate: Tensor | None
+    rho: Tensor | None
     loss_regularizer: float
     loss_own: float
     learning_rate: float
     method: Method
     state_dict: Callable[[], dict[str, Any]]
     """Everything `Tuning` needs to continue after this step; refuses once the step is past."""
-    left_out: bool = False
-    """Whether a run with SuDe asked no eq. 5: `sude_every`, or a regulariser of one's own."""
 
     def row(self) -> dict[str, float]:
-        """Return the step as one row of numbers: means over the batch."""
+        """Return the step as one row of a table: means over the batch, NaN for None."""
+        terms = {"t": self.t, "loss_subject": self.loss_subject, "loss_sude": self.loss_sude}
+        terms |= {"tau": self.tau, "open_gates": self.gate, "rho": self.rho}
+        names = ("loss_regularizer", "loss_own", "learning_rate")
         return {
             "step": self.number,
-            "t": self.t.float().mean().item(),
-            "loss_subject": self.loss_subject.mean().item(),
-            "loss_sude": self.loss_sude.mean().item(),
-            "tau": self.tau.mean().item(),
-            "open_gates": math.nan if self.left_out else self.gate.float().mean().item(),
-            "rho": self.rho.mean().item(),
-            "loss_regularizer": self.loss_regularizer,
-            "loss_own": self.loss_own,
-            "learning_rate": self.learning_rate,
+            **{n: math.nan if x is None else x.float().mean().item() for n, x in terms.items()},
+            **{name: getattr(self, name) for name in names},
         }
 
 
@@ -253,26 +248,29 @@ class Tuning:
         batches = []
         for k in range(config.gradient_accumulation_steps):
             batch = own.rows(slice(k * size, (k + 1) * size)).to(self.backbone.device)
-            total, rows = self._losses(batch, asks)
-            loss = total.mean() / config.gradient_accumulation_steps
+            terms = self._losses(batch, asks)
+            loss = terms["total"].mean() / config.gradient_accumulation_steps
             self.scaler.scale(loss).backward()
-            batches.append(rows)
+            columns = [term.detach().float() for term in terms.values()]
+            batches.append(torch.stack(columns, dim=1))
         rows = self._move(number, self.processes.gather(torch.cat(batches)))
-        t, subject, sude, tau, gate, rho, preservation, own_loss, _ = rows.unbind(1)
+        shown = dict(zip(terms, rows.unbind(1), strict=True))
         self.number = number
         return Step(
             number,
-            *(t.long(), subject, sude, tau, gate.bool(), rho),
-            *(preservation.mean().item(), own_loss.mean().item()),
-            max(group["lr"] for group in self.optimizer.param_groups),
-            self.method,
-            partial(self._state_after, number),
-            left_out=config.with_sude and not (asks and self.regularizer is None),
+            t=shown["t"].long(),
+            loss_subject=shown["loss_subject"],
+            **{name: shown.get(name) for name in ("loss_sude", "tau", "rho")},
+            gate=shown["gate"].bool() if "gate" in shown else None,
+            **{name: shown[name].mean().item() for name in ("loss_regularizer", "loss_own")},
+            learning_rate=max(group["lr"] for group in self.optimizer.param_groups),
+            method=self.method,
+            state_dict=partial(self._state_after, number),
         )
 
-    def _losses(self, batch: Batch, asks: bool) -> tuple[Tensor, Tensor]:
-        """Return eq. 10 of every sample, (B,), with SuDe where the step asks; and as a `Step` shows
-        it, in its order, the total last: (B, 9), float32, without gradients.
+    def _losses(self, batch: Batch, asks: bool) -> dict[str, Tensor]:
+        """Return what a `Step` shows of every sample, t first, and eq. 10, the total, last; (B,)
+        each, with SuDe where the step asks.
         """
         config, method, schedule = self.config, self.method, self.schedule
         now = self._before
@@ -287,13 +285,15 @@ class Tuning:
         own = method.own_loss()
         target = training_target(batch.x_0, batch.eps, batch.t, schedule)
         subject = subject_loss(output, target) / x_t[0].numel()
-        sude, nothing = SudeTerms.none(subject.detach()), torch.zeros_like(subject)
-        if asks and self.regularizer:
+        terms = {"t": batch.t, "loss_subject": subject}
+        gated = nothing = torch.zeros_like(subject)
+        if not config.with_sude:
+            terms["gate"] = nothing
+        elif asks and self.regularizer:
             frozen, (null, categories) = self.frozen, self._before
             frozen.uncond, frozen.category = null.expand(len(x_t)), categories[batch.which]
             frozen.subject = subjects[batch.which]
-            loss = self.regularizer(x_t, batch.t, output, frozen)
-            sude = replace(sude, loss=loss, gated=loss)
+            terms["loss_sude"] = gated = self.regularizer(x_t, batch.t, output, frozen)
         elif asks:
             uncond, category = self._answers(x_t, batch, now)
             sude = sude_terms(
@@ -302,14 +302,15 @@ class Tuning:
                 truncated=config.truncate,
                 truncate_at=config.truncate_at,
             )
+            gated = sude.gated
+            terms |= {"loss_sude": sude.loss, "tau": sude.threshold}
+            terms |= {"gate": sude.gate, "rho": sude.rho}
         preservation = self._preservation(batch, now[1]) if config.prior_loss_weight else nothing
-        weights = config.sude_every * config.weight_sude, config.prior_loss_weight
         own = nothing if own is None else own
-        total = total_loss(subject, sude.gated, preservation, *weights)
+        weights = config.sude_every * config.weight_sude, config.prior_loss_weight
+        total = total_loss(subject, gated, preservation, *weights)
         total = total * self.backbone.loss_weight(batch.t) + own
-        terms = (sude.loss, sude.threshold, sude.gate, sude.rho)
-        parts = (batch.t, subject, *terms, preservation, own, total)
-        return total, torch.stack([part.detach().float() for part in parts], dim=1)
+        return terms | {"loss_regularizer": preservation, "loss_own": own, "total": total}
 
     def _answers(
         self, x_t: Tensor, batch: Batch, now: tuple[Condition, Condition]

@@ -94,15 +94,17 @@ def test_rho_says_where_the_gate_shuts(fresh: Fresh, picture: Image.Image) -> No
     assert torch.equal(step.gate, step.rho < 1)
 
 
-def test_without_sude_its_numbers_are_nan_and_watching_it_changes_no_weight(
+def test_without_sude_its_numbers_are_not_there_and_watching_it_changes_no_weight(
     fresh: Fresh, picture: Image.Image
 ) -> None:
     plain = run(config(weight_sude=0.0), fresh(), picture)
     watched = run(config(weight_sude=0.0, monitor_sude=True), fresh(), picture)
     for step in plain:
-        assert step.loss_sude.shape == step.tau.shape == step.rho.shape == (2,)
-        assert all(torch.isnan(v).all() for v in (step.loss_sude, step.tau, step.rho))
-        assert not step.gate.any()
+        assert (step.loss_sude, step.tau, step.rho) == (None, None, None)
+        assert step.gate.shape == (2,) and not step.gate.any()
+        row = step.row()
+        assert all(math.isnan(row[name]) for name in ("loss_sude", "tau", "rho"))
+        assert row["open_gates"] == 0
     assert all(torch.isfinite(step.loss_sude).all() for step in watched)
     assert same(trained(plain), trained(watched))
 
