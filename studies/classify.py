@@ -159,11 +159,12 @@ def name_categories(
     )
     result = []
     losses = torch.zeros(sizes, dtype=torch.float64)
-    for n, (x_t, eps, t, guess) in enumerate(answers):
+    for n, batch in enumerate(answers):
+        x_t, eps, t = batch.x_t, batch.eps, batch.t
         target = training_target(x_0[n].expand_as(eps), eps, t, schedule)
-        distance = squared_distance(guess, target).double().cpu()
+        distance = squared_distance(batch.output, target).double().cpu()
         losses[n] = weights.sum() * distance.reshape(sizes[1:])
-        means = reverse_mean(guess.double().cpu(), x_t.double().cpu(), t.cpu(), schedule)
+        means = reverse_mean(batch.output.double().cpu(), x_t.double().cpu(), t.cpu(), schedule)
         means = means.unflatten(0, sizes[1:])
         variance = posterior_variance(grid, schedule)
         one_x_t = x_t.double().cpu()[:: len(prompts)]

@@ -57,10 +57,8 @@ def outputs(model: Backbone, pictures: list[Any], prompts: list[str]) -> tuple[T
     """Return predicted and true noise, (noises, times, prompts, dimensions)."""
     batches = list(answers(model, pictures, prompts, TIMES))
     shape = len(pictures), len(TIMES), len(prompts), -1
-    order = torch.cat([part for part, *_ in batches]).argsort()
-    predicted = torch.cat([guess for *_, guess in batches])[order]
-    noise = torch.cat([eps for _, _, eps, _, _ in batches])[order]
-    return predicted.reshape(shape), noise.reshape(shape)
+    predicted, noise = [b.noise for b in batches], [b.eps for b in batches]
+    return torch.cat(predicted).reshape(shape), torch.cat(noise).reshape(shape)
 
 
 def figure(table: pd.DataFrame, path: Path) -> None:

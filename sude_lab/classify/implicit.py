@@ -390,11 +390,11 @@ class ImplicitClassifier:
         def losses_of(rows: Tensor) -> Tensor:
             parts = []
             batches = predictions(*about, rows, batch_size=self.batch_size)
-            for part, (_, eps, t, output) in zip(rows.split(self.batch_size), batches, strict=True):
+            for part, batch in zip(rows.split(self.batch_size), batches, strict=True):
                 picture = x_0[part[:, 0].to(x_0.device)]
-                target = training_target(picture, eps, t, self.backbone.schedule)
-                parts.append(squared_distance(output, target).cpu())
-                bar.update(len(eps))
+                target = training_target(picture, batch.eps, batch.t, batch.schedule)
+                parts.append(squared_distance(batch.output, target).cpu())
+                bar.update(len(part))
             return scale * torch.cat(parts)
 
         rule: dict[str, Any] = {"prune": self.prune, "caution": self.caution}

@@ -7,6 +7,7 @@ arXiv 2403.06775, eq. 8, over t; `answers` and `decode` show what prompts make o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +17,29 @@ from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone, Condition, concatenate
 from sude_lab.classifier import squared_distance
-from sude_lab.diffusion import add_noise, to_eps
+from sude_lab.diffusion import Schedule, add_noise, to_eps
 from sude_lab.errors import UserError, check_whole, listed
 from sude_lab.losses import output_weight, sude_threshold
 from sude_lab.prompts import photo_of
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says of noised pictures, (R, C, h, w) each: a row a picture, t and prompt."""
+
+    x_t: Tensor
+    eps: Tensor
+    """The noise in x_t."""
+    t: Tensor
+    """(R,)."""
+    output: Tensor
+    """The model's own output: eps, x_0, v or flow."""
+    schedule: Schedule
+
+    @property
+    def noise(self) -> Tensor:
+        """eps_theta, the noise that the model predicts in x_t."""
+        return to_eps(self.output, self.x_t, self.t, self.schedule)
 
 
 @torch.no_grad()
@@ -32,13 +52,11 @@ def answers(
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = False,
-    raw: bool = False,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+) -> Iterator[Answers]:
     """Yield what the model predicts of N noised pictures at M timesteps under K prompts.
 
-    Batches of rows: (index into (N, M, K) flattened, x_t, eps, t, eps_theta(x_t, c_k, t)); with
-    `raw` the model's own output in the place of eps_theta. All prompts of a picture share x_t and
-    its noise, which follows from (seed, n) alone. Pictures must have the model's resolution.
+    In batches, the rows of (N, M, K) in their order. All prompts of a picture share x_t and its
+    noise, which follows from (seed, n) alone. Pictures must have the model's resolution.
     N x M x K evaluations of the denoiser.
 
     Raises:
@@ -59,10 +77,7 @@ def answers(
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     rows = torch.cartesian_prod(*map(torch.arange, (len(x_0), len(times), len(prompts))))
     about = (backbone, x_0, times.expand(len(x_0), -1), noise, condition, rows.view(-1, 3))
-    batches = predictions(*about, batch_size=batch_size, progress=progress)
-    for part, batch in zip(torch.arange(len(rows)).split(batch_size), batches, strict=True):
-        x_t, eps, t, output = batch
-        yield part, x_t, eps, t, output if raw else to_eps(output, x_t, t, backbone.schedule)
+    yield from predictions(*about, batch_size=batch_size, progress=progress)
 
 
 @torch.no_grad()
@@ -96,8 +111,8 @@ def predictions(
     *,
     batch_size: int = 64,
     progress: bool = False,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield x_t, eps, t and the model's output for rows of (picture n, pair m, prompt k).
+) -> Iterator[Answers]:
+    """Yield what the model says of rows of (picture n, pair m, prompt k), in their order.
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, arXiv 2403.06775, eq. 1, with t = times[n, m] and
     eps = noise[n, m], the same for every prompt. One evaluation of the denoiser a row, `batch_size`
@@ -112,7 +127,8 @@ def predictions(
         n, m, k = part.unbind(1)
         t, eps = times[n, m].to(device), noise[n, m].to(device)
         x_t = add_noise(x_0[n.to(device)], eps, t, schedule)
-        yield x_t, eps, t, backbone.predict(x_t, t, condition[k.to(device)])
+        output = backbone.predict(x_t, t, condition[k.to(device)])
+        yield Answers(x_t, eps, t, output, schedule)
 
 
 def prompt_errors(
@@ -131,8 +147,8 @@ def prompt_errors(
     Settings and errors: those of `answers`.
     """
     parts = [
-        squared_distance(guess, eps).cpu() / eps[0].numel()
-        for _, _, eps, _, guess in answers(backbone, pictures, prompts, timesteps, **settings)
+        squared_distance(batch.noise, batch.eps).cpu() / batch.eps[0].numel()
+        for batch in answers(backbone, pictures, prompts, timesteps, **settings)
     ]
     return torch.cat(parts).reshape(len(pictures), len(timesteps), len(prompts))
 
@@ -156,11 +172,11 @@ def thresholds(
     """
     parts = []
     # Two prompts, an even batch: both answers of a picture lie in one batch, side by side.
-    settings |= {"batch_size": 2 * max(1, settings.get("batch_size", 64) // 2), "raw": True}
+    settings["batch_size"] = 2 * max(1, settings.get("batch_size", 64) // 2)
     prompts = ["", photo_of(category)]
-    for _, _, _, t, guess in answers(backbone, pictures, prompts, timesteps, **settings):
-        uncond, of_class = guess[0::2], guess[1::2]
-        weight = output_weight(t[0::2], backbone.schedule, weighting).to(guess.dtype)
+    for batch in answers(backbone, pictures, prompts, timesteps, **settings):
+        uncond, of_class = batch.output[0::2], batch.output[1::2]
+        weight = output_weight(batch.t[0::2], batch.schedule, weighting).to(uncond.dtype)
         parts.append(sude_threshold(of_class, uncond, 0.5 / weight).cpu())
     return torch.cat(parts).reshape(len(pictures), len(timesteps))
 

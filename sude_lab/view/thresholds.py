@@ -93,9 +93,10 @@ def ask(
     def predicted(model: Backbone, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """x_t and eps_theta, (N, M, K, C, h, w) each."""
         batches = [b for s in seeds for b in answers(model, [picture], prompts, times, seed=s)]
-        x_t, eps = (torch.cat([batch[k] for batch in batches]).cpu() for k in (1, 4))
         sizes = (len(seeds), len(times), len(prompts))
-        return x_t.unflatten(0, sizes), eps.unflatten(0, sizes)
+        parts = [[batch.x_t for batch in batches], [batch.noise for batch in batches]]
+        x_t, eps = (torch.cat(part).cpu().unflatten(0, sizes) for part in parts)
+        return x_t, eps
 
     x_t, by_judge = predicted(judge, ["", *map(photo_of, categories)])
     _, by_tuned = predicted(tuned, [subject_prompt])
