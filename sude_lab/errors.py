@@ -177,7 +177,7 @@ def checked_picture(image: Any, *, square: bool = False) -> Any:
     if not plain or image.getexif().get(0x0112, 1) != 1 or (square and len(set(image.size)) > 1):
         raise UserError(
             "A picture must be RGB, upright and without a colour profile, and to tune on a square: "
-            "load_picture of sude_lab.io.pictures makes one of any file, picture or array."
+            "load_picture of sude_lab.io.pictures makes one of any file or picture."
         )
     return image
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 
 from sude_lab.errors import UserError, check_whole
+from sude_lab.io.reading import no_file
 
 MAX_ASPECT = 20
 """Longest over shortest side beyond which a centre square says nothing of the picture."""
@@ -20,7 +21,7 @@ MAX_ASPECT = 20
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "MPO", "AVIF", "JPEG2000", "PPM", "TGA")
 """What is opened, whatever a file's name says: Pillow's others are rare, and some start programs
 (EPS, Ghostscript)."""
-AnyPicture = Path | str | Image.Image | np.ndarray
+AnyPicture = Path | str | Image.Image
 
 
 class PictureError(UserError):
@@ -45,8 +46,7 @@ def load_picture(path: AnyPicture, *, resolution: int) -> Picture:
     transparency over white, centre crop, Lanczos resize (a note says so where it enlarges).
 
     Args:
-        path: A file; or a picture in memory, of Pillow or as an array (H, W) or (H, W, C) of 8-bit,
-            16-bit or floating-point values, the latter from 0 to 1.
+        path: A file, or a picture of Pillow.
         resolution: The side in pixels.
 
     Raises:
@@ -74,41 +74,23 @@ def load_picture(path: AnyPicture, *, resolution: int) -> Picture:
 def open_picture(path: AnyPicture) -> Image.Image:
     """Read one picture as `load_picture` does, upright and RGB, but whole and in its own size.
 
-    Raises:
-        PictureError: as `load_picture`, but for the shape.
+    Errors: those of `load_picture`, but for the shape.
     """
     return _read(path, [])[0]
 
 
 def _read(source: AnyPicture, notes: list[str]) -> tuple[Image.Image, Path]:
     """Return a picture as RGB, and the name by which sentences speak of it."""
-    if isinstance(source, Image.Image | np.ndarray):
+    if isinstance(source, Image.Image):
         path = Path(getattr(source, "filename", "") or "The picture")
-        image = _from_array(source) if isinstance(source, np.ndarray) else source
-        image = _to_rgb(ImageOps.exif_transpose(image), path, notes)
+        image = _to_rgb(ImageOps.exif_transpose(source), path, notes)
     else:
         path = Path(source)
-        _require_file(path)
+        if wrong := no_file(path):  # a pipe or a device may never end
+            raise PictureError(f"{path} {wrong}: name one picture file.")
         image = _decode(path, notes)
     image.info.clear()  # what it says of colours and turns has been done
     return image, path
-
-
-def _from_array(values: np.ndarray) -> Image.Image:
-    if values.ndim == 3 and values.shape[-1] == 1:
-        values = values[..., 0]
-    right = values.ndim == 2 or (values.ndim == 3 and values.shape[-1] in (3, 4))
-    if not right or not values.size or values.dtype.kind not in "uf":
-        raise PictureError(
-            f"The picture is an array of the shape {values.shape} and type {values.dtype}: it must "
-            "be (H, W), (H, W, 3) or (H, W, 4), of uint8, uint16, or float from 0 to 1."
-        )
-    if values.dtype != np.uint8:
-        white = 1.0 if values.dtype.kind == "f" else float(np.iinfo(values.dtype).max)
-        if not (values.min() >= 0 and values.max() <= white):  # so that NaN is refused, too
-            raise PictureError(f"The picture's values must lie between 0 and {white:g}.")
-        values = (values * (255 / white)).round().astype(np.uint8)
-    return Image.fromarray(values)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
@@ -117,18 +99,6 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     from diffusers.image_processor import VaeImageProcessor
 
     return VaeImageProcessor(do_resize=False, do_convert_rgb=True).preprocess(image)
-
-
-def _require_file(path: Path) -> None:
-    """Say what is wrong with the path before a decoder says it less clearly."""
-    try:
-        if path.is_file():  # a pipe or a device may never end
-            return
-        exists = "is not a regular file" if path.exists() else "does not exist"
-        wrong = "is a folder" if path.is_dir() else exists
-    except OSError as error:  # a name too long, a folder without permission
-        wrong = f"cannot be opened ({error.strerror})"
-    raise PictureError(f"{path} {wrong}: name one picture file.")
 
 
 def _decode(path: Path, notes: list[str]) -> Image.Image:

@@ -17,6 +17,18 @@ is_file, is_dir = os.path.isfile, os.path.isdir
 """As `pathlib`'s, but False also for what can be no name: too long, or with a NUL."""
 
 
+def no_file(path: Path) -> str | None:
+    """Say why nothing is read from a path; None: it is a regular file."""
+    try:
+        if path.is_file():
+            return None
+        if path.is_dir():
+            return "is a folder"
+        return "is not a regular file" if path.exists() else "does not exist"
+    except OSError as error:  # a name too long, a folder without permission
+        return f"cannot be opened ({error.strerror})"
+
+
 def read_text(path: Path | str, what: str, instead: str) -> str:
     """Return the text of a file in UTF-8, of at most `MOST_BYTES`.
 
@@ -24,18 +36,16 @@ def read_text(path: Path | str, what: str, instead: str) -> str:
     in its place, "a YAML file".
     """
     path = Path(path)
+    why = no_file(path)
     try:
-        if path.exists() and not path.is_file():
-            why = "it is a folder" if path.is_dir() else "it is not a regular file"
-        elif path.stat().st_size > MOST_BYTES:
-            why = f"it has more than {MOST_BYTES:,} bytes"
-        else:
+        if why is None and path.stat().st_size <= MOST_BYTES:
             return path.read_text(encoding="utf-8-sig")  # some editors begin with a mark
+        why = why or f"has more than {MOST_BYTES:,} bytes"
     except OSError as error:
-        why = error.strerror or str(error)
-    except ValueError as error:
-        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else "its name has a NUL"
-    raise UserError(f"{what} cannot be read ({why}): name {instead}.")
+        why = f"cannot be opened ({error.strerror})"
+    except UnicodeDecodeError:
+        why = "is not UTF-8"
+    raise UserError(f"{what} cannot be read (it {why}): name {instead}.")
 
 
 def read_json(path: Path) -> Any:
