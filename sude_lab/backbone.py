@@ -93,7 +93,7 @@ class Backbone:
     commit: str | None = None
     """The commit that a hub id stood for; None for a folder."""
     used: str = ""
-    """What has been done to it, in words; empty: it is as it was opened."""
+    """What has been done to it, in words; empty: nothing."""
 
     @property
     def denoiser(self) -> Any:
@@ -216,11 +216,7 @@ class Backbone:
         return category
 
     def add_token(self, token: str, initializer: str) -> list[int]:
-        """Add the word `token` for a subject, start its embedding at that of `initializer`.
-
-        The embedding of an initializer of several tokens is their mean. Returns the new id in every
-        tokenizer.
-        """
+        """Add a subject's word, its embedding the mean of `initializer`'s; return its ids."""
         name = f"The token {token[:40]!r}"
         plain = len(token) <= 64 and token.isprintable() and not {*"{` "} & {*token}
         if not token.strip() or not plain:
@@ -249,13 +245,9 @@ class Backbone:
     def tokenize(self, prompts: list[str], tokenizer: Any = None) -> Tensor:
         """Return token ids (B, L), padded to the text encoder's length, on the device."""
         tokenizer = tokenizer or self.tokenizer
-        ids = tokenizer(
-            self.as_pieces(prompts, tokenizer),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
+        how = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        pieces, most = self.as_pieces(prompts, tokenizer), tokenizer.model_max_length
+        ids = tokenizer(pieces, max_length=most, **how).input_ids
         return ids.to(self.device, non_blocking=self.device.type == "cuda")
 
     def as_pieces(self, prompts: Any, tokenizer: Any) -> Any:
@@ -263,11 +255,7 @@ class Backbone:
         return self.pipeline.maybe_convert_prompt(prompts, tokenizer)
 
     def beyond_reach(self, prompt: str, *tokens: str) -> str:
-        """Return the end of a prompt, which the text encoder does not read; "": it reads all.
-
-        Raises:
-            UserError: nobody would read one of the subjects' `tokens` in it.
-        """
+        """Return the end of a prompt that is not read; a UserError where a token of it is not."""
         ids = self.tokenizer(self.as_pieces(prompt, self.tokenizer)).input_ids
         number = self.tokenizer.convert_tokens_to_ids
         for token in tokens:
@@ -292,11 +280,10 @@ class Backbone:
         with self.autocast():
             if not self.is_xl:
                 return Condition(self.text_encoder(self.tokenize(prompts))[0])
+            pairs = zip(self.tokenizers, self.text_encoders.values(), strict=True)
             outputs = [
                 encoder(self.tokenize(prompts, tokenizer), output_hidden_states=True)
-                for tokenizer, encoder in zip(
-                    self.tokenizers, self.text_encoders.values(), strict=True
-                )
+                for tokenizer, encoder in pairs
             ]
             hidden = torch.cat([out.hidden_states[-2] for out in outputs], dim=-1)
             sizes = torch.tensor([1.0, 1, 0, 0, 1, 1], device=self.device).expand(len(prompts), 6)

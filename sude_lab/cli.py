@@ -251,7 +251,7 @@ class Classify:
         open_picture(self.image)
         backbone = open_backbone(self.backbone, device=self.device, dtype=self.dtype)
         how = _some(self, "num_pairs", "weighting", "prune", "caution", "batch_size", "seed")
-        classifier = ImplicitClassifier(backbone, self.prompt, prior=self.prior or None, **how)
+        classifier = ImplicitClassifier(backbone, self.prompt, prior=self.prior, **how)
         picture = load_picture(self.image, resolution=backbone.resolution)
         (verdict,) = classifier.classify([picture.image], progress=True)
         for note in picture.notes:

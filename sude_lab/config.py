@@ -224,6 +224,4 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """`reference`: what the authors' released code does. `paper`: what the text says, read by its own
 eq. 11-12: L_sub and L_sude are two likelihoods of one step, so both carry k_t, and where L_sub
-drops it (the usual noise-MSE), L_sude does, too: `simple`. (Eq. 3 in mean space beside eq. 7 weighs
-SuDe 160 times as much on Stable Diffusion's schedule, a mean over t of 1 / (2 sigma_t^2); `exact`
-beside the noise-MSE, 0.0065 times, is none of the paper's readings.) See lesson 02."""
+drops it (the usual noise-MSE), L_sude does, too: `simple`. Other readings: lesson 02."""

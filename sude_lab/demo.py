@@ -15,13 +15,13 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sude_lab import __version__
-from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError, check_whole
 from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.evaluate.statistics import drawings_interval
 from sude_lab.generation import MOST
 from sude_lab.io.files import atomic_write, require_own
 from sude_lab.io.opening import open_backbone
+from sude_lab.io.pictures import open_picture
 from sude_lab.methods import configure
 from sude_lab.runs.folder import CONFIG, Run, read_config, run_tuning
 from sude_lab.view import plots
@@ -29,6 +29,8 @@ from sude_lab.world.oracle import load_oracle
 from sude_lab.world.subjects import Subject, describe, measure, subject
 
 UNTUNED, PLAIN, SUDE, NO_TRUNCATION = "untuned model", "plain", "sude", "sude, no truncation"
+WATCHED_EVERY = 4
+"""Plain tuning computes SuDe's loss in every fourth step, for its curves alone."""
 VARIANTS: dict[str, dict[str, Any]] = {
     PLAIN: {"weight_sude": 0.0},
     SUDE: {},
@@ -39,8 +41,6 @@ SETTINGS = (
     *("method", "train", "weight_sude", "prior", "weighting", "truncate", "max_train_steps"),
     *("train_batch_size", "learning_rate", "token_learning_rate", "seed"),
 )
-WATCHED_EVERY = 4
-"""Plain tuning computes SuDe's loss in every fourth step, for its curves alone."""
 COLLAPSED_AFTER = 0.25
 """The part of the steps after which DreamBooth without eq. 9 has lost the category: 50 of 200 in
 data/results/collapse.csv, where two subjects of two have."""
@@ -72,22 +72,21 @@ def run_demo(
     base.check_category(category)
     who, picture = subject("demo", seed, category), out / "subject.png"
     shared: dict[str, Any] = {"method": method, "seed": seed, "max_train_steps": max_train_steps}
-    configs = {}
-    for name, settings in VARIANTS.items():
-        every = WATCHED_EVERY if name == PLAIN else 1
-        settings = settings | shared | {"monitor_sude": True, "sude_every": every}
-        config = configure(TuningConfig(picture, category, **settings), base)
-        if name == NO_TRUNCATION and method == "dreambooth":
-            steps = math.ceil(COLLAPSED_AFTER * config.max_train_steps)
-            config = replace(config, max_train_steps=steps)
-        if name != NO_TRUNCATION or truncation:
-            configs[name] = config
+    shared |= {"image": picture, "category": category, "monitor_sude": True}
+    configs = {name: configure(shared | settings, base) for name, settings in VARIANTS.items()}
+    configs[PLAIN] = replace(configs[PLAIN], sude_every=WATCHED_EVERY)
+    if method == "dreambooth":
+        collapse = configs[NO_TRUNCATION]
+        steps = math.ceil(COLLAPSED_AFTER * collapse.max_train_steps)
+        configs[NO_TRUNCATION] = replace(collapse, max_train_steps=steps)
+    if not truncation:
+        del configs[NO_TRUNCATION]
     folders = {name: out / "runs" / name.replace(", ", "-").replace(" ", "-") for name in configs}
     for name, folder in folders.items():  # before anything there is changed
         if (folder / CONFIG).is_file() and read_config(folder / CONFIG) != configs[name]:
             raise UserError(f"{out} holds a demo of other settings: choose another --out.")
     require_own(out, RESULTS, "subject,variant,", (REPORT, STRIP))
-    if picture.exists() and not _shows(picture, who.picture):
+    if picture.exists() and open_picture(picture).tobytes() != who.picture.tobytes():
         raise UserError(f"{picture} is another picture: choose another --out.")
     with atomic_write(picture) as path:
         who.picture.save(path)
@@ -118,14 +117,6 @@ def run_demo(
     with atomic_write(out / REPORT) as path:
         path.write_text(report(who, table, grids, runs, seed), encoding="utf-8")
     return table
-
-
-def _shows(file: Path, picture: Image.Image) -> bool:
-    try:
-        with Image.open(file) as stored:
-            return stored.size == picture.size and stored.tobytes() == picture.tobytes()
-    except (OSError, ValueError):
-        return False
 
 
 def table_with_intervals(table: pd.DataFrame) -> pd.DataFrame:

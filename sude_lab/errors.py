@@ -19,13 +19,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 class UserError(ValueError):
-    """An error whose message is one clear sentence that says what to do.
+    """An error whose message is one clear sentence that says what to do, on one line.
 
-    The command line prints the message, without a traceback, and exits with code 2; in a notebook
-    it is an ordinary `ValueError`. Line breaks, which messages quoted from libraries often carry,
-    become spaces, so that one sentence stays one line. What a terminal would obey, control
-    characters in a file's name for example, is shown in place of being sent; a message that quotes
-    a whole file is cut in the middle.
+    The command line prints it without a traceback and exits with code 2; in a notebook it is an
+    ordinary `ValueError`.
     """
 
     def __init__(self, message: str) -> None:
@@ -69,7 +66,7 @@ def machine_failures(when: str = "", memory: str = _TUNING) -> Iterator[None]:
 
 
 def one_line(text: str, most: int = 2000) -> str:
-    """Return a text as one line that is safe to print, of about `most` characters at the most."""
+    """Return a text as one line of about `most` characters, with nothing a terminal would obey."""
     text = " ".join(text.split())
     if len(text) > most:
         text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
@@ -162,10 +159,8 @@ def check_tokens(tokens: Sequence[str], number: int) -> None:
     for token in tokens:
         small = token == unicodedata.normalize("NFC", token).lower()
         if number > 1 and (not small or token[:1].isalnum() or token[-1:].isalnum()):
-            raise UserError(
-                f"The token {token!r} cannot stand for {number} vectors: write it in small letters "
-                "between two marks, like <sks>."
-            )
+            cannot = f"The token {token!r} cannot stand for {number} vectors"
+            raise UserError(f"{cannot}: write it in small letters between two marks, like <sks>.")
         for other in set(tokens) - {token}:
             if other == f"{token}_1" or (number > 1 and token in other):
                 raise UserError(f"{token!r} would be read as a part of {other!r}: choose others.")
@@ -175,10 +170,9 @@ def checked_picture(image: Any, *, square: bool = False) -> Any:
     """Return a picture as it is, if nothing of it would be clipped, hidden, turned or squeezed."""
     plain = getattr(image, "mode", None) == "RGB" and "icc_profile" not in image.info
     if not plain or image.getexif().get(0x0112, 1) != 1 or (square and len(set(image.size)) > 1):
-        raise UserError(
-            "A picture must be RGB, upright and without a colour profile, and to tune on a square: "
-            "load_picture of sude_lab.io.pictures makes one of any file or picture."
-        )
+        plain = "RGB, upright and without a colour profile, and to tune on a square"
+        cure = "load_picture of sude_lab.io.pictures makes one"
+        raise UserError(f"A picture must be {plain}: {cure}.")
     return image
 
 
@@ -186,8 +180,6 @@ def check_batch(x_t: Any, t: Any, output: Any, classes: Any) -> None:
     """Check that what a loop hands over is one batch, of tensors and conditions."""
     n = len(output)
     if (len(x_t), tuple(t.shape)) != (n, (n,)) or len(classes) not in (1, n):
-        raise UserError(
-            f"x_t has {len(x_t)} rows, t the shape {tuple(t.shape)}, the class {len(classes)} and "
-            f"the model's output {n}: with prior preservation hand over the subject's half of "
-            "each, x_t[:n] and t[:n]."
-        )
+        rows = f"x_t has {len(x_t)} rows, t the shape {tuple(t.shape)}, the class {len(classes)}"
+        half = "with prior preservation hand over the subject's half of each, x_t[:n] and t[:n]"
+        raise UserError(f"{rows} and the model's output {n}: {half}.")

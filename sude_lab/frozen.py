@@ -42,10 +42,7 @@ class FrozenUNet:
     """A UNet as it is now, whatever is done to its weights later; called like the UNet.
 
     Only the tensors that require gradients now are copied. Adapters of peft leave the original
-    weights in place: they are switched off for the call, and nothing is copied for them.
-
-    Raises:
-        UserError: it has an adapter that cannot be switched off.
+    weights in place: they are switched off for the call.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -86,8 +83,8 @@ class FrozenUNet:
             if new or (p.requires_grad and name not in self._kept):
                 raise UserError(
                     f"{name} {'was added' if new else 'is trained'} and was not kept: make this "
-                    "after parts are frozen and opened, attention processors set, adapters added "
-                    "and accelerator.prepare called, and before a checkpoint is loaded."
+                    "after parts are frozen and opened, adapters added and accelerator.prepare "
+                    "called, and before a checkpoint is loaded."
                 )
         if lost := self._kept.keys() - here.keys():
             raise UserError(f"{min(lost)} was kept and is gone: make this after the last adapter.")
@@ -98,11 +95,9 @@ def require_silent(unet: nn.Module) -> None:
     for layer in adapter_layers(unet):
         for name in layer.active_adapters if not layer.disable_adapters else ():
             if _speaks(layer, name):
-                raise UserError(
-                    f"The UNet carries the adapter {name!r}, which already changes its answers, "
-                    "and the model before tuning would be asked without it: make this before the "
-                    "adapter is loaded, fuse it into the weights, or give a callable as the prior."
-                )
+                speaks = f"The UNet carries the adapter {name!r}, which already changes its answers"
+                cure = "make this before it is loaded, fuse it, or give a callable as the prior"
+                raise UserError(f"{speaks} and would be left out: {cure}.")
 
 
 def _speaks(layer: Any, name: str) -> bool:
@@ -131,15 +126,11 @@ def _check_adapters(unet: nn.Module) -> None:
     for name, config in (getattr(unet, "peft_config", None) or {}).items():
         start = str(getattr(config, "init_lora_weights", "")).lower()
         if start.startswith(CHANGING):
-            raise UserError(
-                f"The LoRA {name!r} starts by {start}, which changes the frozen weights, so that "
-                "the model before tuning is gone: use init_lora_weights=True, or give a callable "
-                "as the prior."
-            )
+            starts = f"The LoRA {name!r} starts by {start}, which changes the frozen weights"
+            cure = "use init_lora_weights=True, or give a callable as the prior"
+            raise UserError(f"{starts}: {cure}.")
     for name, module in unet.named_modules():
         owner = getattr(module.__dict__.get("forward"), "__self__", module)
         if name and owner is not module and isinstance(owner, nn.Module):
-            raise UserError(
-                f"{name} answers through a {type(owner).__name__} put in its place, which cannot "
-                "be switched off from here: give a callable as the prior that switches it off."
-            )
+            other = f"{name} answers through a {type(owner).__name__} put in its place"
+            raise UserError(f"{other}: give a callable as the prior that switches it off.")

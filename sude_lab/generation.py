@@ -95,10 +95,8 @@ def generate(
                 )
                 drawn = pipeline(**arguments).images
             if not np.isfinite(drawn).all():  # which would be a black picture without a word
-                raise UserError(
-                    "The picture came out as numbers that are none: lower the guidance scale, or "
-                    "open a model of float16 in float32."
-                )
+                cure = "lower the guidance scale, or open a model of float16 in float32"
+                raise UserError(f"The picture came out as numbers that are none: {cure}.")
             images += pipeline.image_processor.numpy_to_pil(drawn)
     finally:
         pipeline.scheduler = trained_with

@@ -12,19 +12,15 @@ c_sub = "photo of a running {S*}" and c_class = "photo of a running dog":
 with g the strength and w the scale of classifier-free guidance. It costs two predictions of the
 frozen model a step, in one batched call.
 
-**From the hinge.** Truncated SuDe (arXiv 2403.06775, eq. 7-9) is, up to a constant,
-(||d||^2 / sigma_t^2) max(0, 1 - rho), see `sude_lab.losses.hinge_loss`. While rho < 1 its gradient
-with respect to the subject's prediction is the constant -d / sigma_t^2. A gradient step of size
-eta gives a' = a + (eta / sigma_t^2) d and rho' = rho + eta / sigma_t^2. Tuning takes many small
-steps until the gate of eq. 9 shuts at rho = 1; here the prediction itself takes the one step that
-shuts it, eta / sigma_t^2 = 1 - rho: a' = a + max(0, 1 - rho) d, so that rho' = 1 where rho < 1.
-With another g, rho' = rho + g (1 - rho). That g = 1 is the smallest change that shuts the gate, and
-that (*) follows after guidance, for every prediction type: guide, "SuDe without training".
+**From the hinge.** While rho < 1, the gradient of truncated SuDe (`sude_lab.losses.hinge_loss`,
+arXiv 2403.06775, eq. 7-9) with respect to the subject's prediction is the constant -d / sigma_t^2.
+Tuning takes many small steps along it until the gate of eq. 9 shuts at rho = 1; here the prediction
+itself takes the one step that shuts it, a' = a + (1 - rho) d. With another g, rho' = rho + g (1 -
+rho). That (*) follows after guidance, for every prediction type: guide, "SuDe without training".
 
-**Where it is plugged in.** A pipeline's `callback_on_step_end` may replace latents and embeddings,
-not the prediction. `sude_guidance` is therefore a forward hook on the denoiser of pipelines that
-stack [unconditional, conditional] in one batch: Stable Diffusion 1 to 3 and XL (not with perturbed
-attention, which stacks three kinds).
+**Where it is plugged in.** A forward hook on the denoiser of pipelines that stack [unconditional,
+conditional] in one batch: Stable Diffusion 1 to 3 and XL. (`callback_on_step_end` may not replace
+the prediction.)
 """
 
 from __future__ import annotations
@@ -55,13 +51,12 @@ def sude_correction(
 ) -> Tensor:
     """What to add to the subject's prediction so that its category agrees.
 
-    g max(0, 1 - rho) d, the module's docstring; without `hinge` g d, which is plain composition of
-    the two prompts: the class is added however much of it the subject has already.
+    g max(0, 1 - rho) d, the module's docstring; without `hinge` g d: plain composition of the two
+    prompts, however much of the class the subject has already.
 
     Args: outputs (B, ...) of one (x_t, t), in any one parametrisation: the tuned model's for the
-    subject, the frozen model's for the class prompt and for no prompt. Where d = 0 nothing is
-    added. Returns (B, ...), in the dtype of `output_subject`; half precision is computed in
-    float32.
+    subject, the frozen model's for the class prompt and for no prompt. Returns (B, ...), in the
+    dtype of `output_subject`.
 
     Raises:
         ValueError: the shapes differ.
@@ -73,17 +68,11 @@ def sude_correction(
 
 
 def has_adapters(unet: nn.Module) -> bool:
-    """Whether the UNet carries a LoRA (peft) that can be switched off.
-
-    Raises:
-        UserError: it is fused into the weights.
-    """
+    """Whether the UNet carries a LoRA (peft) that can be switched off, and is not fused."""
     layers = adapter_layers(unet)
     if any(layer.merged for layer in layers):
-        raise UserError(
-            "The LoRA is fused into the weights and cannot be switched off: call unfuse_lora() on "
-            "the pipeline, or give the UNet from before."
-        )
+        cure = "call unfuse_lora() on the pipeline, or give the UNet from before"
+        raise UserError(f"The LoRA is fused into the weights and cannot be switched off: {cure}.")
     return bool(layers)
 
 
@@ -102,15 +91,13 @@ def sude_guidance(
         with sude_guidance(pipeline, None, "photo of a running dog"):       # a LoRA
             images = pipeline("photo of a running <sks> dog").images
 
-    Works with classifier-free guidance and without, with any scheduler, negative prompt and
-    `num_images_per_prompt`, with SDXL's added conditions (sizes are those of the call) and
-    ControlNet's residuals. `guidance_rescale` takes the corrected prediction for the conditional
-    one.
+    Works with classifier-free guidance and without, with any scheduler and negative prompt, with
+    SDXL's added conditions and ControlNet's residuals.
 
     Args:
         pipeline: the tuned pipeline; its UNet is put back as it was, also after an error.
-        frozen: the UNet as it was before tuning, called like one: a UNet, a
-            `sude_lab.backbone.FrozenUNet`, or None to switch the pipeline's LoRA off for it.
+        frozen: the UNet as it was before tuning, or what is called like one; None switches the
+            pipeline's LoRA off for it.
         class_prompt: the drawn prompt with the category in the subject's place, encoded by the
             pipeline's text encoders without their LoRA; or its `Condition`, one row or one a
             picture: encode it with the frozen text encoder where that was tuned, and for a
@@ -123,9 +110,8 @@ def sude_guidance(
         A list that gets rho, (B,), of every step.
 
     Raises:
-        UserError: the strength is negative or not finite, the pipeline has no UNet, `frozen` is
-            None and there is no LoRA to switch off, or it is fused; while drawing: there are
-            several class conditions, and not as many as pictures.
+        UserError: the strength is negative or not finite, the pipeline has no UNet, or there is no
+            LoRA to switch off; while drawing: there are not as many class conditions as pictures.
     """
     if not 0 <= strength < math.inf:
         raise UserError(f"The strength of SuDe guidance is {strength}: it must be at least 0.")
@@ -133,13 +119,10 @@ def sude_guidance(
     unet = getattr(pipeline, "transformer" if name == "StableDiffusion3Pipeline" else "unet", None)
     # Asked of the class: the property itself has no value before the first call.
     if unet is None or not hasattr(type(pipeline), "do_classifier_free_guidance"):
-        raise UserError(
-            f"A {name} has no UNet with guidance by text: use a Stable Diffusion pipeline."
-        )
+        cure = "use a Stable Diffusion pipeline"
+        raise UserError(f"A {name} has no UNet with guidance by text: {cure}.")
     if frozen is None and not has_adapters(unet):
-        raise UserError(
-            "The pipeline has no LoRA to switch off: give the UNet that it was tuned from."
-        )
+        raise UserError("The pipeline has no LoRA to switch off: give the UNet from before.")
     seen: list[Tensor] = []
     if strength == 0:
         yield seen
@@ -163,10 +146,8 @@ def sude_guidance(
         number = len(whole) // (2 if pipeline.do_classifier_free_guidance else 1)
         subject = whole[-number:]
         if len(classes) not in (1, number):
-            raise UserError(
-                f"There are {len(classes)} class conditions for {number} pictures: give one, or "
-                "one for each picture."
-            )
+            found = f"There are {len(classes)} class conditions for {number} pictures"
+            raise UserError(f"{found}: give one, or one for each picture.")
         x_t = call["sample" if "sample" in call else "hidden_states"][-number:]
         t = torch.as_tensor(call["timestep"], device=x_t.device).expand(len(whole))[-number:]
         model = unet if frozen is None else frozen
@@ -201,10 +182,8 @@ def _conditions(
     if isinstance(prompt, Condition) and null is not None:
         return prompt, null
     if not hasattr(pipeline, "unet"):
-        raise UserError(
-            "The words of a transformer are encoded by its backbone: give the class prompt as a "
-            "Condition (encode_prompts), and null (null_condition)."
-        )
+        needed = "the class prompt as a Condition (encode_prompts), and null (null_condition)"
+        raise UserError(f"The words of a transformer are encoded by its backbone: give {needed}.")
     backbone = Backbone(pipeline, source="", device=pipeline._execution_device)
     with ExitStack() as stack:
         for encoder in backbone.text_encoders.values():

@@ -20,10 +20,8 @@ def checked(text: str) -> str:
     """Return a prompt as it is, if it is a text that can be read, with white space of any kind."""
     for ch in text:
         if unicodedata.category(ch) in ("Cc", "Cs") and not ch.isspace():
-            raise UserError(
-                f"The prompt {text[:60]!r} has the character {ch!r}, which is no text: leave it "
-                "out."
-            )
+            what = f"The prompt {text[:60]!r} has the character {ch!r}, which is no text"
+            raise UserError(f"{what}: leave it out.")
     return text
 
 

@@ -3,8 +3,7 @@
     uncond, category = ask(predict, x_t, t, null, dog)              # eq. 5, in one call
     terms = sude_terms(output, category, uncond, x_t, t, schedule)  # eq. 7-9
 
-`ask` is the only asker of this library: tuning, guidance, the explorers and the plug
-call it. The plug, `SudeRegularizer`, is for anyone's loop.
+`ask` is the only asker of this library. The plug, `SudeRegularizer`, is for anyone's loop.
 """
 
 from __future__ import annotations
@@ -83,9 +82,9 @@ def sude_terms(
     """Return eq. 7-9 of arXiv 2403.06775 for three model outputs at the same (x_t, t).
 
     Computed in the network's own output space (eps, x_0 or v): at fixed x_t the mean is an affine
-    map of the output, so the loss is the same, no digits are lost in differences of means (see
-    `sude_lab.losses`), and v has a value at zero terminal SNR, where eps has none. Every term is
-    divided by the number of the output's dimensions, as the usual MSE is.
+    map of the output, so the loss is the same, no digits are lost (see `sude_lab.losses`), and v
+    has a value at zero terminal SNR. Every term is divided by the number of the output's
+    dimensions, as the usual MSE is.
 
     Args: outputs (B, ...) as the schedule's prediction type has them; only `output_subject`
     receives a gradient. t: LongTensor (B,). truncate_at: the rho that shuts the gate, 1 in the
@@ -114,10 +113,9 @@ def sude_terms(
 class SudeRegularizer:
     """The SuDe loss for a training loop of one's own; no part of sude_lab's tuning is needed.
 
-    Make it when everything that is trained is in place (parts frozen and opened, attention
-    processors set, adapters added, `accelerator.prepare` called) and before any checkpoint is
-    loaded; call it with what the loop has anyway. The classifier's two predictions are made in one
-    batched call without gradients (`ask`).
+    Make it when everything that is trained is in place (parts frozen and opened, adapters added,
+    `accelerator.prepare` called) and before any checkpoint is loaded; call it with what the loop
+    has anyway.
 
     Args:
         unet: the model that is being tuned; plain, with peft adapters, or wrapped by Accelerate.
@@ -128,8 +126,7 @@ class SudeRegularizer:
         uncond_embeds: the same for "".
         prior: `pretrained` asks the model as it is when this object is made (a copy of the weights
             that require gradients is kept; none for LoRA, whose adapters are switched off for the
-            question); `current` asks it as it is by then; a callable is asked in its place, called
-            as the UNet is (for adapters that cannot be switched off here).
+            question); `current` asks it as it is by then; a callable is asked in its place.
         weighting: exact, simple or reference, see `sude_lab.losses.sude_weight`.
         truncated: whether eq. 9 stops a sample that is as sure of its category as the category.
         truncate_at: the rho at which it stops; the paper's threshold is 1.
@@ -139,8 +136,8 @@ class SudeRegularizer:
             timesteps and a `Condition`; `sude_lab.adapters` has one for each family.
 
     Raises:
-        UserError: the UNet cannot be kept as it is (see `FrozenUNet`); at a call: it has been
-            changed since in a way that the kept one does not know, or is no such batch.
+        UserError: the UNet cannot be kept as it is (see `FrozenUNet`), or at a call: it has been
+            changed since.
     """
 
     def __init__(
@@ -209,10 +206,8 @@ class SudeRegularizer:
         check_batch(x_t, t, model_output, category)
         schedule = self.schedule(x_t.device)
         if t.is_floating_point() and schedule.sigmas is None:
-            raise UserError(
-                "t holds no numbers of steps: a loop in EDM's style scales what the model takes "
-                "and gives, and eq. 7 has no value there; leave --do_edm_style_training out."
-            )
+            edm = "a loop in EDM's style; leave --do_edm_style_training out"
+            raise UserError(f"t holds no numbers of steps, and eq. 7 has no value there: {edm}.")
         # Made before the loop moved its models, or in the precision of a text encoder.
         uncond, category = (c.map(partial(_beside, x_t)) for c in (self.uncond, category))
         uncond_output, class_output = ask(self._predict, x_t, t, uncond, category)

@@ -107,10 +107,9 @@ class Tuning:
 
     The loss is the batch mean of L_sub + w_s lambda_tau L_sude + w_r L_reg (arXiv 2403.06775,
     eq. 10) and the method's own loss, every term a mean over the latent's dimensions, L_sub the
-    loss the model was trained with; eq. 7-9 are those of `sude_lab.sude.sude_terms`. With
-    `sude_every` k, steps 1, 1 + k, ... have k w_s in place of w_s and the others none: derived, the
-    gradient is eq. 10's in the mean over a step's place in the k, since each L_sude is one of k.
-    Where the loop over it was left, it goes on with the next step.
+    loss the model was trained with. With `sude_every` k, steps 1, 1 + k, ... have k w_s in place of
+    w_s and the others none: derived, the gradient is eq. 10's in the mean over a step's place in
+    the k. Where the loop over it was left, it goes on with the next step.
 
     Args:
         config: The settings; what is None is filled in by `configure`.
@@ -152,19 +151,17 @@ class Tuning:
         self._state = "running"
         made = draws is None and config.prior_loss_weight
         if made or (config.regularizer_file and regularizer is None):
-            raise UserError(
-                "This run needs class images or a regularizer, which are made before:"
-                " start it with sude_lab.runs.prepare, or leave their settings out."
-            )
+            needs = "This run needs class images or a regularizer, which are made before"
+            cure = "start it with sude_lab.runs.prepare, or leave their settings out"
+            raise UserError(f"{needs}: {cure}.")
         with machine_failures():
             latents = [picture_latents(config, backbone, p) for p in one_of_each(config, pictures)]
             number = self.schedule.num_timesteps
             self.draws = draws or FreshDraws(latents, number, backbone.density)
             with torch.no_grad():
                 self._before = category_conditions(backbone, config)
-            self.method = (method or get_method(config.method))(backbone, config)
-            if self._asks_frozen:
-                self.method.keep_frozen()
+            kind = method or get_method(config.method)
+            self.method = kind(backbone, config, keep_frozen=self._asks_frozen)
             self.method.start([mean for mean, _ in latents])
             self.optimizer = make_optimizer(config, self.method.groups())
             self.scaler = torch.amp.GradScaler(
@@ -340,8 +337,8 @@ class Tuning:
     def _move(self, number: int, rows: Tensor) -> Tensor:
         """Take the optimiser's step along the gradients, averaged over processes and clipped.
 
-        Returns the rows on the CPU: they and the gradient's norm come over together, which is the
-        one moment of a step at which the CPU waits for the device.
+        Returns the rows on the CPU: they and the gradient's norm come over together, the one moment
+        of a step at which the CPU waits for the device.
         """
         parameters = list(self.method.parameters.values())
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -380,41 +377,28 @@ def category_conditions(backbone: Backbone, config: CompleteConfig) -> tuple[Con
 
 
 def check_finite(number: int, t: Tensor, values: Tensor, what: str = "loss") -> None:
-    """Stop before the weights are spoilt; with a value for each t, name those that went wrong.
-
-    Raises:
-        UserError: a value is not finite.
-    """
+    """Stop before the weights are spoilt; with a value for each t, name those that went wrong."""
     wrong = ~torch.isfinite(values)
     if bool(wrong.any()):
         bad = t[wrong] if len(t) == len(values) else t
-        raise UserError(
-            f"The {what} became {values[wrong][0].item()} at step {number} "
-            f"(t = {', '.join(map(str, bad.tolist()))}): lower --learning-rate or --weight-sude, "
-            "or keep the truncation on."
-        )
+        at = f"at step {number} (t = {', '.join(map(str, bad.tolist()))})"
+        cure = "lower --learning-rate or --weight-sude, or keep the truncation on"
+        raise UserError(f"The {what} became {values[wrong][0].item()} {at}: {cure}.")
 
 
 def make_optimizer(config: CompleteConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Return the optimiser of a run for a method's parameter groups.
-
-    Raises:
-        UserError: no group has a learning rate, or the optimiser's package is not installed.
-    """
+    """Return the optimiser of a run for a method's parameter groups."""
     if not any(group["lr"] for group in groups):
-        raise UserError(
-            "Nothing would be trained: give --learning-rate or --token-learning-rate a value above "
-            "0."
-        )
+        rates = "--learning-rate or --token-learning-rate"
+        raise UserError(f"Nothing would be trained: give {rates} a value above 0.")
     if config.optimizer != "adamw8bit":
         fused = config.optimizer == "adamw_fused" or None  # None: as torch chooses
         return torch.optim.AdamW(groups, weight_decay=config.adam_weight_decay, fused=fused)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise UserError(
-            "--optimizer adamw8bit needs the package bitsandbytes: pip install bitsandbytes."
-        ) from error
+        package = "the package bitsandbytes: pip install bitsandbytes"
+        raise UserError(f"--optimizer adamw8bit needs {package}.") from error
     return AdamW8bit(groups, weight_decay=config.adam_weight_decay)
 
 

@@ -39,18 +39,16 @@ class ChatBackbone(FlowBackbone):
         """Refuse, with a UserError, what is made for UNets, and what trains words."""
         super().check_method(config)
         if config.train_text_encoder or config.token_learning_rate:
-            raise UserError(
-                f"The language model of a {type(self.pipeline).__name__} is not trained: leave out "
-                "--train-text-encoder and --token-learning-rate."
+            kind, flags = (
+                type(self.pipeline).__name__,
+                "--train-text-encoder, --token-learning-rate",
             )
+            raise UserError(f"The language model of a {kind} is not trained: leave out {flags}.")
 
     def tokenize(self, prompts: list[str], tokenizer: Any = None) -> Tensor:
         """Return token ids (B, L), without the chat's marks."""
-        ids = self.tokenizer(
-            prompts, padding="max_length", max_length=self.length, truncation=True,
-            return_tensors="pt",
-        ).input_ids  # fmt: skip
-        return ids.to(self.device)
+        how = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        return self.tokenizer(prompts, max_length=self.length, **how).input_ids.to(self.device)
 
     def beyond_reach(self, prompt: str, *tokens: str) -> str:
         """Return the end of a prompt, which is not read; "": all is."""

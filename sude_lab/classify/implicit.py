@@ -8,17 +8,14 @@ with x_t of eq. 1 of arXiv 2403.06775 and w_t = k_t = (d mean / d eps)^2 / (2 si
 evidence lower bound (DDPM, arXiv 2006.11239, eq. 8). For a model that outputs x_0, v or flow,
 errors and weights are those of its own output, which is the same sum, and finite where abar_t = 0.
 Bayes' rule with these bounds in place of the likelihoods is the Diffusion Classifier of
-arXiv 2303.16203:
-
-    p(c_k | x) = softmax_k [ log p(c_k) - L(c_k) ].
-
-Its term at t is eq. 5 with eq. 6 of arXiv 2403.06775 (`sude_lab.classifier.class_log_posterior`) at
-x_{t-1} = mean of q(x_{t-1} | x_t, x_0): what one step tells of the prompt.
+arXiv 2303.16203, p(c_k | x) = softmax_k [ log p(c_k) - L(c_k) ]. Its term at t is eq. 5 with eq. 6
+of arXiv 2403.06775 (`sude_lab.classifier.class_log_posterior`) at x_{t-1} = mean of
+q(x_{t-1} | x_t, x_0): what one step tells of the prompt.
 
 The sum is estimated with pairs (t, eps), t drawn in proportion to w_t, so that all count alike.
-||eps - eps_theta||^2 differs far more between two pairs than between two prompts. So all prompts
-are asked the same pairs, and only *paired differences* count, from which the common part is gone.
-That also makes it safe to drop prompts early (`still_in`).
+||eps - eps_theta||^2 differs far more between two pairs than between two prompts: all prompts are
+asked the same pairs, and only *paired differences* count. That makes it safe to drop prompts early
+(`still_in`).
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -49,8 +46,8 @@ MOST_PAIRS = 10_000
 def step_weights(schedule: Schedule, weighting: str = "elbo") -> Tensor:
     """Return w_t of L(c) for every t: what a squared error of the output counts in nats; (T,).
 
-    - elbo: k_t of `sude_lab.losses.output_weight` (exact), arXiv 2006.11239, eq. 8: for eps and
-      short steps half the fall of log abar / (1 - abar). 0 at t = 0 with fixed_small: no density.
+    - elbo: k_t of `sude_lab.losses.output_weight` (exact), arXiv 2006.11239, eq. 8. 0 at t = 0 with
+      fixed_small: no density.
     - simple: 1 / T for eps, as in DDPM's simple loss and in arXiv 2303.16203. Then L(c) is no
       bound, and the probabilities are scores: their order is what counts.
 
@@ -85,14 +82,13 @@ def spread_times(number: int, weights: Tensor, shift: float) -> Tensor:
     return times.clamp_max(len(weights) - 1)
 
 
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """How K prompts compare over the pairs that they share."""
+class Comparison(NamedTuple):
+    """How K prompts compare over the pairs that they share, by `compare`'s letters."""
 
     differences: Tensor
-    """D_k, the estimate of L(c_k) - L(c_r) for the leader r, (K,)."""
+    """D_k, (K,)."""
     parts: Tensor
-    """u_ik, the part of pair i in the error of D_k, (M, K)."""
+    """u_ik, (M, K)."""
     noise: Tensor
     """v, the variance of a single pair's difference over the difference, pooled; ()."""
     counts: Tensor
@@ -103,15 +99,13 @@ def compare(losses: Tensor, times: Tensor) -> Comparison:
     """Compare prompts by paired differences.
 
     D_k = mean_i (l_ik - l_ir) with l_ik = (sum_t w_t) ||eps_i - eps_theta(c_k)||^2, over the pairs
-    that k was asked; the leader r is the best of the prompts that were asked all pairs. With
-    independent standard normal z_i, D_k + sum_i z_i u_ik is what other pairs might have given, for
-    all prompts together: u_ik is a pair's difference less its neighbours' in t (which is
-    stratified: what changes smoothly with t is certain), scaled to keep the variance, over M.
-
-    With delta = eps_theta(c_k) - eps_theta(c_r), l_ik - l_ir = (sum_t w_t) (||delta||^2 -
-    2 <eps - eps_theta(c_r), delta>): its variance, like its mean, is in proportion to ||delta||^2.
-    Their ratio v is pooled over the prompts, and stands in where one was asked once:
-    u_k = sqrt(v |D_k|).
+    that k was asked, estimates L(c_k) - L(c_r); the leader r is the best of the prompts that were
+    asked all pairs. With independent standard normal z_i, D_k + sum_i z_i u_ik is what other pairs
+    might have given, for all prompts together: u_ik is a pair's difference less its neighbours' in
+    t (which is stratified: what changes smoothly with t is certain), scaled to keep the variance,
+    over M. The variance of l_ik - l_ir, like its mean, is in proportion to ||eps_theta(c_k) -
+    eps_theta(c_r)||^2: their ratio v is pooled over the prompts, and stands in where one was asked
+    once, u_k = sqrt(v |D_k|).
 
     Args: losses l (M, K), nan where a prompt was not asked: it was asked the first few pairs, or
     all; times (M,).
@@ -181,8 +175,7 @@ def posterior(
 
     p = softmax_k [log p(c_k) - D_k], the classifier of arXiv 2303.16203. The error is the root mean
     square distance from p of `draws` p of a multiplier bootstrap: every pair's part in D times a
-    standard normal number, the same for all prompts. (The delta method would call p = 1.000 certain
-    wherever D is large, however uncertain D is.)
+    standard normal number, the same for all prompts.
 
     Args: as `compare`; log_prior (K,), None: uniform.
     """
@@ -210,8 +203,7 @@ def ask_in_rounds(
 
     With `prune` this goes in rounds: four of one pair, then of a tenth of the pairs. After each the
     hopeless prompts of `still_in` are dropped, and after the first four all but the best half,
-    third, fifth and eighth (three at least): nan stands where they are not asked. None of them can
-    come out best: over the pairs that both were asked it stands behind all that stay.
+    third, fifth and eighth (three at least): nan stands where they are not asked.
 
     Args: losses_of: rows (R, 3) of (picture, pair, prompt) -> (R,); times (N, M).
     """
@@ -231,8 +223,8 @@ def ask_in_rounds(
             raise UserError("The model's predictions are not finite: compute with --dtype float32.")
         keep = max(3, -(-num_prompts // _SHARES[turn])) if turn < len(_SHARES) else num_prompts
         for n in rows[:, 0].unique().tolist() if prune else ():
-            rule: dict[str, Any] = {"caution": caution, "keep": keep}
-            left[n] &= still_in(losses[n, :end], times[n, :end], log_prior, **rule)
+            so_far = losses[n, :end], times[n, :end], log_prior
+            left[n] &= still_in(*so_far, caution=caution, keep=keep)
     return losses
 
 
@@ -282,8 +274,8 @@ def checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     if len(plain) < 2:
         example = '--prompt "photo of a dog" --prompt "photo of a cat"'
         raise UserError(f"Give at least two prompts to choose from: {example}.")
-    for k, prompt in enumerate(plain):
-        if prompt in plain[:k]:
+    for prompt in plain:
+        if plain.count(prompt) > 1:
             raise UserError(f"The prompt {prompt!r} is given twice: every prompt must differ.")
         if PLACEHOLDER[:-1] in prompt:
             text = f"The prompt {prompt!r} asks for a subject, which this model has not"
@@ -326,10 +318,8 @@ class ImplicitClassifier:
             raise UserError(f"--caution is {self.caution}: it must be more than 0.")
         if self.weighting not in WEIGHTINGS:
             raise UserError(f"There is no weighting {self.weighting!r}: use elbo or simple.")
-        number = len(self.prompts)
-        if self.prior is not None and (
-            len(self.prior) != number or not all(0 < p < math.inf for p in self.prior)
-        ):
+        number, prior = len(self.prompts), self.prior
+        if prior and (len(prior) != number or not all(0 < p < math.inf for p in prior)):
             raise UserError(f"--prior must hold {number} positive numbers, one for each prompt.")
 
     @cached_property
@@ -343,16 +333,13 @@ class ImplicitClassifier:
     @property
     def log_prior(self) -> Tensor | None:
         """log p(c_k), (K,); None: uniform."""
-        if self.prior is None:
+        if not self.prior:
             return None
         prior = torch.tensor(list(self.prior), dtype=torch.float64)
         return (prior / prior.sum()).log()
 
     def pairs(self, shape: Sequence[int], number: int) -> tuple[Tensor, Tensor]:
-        """Return times (N, M) and noise (N, M, ...) for N latents of a shape.
-
-        What picture n meets follows from (seed, n) alone: its times, then its noise.
-        """
+        """Return times (N, M) and noise (N, M, ...); those of n follow from (seed, n) alone."""
         times, noise = [], []
         for n in range(number):
             generator = noise_generator(self.seed, n)
@@ -383,8 +370,6 @@ class ImplicitClassifier:
         x_0 = latents_of(self.backbone, pictures, self.batch_size)
         times, noise = self.pairs(x_0.shape[1:], len(pictures))
         scale = self.weights.sum()
-        bar = tqdm(desc="asking", unit="evaluation", disable=not progress)
-
         about = (self.backbone, x_0, times, noise, condition)
 
         def losses_of(rows: Tensor) -> Tensor:
@@ -398,7 +383,7 @@ class ImplicitClassifier:
             return scale * torch.cat(parts)
 
         rule: dict[str, Any] = {"prune": self.prune, "caution": self.caution}
-        with bar:
+        with tqdm(desc="asking", unit="evaluation", disable=not progress) as bar:
             number = len(self.prompts)
             losses = ask_in_rounds(losses_of, times, number, log_prior=self.log_prior, **rule)
         return losses, times

@@ -58,9 +58,6 @@ def answers(
     In batches, the rows of (N, M, K) in their order. All prompts of a picture share x_t and its
     noise, which follows from (seed, n) alone. Pictures must have the model's resolution.
     N x M x K evaluations of the denoiser.
-
-    Raises:
-        UserError: there is no picture, prompt or timestep, or a timestep is out of range.
     """
     check_whole("The batch size", batch_size, 1)
     prompts = listed(prompts)

@@ -29,6 +29,10 @@ class DiskFullError(UserError):
     """The disk is full, or the share of it that one may use: what is tried next fails, too."""
 
 
+def _full(path: Path) -> DiskFullError:
+    return DiskFullError(f"No space is left on the disk to write {path}: free some and run again.")
+
+
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
     """Write the file `path` whole, or leave what was there before.
@@ -50,11 +54,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Write the folder `path` whole, or not at all.
 
     Yields a new folder beside `path` for the body to fill; it is renamed when the body succeeds. An
-    empty folder at `path` is replaced.
-
-    Raises:
-        UserError: `path` is a file, a link, a mount point, the current folder or not empty, or as
-            the module says.
+    empty folder at `path` is replaced; nothing else is.
     """
     path = Path(os.path.abspath(path))
     _require_free(path)  # before the work, which may take minutes
@@ -75,13 +75,13 @@ def require_own(folder: Path | str, mark: str, beginning: str, others: Sequence[
     path = Path(folder) / mark
     try:
         with path.open("rb") as stream:
-            wrong = None if stream.read(len(beginning)) == beginning.encode() else mark
+            wrong = [] if stream.read(len(beginning)) == beginning.encode() else [mark]
     except FileNotFoundError:
-        wrong = next((name for name in others if (Path(folder) / name).exists()), None)
+        wrong = [name for name in others if path.with_name(name).exists()]
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): name another --out.") from error
-    if wrong is not None:
-        raise UserError(f"{path.with_name(wrong)} is not from this command: name another --out.")
+    if wrong:
+        raise UserError(f"{path.with_name(wrong[0])} is not from this command: name another --out.")
 
 
 @contextmanager
@@ -102,9 +102,7 @@ def locked(path: Path | str, *, wait: bool = True) -> Iterator[bool]:
         pass
     except (OSError, NotImplementedError) as error:
         if getattr(error, "errno", None) in _FULL:
-            raise DiskFullError(
-                f"No space is left on the disk to write {path}: free some and run again."
-            ) from error
+            raise _full(path) from error
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be locked ({reason}): name another folder.") from error
     if not lock.is_locked:
@@ -125,12 +123,11 @@ def lock_holder(path: Path | str) -> str | None:
     from filelock import FileLock, Timeout
 
     path = Path(path)
-    if not path.is_file():
-        return None
     with suppress(OSError):
         try:
-            with FileLock(path, timeout=0):
-                return None
+            if path.is_file():
+                with FileLock(path, timeout=0):
+                    return None
         except Timeout:
             return path.read_text(encoding="utf-8").strip() or "?"
     return None
@@ -142,9 +139,6 @@ def sole_writer(path: Path | str, *, inside: bool = False) -> Iterator[None]:
 
     With `inside` it is a folder that the body fills bit by bit: it is made here, and removed again
     where the body leaves it empty.
-
-    Raises:
-        UserError: another process is writing there, or nobody can.
     """
     path = Path(os.path.abspath(path))
     if inside and path.is_file():
@@ -210,9 +204,7 @@ def _temporary_sibling(path: Path) -> Iterator[Path]:
             with suppress(OSError):  # a failing clean-up must not hide the first error
                 _remove(temporary)
             if full:
-                raise DiskFullError(
-                    f"No space is left on the disk to write {path}: free some and run again."
-                ) from error
+                raise _full(path) from error
             raise
 
 
@@ -240,9 +232,8 @@ def _make_folder(folder: Path, name: Path | None = None) -> None:
     except OSError as error:
         if error.errno in _FULL:
             raise
-        raise UserError(
-            f"The folder {name or folder} cannot be made ({error.strerror}): name another one."
-        ) from error
+        what = f"The folder {name or folder} cannot be made ({error.strerror})"
+        raise UserError(f"{what}: name another one.") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"The folder {folder} is not writable: name another one.")
 
@@ -270,14 +261,10 @@ def _flush(file: Path) -> None:
 def _means_full_disk(error: BaseException, folder: Path) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
-    if not isinstance(error, Exception):
-        return False
-    # safetensors and pyarrow report it in the words of the system, in classes of their own.
-    if any(os.strerror(number) in str(error) for number in _FULL):
-        return True
-    if "unexpected pos" in str(error):  # torch.save: less was written than it gave
+    # safetensors and pyarrow report it in the system's words, torch.save in its own.
+    words = (*map(os.strerror, _FULL), "unexpected pos")
+    if isinstance(error, Exception) and any(word in str(error) for word in words):
         return True
     # numpy ("100 requested and 7 written") does not say: look.
-    if isinstance(error, OSError | RuntimeError) and folder.is_dir():
-        return shutil.disk_usage(folder).free < _NEARLY_FULL
-    return False
+    look = isinstance(error, OSError | RuntimeError) and folder.is_dir()
+    return look and shutil.disk_usage(folder).free < _NEARLY_FULL

@@ -32,12 +32,10 @@ _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.
 
 def data_folder() -> Path:
     """Return the folder `data/`: SUDE_LAB_DATA's, the checkout's, or the installed package's."""
-    named = os.environ.get("SUDE_LAB_DATA")
-    if named:
-        return Path(named)
     package = Path(__file__).resolve().parents[1]
     installed = package / "data"
-    return installed if installed.is_dir() else package.parent / "data"
+    usual = installed if installed.is_dir() else package.parent / "data"
+    return Path(os.environ.get("SUDE_LAB_DATA") or usual)
 
 
 def resolve_source(source: str | Path) -> str:
@@ -46,10 +44,8 @@ def resolve_source(source: str | Path) -> str:
         return str(source)
     folder = data_folder() / EMBEDDED_MODELS[str(source)]
     if not (folder / "model_index.json").exists():
-        raise UserError(
-            f"The embedded model is not in {folder}: install the package anew, or set "
-            "SUDE_LAB_DATA to the data folder of a clone of the repository."
-        )
+        cure = "install the package anew, or set SUDE_LAB_DATA to the folder data of a clone"
+        raise UserError(f"The embedded model is not in {folder}: {cure}.")
     return str(folder)
 
 
@@ -62,9 +58,7 @@ def is_embedded(source: str | Path) -> bool:
 def hub_id(source: str | Path) -> tuple[str, str | None] | None:
     """Return id and revision (None: the newest) of "owner/name@revision"; None: it is a folder."""
     parts = _HUB_ID.fullmatch(str(source))
-    if parts is None or is_dir(source):
-        return None
-    return parts["id"], parts["revision"]
+    return None if parts is None or is_dir(source) else (parts["id"], parts["revision"])
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -91,8 +85,7 @@ def open_backbone(
     float32 elsewhere.
 
     Raises:
-        UserError: there is no such pipeline, it is of no known family, its weights are not
-            safetensors or not whole, its parts do not fit each other, or the device is not there.
+        UserError: there is no such pipeline or device, or the pipeline is not whole and harmless.
     """
     with quiet():  # the first import hints at packages that are not needed
         from diffusers import DiffusionPipeline
@@ -117,10 +110,10 @@ def open_backbone(
     except UserError:
         raise
     except Exception as error:  # loaders, and the client of the hub, fail with errors of any class
+        reason = f"{type(error).__name__}: {str(error)[:160]}"
         raise UserError(
-            f"{source} could not be opened as a pipeline of diffusers "
-            f"({type(error).__name__}: {str(error)[:160]}): name a complete pipeline folder with "
-            "safetensors weights, or a hub id that this machine can reach."
+            f"{source} could not be opened as a pipeline of diffusers ({reason}): name a complete "
+            "pipeline folder with safetensors weights, or a hub id that this machine can reach."
         ) from error
     if dtype == "auto":
         bf16 = where.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -128,10 +121,8 @@ def open_backbone(
     commit = Path(folder).name if hub else None  # the folder of a snapshot is named by its commit
     backbone = family(pipeline, str(source), where, getattr(torch, dtype), facts, commit)
     if wrong := next(_misfits(backbone), None):
-        raise UserError(
-            f"{source} is no {family.title} pipeline that works: {wrong}. Name a complete one, "
-            "as diffusers' save_pretrained wrote it."
-        )
+        cure = "Name a complete one, as diffusers' save_pretrained wrote it."
+        raise UserError(f"{source} is no {family.title} pipeline that works: {wrong}. {cure}")
     pool_at_the_end(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
@@ -240,17 +231,12 @@ def quiet() -> Iterator[None]:
 
 
 def _check_source(folder: str) -> type[Family]:
-    """Refuse what is no pipeline folder, not complete, or not harmless, before it is opened.
-
-    Returns the family of the pipeline.
-    """
+    """Return the family of a pipeline folder that is complete and harmless; it is not opened."""
     path, index = Path(folder), Path(folder) / "model_index.json"
     if not folder.strip() or not is_file(index):
-        raise UserError(
-            f"There is no pipeline folder {folder[:200]!r} with a model_index.json: name one that "
-            "diffusers' save_pretrained wrote, a hub id such as "
-            "stable-diffusion-v1-5/stable-diffusion-v1-5, or embedded."
-        )
+        what = f"There is no pipeline folder {folder[:200]!r} with a model_index.json"
+        cure = "name one that diffusers' save_pretrained wrote, a hub id (owner/name), or embedded"
+        raise UserError(f"{what}: {cure}.")
     try:
         content = read_json(index)
         name = content.get("_class_name")
@@ -266,10 +252,8 @@ def _check_source(folder: str) -> type[Family]:
             continue
         allowed = family.classes.get(part, "$^")
         if not re.fullmatch(allowed, " ".join(map(str, value))):
-            raise UserError(
-                f"{index} takes its {part} from {str(value)[:80]}: only the classes that a "
-                f"{family.title} has there are opened."
-            )
+            only = f"only the classes that a {family.title} has there are opened"
+            raise UserError(f"{index} takes its {part} from {str(value)[:80]}: {only}.")
     check_harmless(path)
     if refusal := family.refusal(path, content, lambda file: read_json(path / file)):
         raise UserError(f"{refusal}.")
@@ -288,24 +272,18 @@ def check_harmless(folder: Path) -> None:
     """Refuse what could make a loader run code, or open a model from elsewhere."""
     for file in all_files(folder):
         if file.suffix in _CODE:
-            raise UserError(
-                f"{folder} holds a program, {file.relative_to(folder)}, which a loader might run: "
-                "if you trust the model, open a copy of the folder without it."
-            )
+            what = f"{folder} holds a program, {file.relative_to(folder)}, which a loader might run"
+            raise UserError(f"{what}: if you trust it, open a copy of the folder without it.")
         nested = file.name == "model_index.json" and file.parent != folder
         if nested or file.name == "adapter_config.json":
-            raise UserError(
-                f"{folder} holds {file.relative_to(folder)}, with which a part would be opened as "
-                "a model of its own: take it out."
-            )
+            what = f"{folder} holds {file.relative_to(folder)}, with which a part would be opened"
+            raise UserError(f"{what} as a model of its own: take it out.")
         if file.suffix == ".json" and "config" in file.name:
             for name, value in _entries(file):
                 foreign = "attn_implementation" in name and value not in _ATTENTION
                 if name == "auto_map" or foreign:
-                    raise UserError(
-                        f"{file} says {name} {str(value)[:80]!r}, which would run code from "
-                        "elsewhere: take the line out."
-                    )
+                    what = f"{file} says {name} {str(value)[:80]!r}, which would run code"
+                    raise UserError(f"{what} from elsewhere: take the line out.")
 
 
 def all_files(folder: Path) -> Iterator[Path]:
@@ -320,19 +298,14 @@ def all_files(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in sorted(names))
 
 
-def _entries(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield every name and value of a JSON file, however deep."""
+def _entries(file: Path) -> list[tuple[str, Any]]:
+    """Return every name and value of a JSON file, however deep."""
+    entries: list[tuple[str, Any]] = []
     try:
-        nodes = [read_json(file)]
+        read_json(file, lambda pairs: entries.extend(pairs) or dict(pairs))
     except (ValueError, OSError) as error:
         raise UserError(f"{file} cannot be read as JSON: the folder is damaged.") from error
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, list):
-            nodes += node
-        elif isinstance(node, dict):
-            nodes += node.values()
-            yield from node.items()
+    return entries
 
 
 def _check_weights(folder: Path) -> None:

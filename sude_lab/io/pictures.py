@@ -45,14 +45,9 @@ def load_picture(path: AnyPicture, *, resolution: int) -> Picture:
     values scaled to 8 bit, colours to sRGB by the embedded ICC profile where there is one,
     transparency over white, centre crop, Lanczos resize (a note says so where it enlarges).
 
-    Args:
-        path: A file, or a picture of Pillow.
-        resolution: The side in pixels.
-
     Raises:
         PictureError: it is no file, no picture, damaged, larger than `PIL.Image.MAX_IMAGE_PIXELS`,
             a single pixel, or a thin strip.
-        UserError: `resolution` is not positive.
     """
     check_whole("The resolution", resolution, 1)
     notes: list[str] = []
@@ -119,15 +114,11 @@ def _decode(path: Path, notes: list[str]) -> Image.Image:
     except PictureError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise PictureError(
-            f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, the most that is read: "
-            "make it smaller first."
-        ) from error
+        most = f"{Image.MAX_IMAGE_PIXELS:,} pixels, the most that is read"
+        raise PictureError(f"{path} has more than {most}: make it smaller first.") from error
     except UnidentifiedImageError as error:
-        raise PictureError(
-            f"{path} is not a picture that can be read here (HEIC and SVG are not, for example): "
-            "save it as JPEG or PNG."
-        ) from error
+        what = "is not a picture that can be read here (HEIC and SVG are not, for example)"
+        raise PictureError(f"{path} {what}: save it as JPEG or PNG.") from error
     except PermissionError as error:
         raise PictureError(f"{path} may not be read: change its permissions.") from error
     except Exception as error:  # decoders meet damaged bytes with errors of every class

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,14 @@ def read_text(path: Path | str, what: str, instead: str) -> str:
     raise UserError(f"{what} cannot be read (it {why}): name {instead}.")
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
+def read_json(path: Path, of_pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Return the content of a JSON file; `of_pairs` makes its objects, as `json.loads` has it.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON in UTF-8, or is nested too deeply.
+        OSError, ValueError: it cannot be read, or is no JSON in UTF-8, or nested too deeply.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=of_pairs)
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply.") from None
 
@@ -71,6 +71,5 @@ def read_yaml(text: str, what: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         reason = str(getattr(error, "problem", None) or error).split(". ")[0]
-        raise UserError(
-            f"{what} is not readable YAML ({line}{one_line(reason, 200)}): correct it."
-        ) from error
+        reason = f"{line}{one_line(reason, 200)}"
+        raise UserError(f"{what} is not readable YAML ({reason}): correct it.") from error

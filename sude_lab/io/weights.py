@@ -41,14 +41,11 @@ def save_weights(method: Method, folder: Path) -> None:
     """Write what a method trained into a folder, as this module's text says."""
     folder.mkdir(parents=True, exist_ok=True)
     backbone = method.backbone
-    for number, subject in enumerate(method.subjects):
+    for number, subject in enumerate(method.subjects if method.tokens else ()):
         vectors = {name: _plain(tokens.of(number)) for name, tokens in method.tokens.items()}
-        if not vectors:
-            continue
-        if len(vectors) > 1:
-            tensors = {XL_KEYS[name]: rows for name, rows in vectors.items()}
-        else:  # one vector without a dimension of its own, as most files have it
-            rows = vectors["text_encoder"]
+        tensors = {XL_KEYS[name]: rows for name, rows in vectors.items()}
+        if len(vectors) == 1:  # one vector without a dimension of its own, as most files have it
+            (rows,) = vectors.values()
             tensors = {subject.token: rows[0] if len(rows) == 1 else rows}
         ending = f"-{number + 1}" if number else ""
         path = folder / EMBEDDINGS.replace("*", ending)
@@ -94,8 +91,7 @@ def load_weights(
         initializers: The words that each subject's token started from, where `scale` is not 1.
 
     Raises:
-        UserError: the backbone has been used already, or the weights are not there, are damaged, do
-            not belong to this model, or cannot be scaled.
+        UserError: the backbone has been used already, or the weights do not belong to it.
     """
     backbone.use()
     if method == "vico" and scale != 1:
@@ -105,10 +101,9 @@ def load_weights(
     except UserError:
         raise
     except Exception as error:  # foreign files fail in the loaders with errors of any class
-        raise UserError(
-            f"The weights in {folder} are damaged, or do not fit this model "
-            f"({type(error).__name__}: {str(error)[:160]}): {_ELSEWHERE}"
-        ) from error
+        reason = f"{type(error).__name__}: {str(error)[:160]}"
+        wrong = f"The weights in {folder} are damaged, or do not fit this model ({reason})"
+        raise UserError(f"{wrong}: {_ELSEWHERE}") from error
 
 
 def _load(
@@ -144,9 +139,7 @@ def _load(
     encoders = backbone.text_encoders.values()
     for ids, vectors in tokens:
         for encoder, rows, vector in zip(encoders, ids, vectors, strict=True):
-            table = encoder.get_input_embeddings().weight
-            with torch.no_grad():
-                table[rows] = vector
+            encoder.get_input_embeddings().weight.data[rows] = vector
     if (folder / LORA_FILE).is_file():
         with quiet():  # it misses a LoRA of the text encoders, which there is none of
             backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
@@ -190,10 +183,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             about = file.metadata() or {}
         return load_file(path), about
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} could not be read as safetensors ({error}): the file is damaged, so take the "
-            "run's weights from a copy, or tune again."
-        ) from error
+        cure = "the file is damaged, so take the run's weights from a copy, or tune again"
+        raise UserError(f"{path} could not be read as safetensors ({error}): {cure}.") from error
 
 
 def _read_token(backbone: Backbone, path: Path) -> tuple[str, list[Tensor]]:

@@ -54,8 +54,7 @@ def configure(
         method: A method that is not in `METHODS`.
 
     Raises:
-        UserError: a setting, preset or method does not exist, the model cannot know the category,
-            or a token cannot hold its vectors.
+        UserError: there is no such setting, preset, method, category or token.
     """
     if isinstance(settings, Mapping):
         settings = TuningConfig(**read_settings(settings))
@@ -86,8 +85,6 @@ def _on_model(config: CompleteConfig, backbone: Backbone) -> CompleteConfig:
     backbone.check_method(config)
     schedule, no_eps = backbone.schedule, backbone.schedule.prediction_type == "epsilon"
     if config.with_sude and config.weighting != "simple" and no_eps and schedule.reaches_zero:
-        raise UserError(
-            "The model predicts noise, and its last step is nothing else (zero terminal SNR), so "
-            "that eq. 7 has no value there: use --weighting simple."
-        )
+        why = "The model predicts noise, and its last step is nothing else (zero terminal SNR)"
+        raise UserError(f"{why}, so that eq. 7 has no value there: use --weighting simple.")
     return replace(config, backbone=source, category=category, more_subjects=more)

@@ -23,6 +23,8 @@ class Method:
     """One baseline. A subclass names its defaults (its paper's, on Stable Diffusion) and fills
     `parameters` in `prepare`, keyed "part.name": part is unet (or transformer), text_encoder,
     text_encoder_2, token or a name of its own.
+
+    With `keep_frozen` the denoiser is kept as it is now, for `predict_pretrained`.
     """
 
     name: ClassVar[str]
@@ -33,7 +35,9 @@ class Method:
     initializers: ClassVar[tuple[str, ...]] = ()
     """Words that the subjects' tokens start from, in their order; none: from their category."""
 
-    def __init__(self, backbone: Backbone, config: CompleteConfig) -> None:
+    def __init__(
+        self, backbone: Backbone, config: CompleteConfig, *, keep_frozen: bool = False
+    ) -> None:
         backbone.use()
         self.backbone = backbone
         self.config = config
@@ -52,10 +56,10 @@ class Method:
             for k, (name, encoder) in enumerate(backbone.text_encoders.items())
         }
         self.prepare()
-        self.frozen: FrozenUNet | None = None
         if config.gradient_checkpointing:
             backbone.denoiser.enable_gradient_checkpointing()
             backbone.denoiser.train()
+        self.frozen = FrozenUNet(backbone.denoiser) if keep_frozen else None
 
     def prepare(self) -> None:
         """Fill `self.parameters` with what is trained, and switch its gradients on."""
@@ -72,20 +76,12 @@ class Method:
         """Return the method's own weighted loss of the last `predict`, (B,), where it has one."""
         return None
 
-    def keep_frozen(self) -> None:
-        """Keep the denoiser as it is: call it before the first step, for `predict_pretrained`."""
-        self.frozen = FrozenUNet(self.backbone.denoiser)
-
+    @torch.no_grad()
     def predict_pretrained(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Return the output of the denoiser as it was before tuning, without gradients.
-
-        Raises:
-            ValueError: nothing was kept.
-        """
+        """Return the output of the denoiser as it was before tuning, where that was kept."""
         if self.frozen is None:
-            raise ValueError("The model before tuning was not kept: call keep_frozen() before.")
-        with torch.no_grad():
-            return self.backbone.predict(x_t, t, condition, self.frozen)
+            raise ValueError("The model before tuning was not kept: make this with keep_frozen.")
+        return self.backbone.predict(x_t, t, condition, self.frozen)
 
     def predict_current(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return what the model as it is now says of a prompt without the subject."""
@@ -105,9 +101,8 @@ class Method:
         tokens = [s.token for s in self.subjects]
         prompts = []
         for number, subject in enumerate(self.subjects):
-            text = self.config.prompt or self.template
             # The template speaks of "the subject": for the second one that is {S*2}.
-            text = text.replace(PLACEHOLDER, placeholder(number))
+            text = (self.config.prompt or self.template).replace(PLACEHOLDER, placeholder(number))
             prompts.append(fill(text.replace("{category}", subject.category), *tokens))
         return prompts
 
@@ -130,12 +125,9 @@ class Method:
         """Return the optimiser's parameter groups: the tokens have a learning rate of their own."""
         token = [p for name, p in self.parameters.items() if name.startswith("token.")]
         other = [p for name, p in self.parameters.items() if not name.startswith("token.")]
-        rates = (self.config.learning_rate, self.config.token_learning_rate)
         # No decay of the token: it would pull the subject's name towards no meaning at all.
-        groups = [
-            {"params": other, "lr": rates[0]},
-            {"params": token, "lr": rates[1], "weight_decay": 0.0},
-        ]
+        slow = {"lr": self.config.token_learning_rate, "weight_decay": 0.0}
+        groups = [{"params": other, "lr": self.config.learning_rate}, {"params": token} | slow]
         return [group for group in groups if group["params"]]
 
     def state_dict(self) -> dict[str, Tensor]:

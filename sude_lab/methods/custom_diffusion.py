@@ -12,17 +12,15 @@ from sude_lab.methods.base import Method
 class CustomDiffusion(Method):
     """Train the keys and values of every cross-attention, and the subjects' new words.
 
-    `prompt`: "photo of a {S*} [category]". The weights to_k and to_v of every attn2 are the only
-    ones of the UNet that meet the text; all subjects of a run share them, each has its own word.
-    Words start from rare ones, which say little beside the category, also to a model that never met
-    them (to start from the category itself would say it twice). Prior preservation is on: give real
-    pictures with `class_images`, else the model draws them.
+    The weights to_k and to_v of every attn2 are the only ones of the UNet that meet the text; all
+    subjects of a run share them, each has its own word. Words start from rare ones, which say
+    little beside the category. Prior preservation is on: give real pictures with `class_images`,
+    else the model draws them.
 
     Of the authors' code: 1e-5 is the learning rate of their command, which its `--scale_lr`
-    multiplies by the batch size, by the number of processes, and by 2 for the class images (4e-5
-    for a batch of 2 on one card). They tune 250 steps for one subject, 500 for two. Left out: their
-    changes of the picture's size ("a far away", "zoomed in" in the prompt), and their stop of the
-    gradient at the first token's key and value.
+    multiplies by the batch size, the number of processes, and 2 for the class images (4e-5 for a
+    batch of 2 on one card). Left out: their changes of the picture's size ("a far away", "zoomed
+    in" in the prompt), and their stop of the gradient at the first token's key and value.
     """
 
     name: ClassVar[str] = "custom_diffusion"

@@ -32,24 +32,17 @@ class DreamBooth(Method):
         """Open the chosen part of the denoiser, and the text encoders and the tokens on request."""
         words = [self.initializer(self.config, number) for number in range(len(self.subjects))]
         if not self.config.token_learning_rate and len(set(words)) < len(words):
-            raise UserError(
-                "Several subjects' tokens start from the same word and stay there: give "
-                "--token-learning-rate a value above 0."
-            )
+            same = "Several subjects' tokens start from the same word and stay there"
+            raise UserError(f"{same}: give --token-learning-rate a value above 0.")
         denoiser, part = self.backbone.denoiser, self.backbone.part
         if self.config.train == "lora":
             from peft import LoraConfig
 
+            rank, layers = self.config.lora_rank, list(self.backbone.lora_targets)
             # peft draws the adapters from the global generator: give it ours for that moment.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.config.seed)
-                denoiser.add_adapter(
-                    LoraConfig(
-                        r=self.config.lora_rank,
-                        lora_alpha=self.config.lora_rank,
-                        target_modules=list(self.backbone.lora_targets),
-                    )
-                )
+                denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
         marks = {"unet": ("",), "attention": self.backbone.attention, "lora": (".lora_",)}
         for name, p in denoiser.named_parameters():
             if any(mark in name for mark in marks[self.config.train]):
