@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -121,30 +122,28 @@ def _load(
     paths = sorted(folder.glob(EMBEDDINGS), key=lambda path: (len(path.name), path.name))
     saved = [_read_token(backbone, path) for path in paths]
     backbone.use(f"holds the weights of a run ({folder})")
-    tokens = []
+    tokens: list[tuple[Any, list[int], Tensor]] = []
+    encoders = backbone.text_encoders.values()
     for number, (token, vectors) in enumerate(saved):
         start = initializers[number] if number < len(initializers) else "photo"
         words = token_words(token, len(vectors[0]))
         added = [backbone.add_token(word, start) for word in words]
-        ids = [list(of_encoder) for of_encoder in zip(*added, strict=True)]
-        tables = [e.get_input_embeddings().weight for e in backbone.text_encoders.values()]
-        starts = [table[rows].detach() for table, rows in zip(tables, ids, strict=True)]
-        ends = [_between(*pair, scale) for pair in zip(starts, vectors, strict=True)]
-        tokens.append((ids, ends))
+        rows = [list(of_encoder) for of_encoder in zip(*added, strict=True)]
+        for encoder, ids, end in zip(encoders, rows, vectors, strict=True):
+            table = encoder.get_input_embeddings().weight
+            tokens.append((encoder, ids, _between(table[ids].detach(), end, scale)))
     for part, module in ((backbone.part, backbone.denoiser), *backbone.text_encoders.items()):
         path = folder / f"{part}.safetensors"
         if path.is_file():
             _load_part(module, path, scale)
     # Last, because a trained text encoder's table has rows for the tokens, too.
-    encoders = backbone.text_encoders.values()
-    for ids, vectors in tokens:
-        for encoder, rows, vector in zip(encoders, ids, vectors, strict=True):
-            encoder.get_input_embeddings().weight.data[rows] = vector
+    for encoder, ids, vectors in tokens:
+        encoder.get_input_embeddings().weight.data[ids] = vectors
     if (folder / LORA_FILE).is_file():
         with quiet():  # it misses a LoRA of the text encoders, which there is none of
             backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
         if scale != 1:
-            names = list(backbone.unet.peft_config)
+            names = list(backbone.denoiser.peft_config)
             backbone.pipeline.set_adapters(names, [scale] * len(names))
     if method == "vico":
         _load_images(backbone, folder / VICO_FILE)

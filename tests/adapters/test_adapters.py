@@ -177,6 +177,22 @@ def test_it_is_tuned_saved_and_loaded_by_plain_diffusers(
     assert distance(plain_picture(model, pipeline, SUBJECT), expected) <= 1
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_lora_is_loaded_at_another_strength(
+    name: str, model_of: Callable[[str], Model], picture: Image.Image, tmp_path: Path
+) -> None:
+    model = model_of(name)
+    _, steps = tuned(model, picture, train="lora", lora_rank=4, learning_rate=5e-2)
+    save_weights(steps[-1].method, tmp_path)
+    drawn = {}
+    for scale in (0.0, 1.0):
+        loaded = model.fresh()
+        load_weights("dreambooth", loaded, tmp_path, scale=scale)
+        drawn[scale] = draw(loaded, "photo of a dog")
+    assert distance(drawn[0.0], draw(model.opened, "photo of a dog")) <= 1
+    assert distance(drawn[1.0], drawn[0.0]) > 1
+
+
 # --- the scripts' loops ---------------------------------------------------------------------------
 
 
