@@ -159,21 +159,20 @@ class Generate(_Drawing):
         for token in run.tokens:
             words = by_itself(token).sub(" ", words)
         settings = _some(self, "num_images", "seed", "num_inference_steps", "guidance_scale")
+        settings |= {"negative_prompt": negative or None, "progress": True}
+        if self.guidance_scale is None:
+            settings["guidance_scale"] = strength.guidance_scale
         # Where it cannot be written, no model is opened.
         with sole_writer(self.out), atomic_folder(self.out) as folder:
             backbone = run.load(self.device, dtype=self.dtype, trust_backbone=self.trust_backbone)
             _note(backbone, [prompt, negative], words, *run.tokens)
             if words == prompt:
                 _warn(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.")
-            if self.guidance_scale is None:
-                settings["guidance_scale"] = strength.guidance_scale
-            settings |= {"negative_prompt": negative or None, "progress": True}
             with guidance_for(run.config, backbone, self.prompt, strength):
                 images = generate(backbone, prompt, **settings)
             for k, image in enumerate(images):
                 image.save(folder / f"{k:03d}.png")
-        drawn = "1 picture is" if len(images) == 1 else f"{len(images)} pictures are"
-        print(f"{drawn} in {self.out}.")
+        print(f"{len(images)} picture{'s are' if len(images) > 1 else ' is'} in {self.out}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,11 +305,13 @@ class Sweep:
         del settings["status"], settings["dry_run"]
         failed = sweep(**settings)
         print(f"The table is {self.out / RESULTS}.")
-        for key, reason in list(failed.items())[:1]:
-            _warn(
-                f"sude-lab: {len(failed)} runs failed, the first one ({key}) because: {reason} The "
-                "column error of the table has all reasons; the same command tries them again."
+        if failed:
+            key, reason = next(iter(failed.items()))
+            first = f"{len(failed)} runs failed, the first one ({key}) because: {reason}"
+            again = (
+                "The column error of the table has all reasons; the same command tries them again."
             )
+            _warn(f"sude-lab: {first} {again}")
         return int(bool(failed))
 
 
@@ -469,13 +470,11 @@ def _parse(arguments: Sequence[str] | None) -> Any:
     box, dice = io.StringIO(), random.getstate()
     try:
         with redirect_stderr(box):
+            about = "One picture of your dog should not cost a model what it knows of dogs."
+            about += " Any command takes --debug: it shows where an error comes from."
+            config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
             return tyro.cli(
-                Command,
-                args=arguments,
-                prog="sude-lab",
-                description="One picture of your dog should not cost a model what it knows of "
-                "dogs. Any command takes --debug: it shows where an error comes from.",
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+                Command, args=arguments, prog="sude-lab", description=about, config=config
             )
     except SystemExit as stop:
         if not stop.code:  # --help
@@ -563,10 +562,8 @@ def _answer(error: BaseException, command: Any) -> tuple[int, str]:
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("sude_lab"):
-        return 2, (
-            f'this command needs the package {error.name}: pip install "sude-lab[lab,sweep]", or '
-            'pip install -e ".[lab,sweep]" in a clone.'
-        )
+        cure = 'pip install "sude-lab[lab,sweep]", or pip install -e ".[lab,sweep]" in a clone'
+        return 2, f"this command needs the package {error.name}: {cure}."
     if isinstance(error, OSError) and error.errno is not None:
         name = error.filename if isinstance(error.filename, str) else "A file"
         return 2, f"{name} cannot be read or written ({error.strerror})."
@@ -577,6 +574,5 @@ def _answer(error: BaseException, command: Any) -> tuple[int, str]:
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return 2, "This system names no home folder: set SUDE_LAB_CACHE to a folder for files."
     reason = f": {str(error).rstrip('.')}" if str(error) else ""
-    return 1, (
-        f"{type(error).__name__}{reason}; this is a bug: run again with --debug and report it."
-    )
+    bug = "this is a bug: run again with --debug and report it."
+    return 1, f"{type(error).__name__}{reason}; {bug}"

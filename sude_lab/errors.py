@@ -86,8 +86,7 @@ def check_types(settings: Any) -> None:
 
     A path may be a text, and a number one of numpy's, which no file could hold: they are replaced.
     """
-    kind: Any = type(settings)
-    hints = _hints(kind)
+    hints = _hints(type(settings))
     for f in fields(settings):
         value, kinds = getattr(settings, f.name), kinds_of(hints[f.name])
         if isinstance(value, numbers.Number) and hasattr(value, "item"):
@@ -111,8 +110,6 @@ _NAMES: dict[Any, str] = {
     **{float: "a number", int: "a whole number", bool: "on or off"},
     **{str: "a text", Path: "the name of a file", tuple[str, ...]: "a tuple of texts"},
 }
-
-
 _hints = cache(get_type_hints)
 
 

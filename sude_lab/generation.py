@@ -68,9 +68,8 @@ def generate(
     check_whole("The batch size", batch_size, 1)
     check_whole("The first picture's number", first, 0)
     pipeline = backbone.pipeline
-    shape = backbone.latent_shape
+    shape, last = backbone.latent_shape, first + num_images
     images: list[Image.Image] = []
-    last = first + num_images
     starts = range(first, last, batch_size)
     trained_with, pipeline.scheduler = pipeline.scheduler, backbone.sampler()
     vae, decode = pipeline.vae, pipeline.vae.decode  # SDXL's overflows in float16, and says so
@@ -79,10 +78,8 @@ def generate(
     try:
         for start in tqdm(starts, desc="drawing", unit="batch", disable=not progress):
             indices = range(start, min(start + batch_size, last))
-            noise = [
-                torch.randn(shape, generator=torch.Generator().manual_seed(int(seed) * 100_003 + k))
-                for k in indices
-            ]
+            seeds = (torch.Generator().manual_seed(int(seed) * 100_003 + k) for k in indices)
+            noise = [torch.randn(shape, generator=generator) for generator in seeds]
             with backbone.autocast():
                 arguments = backbone.call_arguments(
                     prompt=[prompt] * len(indices),

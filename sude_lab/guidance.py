@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from sude_lab.backbone import Backbone, Condition
 from sude_lab.errors import UserError
@@ -205,15 +206,10 @@ def _predict(
     twice = list(range(rows - number, rows)) * 2
 
     def select(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[twice] if value.ndim and len(value) == rows else value
-        if isinstance(value, dict):
-            return {key: select(v) for key, v in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(select(v) for v in value)
-        return value
+        of_rows = isinstance(value, Tensor) and value.ndim and len(value) == rows
+        return value[twice] if of_rows else value
 
-    arguments = {key: select(value) for key, value in call.items()}
+    arguments = tree_map(select, call)
     hidden = condition.hidden.to(arguments["encoder_hidden_states"])
     arguments |= {sample: x_t, "timestep": t, "encoder_hidden_states": hidden}
     if "pooled_projections" in arguments and condition.pooled is not None:

@@ -248,8 +248,7 @@ def _condition(embeds: Tensor | Condition, is_xl: bool = False) -> Condition:
     condition = Condition(embeds) if isinstance(embeds, Tensor) else embeds
     right = isinstance(condition, Condition) and condition.hidden.ndim > 2
     if not right or (is_xl and (condition.pooled is None or condition.sizes is None)):
-        raise UserError(
-            "A prompt is a Tensor (1, L, D), and for SDXL a sude_lab.backbone.Condition of prompt, "
-            "pooled prompt and time_ids, of which the first two are zeros for no prompt."
-        )
+        parts = "prompt, pooled prompt and time_ids, of which the first two are zeros for no prompt"
+        kinds = "a Tensor (1, L, D), and for SDXL a sude_lab.backbone.Condition"
+        raise UserError(f"A prompt is {kinds} of {parts}.")
     return condition.map(Tensor.detach)
