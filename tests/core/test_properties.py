@@ -483,22 +483,18 @@ def test_an_interval_holds_its_mean_and_moves_with_the_values(
     near = {"rtol": 1e-9, "atol": 1e-9 * (1 + np.abs(x).max()) * scale}
     nothing = np.zeros(len(x))
 
-    def of_subjects(y: np.ndarray, level: float = 0.95) -> Interval:
-        return mean_interval(y, level=level)
-
     def of_drawings(y: np.ndarray, level: float = 0.95) -> Interval:
         return drawings_interval(y, np.arange(len(y)), nothing, level=level, **few)
 
-    for rule in (of_subjects, of_drawings):
+    for rule in (mean_interval, of_drawings):
         interval = rule(x)
         ends = np.array([interval.low, interval.high])
         assert ends[0] - 1e-9 <= ends[1]
         moved, mirrored = rule(scale * x + 5), rule(-x)
         np.testing.assert_allclose([moved.low, moved.high], scale * ends + 5, **near)
         np.testing.assert_allclose([mirrored.low, mirrored.high], -ends[::-1], **near)
-        narrow = rule(x, level=0.5)
-        assert ends[0] - 1e-9 <= narrow.low <= narrow.high + 1e-9 <= ends[1] + 2e-9
-    drawn, subjects = of_drawings(x), of_subjects(x)
+    drawn, narrow, subjects = of_drawings(x), of_drawings(x, level=0.5), mean_interval(x)
+    assert drawn.low - 1e-9 <= narrow.low <= narrow.high + 1e-9 <= drawn.high + 2e-9
     assert x.min() - 1e-9 <= drawn.low <= drawn.high <= x.max() + 1e-9
     assert subjects.low - 1e-9 <= x.mean() <= subjects.high + 1e-9
     twice = mean_interval(np.repeat(x, 3), np.repeat(np.arange(len(x)), 3))
