@@ -65,3 +65,17 @@ def with_attribute(template: str, attribute: str | None) -> str:
         return template
     named = re.sub(r"\b(?:an?) (?=\{S\*\})", f"{article(attribute)} ", template, count=1)
     return named.replace(PLACEHOLDER, f"{attribute} {PLACEHOLDER}", 1)
+
+
+def caption(prompt: str, *categories: str) -> str:
+    """Return a prompt in words that everyone knows: "photo of a running dog".
+
+    A subject's {S*} is dropped where its category stands behind it, and gives way to the category
+    where it does not ("a {S*} on the beach" of a dog: "a dog on the beach").
+    """
+    for number, category in enumerate(categories):
+        name, word = re.escape(placeholder(number)), rf"{re.escape(category)}\b"
+        # Split and joined: re.sub would read backslashes in the text that it puts in.
+        prompt = category.join(re.split(rf"{name}(?:\s+{word})?", prompt, flags=re.IGNORECASE))
+        prompt = re.sub(rf"\b([Aa])n? (?={word})", rf"\g<1>{article(category)[1:]} ", prompt)
+    return " ".join(prompt.split())

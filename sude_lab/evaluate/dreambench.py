@@ -17,10 +17,10 @@ from typing import Any
 import yaml
 
 from sude_lab.errors import UserError
-from sude_lab.evaluate.prompts import Prompt, caption
+from sude_lab.evaluate.prompts import Prompt
 from sude_lab.io.opening import data_folder
 from sude_lab.io.reading import read_text
-from sude_lab.prompts import PLACEHOLDER
+from sude_lab.prompts import PLACEHOLDER, caption
 
 FILE = "prompts_and_classes.txt"
 ONE_SHOT = "00.jpg"
@@ -59,11 +59,7 @@ class DreamBench:
     live_prompts: tuple[str, ...]
 
     def subject(self, name: str) -> Subject:
-        """Return a subject by its name.
-
-        Raises:
-            UserError: there is no such subject; the closest names are told.
-        """
+        """Return a subject by its name."""
         if name not in self.subjects:
             close = get_close_matches(name, self.subjects, n=3) or sorted(self.subjects)
             raise UserError(
@@ -88,10 +84,6 @@ def load_dreambench(folder: Path | str) -> DreamBench:
     """Read the data set from a clone of its repository, or from the folder `dataset` in it.
 
     No picture is opened here.
-
-    Raises:
-        UserError: its file of prompts and classes is not there or cannot be understood, a subject
-            is named twice, or a subject's folder or its `00.jpg` is missing.
     """
     folder = Path(folder)
     root = find_dreambench(folder)
@@ -149,11 +141,7 @@ def _own_prompts(folder: Path) -> dict[str, Any]:
 
 
 def attributes_of(category: str) -> tuple[str, ...]:
-    """Return our five attributes for a class of DreamBench.
-
-    Raises:
-        UserError: the class is not one of the 15, or the file is not there.
-    """
+    """Return our five attributes for a class of DreamBench."""
     attributes = _own_prompts(data_folder())["attributes"]
     if category not in attributes:
         raise UserError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from sude_lab.errors import UserError
 from sude_lab.io.reading import read_text, read_yaml
-from sude_lab.prompts import PLACEHOLDER, article, checked, photo_of, placeholder, with_attribute
+from sude_lab.prompts import PLACEHOLDER, article, caption, checked, photo_of, with_attribute
 
 STRUCTURES = {
     "P1": "photo of a {attribute} {S*} {category}",
@@ -56,9 +56,6 @@ def structured(structure: str, category: str, attribute: str = "") -> str:
     """Return a prompt of P1, P2 or P3 for a category; without an attribute it is simply left out.
 
     P3 of ("dog", "running") is "photo of a {S*} and it is a running dog".
-
-    Raises:
-        UserError: there is no such structure.
     """
     if structure not in STRUCTURES:
         raise UserError(
@@ -68,23 +65,6 @@ def structured(structure: str, category: str, attribute: str = "") -> str:
     if not attribute:
         template = template.replace("{attribute} ", "")
     return fill_words(template, attribute=attribute, category=category)
-
-
-def caption(prompt: str, *categories: str) -> str:
-    """Return a prompt in words that everyone knows: "photo of a running dog".
-
-    A subject's {S*} is dropped where its category stands behind it, and gives way to the category
-    where it does not ("a {S*} on the beach" of a dog: "a dog on the beach").
-    """
-    for number, category in enumerate(categories):
-        name = re.escape(placeholder(number))
-        # Where the category is what follows, it stands once; its article may be another.
-        # Split and joined: re.sub would read backslashes in the text that it puts in.
-        prompt = category.join(re.split(rf"{name}(?: {re.escape(category)}\b)?", prompt))
-        prompt = re.sub(
-            rf"\b([Aa])n? (?={re.escape(category)}\b)", rf"\g<1>{article(category)[1:]} ", prompt
-        )
-    return " ".join(prompt.split())
 
 
 def prompt_for(
@@ -112,9 +92,6 @@ def read_prompts(path: Path, *categories: str) -> list[Prompt]:
     A text file has a prompt a line ("#" begins a comment line). A .yaml, .yml or .json file has a
     list of prompts, or of mappings with `prompt` and, if wished, `caption` (what a picture is
     compared with), `attribute`, `background` and `group`. Equal prompts are asked once.
-
-    Raises:
-        UserError: the file cannot be read, is empty, or a prompt lacks {S*}.
     """
     words = read_text(path, f"The prompts in {path}", "a text file with a prompt a line")
     lines = [line.strip() for line in words.splitlines()]

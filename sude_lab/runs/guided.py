@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,25 +12,8 @@ from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.guidance import has_adapters, sude_guidance
 from sude_lab.io.opening import open_backbone
-from sude_lab.prompts import article, by_itself, placeholder
+from sude_lab.prompts import by_itself, caption, placeholder
 from sude_lab.runs.strength import Strength
-
-
-def to_class_prompt(prompt: str, *categories: str) -> str:
-    """Return the prompt with {S*}, {S*2}, ... as their categories, for the frozen model.
-
-    "photo of a running {S*}" and "photo of a running {S*} dog" both become "photo of a running
-    dog".
-    """
-    for number, category in enumerate(categories):
-        mark, word = re.escape(placeholder(number)), re.escape(category)
-        prompt = re.sub(
-            rf"(?:\b(an?)\s+)?{mark}(?:\s+{word}\b)?",
-            lambda m, c=category: f"{article(c)} {c}" if m[1] else c,  # type: ignore[misc]
-            prompt,
-            flags=re.IGNORECASE,
-        )
-    return prompt
 
 
 def guidance_for(
@@ -57,7 +39,7 @@ def guidance_for(
         return nullcontext()
     for number, subject in enumerate(config.subjects):
         prompt = by_itself(subject.token).sub(placeholder(number), prompt)
-    words = to_class_prompt(prompt, *(subject.category for subject in config.subjects))
+    words = caption(prompt, *(subject.category for subject in config.subjects))
     pipeline, own = backbone.pipeline, has_adapters(backbone.denoiser)
     if own and not config.train_text_encoder:
         if backbone.part == "unet":

@@ -27,9 +27,9 @@ from sude_lab.frozen import FrozenUNet
 from sude_lab.generation import generate
 from sude_lab.guidance import sude_correction, sude_guidance
 from sude_lab.losses import guidance_projection, hinge_loss
+from sude_lab.prompts import caption
 from sude_lab.runs import guided
 from sude_lab.runs.folder import Run
-from sude_lab.runs.guided import to_class_prompt
 from sude_lab.runs.strength import Strength
 
 B, SHAPE = 6, (3, 4, 5)
@@ -198,7 +198,7 @@ def test_shapes_must_agree(outputs: tuple[Tensor, Tensor, Tensor]) -> None:
 def test_the_class_prompt_says_the_category_once(
     prompt: str, categories: list[str], expected: str
 ) -> None:
-    assert to_class_prompt(prompt, *categories) == expected
+    assert caption(prompt, *categories) == expected
 
 
 def test_the_class_prompt_is_the_same_where_the_prompt_has_the_token_itself(

@@ -9,7 +9,6 @@ from tokenizers import AddedToken
 from sude_lab.errors import UserError
 from sude_lab.evaluate.prompts import (
     Prompt,
-    caption,
     fill_words,
     prompt_for,
     read_prompts,
@@ -18,7 +17,7 @@ from sude_lab.evaluate.prompts import (
 )
 from sude_lab.io.opening import open_backbone
 from sude_lab.methods import METHODS
-from sude_lab.prompts import PLACEHOLDER, article, fill, photo_of, placeholder
+from sude_lab.prompts import PLACEHOLDER, article, caption, fill, photo_of, placeholder
 
 pytestmark = pytest.mark.quick
 

@@ -26,10 +26,11 @@ from sude_lab import exercises, losses
 from sude_lab.classifier import class_log_posterior, class_log_ratio, reverse_log_prob
 from sude_lab.cli import main
 from sude_lab.evaluate.metrics import image_similarity, per_run
-from sude_lab.evaluate.prompts import caption, structured
+from sude_lab.evaluate.prompts import structured
 from sude_lab.exercises import Mistake, check_letter, judging
 from sude_lab.exercises.judging import Check, ask, changed, difference, same, slips_of
 from sude_lab.exercises.slips import made, source_of
+from sude_lab.prompts import caption
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "sude_lab" / "exercises"

@@ -24,9 +24,9 @@ from refusals import Said, content, generated, say
 from sude_lab import cli
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError, one_line
-from sude_lab.evaluate.prompts import caption, prompt_for
+from sude_lab.evaluate.prompts import prompt_for
 from sude_lab.io.pictures import PictureError, load_picture
-from sude_lab.prompts import PLACEHOLDER, checked, fill
+from sude_lab.prompts import PLACEHOLDER, caption, checked, fill
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, run_tuning
 
 FEW = ("--max-train-steps", 1, "--num-samples", 0, "--device", "cpu", "--report-to", "none")
