@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -26,9 +26,6 @@ from tyro.conf import Positional
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError, machine_failure, one_line
 from sude_lab.io.files import process_number, sole_writer
-
-if TYPE_CHECKING:
-    from sude_lab.backbone import Backbone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +139,7 @@ class Generate(_Drawing):
     """SuDe without training: strength g of the pull back to the category; 1 meets it, 0 is none."""
 
     def execute(self) -> None:
-        from sude_lab.generation import generate
+        from sude_lab.generation import generate, remarks
         from sude_lab.io.files import atomic_folder
         from sude_lab.prompts import PLACEHOLDER, by_itself
         from sude_lab.runs.folder import Run
@@ -155,9 +152,6 @@ class Generate(_Drawing):
         if not self.prompt.strip():
             raise UserError('The prompt is empty: for example "photo of a {S*}".')
         prompt, negative = run.prompt(self.prompt), run.prompt(self.negative_prompt or "")
-        words = prompt
-        for token in run.tokens:
-            words = by_itself(token).sub(" ", words)
         settings = _some(self, "num_images", "seed", "num_inference_steps", "guidance_scale")
         settings |= {"negative_prompt": negative or None, "progress": True}
         if self.guidance_scale is None:
@@ -165,8 +159,9 @@ class Generate(_Drawing):
         # Where it cannot be written, no model is opened.
         with sole_writer(self.out), atomic_folder(self.out) as folder:
             backbone = run.load(self.device, dtype=self.dtype, trust_backbone=self.trust_backbone)
-            _note(backbone, [prompt, negative], words, *run.tokens)
-            if words == prompt:
+            for remark in remarks(backbone, [prompt, negative], *run.tokens):
+                _warn(remark)
+            if not any(by_itself(token).search(prompt) for token in run.tokens):
                 _warn(f"The prompt has no {PLACEHOLDER}: the subject is not asked for.")
             with guidance_for(run.config, backbone, self.prompt, strength):
                 images = generate(backbone, prompt, **settings)
@@ -242,6 +237,7 @@ class Classify:
 
     def execute(self) -> None:
         from sude_lab.classify.implicit import ImplicitClassifier, checked_prompts
+        from sude_lab.generation import remarks
         from sude_lab.io.opening import open_backbone
         from sude_lab.io.pictures import load_picture, open_picture
 
@@ -253,9 +249,8 @@ class Classify:
         classifier = ImplicitClassifier(backbone, self.prompt, prior=self.prior, **how)
         picture = load_picture(self.image, resolution=backbone.resolution)
         (verdict,) = classifier.classify([picture.image], progress=True)
-        for note in picture.notes:
+        for note in (*picture.notes, *remarks(backbone, self.prompt)):
             _warn(note)
-        _note(backbone, self.prompt, " ".join(self.prompt))
         rows = verdict.rows()
         if self.json:
             about = _some(self, "backbone", "weighting", "num_pairs", "seed")
@@ -430,16 +425,6 @@ class Release:
         if self.lessons is not None:
             books = release_lessons(self.lessons)
             print(f"{len(books)} lessons are in {self.lessons}, without outputs.")
-
-
-def _note(backbone: Backbone, prompts: Sequence[str], words: str, *tokens: str) -> None:
-    """Say what of some prompts the model does not read, and which words it does not know."""
-    for prompt in prompts:
-        if rest := backbone.beyond_reach(prompt, *tokens):
-            _warn(f"The prompt is too long for the model, which leaves out {rest!r}.")
-    if unknown := backbone.unknown_words(words):
-        names, vocabulary = ", ".join(map(repr, unknown)), ", ".join(backbone.known_words)
-        _warn(f"The model has never met {names}; it knows: {vocabulary}.")
 
 
 def _warn(text: str) -> None:

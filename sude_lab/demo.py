@@ -19,7 +19,7 @@ from sude_lab.errors import UserError, check_whole
 from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.evaluate.statistics import drawings_interval
 from sude_lab.generation import MOST
-from sude_lab.io.files import atomic_write, require_own
+from sude_lab.io.files import atomic_write, require_own, write_file
 from sude_lab.io.opening import open_backbone
 from sude_lab.io.pictures import open_picture
 from sude_lab.methods import configure
@@ -114,8 +114,7 @@ def run_demo(
     strip = difference_figure(grids)
     with atomic_write(out / STRIP) as path:
         strip.savefig(path, dpi=110, bbox_inches="tight")
-    with atomic_write(out / REPORT) as path:
-        path.write_text(report(who, table, grids, runs, seed), encoding="utf-8")
+    write_file(out / REPORT, report(who, table, grids, runs, seed))
     return table
 
 

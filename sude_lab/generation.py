@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError, check_whole
+from sude_lab.prompts import by_itself
 
 STABLE_DIFFUSION = {"num_inference_steps": 50, "guidance_scale": 7.5}
 """What draws well on Stable Diffusion; a backbone's own facts come first."""
@@ -34,6 +35,23 @@ def sampling_settings(backbone: Backbone | Mapping[str, Any], **chosen: Any) -> 
     if not isinstance(scale, Real) or not math.isfinite(scale):
         raise UserError(f"The guidance scale is {scale!r}: it must be a finite number.")
     return settings
+
+
+def remarks(backbone: Backbone, prompts: Iterable[str], *tokens: str) -> Iterator[str]:
+    """Yield what of some prompts the model does not read, and which of their words are new to it.
+
+    The `tokens` are the subjects' own words.
+    """
+    words = ""
+    for prompt in prompts:
+        if rest := backbone.beyond_reach(prompt, *tokens):
+            yield f"The prompt {prompt[:60]!r} is too long: the model leaves out {rest!r}."
+        for token in tokens:
+            prompt = by_itself(token).sub(" ", prompt)
+        words += f" {prompt}"
+    if unknown := backbone.unknown_words(words):
+        names, vocabulary = ", ".join(map(repr, unknown[:8])), ", ".join(backbone.known_words)
+        yield f"The model has never met {names}; it knows: {vocabulary}."
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ the hub's own conversion of it (its bot's pull request).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sude_lab.errors import UserError
+from sude_lab.io.identity import digest, hash_of
 from sude_lab.io.opening import check_harmless, pick_device, quiet
 
 Triple = tuple[float, float, float]
@@ -113,18 +113,14 @@ class Encoder:
         if folder is None:
             self.identity = f"{pinned.source}@{pinned.revision[:8]}"
         else:
-            self.identity = f"{folder.resolve().name}@{_digest(folder)[:8]}"
+            files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
+            self.identity = f"{folder.resolve().name}@{hash_of(list(map(digest, files)))[:8]}"
         side = getattr(model.config, "vision_config", model.config).image_size
         if not isinstance(side, int):
             raise UserError(f"The encoder's image_size is {side!r}: it must be one whole number.")
         self.preprocessing = pinned.preprocessing
         if side < self.preprocessing.side:
             self.preprocessing = self.preprocessing.at(side)
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether it encodes texts into the space of the pictures."""
-        return self.pinned.max_words > 0
 
     @torch.no_grad()
     def images(
@@ -146,7 +142,7 @@ class Encoder:
         Raises:
             ValueError: the encoder reads no texts.
         """
-        if not self.reads_text:
+        if not self.pinned.max_words:
             raise ValueError(f"{self.identity} reads no texts.")
         distinct = list(dict.fromkeys(texts))
         parts = []
@@ -256,12 +252,3 @@ def _load(pinned: Pinned, folder: Path | None) -> tuple[Any, Any]:
         )
     tokenizer = AutoTokenizer.from_pretrained(source, **no_code) if pinned.max_words else None
     return model, tokenizer
-
-
-def _digest(folder: Path) -> str:
-    """Return a name of the weights in a folder: the same weights, the same name."""
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

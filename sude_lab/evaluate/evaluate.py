@@ -10,14 +10,12 @@ run, prompt, sampler and seed): another command draws only what it lacks.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -40,13 +38,14 @@ from sude_lab.evaluate.dreambench import (
 from sude_lab.evaluate.encoders import ENCODERS, Encoder, open_encoder
 from sude_lab.evaluate.prompts import Prompt, prompt_for, read_prompts, structured
 from sude_lab.evaluate.statistics import Interval
-from sude_lab.generation import MOST, generate, sampling_settings
-from sude_lab.io.files import atomic_write, for_spreadsheets, in_utf_8, require_own
+from sude_lab.generation import MOST, generate, remarks, sampling_settings
+from sude_lab.io.files import atomic_write, for_spreadsheets, in_utf_8, require_own, write_file
+from sude_lab.io.identity import digest, hash_of
 from sude_lab.io.opening import read_facts
 from sude_lab.io.pictures import open_picture
 from sude_lab.io.reading import is_file
 from sude_lab.methods import get_method
-from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run
+from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, filled
 from sude_lab.runs.guided import guidance_for
 
 FOLDER, PICTURES = "evaluation", "pictures"
@@ -124,18 +123,15 @@ class _Job:
     sampling: dict[str, Any]
     negative_prompt: str | None
 
-    @property
-    def folder(self) -> Path:
-        return self.run.folder / FOLDER
 
-
-class _Place(NamedTuple):
-    """Where a picture lies: which prompt of the job, which seed, which number."""
+class _Picture(NamedTuple):
+    """A picture: which prompt of the job, which seed, which number; and where it lies."""
 
     prompt: int
     seed: int
     number: int
     path: Path
+    image: Image.Image
 
 
 def evaluate(
@@ -203,7 +199,7 @@ def evaluate(
     for run, label in zip(opened, labels, strict=True):
         images = _references(run, folder, several)
         judge = judges(run.config, images)
-        asked = _asked(run, prompts, structure, folder, judge)
+        asked = prompts_of(run.config, prompts, judge, structure=structure, references=folder)
         chosen = _chosen_metrics(metrics, run.config, encoder_folders, judge)
         scale = run.strength.guidance_scale
         own = sampler if scale is None else sampler | {"guidance_scale": scale}
@@ -217,26 +213,17 @@ def evaluate(
         if name in needed and name not in ready:
             ready[name] = open_encoder(name, encoder_folders.get(name), device=device)
     open_base = open_base or (lambda run: run.open_base(device))
-    seeds = range(seed, seed + num_seeds)
     tables = []
     for job in jobs:
-        places = [
-            _Place(n, s, k, _picture_folder(job, prompt, s) / f"{k:03d}.png")
-            for n, prompt in enumerate(job.prompts)
-            for s in seeds
-            for k in range(num_images)
-        ]
-        tables.append(
-            _scored(job, places, _pictures(job, places, open_base, progress), ready, progress)
-        )
+        pictures = _pictures(job, range(seed, seed + num_seeds), num_images, open_base, progress)
+        tables.append(_scored(job, pictures, ready, progress))
         _write(_tables(job.run) / SCORES, tables[-1])
     scores = pd.concat(tables, ignore_index=True)
     table = m.compare(scores)
     text = report(table, scores)
     _write(target / SCORES, scores)
     _write(target / TABLE, table.round(5))
-    with atomic_write(target / REPORT) as path:
-        path.write_text(text, encoding="utf-8")
+    write_file(target / REPORT, text)
     return Evaluation(target, scores, table, text)
 
 
@@ -249,16 +236,12 @@ def _tables(run: Run) -> Path:
 
 
 def _encoder_folders(encoders: Sequence[str]) -> dict[str, str]:
-    folders = {}
     for text in encoders:
         name, _, folder = text.partition("=")
         if name not in ENCODERS or not folder:
-            raise UserError(
-                f"--encoders {text!r} must read NAME=FOLDER with a name among "
-                f"{', '.join(ENCODERS)}."
-            )
-        folders[name] = folder
-    return folders
+            choices = f"with a name among {', '.join(ENCODERS)}"
+            raise UserError(f"--encoders {text!r} must read NAME=FOLDER {choices}.")
+    return dict(text.split("=", 1) for text in encoders)
 
 
 def _chosen_metrics(
@@ -284,21 +267,18 @@ def _chosen_metrics(
 def _labels(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Name each run by what sets it apart from the others of its method."""
     labels: list[dict[str, Any]] = []
-    digests: dict[str, str] = {}
+    looks: dict[str, str] = {}
     names = settings_and_variants([run.config for run in runs])
     for run, (settings, variant) in zip(runs, names, strict=True):
-        config = run.config
-        strength, name = str(run.strength), in_utf_8(str(run))
-        variant = ", ".join(filter(None, (variant, strength)))
-        label: dict[str, Any] = {"run": name, "settings": settings, "variant": variant}
-        label |= {"strength": strength}
-        label |= {n: getattr(config, n) for n in ("method", "weight_sude", "category")}
+        config, strength = run.config, str(run.strength)
         # Pictures of two subjects may have one name, the copies of one picture several.
-        name = subject_name(config)
-        digest = hashlib.sha256(run.picture().tobytes()).hexdigest()
-        is_another = digests.setdefault(name, digest) != digest
-        label |= {"subject": f"{name}-{digest[:6]}" if is_another else name}
-        label |= {"tuning_seed": config.seed}
+        subject, look = subject_name(config), digest(run.picture().tobytes())
+        if looks.setdefault(subject, look) != look:
+            subject += f"-{look[:6]}"
+        label: dict[str, Any] = {"run": in_utf_8(str(run)), "settings": settings}
+        label |= {"variant": ", ".join(filter(None, (variant, strength))), "strength": strength}
+        label |= {n: getattr(config, n) for n in ("method", "weight_sude", "category")}
+        label |= {"subject": subject, "tuning_seed": config.seed}
         for other in labels:
             if other | {"run": label["run"]} == label:
                 raise UserError(
@@ -344,37 +324,24 @@ def subject_name(config: TuningConfig) -> str:
     return in_utf_8(folder if stem.isdigit() and folder else stem)
 
 
-def _asked(
-    run: Run, names: Sequence[str], structure: str, references: Path | None, judge: Judge | None
+def prompts_of(
+    config: CompleteConfig,
+    names: Sequence[str],
+    judge: Judge | None,
+    *,
+    structure: str = "default",
+    references: Path | None = None,
 ) -> list[Prompt]:
+    """Return what `evaluate` asks of a run with this configuration."""
     if structure != "default":
-        structured(structure, run.config.category)  # says so where there is no such structure
-    sets = [_prompt_set(name, run, references, structure, judge) for name in names]
+        structured(structure, config.category)  # says so where there is no such structure
+    sets = [_prompt_set(name, config, references, structure, judge) for name in names]
     prompts = list(dict.fromkeys(prompt for asked in sets for prompt in asked))
     if not prompts:
         raise UserError(f"Name prompts with --prompts: {', '.join(PROMPT_SETS)}, or a file.")
     for prompt in prompts:
-        run.prompt(prompt.text)  # says so where a subject is asked for that the run does not have
+        filled(prompt.text, config)  # says so where a subject is asked for that the run lacks
     return prompts
-
-
-def prompts_of(
-    config: CompleteConfig,
-    prompts: Sequence[str],
-    *,
-    structure: str = "default",
-    references: Path | None = None,
-    judges: Judges = no_judge,
-) -> list[Prompt]:
-    """Return what `evaluate` will ask of a run with this configuration, before there is one.
-
-    The judge, who may read what the subject is from its picture, is the one of `evaluate`.
-
-    Raises:
-        UserError: there are no such prompts, or none for this category.
-    """
-    judge = judges(config, map(open_picture, (config.image,)))  # opened where it is looked at
-    return _asked(Run(config.image, config), prompts, structure, references, judge)
 
 
 def _references(run: Run, folder: Path | None, several: bool) -> list[Image.Image]:
@@ -400,9 +367,8 @@ def _references(run: Run, folder: Path | None, several: bool) -> list[Image.Imag
 
 
 def _prompt_set(
-    name: str, run: Run, references: Path | None, structure: str, judge: Judge | None
+    name: str, config: TuningConfig, references: Path | None, structure: str, judge: Judge | None
 ) -> list[Prompt]:
-    config = run.config
     category = config.category
     if name == "dreambench":
         if references is None or find_dreambench(references) is None:
@@ -432,20 +398,20 @@ def _prompt_set(
 # --- drawing -------------------------------------------------------------------------------------
 
 
-def _picture_folder(job: _Job, prompt: Prompt, seed: int) -> Path:
+def _folder(job: _Job, prompt: Prompt, seed: int) -> Path:
     # What a run is follows from its settings and its end: a new run in an old folder is another.
     made = b"".join((job.run.folder / n).read_bytes() for n in (CONFIG, ENVIRONMENT))
     about = {
-        "run": hashlib.sha256(made).hexdigest()[:16],
+        "run": digest(made)[:16],
         "prompt": job.run.prompt(prompt.text),
         "negative_prompt": job.negative_prompt,
         "sampling": job.sampling,
     }
     if strength := str(job.run.strength):
         about["strength"] = strength
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:10]
     slug = re.sub(r"\W+", "-", prompt.text.replace("{S*}", "S"))[:48].strip("-")
-    return job.folder / PICTURES / f"{slug}-{name}" / f"seed-{seed}"
+    folder = job.run.folder / FOLDER / PICTURES
+    return folder / f"{slug}-{hash_of(about)[:10]}" / f"seed-{seed}"
 
 
 def _read(path: Path) -> Image.Image | None:
@@ -456,81 +422,65 @@ def _read(path: Path) -> Image.Image | None:
 
 
 def _pictures(
-    job: _Job, places: Sequence[_Place], open_base: Callable[[Run], Backbone], progress: bool
-) -> list[Image.Image]:
-    """Return a run's pictures in the order of their places; those that are missing are drawn."""
-    images = {place.path: _read(place.path) for place in places}
-    # Prompts that differ in their caption alone share their pictures.
-    missing = list(_batches({p.path: p for p in places}.values(), images))
-    if missing:
-        backbone = job.run.load(backbone=open_base(job.run))
-        base = cache(partial(open_base, job.run))
-        for text in [*(job.run.prompt(p.text) for p in job.prompts), job.negative_prompt or ""]:
-            if rest := backbone.beyond_reach(text, *job.run.tokens):
-                note = f"The prompt {text[:60]!r} is too long: the model leaves out {rest!r}."
-                tqdm.write(note, file=sys.stderr)
-        _mention_unknown_words(backbone, job)
-        about = f"drawing, {job.label['variant']}"
-        number = sum(map(len, missing))
-        with tqdm(total=number, desc=about, unit="picture", disable=not progress) as bar:
-            for batch in missing:
-                first, text = batch[0], job.prompts[batch[0].prompt].text
-                how = (job.run.config, backbone, text, job.run.strength)
-                with guidance_for(*how, open_base=base):
-                    drawn = generate(
-                        backbone,
-                        job.run.prompt(text),
-                        num_images=len(batch),
-                        first=first.number,
-                        seed=first.seed,
-                        negative_prompt=job.negative_prompt,
-                        batch_size=BATCH,
-                        **job.sampling,
-                    )
-                for place, picture in zip(batch, drawn, strict=True):
-                    if images[place.path] is None:
-                        with atomic_write(place.path) as file:
-                            picture.save(file)
-                        images[place.path] = picture
-                    bar.update()
-        del backbone, base
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return [image for place in places if (image := images[place.path]) is not None]
+    job: _Job, seeds: range, number: int, open_base: Callable[[Run], Backbone], progress: bool
+) -> list[_Picture]:
+    """Return a run's pictures; those that are missing are drawn, which alone opens its model.
 
-
-def _batches(
-    places: Iterable[_Place], images: Mapping[Path, Image.Image | None]
-) -> Iterator[list[_Place]]:
-    """Yield what is drawn together: at most `BATCH` places of one prompt and seed, not all there.
-
-    The last bits of a picture depend on those that are drawn with it: what a stopped command left
-    out is drawn with the same ones again.
+    The last bits of a picture depend on those that are drawn with it, at most `BATCH` of one prompt
+    and seed: what a stopped command left out is drawn with the same ones again.
     """
-    for _, group in groupby(places, lambda place: (*place[:2], place.number // BATCH)):
-        batch = list(group)
-        if any(images[place.path] is None for place in batch):
-            yield batch
-
-
-def _mention_unknown_words(backbone: Backbone, job: _Job) -> None:
-    words = dict.fromkeys(w for p in job.prompts for w in backbone.unknown_words(p.text))
-    if words:
-        listed = ", ".join(map(repr, list(words)[:8])) + (", ..." if len(words) > 8 else "")
-        tqdm.write(f"The model of {job.run.folder} has never met {listed}.", file=sys.stderr)
+    pictures: list[_Picture] = []
+    backbone, base = None, cache(partial(open_base, job.run))
+    bar = tqdm(
+        total=len(job.prompts) * len(seeds) * number,
+        desc=f"drawing, {job.label['variant']}",
+        unit="picture",
+        disable=not progress,
+    )
+    batches = product(enumerate(job.prompts), seeds, range(0, number, BATCH))
+    for (n, prompt), seed, first in batches:
+        numbers, folder = range(first, min(first + BATCH, number)), _folder(job, prompt, seed)
+        paths = [folder / f"{k:03d}.png" for k in numbers]
+        images = [_read(path) for path in paths]
+        if None in images:
+            if backbone is None:
+                backbone = job.run.load(backbone=open_base(job.run))
+                texts = [*(job.run.prompt(p.text) for p in job.prompts), job.negative_prompt or ""]
+                for remark in remarks(backbone, texts, *job.run.tokens):
+                    tqdm.write(remark, file=sys.stderr)
+            how = (job.run.config, backbone, prompt.text, job.run.strength)
+            with guidance_for(*how, open_base=base):
+                drawn = generate(
+                    backbone,
+                    job.run.prompt(prompt.text),
+                    num_images=len(numbers),
+                    first=first,
+                    seed=seed,
+                    negative_prompt=job.negative_prompt,
+                    batch_size=BATCH,
+                    **job.sampling,
+                )
+            for k, path in enumerate(paths):
+                if images[k] is None:
+                    with atomic_write(path) as file:
+                        drawn[k].save(file)
+                    images[k] = drawn[k]
+        pictures += map(partial(_Picture, n, seed), numbers, paths, images)
+        bar.update(len(numbers))
+    bar.close()
+    if backbone is not None and torch.cuda.is_available():
+        del backbone, base
+        torch.cuda.empty_cache()
+    return pictures
 
 
 # --- measuring -----------------------------------------------------------------------------------
 
 
 def _scored(
-    job: _Job,
-    places: Sequence[_Place],
-    images: list[Image.Image],
-    encoders: dict[str, Encoder],
-    progress: bool,
+    job: _Job, pictures: list[_Picture], encoders: dict[str, Encoder], progress: bool
 ) -> pd.DataFrame:
-    prompts = [job.prompts[place.prompt] for place in places]
+    prompts, images = [job.prompts[p.prompt] for p in pictures], [p.image for p in pictures]
     columns: dict[str, tuple[str, Sequence[float | None]]] = {}
     for name in job.metrics:
         if name in LEARNED:
@@ -545,18 +495,18 @@ def _scored(
             columns[name] = (reader.identity, similarities.tolist())
     if ORACLE in job.metrics and job.judge is not None:
         judged: dict[str, list[float | None]] = {}
-        for number, group in groupby(zip(places, images, strict=True), lambda p: p[0].prompt):
-            prompt, pictures = job.prompts[number], [image for _, image in group]
+        for number, group in groupby(pictures, lambda p: p.prompt):
+            prompt = job.prompts[number]
             about = (prompt.text, prompt.attribute, prompt.background)
-            for name, measured in job.judge.measure(pictures, *about).items():
+            for name, measured in job.judge.measure([p.image for p in group], *about).items():
                 judged.setdefault(name, []).extend(measured)
         columns |= {name: (ORACLE, values) for name, values in judged.items()}
     rows = []
-    for i, (place, prompt) in enumerate(zip(places, prompts, strict=True)):
-        row = job.label | {"number": place.prompt, "kind": prompt.kind, "prompt": prompt.text}
+    for i, (p, prompt) in enumerate(zip(pictures, prompts, strict=True)):
+        row = job.label | {"number": p.prompt, "kind": prompt.kind, "prompt": prompt.text}
         row |= {name: getattr(prompt, name) for name in ("caption", "attribute", "background")}
-        row |= {"seed": place.seed, "picture": place.number}
-        row |= {"file": place.path.relative_to(job.run.folder).as_posix()}
+        row |= {"seed": p.seed, "picture": p.number}
+        row |= {"file": p.path.relative_to(job.run.folder).as_posix()}
         for name, (encoder, values) in columns.items():
             if (value := values[i]) is not None:
                 rows.append(row | {"metric": name, "encoder": encoder, "value": round(value, 5)})

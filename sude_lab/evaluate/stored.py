@@ -15,11 +15,7 @@ RESULTS = data_folder() / "results"
 
 
 def read(name: str) -> pd.DataFrame:
-    """Return the stored rows of a study.
-
-    Raises:
-        UserError: it has not been run.
-    """
+    """Return the stored rows of a study."""
     path = RESULTS / f"{name}.csv"
     if not path.is_file():
         raise UserError(f"{path} is missing: run its experiment without --no-run.")

@@ -49,6 +49,12 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
+def write_file(path: Path | str, content: str | bytes) -> None:
+    """Write a file whole, a text in UTF-8; see `atomic_write`."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Write the folder `path` whole, or not at all.

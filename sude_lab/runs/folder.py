@@ -58,6 +58,7 @@ from sude_lab.io.files import (
     process_number,
     remove_partials,
     sole_writer,
+    write_file,
 )
 from sude_lab.io.opening import hub_id, open_backbone, pick_device, resolve_source
 from sude_lab.io.pictures import load_picture, open_picture
@@ -94,12 +95,7 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path | str) -> Run:
-        """Read a run's folder; RUN@25, RUN@scale=0.5: see `sude_lab.runs.strength`.
-
-        Raises:
-            UserError: it is not a run's folder, the run is not finished, or it did not keep the
-                weights of that step.
-        """
+        """Read a run's folder; RUN@25, RUN@scale=0.5: see `sude_lab.runs.strength`."""
         folder, strength = split(folder)
         if not (folder / CONFIG).is_file():
             raise UserError(f"{folder} is not a run's folder: give the --out of `sude-lab tune`.")
@@ -171,9 +167,6 @@ class Run:
             dtype: The precision to draw in; None: the run's own.
             trust_backbone: Whether a model in the run's folder or beside it, which may have come
                 along with the run, is opened.
-
-        Raises:
-            UserError: the weights are not those of this model and method, or the model came along.
         """
         weights, config, scale = self.weights, self.config, self.strength.scale
         if backbone is None:
@@ -203,7 +196,7 @@ class Run:
 
     def prompt(self, text: str) -> str:
         """Return `text` with {S*} (and {S*2}, ...) replaced by the subjects' tokens."""
-        return _filled(text, self.config)
+        return filled(text, self.config)
 
 
 def _is_folder(source: str) -> bool:
@@ -234,14 +227,15 @@ def picture_name(number: int) -> str:
     return PICTURE if number == 0 else f"picture-{number + 1}.png"
 
 
-def _filled(text: str, config: TuningConfig) -> str:
-    filled = fill(checked(text), *(s.token for s in config.subjects))
-    if unfilled := re.search(r"\{S\*\d*\}", filled):
+def filled(text: str, config: TuningConfig) -> str:
+    """Return a prompt with the subjects' tokens in place of {S*}, {S*2}, ..."""
+    prompt = fill(checked(text), *(s.token for s in config.subjects))
+    if unfilled := re.search(r"\{S\*\d*\}", prompt):
         raise UserError(
             f"The prompt {text[:200]!r} asks for {unfilled.group()}, but the run has "
             f"{len(config.subjects)} subject(s): the first is {PLACEHOLDER}."
         )
-    return filled
+    return prompt
 
 
 class Terminated(KeyboardInterrupt):
@@ -338,6 +332,7 @@ def run_tuning(
     trackers = Trackers(report_to)
     accelerator = launched(config.device)
     main = accelerator is None or accelerator.is_main_process
+    processes = 1 if accelerator is None else accelerator.num_processes
     _check_folder(out, resume)
     if (out / ENVIRONMENT).is_file():
         if not resume:
@@ -371,8 +366,8 @@ def run_tuning(
                 f"The prompt {prompt[:80]!r} is too long, the model leaves out {rest[:80]!r}: "
                 "shorten it."
             )
-    samples = [_filled(p, config) for p in sampled or default_prompts(config)]
-    validated = [_filled(p, config) for p in watched] or samples
+    samples = [filled(p, config) for p in sampled or default_prompts(config)]
+    validated = [filled(p, config) for p in watched] or samples
     side = side_of(config, backbone)
     pictures = []
     for subject in config.subjects:
@@ -396,9 +391,9 @@ def run_tuning(
             for past in keep_at:
                 if past <= state["step"] and not (out / KEPT / f"{past:06d}").is_dir():
                     raise UserError(f"{out} is past step {past}: leave --keep-at {past} out.")
-            now = accelerator.num_processes if accelerator else 1
-            if (begun := state.pop("processes", now)) != now:
-                raise UserError(f"It was begun with {begun} process(es), not {now}: use {begun}.")
+            if (begun := state.pop("processes", processes)) != processes:
+                given = f"not {processes}"
+                raise UserError(f"It was begun with {begun} process(es), {given}: use {begun}.")
 
     started = time.time()
     done = state["step"] if state else 0
@@ -430,9 +425,8 @@ def run_tuning(
                         _keep_weights(out / KEPT / f"{step.number:06d}", step)
                     due = step.number % checkpoint_every == 0 or terminated()
                     if due and not last:
+                        kept = {"rows": rows, "processes": processes}
                         with atomic_write(out / CHECKPOINT) as path:
-                            number = accelerator.num_processes if accelerator else 1
-                            kept = {"rows": rows, "processes": number}
                             torch.save(step.state_dict() | kept, path)
                 if terminated() and not last:
                     raise Terminated
@@ -448,21 +442,17 @@ def run_tuning(
         _keep_weights(out / WEIGHTS, step)
         with atomic_write(out / METRICS) as path:
             _write_rows(path, rows)
-        if (out / WEIGHTS / LORA_FILE).is_file():  # where `load_lora_weights(out)` looks for it
-            with atomic_write(out / LORA_FILE) as path:
-                shutil.copyfile(out / WEIGHTS / LORA_FILE, path)
+        if (lora := out / WEIGHTS / LORA_FILE).is_file():  # `load_lora_weights(out)` looks there
+            write_file(out / LORA_FILE, lora.read_bytes())
         seconds = time.time() - started
         if num_samples:
             _draw_grid(out / SAMPLES, config, backbone, samples, num_samples, progress)
-        grid_name = SAMPLES if num_samples else None
-        settings = _portable(config, out)
+        settings, grid_name = _portable(config, out), SAMPLES if num_samples else None
         card = model_card(settings, backbone, out / WEIGHTS, samples, grid=grid_name)
-        with atomic_write(out / CARD) as path:
-            path.write_text(card, encoding="utf-8")
+        write_file(out / CARD, card)
         # Written last: its presence says that the run is finished.
-        with atomic_write(out / ENVIRONMENT) as path:
-            about = _environment(backbone, seconds, rows, accelerator)
-            path.write_text(json.dumps(about, indent=2))
+        about = {"processes": processes, "seconds": round(seconds, 2), "steps": len(rows)}
+        write_file(out / ENVIRONMENT, json.dumps(_environment(backbone) | about, indent=2))
         (out / CHECKPOINT).unlink(missing_ok=True)
     if accelerator is not None:
         accelerator.wait_for_everyone()
@@ -569,15 +559,13 @@ def _check_same(
 def _begin(
     out: Path, config: TuningConfig, pictures: list[Image.Image], own: OwnRegularizer | None
 ) -> None:
-    with atomic_write(out / CONFIG) as path:
-        text = json.dumps(asdict(_portable(config, out)), indent=2, default=str)
-        path.write_text(text, encoding="utf-8")
+    settings = asdict(_portable(config, out))
+    write_file(out / CONFIG, json.dumps(settings, indent=2, default=str))
     for number, picture in enumerate(pictures):
         with atomic_write(out / picture_name(number)) as path:
             picture.save(path)
     if own:
-        with atomic_write(out / NAME) as path:
-            path.write_bytes(own.source)
+        write_file(out / NAME, own.source)
 
 
 # --- what is written and drawn -------------------------------------------------------------------
@@ -648,9 +636,7 @@ def _draw_grid(
     return grid
 
 
-def _environment(
-    backbone: Backbone, seconds: float, rows: list[dict[str, float]], accelerator: Any
-) -> dict[str, Any]:
+def _environment(backbone: Backbone) -> dict[str, Any]:
     names = ("sude-lab", "torch", "diffusers", "transformers", "peft", "accelerate")
     versions = dict.fromkeys((*names, "safetensors", "pillow"), "not installed")
     for name in versions:
@@ -663,9 +649,6 @@ def _environment(
         "base_version": base_version(backbone),
         "device": str(backbone.device),
         "precision": str(backbone.dtype).removeprefix("torch."),
-        "processes": 1 if accelerator is None else accelerator.num_processes,
         "threads": torch.get_num_threads(),
-        "seconds": round(seconds, 2),
-        "steps": len(rows),
         "versions": versions,
     }

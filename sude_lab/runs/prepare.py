@@ -25,10 +25,6 @@ def prepare(
     """Return what a run draws from, with class images beside where `prior_loss_weight` is above 0.
 
     They are drawn, or found in the cache; of an accelerator's processes the first one draws.
-
-    Raises:
-        UserError: the backbone has been used already, the settings do not fit it, or the cache
-            cannot be written.
     """
     backbone.use()
     config, processes = configure(config, backbone), Processes(accelerator)

@@ -52,11 +52,7 @@ class OwnRegularizer:
 
 
 def load_regularizer(file: Path | None) -> OwnRegularizer | None:
-    """Run a file and return the `regularizer` that it defines; None where no file is named.
-
-    Raises:
-        UserError: it cannot be read, fails, or defines no such function.
-    """
+    """Run a file and return the `regularizer` that it defines; None where no file is named."""
     if file is None:
         return None
     text = read_text(file, f"The regularizer {file}", "a file of Python")

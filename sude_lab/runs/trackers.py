@@ -17,30 +17,23 @@ class Trackers:
     """The trackers of a run, by accelerate's names and classes; nothing is imported for none."""
 
     def __init__(self, report_to: str) -> None:
-        self.names: list[str] = []
+        self.kinds: dict[str, Any] = {}
         self.begun: list[Any] = []
         if report_to == "none":
             return
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 
-        try:
-            self.names = [str(name) for name in filter_trackers([report_to], ".")]
-        except ValueError as error:
-            choices = ", ".join(["none", "all", *LOGGER_TYPE_TO_CLASS])
-            unknown = f"There is no tracker {report_to!r}: choose --report-to among {choices}."
-            raise UserError(unknown) from error
-        if not self.names:
-            raise UserError(
-                f"No {report_to} here: pip install {report_to}, or use --report-to none."
-            )
+        if report_to not in (choices := ("none", "all", *LOGGER_TYPE_TO_CLASS)):
+            choose = f"choose --report-to among {', '.join(choices)}"
+            raise UserError(f"There is no tracker {report_to!r}: {choose}.")
+        found = map(str, filter_trackers([report_to], "."))
+        self.kinds = {name: LOGGER_TYPE_TO_CLASS[name] for name in found}
+        if not self.kinds:
+            cure = f"pip install {report_to}, or use --report-to none"
+            raise UserError(f"No {report_to} here: {cure}.")
 
     def begin(self, folder: Path, config: TuningConfig, first: int) -> None:
         """Start the trackers; what they write on this machine goes into `folder`."""
-        if not self.names:
-            return
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-        folder.mkdir(exist_ok=True)
         own: dict[str, dict[str, Any]] = {
             # What was logged after the checkpoint of a run that is resumed is hidden.
             "tensorboard": {"purge_step": first},
@@ -48,8 +41,8 @@ class Trackers:
         }
         plain = (bool, int, float, str)
         settings = {k: v if isinstance(v, plain) else str(v) for k, v in asdict(config).items()}
-        for name in self.names:
-            kind = LOGGER_TYPE_TO_CLASS[name]
+        for name, kind in self.kinds.items():
+            folder.mkdir(exist_ok=True)
             where = [str(folder)] if kind.requires_logging_directory else []
             try:
                 tracker = kind("sude_lab", *where, **own.get(name, {}))

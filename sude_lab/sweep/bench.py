@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,12 +26,12 @@ from sude_lab.errors import UserError
 from sude_lab.evaluate.fronts import Line, draw, family, line, places, points
 from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.evaluate.stored import read
-from sude_lab.io.files import atomic_write, require_own
+from sude_lab.io.files import atomic_write, require_own, write_file
 from sude_lab.io.identity import digest
 from sude_lab.io.opening import data_folder
 from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.runs.regularizer import NAME, OwnRegularizer, load_regularizer
-from sude_lab.sweep.grid import make_plan, read_grid
+from sude_lab.sweep.grid import grid_of, make_plan
 from sude_lab.sweep.sweep import RESULTS, fresh_backbone, sweep
 
 GRID, TABLE, PAGE, FIGURE = "grid.yaml", "bench.csv", "bench.md", "bench.png"
@@ -121,10 +120,8 @@ def bench(
     content |= {"subjects": [chosen.subjects], "seeds": [seed], "w_s": list(weights)}
     content |= {"settings": settings, "strengths": [{}, {"step": list(chosen.kept)}]}
     passes = _tried(content, source)
-    with atomic_write(kept) as path:
-        path.write_bytes(source.source)
-    with atomic_write(out / GRID) as path:
-        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    write_file(kept, source.source)
+    write_file(out / GRID, yaml.safe_dump(content))
     failed = sweep(out / GRID, out / "sweep", workers=workers, progress=progress)
     if failed:
         key, reason = next(iter(failed.items()))
@@ -143,22 +140,14 @@ def bench(
         about += f", {name} {settings[name]}" if name in settings else ""
     cited = f"sude_lab {__version__}, bench, {about}; {file.name}, SHA-256 {digest(kept)}"
     text = _page(table, chosen, cited)
-    with atomic_write(out / PAGE) as path:
-        path.write_text(text, encoding="utf-8")
+    write_file(out / PAGE, text)
     return text
 
 
 def _tried(content: dict[str, Any], own: OwnRegularizer) -> float:
-    """Take a few steps in memory; return the passes of a sample that the regulariser adds to one.
-
-    Raises:
-        UserError: it fails, or its losses have no gradient.
-    """
-    grid_settings = content["settings"] | {"regularizer_file": str(own.file.absolute())}
-    with tempfile.TemporaryDirectory() as name:
-        grid = Path(name) / GRID
-        grid.write_text(yaml.safe_dump(content | {"settings": grid_settings}), encoding="utf-8")
-        plan = make_plan(read_grid(grid), name)
+    """Take a few steps in memory; return the passes of a sample that the regulariser adds to one."""
+    settings = content["settings"] | {"regularizer_file": str(own.file.absolute())}
+    plan = make_plan(grid_of(content | {"settings": settings}), "")
     config = replace(plan.jobs[0].config, max_train_steps=TRIED)
     picture = Image.open(io.BytesIO(plan.grid.subjects[0].png))
     reached = []

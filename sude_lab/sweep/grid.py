@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -29,7 +29,7 @@ from sude_lab.evaluate.dreambench import load_dreambench
 from sude_lab.evaluate.evaluate import FOLDER, prompts_of, settings_and_variants, subject_name
 from sude_lab.io.identity import backbone_identity, digest, hash_of
 from sude_lab.io.opening import read_facts
-from sude_lab.io.pictures import load_picture
+from sude_lab.io.pictures import load_picture, open_picture
 from sude_lab.io.reading import is_file, read_text, read_yaml
 from sude_lab.methods import configure
 from sude_lab.runs.strength import Strength
@@ -132,11 +132,7 @@ def _axes_kind(kind: Any) -> type[Any]:
 
 
 def _filled(kind: type[T], content: Any, where: str = "") -> T:
-    """Return what a file says as a dataclass: typed, all keys known, the others at their default.
-
-    Raises:
-        UserError: a key is unknown, or a value of another kind.
-    """
+    """Return what a file says as a dataclass: typed, all keys known, the others at their default."""
     from omegaconf import OmegaConf
 
     try:
@@ -201,22 +197,20 @@ class Grid:
 
 
 def read_grid(path: Path | str) -> Grid:
-    """Read a grid file (YAML).
-
-    Raises:
-        UserError: it cannot be read, or holds a key or a value that means nothing.
-    """
+    """Read a grid file (YAML)."""
     what = f"The grid {path}"
     content = read_yaml(read_text(path, what, "a YAML file"), what)
     try:
-        if "${" in repr(content):  # OmegaConf would put the environment's variables in
-            raise UserError("a grid has no ${...}: write the value out.")
-        return _grid(_filled(GridFile, content))
+        return grid_of(content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _grid(file: GridFile) -> Grid:
+def grid_of(content: Any) -> Grid:
+    """Return the grid that the content of a file is."""
+    if "${" in repr(content):  # OmegaConf would put the environment's variables in
+        raise UserError("a grid has no ${...}: write the value out.")
+    file = _filled(GridFile, content)
     if not file.subjects:
         raise UserError("the grid names no `subjects`: write for example - held-out 0 1 2.")
     subjects = tuple(itertools.chain(*map(_subjects, file.subjects)))
@@ -369,9 +363,6 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
     Order: backbone, seed, subject, method, settings, then `also` after w_s, truncation, prior,
     weighting; what is named last changes fastest. Equal runs are one: without SuDe (w_s 0) its
     other settings say nothing. The runs are in the folder `runs`, None: OUT/runs.
-
-    Raises:
-        UserError: the settings, or the prompts for a subject, mean nothing.
     """
     out, file = Path(os.path.abspath(out)), grid.file
     judged = {k: v for k, v in asdict(file.evaluate).items() if v not in (None, [])}
@@ -397,9 +388,10 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
         references = Path(asks["references"]) if "references" in asks else None
         kind = (who.name, method, backbone, config.prompt, config.more_subjects)
         if kind not in counts:
-            how: dict[str, Any] = {"judges": partial(drawn_judge, scene=who.scene)}
-            how |= {"structure": asks.get("structure", "default"), "references": references}
-            counts[kind] = len(prompts_of(config, file.prompts, **how))
+            seen = map(open_picture, (config.image,))  # opened where it is looked at
+            judge = drawn_judge(config, seen, scene=who.scene)
+            how = {"structure": asks.get("structure", "default"), "references": references}
+            counts[kind] = len(prompts_of(config, file.prompts, judge, **how))
         strengths = tuple(dict.fromkeys(_of_run(s, config) for s in grid.strengths))
         rows_of: list[Any] = [asks | {"prompts": contents}, repr(who.scene)]
         rows_of += [list(map(str, strengths))] if strengths != (Strength(),) else []
@@ -415,11 +407,7 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
 
 
 def _of_run(strength: Strength, config: CompleteConfig) -> Strength:
-    """Return a strength for a run: its last step needs no kept weights.
-
-    Raises:
-        UserError: the run has no such step.
-    """
+    """Return a strength for a run: its last step needs no kept weights."""
     step, last = strength.step or 0, config.max_train_steps
     if step > last:
         raise UserError(f"strengths: step {step} is asked for, and the run has {last} steps.")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import pandas as pd
 
-from sude_lab.sweep.grid import Job, Plan, kind_of
+from sude_lab.sweep.grid import Plan, kind_of
 from sude_lab.sweep.sweep import COSTS, TIMING, timing
 
 
@@ -25,37 +22,28 @@ def describe(plan: Plan) -> str:
     )
     if not todo:
         return counts
-    kinds: dict[str, list[Job]] = {}
-    for job in todo:
-        kinds.setdefault(kind_of(job.config), []).append(job)
+    work = pd.DataFrame(
+        [(kind_of(job.config), 1, job.config.max_train_steps, job.pictures) for job in todo],
+        columns=["kind of run", "runs", "steps", "pictures"],
+    )
     took = pd.DataFrame(
         [timing(path.parent) for path in plan.runs.glob(f"*/{TIMING}")], columns=["kind", *COSTS]
     )
     took[[*COSTS]] = took[[*COSTS]].apply(pd.to_numeric, errors="coerce")
-    finished = dict(iter(took.dropna().groupby("kind")))
-    table = pd.DataFrame([_line(kind, jobs, finished.get(kind)) for kind, jobs in kinds.items()])
-    shown = table.map(lambda x: f"{x:,.2f}" if isinstance(x, float) else x).replace("nan", "?")
-    parts = [counts, shown.to_markdown(index=False, disable_numparse=True)]
-    unknown = sum(len(kinds[kind]) for kind in table[table["hours"].isna()]["kind of run"])
+    finished = took.dropna().groupby("kind")
+    table = work.groupby("kind of run", sort=False).sum()
+    step, picture, run, each = (finished.median()[name].reindex(table.index) for name in COSTS)
+    table["hours"] = (table["steps"] * step + table["pictures"] * picture) / 3600
+    table["GB"] = (table["runs"] * run + table["pictures"] * each) / 1000
+    known = finished.size().reindex(table.index, fill_value=0)
+    shown = table.map(lambda x: f"{x:,.2f}" if isinstance(x, float) else f"{x:,}")
+    shown = shown.replace("nan", "?")
+    shown["known from"] = [f"{number} runs" if number else "nobody" for number in known]
+    parts = [counts, shown.reset_index().to_markdown(index=False, disable_numparse=True)]
+    unknown = table["runs"][known == 0].sum()
     if unknown:
         parts.append(f"Unknown are {unknown:,} of the runs: finish one of each kind to know more.")
     if unknown < len(todo):
         hours, size = table["hours"].sum(), table["GB"].sum()
         parts.append(f"About {hours:,.1f} hours one after another, {size:,.2f} GB.")
     return "\n\n".join(parts)
-
-
-def _line(kind: str, jobs: list[Job], finished: pd.DataFrame | None) -> dict[str, Any]:
-    medians = [math.nan] * len(COSTS) if finished is None else finished[[*COSTS]].median()
-    step, picture, run, each = medians
-    steps = sum(job.config.max_train_steps for job in jobs)
-    pictures = sum(job.pictures for job in jobs)
-    return {
-        "kind of run": kind,
-        "runs": f"{len(jobs):,}",
-        "steps": f"{steps:,}",
-        "pictures": f"{pictures:,}",
-        "hours": (steps * step + pictures * picture) / 3600,
-        "GB": (len(jobs) * run + pictures * each) / 1000,
-        "known from": "nobody" if finished is None else f"{len(finished)} runs",
-    }

@@ -29,11 +29,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -54,6 +54,7 @@ from sude_lab.io.files import (
     locked,
     remove_partials,
     require_own,
+    write_file,
 )
 from sude_lab.io.identity import is_known
 from sude_lab.io.opening import open_backbone, resolve_source
@@ -113,7 +114,9 @@ def perform(job: Job, runs: Path, *, wait: bool = True, checkpoint_every: int = 
 
 def _tune_and_judge(job: Job, runs: Path, checkpoint_every: int) -> None:
     folder, config = runs / job.key, job.config
-    _clear_halves(folder)
+    remove_partials(folder)  # of a killed process; a resume would trip over what is half done
+    if folder.is_dir() and not (folder / CONFIG).is_file():
+        shutil.rmtree(folder)
     stamps = [time.perf_counter()]
     quiet: dict[str, Any] = {"report_to": "none", "num_samples": 0, "progress": False}
 
@@ -146,19 +149,12 @@ def _tune_and_judge(job: Job, runs: Path, checkpoint_every: int) -> None:
     )
     about = {"kind": kind_of(config), **dict(zip(COSTS, costs, strict=True))}
     about["seconds"] = now - stamps[0]
-    _write_json(folder / TIMING, about)
+    write_file(folder / TIMING, json.dumps(about, indent=1))
     means = Run.open(folder).metrics()[["open_gates", "rho"]].mean()
     scores = evaluation.scores.assign(**means).reindex(columns=_SCORES.names)
     rows = pa.Table.from_pandas(scores, schema=_SCORES, preserve_index=False)
     with atomic_write(job.scores(runs)) as path:  # last: it says that the run is finished
         pq.write_table(rows.replace_schema_metadata(), path)
-
-
-def _clear_halves(folder: Path) -> None:
-    """Remove what a killed process left half done and a resume would trip over."""
-    remove_partials(folder)
-    if folder.is_dir() and not (folder / CONFIG).is_file():
-        shutil.rmtree(folder)
 
 
 _opened: dict[tuple[str, str, str], Backbone] = {}
@@ -177,11 +173,6 @@ def fresh_backbone(config: TuningConfig) -> Backbone:
     backbone = _opened[key].copy()
     backbone.pipeline.to(backbone.device)
     return backbone
-
-
-def _write_json(file: Path, content: Any) -> None:
-    with atomic_write(file) as path:
-        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def timing(folder: Path) -> dict[str, Any]:
@@ -213,7 +204,7 @@ def _record(runs: Path, key: str, error: BaseException) -> Outcome:
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     reason = " ".join(reason.replace(f"{runs}{os.sep}", "").split())[:1000]
     about = {"reason": reason, "traceback": "".join(traceback.format_exception(error))}
-    _write_json(_beside(runs, key, "failed.json"), about)
+    write_file(_beside(runs, key, "failed.json"), json.dumps(about, indent=1))
     return Outcome("failed", reason)
 
 
@@ -274,11 +265,6 @@ def sweep(
     about = {"total": total, "initial": total - len(todo), "disable": not progress}
     bar = tqdm(desc="sweep", unit="run", **about)
     settings = {"runs": plan.runs, "checkpoint_every": checkpoint_every}
-    how: AbstractContextManager[Submit | None] = nullcontext(None)  # this process alone
-    if cluster is not None:
-        how = _on_ray(plan, cluster)
-    elif workers > 1:
-        how = _on_workers(workers)
 
     def ended(jobs: list[Job], **settings: Any) -> Iterator[tuple[Job, Outcome]]:
         """Attempt jobs, and yield how each one ended."""
@@ -290,7 +276,13 @@ def sweep(
         for future in as_completed(running):
             yield running[future], _outcome(future, plan.runs, running[future].key)
 
-    with bar, how as submit:
+    with bar, ExitStack() as stack:
+        submit: Submit | None = None  # this process alone
+        if cluster is not None:
+            submit = stack.enter_context(_on_ray(plan, cluster))
+        elif workers > 1:
+            pool: Any = stack.enter_context(worker_pool(workers))
+            submit = partial(pool.submit, perform)
         _write_plan(plan)
         for job in todo:  # what failed before is tried again
             _beside(plan.runs, job.key, "failed.json").unlink(missing_ok=True)
@@ -326,13 +318,6 @@ def _outcome(future: Future[Outcome], runs: Path, key: str) -> Outcome:
         if not type(error).__module__.startswith("ray."):
             raise
         return _record(runs, key, error)  # its worker died more often than it is started again
-
-
-@contextmanager
-def _on_workers(number: int) -> Iterator[Submit]:
-    """Give the jobs to processes of this machine."""
-    with worker_pool(number) as pool:
-        yield lambda job, **settings: pool.submit(perform, job, **settings)
 
 
 @contextmanager
@@ -382,10 +367,10 @@ def _write_plan(plan: Plan) -> None:
         for who in plan.grid.subjects:
             file = plan.out / "subjects" / f"{who.name}.png"
             if who.png and not file.is_file():
-                with atomic_write(file) as path:
-                    path.write_bytes(who.png)
+                write_file(file, who.png)
         jobs = [{"key": j.key, "rows": j.rows, "label": j.label} for j in plan.jobs]
-        _write_json(plan.out / PLAN, {"runs": str(plan.runs), "jobs": jobs})
+        about = {"runs": str(plan.runs), "jobs": jobs}
+        write_file(plan.out / PLAN, json.dumps(about, indent=1))
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -429,10 +414,10 @@ def _part(plan: Plan, job: Job) -> pa.Table | None:
     return pa.Table.from_arrays([*about, *columns, error], schema=_TABLE)
 
 
-def _write_csv(plan: Plan, most: int = 1_000_000) -> None:
-    """Write results.csv, unless it would have more than `most` rows."""
+def _write_csv(plan: Plan) -> None:
+    """Write results.csv, unless it would have more than a million rows."""
     with _writing(plan):
-        if pq.read_metadata(plan.out / RESULTS).num_rows <= most:
+        if pq.read_metadata(plan.out / RESULTS).num_rows <= 1_000_000:
             with atomic_write(plan.out / "results.csv") as path:
                 table = pq.read_table(plan.out / RESULTS).to_pandas()
                 for_spreadsheets(table).to_csv(path, index=False)
@@ -443,23 +428,17 @@ def _write_csv(plan: Plan, most: int = 1_000_000) -> None:
 Status = Literal["finished", "running", "failed", "waiting"]
 
 
-@dataclass(frozen=True)
-class State:
-    """One run of a sweep, as its folder tells it now."""
+class State(NamedTuple):
+    """One run of a sweep, as its folder tells it now; the reason: why it failed, who is at it."""
 
     name: str
     folder: Path
     status: Status
     reason: str
-    """Why it failed, or who is at it."""
 
 
 def survey(out: Path | str) -> list[State]:
-    """Return the state of every run of a sweep; from any process, at any time.
-
-    Raises:
-        UserError: there is no sweep in the folder.
-    """
+    """Return the state of every run of a sweep; from any process, at any time."""
     try:
         plan = read_json(Path(out) / PLAN)
         runs = Path(plan["runs"])
@@ -489,9 +468,6 @@ def status(out: Path | str) -> str:
     """Return what the terminal shows of a sweep: the counts, who is running, what failed and why.
 
     The time left is what finished runs took in the mean, by how many run at once.
-
-    Raises:
-        UserError: there is no sweep in the folder.
     """
     states = survey(out)
     number = Counter(state.status for state in states)

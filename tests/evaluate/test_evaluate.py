@@ -378,7 +378,7 @@ def test_our_prompts_are_asked_in_the_methods_words(
 ) -> None:
     def asked(name: str, structure: str = "default", **settings: Any) -> list[str]:
         run = Run.open(tuned(**settings))
-        return [p.text for p in room._asked(run, [name], structure, None, None)]
+        return [p.text for p in room.prompts_of(run.config, [name], None, structure=structure)]
 
     found = asked("attributes")
     assert found[0] == "photo of a running {S*} dog" and len(found) == 5
