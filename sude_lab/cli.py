@@ -266,16 +266,15 @@ class Classify:
 class Sweep:
     """Tune and judge a grid of runs, here or on a cluster; the same command continues."""
 
-    grid: Positional[Path | None] = None
+    grid: Positional[Path]
     """The grid file (YAML), such as data/grids/w_s.yaml."""
     out: Path
     """Folder of the sweep: results.parquet, and the runs."""
     runs: Path | None = None
     """Folder of the runs, which several sweeps may share; none: OUT/runs."""
     dry_run: bool = False
-    """Write nothing; say how many runs, pictures, hours and gigabytes are left."""
-    status: bool = False
-    """Say how far the sweep in OUT is, while it runs or not; needs no grid."""
+    """Write nothing; say how many runs, pictures, hours and gigabytes are left, what is running now
+    and what failed."""
     workers: int = 1
     """Processes of one thread each on this machine; they end with this one."""
     cluster: str | None = None
@@ -286,18 +285,13 @@ class Sweep:
     def execute(self) -> int:
         from sude_lab.sweep.grid import make_plan, read_grid
         from sude_lab.sweep.plan import describe
-        from sude_lab.sweep.sweep import RESULTS, status, sweep
+        from sude_lab.sweep.sweep import RESULTS, sweep
 
-        if self.status:
-            print(status(self.out))
-            return 0
-        if self.grid is None:
-            raise UserError("Name a grid file, for example data/grids/smoke.yaml.")
         if self.dry_run:
             print(describe(make_plan(read_grid(self.grid), self.out, self.runs)))
             return 0
         settings = vars(self) | {}
-        del settings["status"], settings["dry_run"]
+        del settings["dry_run"]
         failed = sweep(**settings)
         print(f"The table is {self.out / RESULTS}.")
         if failed:

@@ -36,11 +36,8 @@ class Subject:
     name: str
     category: str
     images: tuple[Path, ...]
-
-    @property
-    def live(self) -> bool:
-        """Whether it is asked the prompts for live subjects."""
-        return self.category in LIVE
+    prompts: tuple[Prompt, ...]
+    """The data set's own: those for live subjects, or for objects."""
 
     @property
     def picture(self) -> Path:
@@ -50,13 +47,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class DreamBench:
-    """The data set: its subjects by name, and its two lists of prompts."""
+    """The data set: its subjects by name."""
 
     folder: Path
     subjects: dict[str, Subject]
-    object_prompts: tuple[str, ...]
-    """With {S*} and {category}: "a {S*} {category} in the jungle"."""
-    live_prompts: tuple[str, ...]
 
     def subject(self, name: str) -> Subject:
         """Return a subject by its name."""
@@ -67,12 +61,6 @@ class DreamBench:
                 f"{', '.join(close)}."
             )
         return self.subjects[name]
-
-    def prompts(self, subject: Subject) -> list[Prompt]:
-        """Return the data set's own prompts for a subject: those for live ones, or for objects."""
-        templates = self.live_prompts if subject.live else self.object_prompts
-        texts = [t.replace("{category}", subject.category) for t in templates]
-        return [Prompt(t, caption(t, subject.category), group="dreambench") for t in texts]
 
 
 def find_dreambench(folder: Path) -> Path | None:
@@ -97,36 +85,29 @@ def load_dreambench(folder: Path | str) -> DreamBench:
     parts = re.split(r"^(?:Object|Live Subject) Prompts\s*$", text, flags=re.M)
     if len(parts) != 3:
         raise UserError(f"{root / FILE} is not the data set's own: it must have two prompt lists.")
+    lists = [re.findall(r"^\s*(['\"])(.+?)\1\.format\(", p, flags=re.M) for p in parts[1:]]
     subjects: dict[str, Subject] = {}
     for name, category in re.findall(r"^([\w-]+),([\w -]+?)[ \t\r]*$", parts[0], flags=re.M):
         if name == "subject_name":
             continue
         if name in subjects:
             raise UserError(f"{root / FILE} names the subject {name} twice: remove one of them.")
-        subjects[name] = Subject(name, category, _images(root, name))
-    prompts = [
-        tuple(
-            text.replace("{0}", PLACEHOLDER).replace("{1}", "{category}")
-            for _, text in re.findall(r"^\s*(['\"])(.+?)\1\.format\(", part, flags=re.M)
-        )
-        for part in parts[1:]
-    ]
-    if not subjects or not all(prompts):
+        if not (root / name / ONE_SHOT).is_file():
+            missing = f"{root / name} has no {ONE_SHOT}, the picture to tune on"
+            raise UserError(f"{missing}: copy it from the data set.")
+        words = lists[category in LIVE]
+        texts = [t.replace("{0}", PLACEHOLDER).replace("{1}", category) for _, t in words]
+        prompts = [Prompt(t, caption(t, category), group="dreambench") for t in texts]
+        subjects[name] = Subject(name, category, pictures_in(root / name), tuple(prompts))
+    if not subjects or not all(lists):
         raise UserError(f"{root / FILE} has no subjects or no prompts: take the data set's own.")
-    return DreamBench(root, subjects, *prompts)
+    return DreamBench(root, subjects)
 
 
 def pictures_in(folder: Path) -> tuple[Path, ...]:
     """Return the picture files of a folder in the order of their names."""
     shown = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     return tuple(sorted(p for p in shown if p.suffix.lower() in _SUFFIXES))
-
-
-def _images(dataset: Path, name: str) -> tuple[Path, ...]:
-    if not (dataset / name / ONE_SHOT).is_file():
-        missing = f"{dataset / name} has no {ONE_SHOT}, the picture to tune on"
-        raise UserError(f"{missing}: copy it from the data set.")
-    return pictures_in(dataset / name)
 
 
 @cache

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import pandas as pd
 import torch
+from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -96,10 +97,6 @@ Judges = Callable[[TuningConfig, Iterable[Image.Image]], Judge | None]
 """Gives the judge of a run by its configuration and its references; None: nobody knows better."""
 
 
-def no_judge(config: TuningConfig, references: Iterable[Image.Image]) -> None:
-    """Know nothing of any run: what is asked and measured is that of photographs."""
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """What `evaluate` wrote: a row a picture and metric, their comparison, and that for people."""
@@ -151,7 +148,7 @@ def evaluate(
     negative_prompt: str | None = None,
     device: str = "auto",
     progress: bool = True,
-    judges: Judges = no_judge,
+    judges: Judges | None = None,
     open_base: Callable[[Run], Backbone] | None = None,
     opened_encoders: dict[str, Encoder] | None = None,
 ) -> Evaluation:
@@ -163,7 +160,8 @@ def evaluate(
         runs: Folders of finished runs; RUN@25, RUN@scale=0.5: see `sude_lab.runs.strength`.
         metrics: Names of `LEARNED`, or oracle; (): the paper's four, or where there is a judge the
             oracle, and what the encoders that are named can measure.
-        judges: Gives the judge of a run; the drawn world's is `sude_lab.world.judging.drawn_judge`.
+        judges: Gives the judge of a run, such as `sude_lab.world.judging.drawn_judge`; None:
+            nobody knows better than the learned metrics.
         open_base: Opens the model that a run was tuned on, untuned; None: `Run.open_base`.
         opened_encoders: Encoders by name, to be used and added to; None: they are opened anew.
 
@@ -198,7 +196,7 @@ def evaluate(
     jobs = []
     for run, label in zip(opened, labels, strict=True):
         images = _references(run, folder, several)
-        judge = judges(run.config, images)
+        judge = judges(run.config, images) if judges else None
         asked = prompts_of(run.config, prompts, judge, structure=structure, references=folder)
         chosen = _chosen_metrics(metrics, run.config, encoder_folders, judge)
         scale = run.strength.guidance_scale
@@ -373,8 +371,7 @@ def _prompt_set(
     if name == "dreambench":
         if references is None or find_dreambench(references) is None:
             raise UserError("--prompts dreambench needs the data set: name it with --references.")
-        bench = load_dreambench(references)
-        return bench.prompts(bench.subject(subject_name(config)))
+        return list(load_dreambench(references).subject(subject_name(config)).prompts)
     if name not in PROMPT_SETS:
         if not is_file(name):
             raise UserError(
@@ -525,41 +522,18 @@ def report(table: pd.DataFrame, scores: pd.DataFrame) -> str:
         line |= {str(row["metric"]): _cell(row) for row in group.to_dict("records")}
         line |= {"pictures": str(group["pictures"].max()), "intervals over": group["over"].iloc[0]}
         lines.append(line)
-    brackets = "In square brackets: 95 % intervals. "
-    if table["over"].str.contains("subjects").all():
-        brackets += "Over subjects: Student's t on the means of the subjects, each counted once."
-    else:
-        brackets += (
-            "Over prompts and noises, or seeds of tuning: they speak of other drawings of this one "
-            "subject (a bootstrap), and not of other subjects."
-        )
     cells = pd.DataFrame(lines).fillna("").map(lambda x: str(x).replace("|", "\\|"))
-    parts = [cells.to_markdown(index=False, disable_numparse=True)]
-    parts.append(brackets)
-    if "difference" in table and table["difference"].notna().any():
-        against = ", ".join(dict.fromkeys(table["against"].dropna()))
-        parts.append(
-            f"In parentheses: the difference to {against}, over pictures of the same subject, "
-            "prompt, seed and noise."
-        )
-    if any(name in LEARNED and LEARNED[name][1] for name in table["metric"]):
-        parts.append(
-            "CLIP-T and BLIP-T compare a picture with its prompt without the subject's word, which "
-            "the encoders never met: the column caption of the scores."
-        )
+    compared = "difference" in table and table["difference"].notna().any()
     encoders = scores[scores["encoder"] != ORACLE][["metric", "encoder"]].drop_duplicates()
-    if len(encoders):
-        parts.append("Encoders: " + "; ".join(f"{a}: {b}" for a, b in encoders.to_numpy()) + ".")
-    if ORACLE in set(scores["encoder"]):
-        parts.append(
-            "Alignments and fidelity are the drawn world's oracle's; the look that fidelity asks "
-            "for is the one that it reads from the references."
-        )
-    ranks = m.rank_agreement(scores)
-    if len(ranks):
-        parts.append("How the learned metrics rank the runs, against the oracle (Spearman's rho):")
-        parts.append(ranks.round(2).to_markdown(index=False))
-    return "\n\n".join(parts) + "\n"
+    page = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True)
+    return page.get_template("table.md.jinja").render(
+        cells=cells.to_markdown(index=False, disable_numparse=True),
+        subjects=table["over"].str.contains("subjects").all(),
+        against=", ".join(dict.fromkeys(table["against"].dropna())) if compared else "",
+        texts=any(name in LEARNED and LEARNED[name][1] for name in table["metric"]),
+        encoders="; ".join(f"{metric}: {name}" for metric, name in encoders.to_numpy()),
+        oracle=ORACLE in set(scores["encoder"]),
+    )
 
 
 def _cell(row: dict[Any, Any]) -> str:

@@ -11,11 +11,6 @@ import pandas as pd
 from sude_lab.evaluate.statistics import Interval, drawings_interval, mean_interval
 
 MEASURES = ("attribute_alignment", "subject_fidelity", "category_alignment")
-TRUTH = {
-    **dict.fromkeys(("CLIP-T", "CLIP-L-T", "BLIP-T"), "attribute_alignment"),
-    **dict.fromkeys(("CLIP-I", "CLIP-L-I", "DINO-I", "DINOv2-I"), "subject_fidelity"),
-}
-"""What the drawn world's oracle knows of what each learned metric is meant to measure."""
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -140,21 +135,3 @@ def compare(scores: pd.DataFrame) -> pd.DataFrame:
                 row |= {"difference_low": change.low, "difference_high": change.high}
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def rank_agreement(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return how well each learned metric ranks the runs as the oracle does (`TRUTH`).
-
-    Spearman's rho: the correlation of the ranks of the runs' means, 1 for the same order. A metric
-    with fewer than three runs, or none that differ, has no row.
-    """
-    means = scores.groupby(["run", "metric"])["value"].mean().unstack("metric")
-    rows = []
-    for metric, truth in TRUTH.items():
-        if metric in means and truth in means:
-            both = means[[metric, truth]].dropna()
-            if len(both) >= 3 and (both.nunique() > 1).all():
-                ranks = both.rank()
-                rho = np.corrcoef(ranks[metric], ranks[truth])[0, 1]
-                rows.append({"metric": metric, "oracle": truth, "runs": len(both), "rho": rho})
-    return pd.DataFrame(rows, columns=["metric", "oracle", "runs", "rho"])

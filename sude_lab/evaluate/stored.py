@@ -19,8 +19,7 @@ def read(name: str) -> pd.DataFrame:
     path = RESULTS / f"{name}.csv"
     if not path.is_file():
         raise UserError(f"{path} is missing: run its experiment without --no-run.")
-    table = pd.read_csv(path)
-    return table[table["error"].isna()] if "error" in table else table
+    return pd.read_csv(path)
 
 
 def table(name: str) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import pandas as pd
 import yaml
+from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -145,7 +146,7 @@ def bench(
 
 
 def _tried(content: dict[str, Any], own: OwnRegularizer) -> float:
-    """Take a few steps in memory; return the passes of a sample that the regulariser adds to one."""
+    """Take a few steps in memory; return the passes of a sample that it adds to one."""
     settings = content["settings"] | {"regularizer_file": str(own.file.absolute())}
     plan = make_plan(grid_of(content | {"settings": settings}), "")
     config = replace(plan.jobs[0].config, max_train_steps=TRIED)
@@ -188,33 +189,20 @@ def _page(table: pd.DataFrame, chosen: Size, cited: str) -> str:
     """Return what a bench says, as Markdown."""
     lines = _lines(table)
     category = _lines(table.assign(attribute_alignment=table["category_alignment"]))
-    number, left_out = len(lines[OWN].subjects), [] if chosen.stored == "fair" else ["says"]
-    parts = ["# A regulariser of one's own", f"{number} subjects. {chosen.decides}"]
+    left_out, gains = [] if chosen.stored == "fair" else ["says"], {}
     for title, other in {"Gain at equal fidelity": LESS, "Beside SuDe, exploration": SUDE}.items():
         shown = family(lines, [(OWN, other)]).drop(columns=left_out)
         shown["gain"] = [gain.words("+.3f") for gain in shown["gain"]]
-        parts += [f"## {title}", shown.round(4).to_markdown(index=False)]
+        gains[title] = shown.round(4).to_markdown(index=False)
     at = places(lines, category, table, table["asks"])
-    means = (
-        table.assign(arm=table["arm"].map(ARMS))
-        .groupby(["arm", "w_s", "strength"])[MEANS]
-        .mean()
-        .round(3)
+    arms = table.assign(arm=table["arm"].map(ARMS)).groupby(["arm", "w_s", "strength"])
+    page = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True)
+    text = page.get_template("bench.md.jinja").render(
+        number=len(lines[OWN].subjects),
+        decides=chosen.decides,
+        gains=gains,
+        places=at.to_markdown(index=False),
+        means=arms[MEANS].mean().round(3).reset_index().to_markdown(index=False),
+        cited=cited,
     )
-    words = (
-        "Gains of alignment where both lines keep these shares of the fidelity that plain tuning "
-        "ends with: mean, 95 % interval (jackknife over subjects, Student's t), its p, the p of "
-        "sign flips, and p corrected by Holm over the three. The area has no verdict. *not "
-        "reached*: a line ends before that fidelity, which is no gain of anybody; no interval: "
-        "without one of the subjects it does."
-    )
-    counted = (
-        "`passes`: of a picture through the UNet, one in a plain step, two more where SuDe asks; "
-        "yours are counted in the first steps."
-    )
-    parts += [words, "## Where the lines are read", at.to_markdown(index=False), counted]
-    parts += [
-        "## Every point, means over the subjects",
-        means.reset_index().to_markdown(index=False),
-    ]
-    return "\n\n".join([*parts, "## To cite", cited]) + "\n"
+    return f"{text}\n"

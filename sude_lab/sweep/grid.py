@@ -132,7 +132,7 @@ def _axes_kind(kind: Any) -> type[Any]:
 
 
 def _filled(kind: type[T], content: Any, where: str = "") -> T:
-    """Return what a file says as a dataclass: typed, all keys known, the others at their default."""
+    """Return what a file says as a dataclass: typed, all keys known, the others as usual."""
     from omegaconf import OmegaConf
 
     try:
@@ -321,6 +321,10 @@ LABEL: dict[str, type] = dict.fromkeys(
 LABEL |= {"prior": str, "weighting": str, "steps": int}
 """What the table of results says of a run beside its scores, its first columns; w_s_factor: w_s in
 units of the method's own."""
+SCORE: dict[str, type] = {"open_gates": float, "rho": float, "strength": str, "number": int}
+SCORE |= dict.fromkeys(("kind", "prompt", "caption", "attribute", "background"), str)
+SCORE |= {"seed": int, "picture": int, "metric": str, "encoder": str, "value": float}
+"""What it says of a picture."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""What is left of a grid, and what it will take by the runs that are finished, before it is run."""
+"""What is left of a grid, who is at it, and what it will take by the runs that are finished."""
 
 from __future__ import annotations
 
 import pandas as pd
 
 from sude_lab.sweep.grid import Plan, kind_of
-from sude_lab.sweep.sweep import COSTS, TIMING, timing
+from sude_lab.sweep.sweep import COSTS, TIMING, state, timing
 
 
 def describe(plan: Plan) -> str:
@@ -14,7 +14,8 @@ def describe(plan: Plan) -> str:
     Kinds are those of `grid.kind_of`, the finished runs those in the folder of the runs. Class
     images, which are drawn once, are not counted.
     """
-    todo = [job for job in plan.jobs if not job.scores(plan.runs).is_file()]
+    states = [(job, *state(job, plan.runs)) for job in plan.jobs]
+    todo = [job for job, status, _ in states if status != "finished"]
     equal = f" ({plan.num_equal:,} more are equal to one of these)" if plan.num_equal else ""
     counts = (
         f"{len(plan.jobs):,} runs{equal}, {len(plan.jobs) - len(todo):,} of them finished. "
@@ -46,4 +47,6 @@ def describe(plan: Plan) -> str:
     if unknown < len(todo):
         hours, size = table["hours"].sum(), table["GB"].sum()
         parts.append(f"About {hours:,.1f} hours one after another, {size:,.2f} GB.")
-    return "\n\n".join(parts)
+    name = "{subject}, {settings}, {variant}, seed {tuning_seed}"
+    now = [f"{s}: {name.format(**job.label)} ({reason})" for job, s, reason in states if reason]
+    return "\n\n".join([*parts, *filter(None, ["\n".join(now)])])

@@ -1,8 +1,7 @@
 """Grids of runs: one file, one command, on this machine or on a cluster.
 
-    OUT/plan.json          the runs of the grid, in their order
+    OUT/plan.json          where the runs are
     OUT/results.parquet    a row a picture and metric of every finished run, a row a failed run
-    OUT/results.csv        the same, written at the end
     OUT/subjects/          the pictures of drawn subjects
     RUNS/KEY/              a run, as `sude-lab tune` and `evaluate` write it, and timing.json
     RUNS/.sweep/           locks, and the reasons of failures
@@ -21,11 +20,9 @@ import itertools
 import json
 import logging
 import os
-import re
 import shutil
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -33,7 +30,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -49,7 +46,6 @@ from sude_lab.io.files import (
     PARTIAL,
     DiskFullError,
     atomic_write,
-    for_spreadsheets,
     lock_holder,
     locked,
     remove_partials,
@@ -61,7 +57,7 @@ from sude_lab.io.opening import open_backbone, resolve_source
 from sude_lab.io.reading import read_json
 from sude_lab.io.workers import worker_pool
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, run_tuning
-from sude_lab.sweep.grid import LABEL, Job, Plan, kind_of, make_plan, read_grid
+from sude_lab.sweep.grid import LABEL, SCORE, Job, Plan, kind_of, make_plan, read_grid
 from sude_lab.tuning import Step
 from sude_lab.world.judging import drawn_judge
 
@@ -255,7 +251,7 @@ def sweep(
     for folder in (plan.out, plan.runs):
         if folder.is_file():
             raise UserError(f"{folder} is a file: name a folder.")
-    require_own(plan.out, PLAN, '{\n "runs": ', (RESULTS, "results.csv"))
+    require_own(plan.out, PLAN, '{\n "runs": ', (RESULTS,))
     if unknown := [source for source in plan.grid.file.backbone if not is_known(source)]:
         text = f"The backbone {unknown[0]} is neither on the hub nor in its cache"
         raise UserError(f"{text}: run with a connection, or name a pipeline folder.")
@@ -301,7 +297,6 @@ def sweep(
                     took, written = _write_table(plan), time.monotonic()
             todo = busy
         _write_table(plan)
-        _write_csv(plan)
     return failed
 
 
@@ -368,22 +363,15 @@ def _write_plan(plan: Plan) -> None:
             file = plan.out / "subjects" / f"{who.name}.png"
             if who.png and not file.is_file():
                 write_file(file, who.png)
-        jobs = [{"key": j.key, "rows": j.rows, "label": j.label} for j in plan.jobs]
-        about = {"runs": str(plan.runs), "jobs": jobs}
-        write_file(plan.out / PLAN, json.dumps(about, indent=1))
+        write_file(plan.out / PLAN, json.dumps({"runs": str(plan.runs)}, indent=1))
 
 
 # --- the table -----------------------------------------------------------------------------------
 
 _TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
-_LABELS = pa.schema([(name, _TYPES[kind]) for name, kind in LABEL.items()])
-_COLUMNS = (
-    "open_gates rho strength number kind prompt caption attribute background seed picture metric "
+_LABELS, _SCORES = (
+    pa.schema([(name, _TYPES[kind]) for name, kind in kinds.items()]) for kinds in (LABEL, SCORE)
 )
-_COLUMNS += "encoder value"
-_KINDS: dict[str, Any] = dict.fromkeys(("open_gates", "rho", "value"), float)
-_KINDS |= dict.fromkeys(("number", "seed", "picture"), int)
-_SCORES = pa.schema([(name, _TYPES[_KINDS.get(name, str)]) for name in _COLUMNS.split()])
 _TABLE = pa.schema([*_LABELS, *_SCORES, ("error", _TYPES[str])])
 
 
@@ -414,68 +402,18 @@ def _part(plan: Plan, job: Job) -> pa.Table | None:
     return pa.Table.from_arrays([*about, *columns, error], schema=_TABLE)
 
 
-def _write_csv(plan: Plan) -> None:
-    """Write results.csv, unless it would have more than a million rows."""
-    with _writing(plan):
-        if pq.read_metadata(plan.out / RESULTS).num_rows <= 1_000_000:
-            with atomic_write(plan.out / "results.csv") as path:
-                table = pq.read_table(plan.out / RESULTS).to_pandas()
-                for_spreadsheets(table).to_csv(path, index=False)
-
-
 # --- what is going on ----------------------------------------------------------------------------
 
 Status = Literal["finished", "running", "failed", "waiting"]
 
 
-class State(NamedTuple):
-    """One run of a sweep, as its folder tells it now; the reason: why it failed, who is at it."""
-
-    name: str
-    folder: Path
-    status: Status
-    reason: str
-
-
-def survey(out: Path | str) -> list[State]:
-    """Return the state of every run of a sweep; from any process, at any time."""
-    try:
-        plan = read_json(Path(out) / PLAN)
-        runs = Path(plan["runs"])
-        jobs = [(job["key"], job["rows"], job["label"]) for job in plan["jobs"]]
-        if not all(re.fullmatch(r"\w[\w.-]*", name) for job in jobs for name in job[:2]):
-            raise ValueError("a name that leaves the folder of the runs")
-        name = "{subject}, {settings}, {variant}, seed {tuning_seed}"
-        names = [name.format(**label) for *_, label in jobs]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"There is no sweep in {out}: name the --out of one.") from error
-    about = zip(names, jobs, strict=True)
-    return [State(name, runs / key, *_status(runs, key, rows)) for name, (key, rows, _) in about]
-
-
-def _status(runs: Path, key: str, rows: str) -> tuple[Status, str]:
-    if (runs / key / FOLDER / rows).is_file():
+def state(job: Job, runs: Path) -> tuple[Status, str]:
+    """Return how far a run is now, and who is at it, or why it failed; from any process."""
+    if job.scores(runs).is_file():
         return "finished", ""
-    if holder := lock_holder(_beside(runs, key, "lock")):
+    if holder := lock_holder(_beside(runs, job.key, "lock")):
         host, process, since = (*holder.split(), "?", "0", "0")[:3]
         minutes = max(0.0, time.time() - float(since)) / 60
         return "running", f"process {process} on {host}, for {minutes:.0f} min"
-    failure = _failure(runs, key)
+    failure = _failure(runs, job.key)
     return ("failed", failure) if failure else ("waiting", "")
-
-
-def status(out: Path | str) -> str:
-    """Return what the terminal shows of a sweep: the counts, who is running, what failed and why.
-
-    The time left is what finished runs took in the mean, by how many run at once.
-    """
-    states = survey(out)
-    number = Counter(state.status for state in states)
-    text = ", ".join(f"{number[status]} {status}" for status in get_args(Status))
-    seconds = (timing(x.folder).get("seconds", 0) for x in states if x.status == "finished")
-    took = list(filter(None, seconds))
-    if took and number["running"]:
-        left = (number["waiting"] / number["running"] + 0.5) * sum(took) / len(took)
-        text += f"; about {left / 60:,.0f} minutes left"
-    lines = [f"{s.status}: {s.name} ({s.reason})" for s in states if s.reason]
-    return "\n".join([f"{len(states)} runs: {text}.", *lines])

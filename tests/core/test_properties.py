@@ -592,16 +592,3 @@ def test_comparisons_are_of_pairs_and_move_with_one_side(
             assert after.loc[("SuDe", metric), name] == expected
     several = scores["subject"].nunique() > 1
     assert told["over"].str.contains("subjects").all() == several
-
-
-@many
-@given(evaluations(), st.floats(0.1, 5))
-def test_rank_agreement_knows_the_order_alone(scores: pd.DataFrame, power: float) -> None:
-    told = m.rank_agreement(scores)
-    assert told["rho"].between(-1 - 1e-12, 1 + 1e-12).all()
-    assert len(told) == (scores["run"].nunique() >= 3)
-    means = scores.groupby(["run", "metric"])["value"].transform("mean")
-    bent = scores.assign(value=np.where(scores["metric"] == "CLIP-T", means**power, means))
-    assert m.rank_agreement(bent)["rho"].tolist() == pytest.approx(told["rho"].tolist())
-    turned = scores.assign(value=np.where(scores["metric"] == "CLIP-T", -means, means))
-    assert m.rank_agreement(turned)["rho"].tolist() == pytest.approx((-told["rho"]).tolist())

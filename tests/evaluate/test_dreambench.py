@@ -39,8 +39,8 @@ def test_the_real_data_set_is_read_whole() -> None:
     bench = load_dreambench(REAL)
     assert len(bench.subjects) == 30
     assert {s.category for s in bench.subjects.values()} == CLASSES
-    assert len(bench.object_prompts) == len(bench.live_prompts) == 25
-    assert sum(s.live for s in bench.subjects.values()) == 9  # seven dogs, two cats
+    wearing = [any("wearing" in p.text for p in s.prompts) for s in bench.subjects.values()]
+    assert sum(wearing) == 9  # the live ones: seven dogs, two cats
     assert all(4 <= len(s.images) <= 6 for s in bench.subjects.values())
     assert bench.subject("wolf_plushie").category == "stuffed animal"
     # Every folder of the data set is a subject, and every subject has one.
@@ -58,16 +58,15 @@ def test_real_pictures_open_and_the_first_is_the_one_to_tune_on() -> None:
 def test_real_prompts_have_the_subject_and_its_class() -> None:
     bench = load_dreambench(REAL)
     for subject in bench.subjects.values():
-        prompts = bench.prompts(subject)
-        assert len({p.text for p in prompts}) == 25
-        for prompt in prompts:
+        assert len({p.text for p in subject.prompts}) == 25
+        for prompt in subject.prompts:
             assert f"{PLACEHOLDER} {subject.category}" in prompt.text
             assert PLACEHOLDER not in prompt.caption and "{" not in prompt.caption
             assert prompt.kind == "dreambench"
-    dog = bench.prompts(bench.subject("dog"))
+    dog = bench.subject("dog").prompts
     assert dog[0].text == "a {S*} dog in the jungle" and dog[0].caption == "a dog in the jungle"
     assert any("wearing a santa hat" in p.text for p in dog)
-    teapot = bench.prompts(bench.subject("teapot"))
+    teapot = bench.subject("teapot").prompts
     assert any("with the Eiffel Tower in the background" in p.text for p in teapot)
     assert not any("wearing" in p.text for p in teapot)
     assert "cube shaped {S*} teapot" in teapot[-1].text
@@ -82,9 +81,9 @@ def test_a_clone_and_the_folder_in_it_are_the_same() -> None:
 @needs_real
 def test_our_attributes_are_not_among_the_data_sets_prompts() -> None:
     bench = load_dreambench(REAL)
-    theirs = " ".join((*bench.object_prompts, *bench.live_prompts)).split()
+    theirs = {w for s in bench.subjects.values() for p in s.prompts for w in p.text.split()}
     ours = {a for c in CLASSES for a in attributes_of(c)}
-    assert ours & set(theirs) <= {"wooden"}  # theirs is a floor
+    assert ours & theirs <= {"wooden"}  # theirs is a floor
 
 
 # --- our own prompts -----------------------------------------------------------------------------
@@ -161,10 +160,10 @@ def test_the_layout_is_all_that_counts(small: Path) -> None:
     assert list(bench.subjects) == ["rex", "old-bowl", "bear"]
     rex = bench.subject("rex")
     assert [p.name for p in rex.images] == ["00.jpg", "01.jpg", "10.jpg"]
-    assert [p.text for p in bench.prompts(rex)] == ["a {S*} dog wearing a hat"]
-    texts = [p.text for p in bench.prompts(bench.subject("old-bowl"))]
+    assert [p.text for p in rex.prompts] == ["a {S*} dog wearing a hat"]
+    texts = [p.text for p in bench.subject("old-bowl").prompts]
     assert texts == ["a {S*} bowl in the snow", "a {S*} bowl in the giant's house"]
-    assert not bench.subject("bear").live
+    assert bench.subject("bear").prompts[0].text == "a {S*} stuffed animal in the snow"
 
 
 def test_line_ends_of_windows_are_read(small: Path) -> None:

@@ -12,7 +12,6 @@ from sude_lab.evaluate.metrics import (
     gains,
     image_similarity,
     per_run,
-    rank_agreement,
     text_similarity,
 )
 from sude_lab.evaluate.statistics import drawings_interval, mean_interval, t_quantile
@@ -182,26 +181,6 @@ def test_without_a_plain_run_the_first_is_the_base() -> None:
     assert second["over"] == ""  # one picture each: there is no interval
 
 
-def test_a_metric_that_ranks_as_the_oracle_does_has_rho_1() -> None:
-    truth = {("a", "rex", 0, 0, 0): 0.1, ("b", "rex", 0, 0, 0): 0.5, ("c", "rex", 0, 0, 0): 0.9}
-    same = {k: v**3 for k, v in truth.items()}  # not linear: ranks alone count
-    opposite = {k: -v for k, v in truth.items()}
-    table = pd.concat(
-        [
-            scores(truth, "attribute_alignment"),
-            scores(same, "CLIP-T"),
-            scores(opposite, "BLIP-T"),
-            scores(truth, "DINO-I"),  # no fidelity of the oracle's beside it
-        ]
-    )
-    agreement = rank_agreement(table).set_index("metric")
-    assert set(agreement.index) == {"CLIP-T", "BLIP-T"}
-    assert agreement.loc["CLIP-T", "rho"] == pytest.approx(1)
-    assert agreement.loc["BLIP-T", "rho"] == pytest.approx(-1)
-    assert (agreement["runs"] == 3).all()
-    assert rank_agreement(table[table["variant"] != "c"]).empty  # two runs have no order to tell
-
-
 def small_study() -> pd.DataFrame:
     """Two subjects, two pictures a run; "sude" gains 0.4 and 0.2, "other" ran for one subject."""
     values = {
@@ -298,16 +277,3 @@ def test_comparisons_have_their_columns_and_keep_kinds_and_metrics_apart() -> No
     assert sude["pairs"].tolist() == [3, 3, 3]
     assert sude["difference"].tolist() == pytest.approx([0.4, 0.4, 4.0])
     assert sude["mean"].tolist() == pytest.approx([0.6, 0.6, 6.0])
-
-
-def test_rank_agreement_needs_values_that_differ() -> None:
-    truth = {("a", "rex", 0, 0, 0): 0.1, ("b", "rex", 0, 0, 0): 0.5, ("c", "rex", 0, 0, 0): 0.9}
-    two = dict(zip(truth, (0.0, 1.0, 1.0), strict=True))
-    constant = dict.fromkeys(truth, 0.3)
-    asked = {"attribute_alignment": truth, "CLIP-T": two, "BLIP-T": constant}
-    found = rank_agreement(pd.concat([scores(v, k) for k, v in asked.items()]))
-    assert list(found.columns) == ["metric", "oracle", "runs", "rho"]
-    assert found[["metric", "oracle"]].to_numpy().tolist() == [["CLIP-T", "attribute_alignment"]]
-    assert 0 < found["rho"].iloc[0] < 1
-    nothing = rank_agreement(scores(truth, "CLIP-T"))
-    assert list(nothing.columns) == ["metric", "oracle", "runs", "rho"] and nothing.empty

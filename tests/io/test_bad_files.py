@@ -3,7 +3,6 @@
 import json
 import os
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from sude_lab.io.reading import MOST_BYTES, read_yaml
 from sude_lab.methods import configure
 from sude_lab.prompts import PLACEHOLDER
 from sude_lab.sweep.grid import make_plan, read_grid
-from sude_lab.sweep.sweep import PLAN, survey
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
@@ -249,50 +247,6 @@ def test_facts_of_any_content(facts: Any, tmp_path_factory: pytest.TempPathFacto
             "num_inference_steps",
             "guidance_scale",
         }
-
-
-@generated(80)
-@given(plan=CONTENT | st.fixed_dictionaries({"runs": SCALARS, "jobs": CONTENT}))
-def test_a_sweep_whose_plan_is_damaged(plan: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.getbasetemp() / "planned"
-    folder.mkdir(exist_ok=True)
-    (folder / PLAN).write_text(json.dumps(plan, default=str), encoding="utf-8")
-    try:
-        states = survey(folder)
-    except UserError as error:
-        assert "There is no sweep in" in str(error)
-    else:
-        assert states == []  # no generated plan names a run
-        assert say("sweep", "--status", "--out", folder).code == 0
-
-
-def damaged(change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    label = {"subject": "a", "settings": "b", "variant": "c", "tuning_seed": 0}
-    job = {"key": "0123456789abcdef", "rows": "rows-0.parquet", "label": label}
-    plan: dict[str, Any] = {"runs": "runs", "jobs": [job]}
-    change(plan)
-    return plan
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda plan: plan["jobs"][0].update(key="../../etc"),
-        lambda plan: plan["jobs"][0].update(key="/etc"),
-        lambda plan: plan["jobs"][0].update(key=".."),
-        lambda plan: plan["jobs"][0].update(rows="../rows"),
-        lambda plan: plan["jobs"][0].update(rows=3),
-        lambda plan: plan["jobs"][0].update(label=None),
-        lambda plan: plan.update(runs=None),
-    ],
-)
-def test_a_plan_that_leaves_its_folder_is_no_plan(
-    change: Callable[[dict[str, Any]], None], tmp_path: Path
-) -> None:
-    (tmp_path / PLAN).write_text(json.dumps(damaged(lambda plan: None)))
-    assert [state.status for state in survey(tmp_path)] == ["waiting"]
-    (tmp_path / PLAN).write_text(json.dumps(damaged(change)))
-    assert "There is no sweep in" in say("sweep", "--status", "--out", tmp_path).sentence
 
 
 def test_a_mark_that_some_editors_begin_with_is_no_part_of_a_prompt(tmp_path: Path) -> None:

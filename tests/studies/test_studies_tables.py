@@ -177,13 +177,7 @@ def test_holm_s_correction_can_only_take_back(results: Path) -> None:
     assert verdict(change, p=holm([p] * 18)[0]) == "cannot tell"
 
 
-def test_runs_that_failed_are_left_out_and_missing_studies_named(results: Path) -> None:
-    write(
-        results,
-        "w_s",
-        [row(DOG, "plain", 0.5) | {"error": None}, row(CAT, "plain", 0.5) | {"error": "no"}],
-    )
-    assert len(stored.read("w_s")) == 1
+def test_missing_studies_are_named(results: Path) -> None:
     with pytest.raises(UserError, match=r"nothing\.csv is missing"):
         stored.read("nothing")
 
