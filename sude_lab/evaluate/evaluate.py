@@ -37,7 +37,7 @@ from sude_lab.evaluate.dreambench import (
     pictures_in,
 )
 from sude_lab.evaluate.encoders import ENCODERS, Encoder, open_encoder
-from sude_lab.evaluate.prompts import Prompt, prompt_for, read_prompts, structured
+from sude_lab.evaluate.prompts import Prompt, prompt_for, read_prompts
 from sude_lab.evaluate.statistics import Interval
 from sude_lab.generation import MOST, generate, remarks, sampling_settings
 from sude_lab.io.files import atomic_write, for_spreadsheets, in_utf_8, require_own, write_file
@@ -331,8 +331,6 @@ def prompts_of(
     references: Path | None = None,
 ) -> list[Prompt]:
     """Return what `evaluate` asks of a run with this configuration."""
-    if structure != "default":
-        structured(structure, config.category)  # says so where there is no such structure
     sets = [_prompt_set(name, config, references, structure, judge) for name in names]
     prompts = list(dict.fromkeys(prompt for asked in sets for prompt in asked))
     if not prompts:
@@ -380,16 +378,14 @@ def _prompt_set(
             )
         return read_prompts(Path(name), *(s.category for s in config.subjects))
     template = config.prompt or get_method(config.method).template
-    form = "" if structure == "default" else structure
     nothing: tuple[str, ...] = ("",)
     attributes = places = nothing
     if name in ("attributes", "combinations"):
         attributes = judge.attributes if judge else attributes_of(category)
     if name in ("backgrounds", "combinations"):
         places = judge.backgrounds if judge else backgrounds()
-    return [
-        prompt_for(template, category, a, b, structure=form) for a in attributes for b in places
-    ]
+    pairs = product(attributes, places)
+    return [prompt_for(template, category, *pair, structure=structure) for pair in pairs]
 
 
 # --- drawing -------------------------------------------------------------------------------------

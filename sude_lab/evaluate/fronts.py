@@ -91,13 +91,7 @@ class Line:
         f = self.fidelity[rows].mean(0)[front]
         if fidelity > f[-1] + 1e-9:  # of rounding
             return np.full(len(weights), np.nan)
-        fidelity = min(fidelity, f[-1])
-        if fidelity <= f[0]:
-            weights[front[0]] = 1
-            return weights
-        k = int(np.searchsorted(f, fidelity))
-        share = (fidelity - f[k - 1]) / (f[k] - f[k - 1])
-        weights[front[k - 1]], weights[front[k]] = 1 - share, share
+        weights[front] = [np.interp(fidelity, f, one) for one in np.eye(len(front))]
         return weights
 
     def at(self, fidelity: Fidelity, rows: Rows = EVERYONE) -> np.ndarray:

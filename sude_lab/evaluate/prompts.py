@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sude_lab.errors import UserError
-from sude_lab.io.reading import read_text, read_yaml
+from sude_lab.io.reading import read_text
 from sude_lab.prompts import PLACEHOLDER, article, caption, checked, photo_of, with_attribute
 
 STRUCTURES = {
@@ -68,7 +67,12 @@ def structured(structure: str, category: str, attribute: str = "") -> str:
 
 
 def prompt_for(
-    template: str, category: str, attribute: str = "", background: str = "", *, structure: str = ""
+    template: str,
+    category: str,
+    attribute: str = "",
+    background: str = "",
+    *,
+    structure: str = "default",
 ) -> Prompt:
     """Return the prompt for an attribute and a background, each of them optional.
 
@@ -76,7 +80,7 @@ def prompt_for(
     `structure` (P1, P2, P3) puts it; the background comes last. The caption is the same for every
     template, "photo of a running dog on the beach", so that scores of templates can be compared.
     """
-    if structure:
+    if structure != "default":
         text = structured(structure, category, attribute)
     else:
         text = with_attribute(template.replace("{category}", category), attribute)
@@ -87,37 +91,22 @@ def prompt_for(
 
 
 def read_prompts(path: Path, *categories: str) -> list[Prompt]:
-    """Return the prompts of a file for a subject of a category; `{category}` is filled in.
+    """Return the prompts of a text file, one a line, for a subject of a category.
 
-    A text file has a prompt a line ("#" begins a comment line). A .yaml, .yml or .json file has a
-    list of prompts, or of mappings with `prompt` and, if wished, `caption` (what a picture is
-    compared with), `attribute`, `background` and `group`. Equal prompts are asked once.
+    `{category}` is filled in, "#" begins a comment line, and equal prompts are asked once.
     """
     words = read_text(path, f"The prompts in {path}", "a text file with a prompt a line")
-    lines = [line.strip() for line in words.splitlines()]
-    entries: Any = [line for line in lines if line and not line.startswith("#")]
-    if path.suffix in (".yaml", ".yml", ".json"):
-        entries = read_yaml(words, str(path))
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path} holds no list of prompts: write one prompt a line.")
-    return list(dict.fromkeys(_read_prompt(entry, path, categories) for entry in entries))
-
-
-def _read_prompt(entry: Any, path: Path, categories: tuple[str, ...]) -> Prompt:
-    # YAML reads an unquoted {S*} as a mapping: what is no text and no mapping of ours ends here.
-    values = entry if isinstance(entry, dict) else {"prompt": entry}
-    keys = ("prompt", *[f.name for f in fields(Prompt)][1:])
-    wrong = [k for k, v in values.items() if k not in keys or not isinstance(v, str)]
-    if wrong or "prompt" not in values:
-        raise UserError(
-            f"{path}: the entry {str(entry)[:200]} must be a quoted prompt, or a mapping of texts "
-            f"under {', '.join(keys)}."
-        )
-    text = " ".join(checked(values["prompt"]).replace("{category}", categories[0]).split())
-    if PLACEHOLDER not in text:
-        raise UserError(
-            f"{path}: the prompt {text!r} has no {PLACEHOLDER}, which stands for the subject: "
-            f'write for example "photo of a {PLACEHOLDER} on the beach".'
-        )
-    rest = {k: values.get(k, "") for k in ("attribute", "background", "group")}
-    return Prompt(text, values.get("caption") or caption(text, *categories), **rest)
+    prompts: dict[Prompt, None] = {}
+    for line in filter(None, map(str.strip, words.splitlines())):
+        if line.startswith("#"):
+            continue
+        text = " ".join(checked(line).replace("{category}", categories[0]).split())
+        if PLACEHOLDER not in text:
+            raise UserError(
+                f"{path}: the prompt {text!r} has no {PLACEHOLDER}, which stands for the subject: "
+                f"write for example photo of a {PLACEHOLDER} on the beach."
+            )
+        prompts[Prompt(text, caption(text, *categories))] = None
+    if not prompts:
+        raise UserError(f"{path} holds no prompts: write one a line.")
+    return list(prompts)

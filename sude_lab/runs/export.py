@@ -95,9 +95,6 @@ def write_kohya(run: Run, path: Path | str, dtype: Precision = "float16") -> Pat
     """Write the LoRA of a run as one file for the web UIs; return its path.
 
     The subject's token is not in it: the web UIs read `learned_embeds.safetensors` as an embedding.
-
-    Raises:
-        UserError: the run is no LoRA, or its text encoder was trained, which a LoRA cannot hold.
     """
     path, weights = Path(path), run.weights
     if path.suffix != ".safetensors":
@@ -173,9 +170,6 @@ def push(run: Run, repository: str | None = None) -> str:
     """Upload what `share` writes to the Hub, into a private repository where it is new.
 
     `repository` is "name" or "owner/name"; None: the name of the run's folder.
-
-    Raises:
-        UserError: nobody is logged in, there is no network, or the Hub refuses.
     """
     from huggingface_hub import HfApi
 
@@ -204,10 +198,6 @@ def export_pipeline(
 
     `DiffusionPipeline.from_pretrained(out)` needs nothing else: the tokens are in the tokenizers
     and text encoders, a LoRA is merged into the UNet. A safety checker is left out.
-
-    Raises:
-        UserError: the run's method adds what plain diffusers has no place for, the weights do not
-            fit, or `out` is a folder that is not empty.
     """
     weights = run.weights
     if not is_plain(weights):

@@ -1,6 +1,5 @@
 """Prompts read as English, and {S*} is replaced wherever it stands."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -164,27 +163,12 @@ def test_prompts_are_read_from_text(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("ending", ["yaml", "json"])
-def test_prompts_are_read_from_yaml_and_json(ending: str, tmp_path: Path) -> None:
-    file = tmp_path / f"prompts.{ending}"
-    entry = {"prompt": "a wet {S*}", "attribute": "wet", "caption": "a wet pup", "group": "rain"}
-    file.write_text(json.dumps(["a {S*} {category}", entry]), encoding="utf-8")
-    plain, wet = read_prompts(file, "dog")
-    assert plain == Prompt("a {S*} dog", "a dog") and plain.kind == "plain"
-    assert wet == Prompt("a wet {S*}", "a wet pup", "wet", "", "rain") and wet.kind == "rain"
-
-
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
         ("a.txt", "photo of a dog", "'photo of a dog' has no {S*}"),
-        ("a.txt", "# nothing\n", "no list of prompts"),
-        ("a.yaml", "prompt: a {S*}", "no list of prompts"),
-        ("a.yaml", "- {S*}", "must be a quoted prompt"),
-        ("a.yaml", "- [1, 2", "not readable YAML"),
-        ("a.yaml", "- {prompt: 'a {S*}', weight: '1'}", "weight"),
-        ("a.yaml", "- {prompt: 3}", "must be a quoted prompt"),
-        ("a.yaml", "- {caption: a dog}", "must be a quoted prompt"),
+        ("a.txt", "# nothing\n", "holds no prompts"),
+        ("a.txt", "a {S*}\n{caption: a dog}", "has no {S*}"),
     ],
 )
 def test_prompts_that_cannot_be_asked_are_refused(
