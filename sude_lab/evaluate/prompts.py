@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,24 +10,12 @@ from sude_lab.io.reading import read_text
 from sude_lab.prompts import PLACEHOLDER, article, caption, checked, photo_of, with_attribute
 
 STRUCTURES = {
-    "P1": "photo of a {attribute} {S*} {category}",
-    "P2": "photo of a {attribute} {S*} and it is a {category}",
-    "P3": "photo of a {S*} and it is a {attribute} {category}",
+    "P1": "photo of a {S*} {category}",
+    "P2": "photo of a {S*} and it is a {category}",
+    "P3": "photo of a {S*} and it is a {category}",
 }
-"""Where the attribute and the category stand beside the subject: Table 2 of arXiv 2403.06775."""
-
-
-def fill_words(template: str, **words: str) -> str:
-    """Return the template with its words filled in, each after the article it needs; {S*} stays.
-
-    "photo of a {attribute} {S*} {category}" with attribute="open mouth" and category="dog" is
-    "photo of an open mouth {S*} dog". Words that the template does not ask for are left out.
-    """
-    for name, word in words.items():
-        gap = re.escape(f"{{{name}}}")
-        template = re.sub(rf"\ban? (?={gap})", f"{article(word)} ", template)
-        template = template.replace(f"{{{name}}}", word)
-    return template
+"""Where the category stands beside the subject: Table 2 of arXiv 2403.06775. The attribute stands
+before the subject, in P3 before the category."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +47,11 @@ def structured(structure: str, category: str, attribute: str = "") -> str:
         raise UserError(
             f"There is no prompt structure {structure!r}: choose default, {', '.join(STRUCTURES)}."
         )
-    template = STRUCTURES[structure]
-    if not attribute:
-        template = template.replace("{attribute} ", "")
-    return fill_words(template, attribute=attribute, category=category)
+    if structure == "P3":
+        category, attribute = f"{attribute} {category}".strip(), ""
+    words = f"{article(category)} {category}"
+    text = STRUCTURES[structure].replace("a {category}", words).replace("{category}", category)
+    return with_attribute(text, attribute)
 
 
 def prompt_for(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from sude_lab.sweep.grid import Plan, kind_of
-from sude_lab.sweep.sweep import COSTS, TIMING, state, timing
+from sude_lab.sweep.sweep import COSTS, TIMING, standing, timing
 
 
 def describe(plan: Plan) -> str:
@@ -14,7 +14,7 @@ def describe(plan: Plan) -> str:
     Kinds are those of `grid.kind_of`, the finished runs those in the folder of the runs. Class
     images, which are drawn once, are not counted.
     """
-    states = [(job, *state(job, plan.runs)) for job in plan.jobs]
+    states = [(job, *standing(job, plan.runs)) for job in plan.jobs]
     todo = [job for job, status, _ in states if status != "finished"]
     equal = f" ({plan.num_equal:,} more are equal to one of these)" if plan.num_equal else ""
     counts = (

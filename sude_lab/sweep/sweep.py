@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -69,15 +68,24 @@ _FULL = "No space is left on the disk: free some, and give the command again."
 # --- one run -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How an attempt at a run ended; `busy`: another process is at it."""
-
-    status: Literal["finished", "failed", "busy"]
-    reason: str = ""
+Status = Literal["finished", "running", "failed", "waiting"]
+Standing = tuple[Status, str]
+"""How far a run is, and who is at it, or why it failed."""
 
 
-def perform(job: Job, runs: Path, *, wait: bool = True, checkpoint_every: int = 100) -> Outcome:
+def standing(job: Job, runs: Path) -> Standing:
+    """Return how far a run is now, from any process."""
+    if job.scores(runs).is_file():
+        return "finished", ""
+    if holder := lock_holder(_beside(runs, job.key, "lock")):
+        host, process, since = (*holder.split(), "?", "0", "0")[:3]
+        minutes = max(0.0, time.time() - float(since)) / 60
+        return "running", f"process {process} on {host}, for {minutes:.0f} min"
+    failure = _failure(runs, job.key)
+    return ("failed", failure) if failure else ("waiting", "")
+
+
+def perform(job: Job, runs: Path, *, wait: bool = True, checkpoint_every: int = 100) -> Standing:
     """Tune, draw and judge one run from where it stands, under its lock; record a failure.
 
     A failure that is recorded stands until its file is removed, as `sweep` does when it begins.
@@ -88,11 +96,11 @@ def perform(job: Job, runs: Path, *, wait: bool = True, checkpoint_every: int = 
     """
     with locked(_beside(runs, job.key, "lock"), wait=wait) as held:
         if not held:
-            return Outcome("busy")
+            return "running", ""
         if job.scores(runs).is_file():
-            return Outcome("finished")
+            return "finished", ""
         if reason := _failure(runs, job.key):
-            return Outcome("failed", reason)
+            return "failed", reason
         for left in (runs / STATE).glob(f"{PARTIAL}*-{job.key}.failed.json"):
             left.unlink()
         try:
@@ -105,7 +113,7 @@ def perform(job: Job, runs: Path, *, wait: bool = True, checkpoint_every: int = 
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        return Outcome("finished")
+        return "finished", ""
 
 
 def _tune_and_judge(job: Job, runs: Path, checkpoint_every: int) -> None:
@@ -196,12 +204,12 @@ def _failure(runs: Path, key: str) -> str:
         return ""
 
 
-def _record(runs: Path, key: str, error: BaseException) -> Outcome:
+def _record(runs: Path, key: str, error: BaseException) -> Standing:
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     reason = " ".join(reason.replace(f"{runs}{os.sep}", "").split())[:1000]
     about = {"reason": reason, "traceback": "".join(traceback.format_exception(error))}
     write_file(_beside(runs, key, "failed.json"), json.dumps(about, indent=1))
-    return Outcome("failed", reason)
+    return "failed", reason
 
 
 def _is_full(error: BaseException | None) -> bool:
@@ -215,7 +223,7 @@ def _is_full(error: BaseException | None) -> bool:
 
 # --- all runs ------------------------------------------------------------------------------------
 
-Submit = Callable[..., Future[Outcome]]
+Submit = Callable[..., Future[Standing]]
 """Give `submit(job, wait=...)` to another process: `perform` for it."""
 
 
@@ -262,7 +270,7 @@ def sweep(
     bar = tqdm(desc="sweep", unit="run", **about)
     settings = {"runs": plan.runs, "checkpoint_every": checkpoint_every}
 
-    def ended(jobs: list[Job], **settings: Any) -> Iterator[tuple[Job, Outcome]]:
+    def ended(jobs: list[Job], **settings: Any) -> Iterator[tuple[Job, Standing]]:
         """Attempt jobs, and yield how each one ended."""
         if submit is None:
             for job in jobs:
@@ -285,12 +293,12 @@ def sweep(
         took, written = _write_table(plan), time.monotonic()
         for wait in (False, True):  # what others are at comes last
             busy = []
-            for job, outcome in ended(todo, wait=wait, **settings):
-                if outcome.status == "busy":
+            for job, (status, reason) in ended(todo, wait=wait, **settings):
+                if status == "running":
                     busy.append(job)
                     continue
-                if outcome.status == "failed":
-                    failed[job.key] = outcome.reason
+                if status == "failed":
+                    failed[job.key] = reason
                     bar.set_postfix_str(f"{len(failed)} failed")
                 bar.update()
                 if time.monotonic() - written > 20 * took:  # a twentieth of the time at most
@@ -300,7 +308,7 @@ def sweep(
     return failed
 
 
-def _outcome(future: Future[Outcome], runs: Path, key: str) -> Outcome:
+def _outcome(future: Future[Standing], runs: Path, key: str) -> Standing:
     """Return how a run ended in another process; what `perform` raises there stops every run."""
     try:
         return future.result()
@@ -400,20 +408,3 @@ def _part(plan: Plan, job: Job) -> pa.Table | None:
     about = [pa.array([job.label[f.name]] * len(columns[0]), f.type) for f in _LABELS]
     error = pa.array([""] * len(columns[0]))
     return pa.Table.from_arrays([*about, *columns, error], schema=_TABLE)
-
-
-# --- what is going on ----------------------------------------------------------------------------
-
-Status = Literal["finished", "running", "failed", "waiting"]
-
-
-def state(job: Job, runs: Path) -> tuple[Status, str]:
-    """Return how far a run is now, and who is at it, or why it failed; from any process."""
-    if job.scores(runs).is_file():
-        return "finished", ""
-    if holder := lock_holder(_beside(runs, job.key, "lock")):
-        host, process, since = (*holder.split(), "?", "0", "0")[:3]
-        minutes = max(0.0, time.time() - float(since)) / 60
-        return "running", f"process {process} on {host}, for {minutes:.0f} min"
-    failure = _failure(runs, job.key)
-    return ("failed", failure) if failure else ("waiting", "")

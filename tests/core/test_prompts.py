@@ -8,7 +8,6 @@ from tokenizers import AddedToken
 from sude_lab.errors import UserError
 from sude_lab.evaluate.prompts import (
     Prompt,
-    fill_words,
     prompt_for,
     read_prompts,
     structured,
@@ -186,14 +185,6 @@ def test_a_file_of_prompts_that_cannot_be_read_is_refused(tmp_path: Path) -> Non
     for name in ("missing.txt", "bytes.txt", "."):
         with pytest.raises(UserError, match="cannot be read"):
             read_prompts(tmp_path / name, "dog")
-
-
-def test_fill_words_fills_what_is_asked_for_and_leaves_the_rest() -> None:
-    template = "photo of an {attribute} {S*} {background}"
-    words = {"attribute": "running", "background": "on the beach", "category": "otter"}
-    assert fill_words(template, **words) == "photo of a running {S*} on the beach"
-    assert fill_words("photo of a {category}", category="otter") == "photo of an otter"
-    assert fill_words("photo of the {category}", category="otter") == "photo of the otter"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from sude_lab.runs.folder import CHECKPOINT, ENVIRONMENT, Run
 from sude_lab.sweep import sweep as room
 from sude_lab.sweep.grid import make_plan, read_grid
 from sude_lab.sweep.plan import describe
-from sude_lab.sweep.sweep import RESULTS, state, sweep
+from sude_lab.sweep.sweep import RESULTS, standing, sweep
 from sude_lab.world import subjects as study
 from sude_lab.world.oracle import judge, load_oracle
 
@@ -150,7 +150,7 @@ def in_the_middle(out: Path, but: str = "") -> Callable[[], str | None]:
 
 def statuses(grid: Path, out: Path) -> list[str]:
     plan = make_plan(read_grid(grid), out)
-    return [state(job, plan.runs)[0] for job in plan.jobs]
+    return [standing(job, plan.runs)[0] for job in plan.jobs]
 
 
 # --- what is written -----------------------------------------------------------------------------
@@ -389,7 +389,7 @@ def test_a_failure_of_another_process_stands(tmp_path: Path) -> None:
     room._write_plan(plan)
     room._record(plan.runs, plan.jobs[0].key, UserError("It was too hot."))
     ended = room.perform(plan.jobs[0], plan.runs)  # a driver that began before this failure
-    assert ended == room.Outcome("failed", "It was too hot.")
+    assert ended == ("failed", "It was too hot.")
     assert sweep(tmp_path / "grid.yaml", tmp_path / "out", progress=False) == {}
 
 
