@@ -11,13 +11,13 @@
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import cache
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -107,6 +107,14 @@ class GridFile(Uses):
     num_gpus: float | None = _entry(least=0)
     """What a run takes of a cluster's GPUs; None: one where this machine has a card."""
 
+    def variants(self) -> Iterator[dict[str, Any]]:
+        """Yield its uses of SuDe: settings, and `factor` for a w_s of the kind x2."""
+        for uses in (self, *self.also):
+            axes = (uses.w_s, uses.truncation, uses.prior, uses.weighting)
+            for w_s, truncation, prior, weighting in _product(axes):
+                sude = {"prior": prior, "weighting": weighting}
+                yield sude | _weight(w_s) | _truncation(truncation)
+
 
 @dataclass
 class _Listed(_Checked):
@@ -184,20 +192,8 @@ class GridSubject:
     references: Path | None = None
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A grid file, read: the runs are the product of all its lists."""
-
-    file: GridFile
-    subjects: tuple[GridSubject, ...]
-    variants: tuple[dict[str, Any], ...]
-    """The uses of SuDe: fields of `TuningConfig`, and `factor` for a w_s of the kind x2."""
-    settings: tuple[dict[str, Any], ...]
-    strengths: tuple[Strength, ...]
-
-
-def read_grid(path: Path | str) -> Grid:
-    """Read a grid file (YAML)."""
+def read_grid(path: Path | str) -> GridFile:
+    """Read a grid file (YAML); its entries are read, too: `GridSubject`, settings, `Strength`."""
     what = f"The grid {path}"
     content = read_yaml(read_text(path, what, "a YAML file"), what)
     try:
@@ -206,24 +202,24 @@ def read_grid(path: Path | str) -> Grid:
         raise UserError(f"{path}: {error}") from error
 
 
-def grid_of(content: Any) -> Grid:
+def grid_of(content: Any) -> GridFile:
     """Return the grid that the content of a file is."""
     if "${" in repr(content):  # OmegaConf would put the environment's variables in
         raise UserError("a grid has no ${...}: write the value out.")
-    file = _filled(GridFile, content)
-    if not file.subjects:
+    grid = _filled(GridFile, content)
+    if not grid.subjects:
         raise UserError("the grid names no `subjects`: write for example - held-out 0 1 2.")
-    subjects = tuple(itertools.chain(*map(_subjects, file.subjects)))
-    names = [s.name for s in subjects]
+    grid.subjects = list(chain(*map(_subjects, grid.subjects)))
+    names = [s.name for s in grid.subjects]
     if twice := [n for n in names if names.count(n) > 1]:
         raise UserError(f"two subjects are named {twice[0]}: name one, or rename its picture.")
-    file.prompts = [str(Path(p).absolute()) if is_file(p) else p for p in file.prompts]
-    if file.num_gpus is None:
-        file.num_gpus = float(torch.cuda.is_available())
-    variants = itertools.chain(*map(_variants, [file, *file.also]))
-    settings = itertools.chain(*map(_settings, file.settings))
-    strengths = dict.fromkeys(itertools.chain(*map(_strengths, file.strengths)))
-    return Grid(file, subjects, tuple(variants), tuple(settings), tuple(strengths))
+    grid.prompts = [str(Path(p).absolute()) if is_file(p) else p for p in grid.prompts]
+    if grid.num_gpus is None:
+        grid.num_gpus = float(torch.cuda.is_available())
+    grid.settings = list(chain(*map(_settings, grid.settings)))
+    grid.strengths = list(dict.fromkeys(chain(*map(_strengths, grid.strengths))))
+    list(grid.variants())  # says what is wrong with them
+    return grid
 
 
 def _product(axes: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
@@ -231,7 +227,7 @@ def _product(axes: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
     number = math.prod(map(len, axes))
     if number > MOST_RUNS:
         raise UserError(f"the lists mean {number:,} runs: a grid has at most {MOST_RUNS:,}.")
-    return itertools.product(*axes)
+    return product(*axes)
 
 
 def _subjects(entry: Any) -> Iterator[GridSubject]:
@@ -262,14 +258,6 @@ def _subjects(entry: Any) -> Iterator[GridSubject]:
         name = subject_name(TuningConfig(image, listed.category))
         category = " ".join(listed.category.split())
         yield GridSubject(name, category, image, references=references)
-
-
-def _variants(uses: Uses) -> Iterator[dict[str, Any]]:
-    """Return the product of w_s, truncation, prior and weighting of a grid, or of one of `also`."""
-    axes = (uses.w_s, uses.truncation, uses.prior, uses.weighting)
-    for w_s, truncation, prior, weighting in _product(axes):
-        sude = {"prior": prior, "weighting": weighting}
-        yield sude | _weight(w_s) | _truncation(truncation)
 
 
 def _weight(value: Any) -> dict[str, Any]:
@@ -353,7 +341,7 @@ class Job:
 class Plan:
     """All runs of a grid, and where they are."""
 
-    grid: Grid
+    grid: GridFile
     out: Path
     runs: Path
     jobs: tuple[Job, ...]
@@ -361,23 +349,23 @@ class Plan:
     """How many more the lists name that are equal to one of these."""
 
 
-def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Plan:
+def make_plan(grid: GridFile, out: Path | str, runs: Path | str | None = None) -> Plan:
     """List the runs of a grid; nothing is written, and no model is opened.
 
     Order: backbone, seed, subject, method, settings, then `also` after w_s, truncation, prior,
     weighting; what is named last changes fastest. Equal runs are one: without SuDe (w_s 0) its
     other settings say nothing. The runs are in the folder `runs`, None: OUT/runs.
     """
-    out, file = Path(os.path.abspath(out)), grid.file
-    judged = {k: v for k, v in asdict(file.evaluate).items() if v not in (None, [])}
-    judged |= {"prompts": file.prompts, "num_images": file.pictures}
-    contents = [digest(Path(p)) if is_file(p) else p for p in file.prompts]
+    out = Path(os.path.abspath(out))
+    judged = {k: v for k, v in asdict(grid.evaluate).items() if v not in (None, [])}
+    judged |= {"prompts": grid.prompts, "num_images": grid.pictures}
+    contents = [digest(Path(p)) if is_file(p) else p for p in grid.prompts]
     digests = {s.name: digest(s.image or s.png) for s in grid.subjects}
     jobs: dict[str, Job] = {}
     counts: dict[Any, int] = {}
     total = 0
-    axes = (file.backbone, file.seeds, grid.subjects, file.methods, grid.settings, grid.variants)
-    for backbone, seed, who, method, settings, variant in _product(axes):
+    axes = (grid.backbone, grid.seeds, grid.subjects, grid.methods, grid.settings)
+    for backbone, seed, who, method, settings, variant in _product((*axes, [*grid.variants()])):
         total += 1
         image = who.image or out / "subjects" / f"{who.name}.png"
         about = {"image": image, "category": who.category, "method": method, "seed": seed}
@@ -395,12 +383,12 @@ def make_plan(grid: Grid, out: Path | str, runs: Path | str | None = None) -> Pl
             seen = map(open_picture, (config.image,))  # opened where it is looked at
             judge = drawn_judge(config, seen, scene=who.scene)
             how = {"structure": asks.get("structure", "default"), "references": references}
-            counts[kind] = len(prompts_of(config, file.prompts, judge, **how))
+            counts[kind] = len(prompts_of(config, grid.prompts, judge, **how))
         strengths = tuple(dict.fromkeys(_of_run(s, config) for s in grid.strengths))
         rows_of: list[Any] = [asks | {"prompts": contents}, repr(who.scene)]
         rows_of += [list(map(str, strengths))] if strengths != (Strength(),) else []
         rows = f"rows-{hash_of(rows_of)[:10]}.parquet"
-        pictures = counts[kind] * file.pictures * asks.get("num_seeds", 1) * len(strengths)
+        pictures = counts[kind] * grid.pictures * asks.get("num_seeds", 1) * len(strengths)
         label = _label(key, who.name, config, usual)
         jobs[key] = Job(key, config, label, who.scene, asks, strengths, rows, pictures)
     names = settings_and_variants([job.config for job in jobs.values()])

@@ -260,7 +260,7 @@ def sweep(
         if folder.is_file():
             raise UserError(f"{folder} is a file: name a folder.")
     require_own(plan.out, PLAN, '{\n "runs": ', (RESULTS,))
-    if unknown := [source for source in plan.grid.file.backbone if not is_known(source)]:
+    if unknown := [source for source in plan.grid.backbone if not is_known(source)]:
         text = f"The backbone {unknown[0]} is neither on the hub nor in its cache"
         raise UserError(f"{text}: run with a connection, or name a pipeline folder.")
     todo = [job for job in plan.jobs if not job.scores(plan.runs).is_file()]
@@ -330,7 +330,7 @@ def _on_ray(plan: Plan, cluster: str) -> Iterator[Submit]:
         import ray
     except ImportError as error:
         raise UserError("--cluster needs Ray: pip install 'sude-lab[cluster]'.") from error
-    gpus = plan.grid.file.num_gpus or 0.0
+    gpus = plan.grid.num_gpus or 0.0
     ours = not ray.is_initialized()
     try:
         if ours:

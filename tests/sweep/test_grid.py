@@ -192,11 +192,12 @@ def test_a_value_is_read_as_its_field_holds_it(tmp_path: Path) -> None:
         "{learning_rate: 1e-4, horizontal_flip: on, more_subjects: [a=<a>=a.png, b=<b>=b.png]}}"
     )
     grid = read_grid(file)
-    assert grid.file.seeds == [3] and [v.get("truncate_at") for v in grid.variants[:2]] == [
+    variants = list(grid.variants())
+    assert grid.seeds == [3] and [v.get("truncate_at") for v in variants[:2]] == [
         None,
         0.1,
     ]
-    assert [grid.variants[k].get("weight_sude") for k in (0, 2)] == [0.1, None]
+    assert [variants[k].get("weight_sude") for k in (0, 2)] == [0.1, None]
     (settings,) = grid.settings
     assert settings["learning_rate"] == 1e-4 and settings["horizontal_flip"] is True
     assert settings["more_subjects"] == ("a=<a>=a.png", "b=<b>=b.png")
