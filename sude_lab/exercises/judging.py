@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sude_lab.exercises.slips import Answer, made, one_change_slips, source_of
+from sude_lab.exercises.slips import Answer, changed, made, one_change_slips, slips_of, source_of
 
 Call: TypeAlias = tuple[Any, ...]
 Table: TypeAlias = pd.Series | pd.DataFrame
@@ -83,9 +81,9 @@ class Check:
     """The check of a task, called as check(answer, *, seed=0); `right` is a right answer.
 
     `draws` makes the calls it is tried with, and `run` asks an answer in one of them. A wrong one
-    is compared with the task's slips in `slips.txt`, all of `one_change_slips`, and `USUAL`. Where
-    `two` says what two results are asked for, each is judged by itself. `learns` and `fixed` name
-    the first arguments: a gradient must reach those that learn, and not those that are fixed.
+    is compared with the slips of its task, and of any code and result. Where `two` says what two
+    results are asked for, each is judged by itself. `learns` and `fixed` name the first arguments:
+    a gradient must reach those that learn, and not those that are fixed.
     """
 
     right: Answer
@@ -146,16 +144,17 @@ class Check:
         def results(slip: Answer, calls: list[Call] = calls) -> Iterator[Any]:
             return (self._parts(self.run(slip, call))[part] for call in calls)
 
-        def of_right(change: Answer) -> Iterator[Any]:
-            return (change(read(parts[part], parts[part])) for parts in right)
+        def of_right(change: str) -> Iterator[Any]:
+            values = (read(parts[part], parts[part]) for parts in right)
+            return (eval(change, {"torch": torch, "right": value}) for value in values)
 
         for change, says in slips_of(self.right.__name__):
             if "->" in change:
                 yield says, results(made(self.right, changed(text, change)))
             else:
-                yield says, of_right(eval(f"lambda right: {change}"))
+                yield says, of_right(change)
         yield from ((says, results(slip)) for says, slip in one_change_slips(self.right))
-        yield from ((says, of_right(change)) for says, change in USUAL.items())
+        yield from ((says, of_right(change)) for change, says in slips_of("the result"))
         for k, name in enumerate(names if len(names) == len(calls[0]) else ()):
             values = {call[k] for call in calls if isinstance(call[k], int | float | str)}
             if len(values) > 1:  # the same answer, asked with another number: no change?
@@ -174,24 +173,6 @@ class Check:
 def check(draws: Callable[[Draw], Call | list[Call]], **settings: Any) -> Callable[[Answer], Check]:
     """Make the `Check` of a task out of its right answer."""
     return lambda right: Check(right=right, draws=draws, **settings)
-
-
-def slips_of(task: str) -> list[list[str]]:
-    """Return the rows of a task in `slips.txt`: a change, and what to say."""
-    table = files("sude_lab.exercises").joinpath("slips.txt").read_text(encoding="utf-8")
-    section = re.search(rf"^\[{task}\]\n((?:.+\n)*)", table, re.M)
-    return [row.split("  # ") for row in section[1].splitlines()] if section else []
-
-
-def changed(text: str, changes: str) -> str:
-    """Return a source with "old -> new; old -> new" done in it, or its result: "return -> new"."""
-    for change in changes.split("; "):
-        old, new = (part.strip() for part in change.split("->"))
-        if old == "return":
-            old, new = text[text.rindex("return ") :], f"return {new}"
-        assert old in text, (old, text)
-        text = text.replace(old, new)
-    return text
 
 
 def check_letter(letter: Any, right: str = "", **reasons: str) -> None:
@@ -268,29 +249,3 @@ def judge_gradients(
     if reached & set(fixed):
         says = f"a gradient reaches {' or '.join(fixed)}: the bar over theta means `.detach()`."
         raise Mistake(f"The values are right, but {says}")
-
-
-USUAL: dict[str, Callable[[Any], Any]] = {
-    "The sign is turned.": lambda right: -right,
-    "Twice as large as it should be: is a 2 missing that divides, or one too many?": (
-        lambda right: 2 * right
-    ),
-    "Half as large as it should be: is a 2 missing, or does one divide too much?": (
-        lambda right: right / 2
-    ),
-    "Upside down: these are one divided by the right values.": lambda right: 1 / right,
-    "Take the logarithm: these are the exponentials of the right values.": torch.exp,
-    "These are the logarithms of the right values.": torch.log,
-    "These are the squares of the right values.": torch.square,
-    "These are the roots of the right values.": torch.sqrt,
-    "Nothing but zeros: is a result lost on the way?": torch.zeros_like,
-    "You averaged over the batch: every sample has its own value.": lambda right: right.mean(0),
-    "Every row is the batch's mean: every sample has its own value.": (
-        lambda right: right.mean(0).expand_as(right)
-    ),
-    "You summed over the batch: every sample has its own value.": lambda right: right.sum(0),
-    "All are there, in the opposite order.": lambda right: right.flip(0),
-    "Rows and columns are exchanged.": lambda right: right.transpose(0, -1),
-    "One number a sample, (B,), and not (B, 1).": lambda right: right[..., None],
-}
-"""Slips that may happen in any answer, as functions of the right results."""
