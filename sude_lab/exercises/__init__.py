@@ -9,28 +9,22 @@ from importlib import import_module
 from typing import Any
 
 _TASKS = {
-    "start_here": "noised even_time open_share training_step paired_gain",
-    "bayes_classifier": "log_density log_ratio log_posterior chain noise_errors",
-    "sude_loss": "sude push along eps_weight same_push both_sides",
-    "truncation": "threshold truncated rho hinge settle",
-    "one_shot_tuning": "lora_count latent_batch smoothed batch_loss sude_step",
-    "ablate_w_s": "by_weight paired_gains cluster_interval front best_weight naive_and_honest",
-    "ablate_truncation": "loss_along shifted end_rho rest tuned",
-    "baselines": "paper_prompt combined keys_and_values given_back plug",
-    "evaluating": "judged_text image_score paired_interval spearman detects",
-    "without_training": "hinge_gradient corrected after_steps at_fidelity drawn",
-    "less_tuning": "best_kept area covers decided sign_flip",
-    "two_languages": "as_ddpm velocity flow_weight noisy_step euler",
+    "formulas": """log_density log_ratio log_posterior chain noise_errors sude push along eps_weight
+        same_push both_sides threshold truncated rho hinge settle loss_along shifted end_rho rest
+        tuned hinge_gradient corrected after_steps at_fidelity drawn as_ddpm velocity flow_weight
+        noisy_step euler""",
+    "statistics": """by_weight paired_gains cluster_interval front best_weight naive_and_honest
+        judged_text image_score paired_interval spearman detects best_kept area covers decided
+        sign_flip""",
+    "training": """noised even_time open_share training_step paired_gain lora_count latent_batch
+        smoothed batch_loss sude_step paper_prompt combined keys_and_values given_back plug""",
 }
 _GIVEN = {
+    "formulas": "my_dog",
     "judging": "Mistake check_letter",
+    "statistics": "made_up_lines made_up_sweep",
+    "training": "TinyDenoiser TinyUNet dog_prior plug_batch",
     "worlds": "animals short_schedule stable_diffusion_schedule steps things",
-    "start_here": "TinyDenoiser",
-    "one_shot_tuning": "dog_prior",
-    "ablate_w_s": "made_up_sweep",
-    "baselines": "TinyUNet plug_batch",
-    "without_training": "my_dog",
-    "less_tuning": "made_up_lines",
 }
 _MODULES = {name: module for module, names in _GIVEN.items() for name in names.split()}
 _MODULES |= {f"check_{task}": module for module, tasks in _TASKS.items() for task in tasks.split()}

@@ -47,6 +47,10 @@ class Draw:
         unit = torch.rand(shape, generator=self.generator, dtype=torch.float64)
         return low + (high - low) * unit
 
+    def near(self, values: Sequence[float], by: float = 0.05) -> Tensor:
+        """Return these values, each moved by a number from 0 to `by`, float64, (N,)."""
+        return torch.tensor(values).double() + by * self.uniform(0, 1, len(values))
+
     def number(self, low: float, high: float) -> float:
         """Return one number between `low` and `high`."""
         return float(self.uniform(low, high))

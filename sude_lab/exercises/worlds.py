@@ -10,6 +10,8 @@ from sude_lab.diffusion import Schedule, add_noise
 from sude_lab.world.mixture import GaussianMixture
 
 DOG, CAT = 0, 1
+WORDS = (("dog", "running"), ("candle", "unlit"), ("cat", "open mouth"))
+"""Categories, each with an attribute of its own."""
 
 
 def stable_diffusion_schedule() -> Schedule:
