@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,12 +91,6 @@ class LiveView(Shown):
         self.publish(first=self._handle is None)
         self._ended = time.perf_counter()
         self._took = self._ended - started
-
-    def picture(self) -> bytes:
-        """Return the figure as it was drawn last."""
-        file = BytesIO()
-        self.figure.savefig(file, format="png")
-        return file.getvalue()
 
     def _redraw(self) -> None:
         loss, sude, member, pictures = self._axes

@@ -51,10 +51,8 @@ def open_gates(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) 
 
 def loss_against_threshold(ax: Axes, metrics: pd.DataFrame, window: int = 25) -> Axes:
     """Draw L_sude and tau over the steps of one run; the gate is open where the loss is above."""
-    loss, tau = smooth(metrics["loss_sude"], window), smooth(metrics["tau"], window)
-    ax.plot(metrics["step"], loss, color=COLOURS["sude"], label="$L_{sude}$ (eq. 7)")
-    ax.plot(metrics["step"], tau, color="black", ls="--", label=r"$\tau_t$ (eq. 8)")
-    ax.fill_between(metrics["step"], tau, loss, where=loss > tau, color=COLOURS["sude"], alpha=0.15)
+    loss, tau = (smooth(metrics[name], window) for name in ("loss_sude", "tau"))
+    _gate(ax, metrics["step"], loss, tau)
     title = f"Loss against threshold,\nrunning mean of {window} steps"
     return finish(ax, title, xlabel="step", ylabel="per dimension")
 
@@ -68,8 +66,7 @@ def membership(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) 
 
 def learning(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) -> Axes:
     """Draw L_sub over the steps, a line a run: single steps faint, their running mean strong."""
-    how: dict[str, Any] = {"legend": 10 * (len(metrics) > 1)}
-    how["ylabel"] = "$L_{sub}$ (eq. 3), per dimension"
+    how = {"legend": 10 * (len(metrics) > 1), "ylabel": "$L_{sub}$ (eq. 3), per dimension"}
     for name, table in metrics.items():
         ax.plot(table["step"], table["loss_subject"], ".", ms=2, alpha=0.3, color=_colour(name))
         _over_steps(ax, {name: table}, "loss_subject", "The subject's loss", window, **how)
@@ -84,9 +81,8 @@ def membership_over_time(ax: Axes, samples: pd.DataFrame) -> Axes:
     for name, face, edge in (("open", _SAFE[1], _SAFE[1]), ("shut", "none", _SAFE[0])):
         part = samples[samples["gate"] == (name == "open")]
         label = f"gate {name}: {len(part) / max(1, len(samples)):.0%} of the samples"
-        ax.scatter(
-            part["t"], part["rho"], 10, facecolors=face, edgecolors=edge, lw=0.6, label=label
-        )
+        look = {"facecolors": face, "edgecolors": edge, "lw": 0.6}
+        ax.scatter(part["t"], part["rho"], 10, label=label, **look)
     ax.axhline(1.0, **_EDGE)
     low, high = np.nanquantile(samples["rho"], [0.01, 0.99])
     margin = 0.1 * max(high - low, 0.1)
@@ -170,9 +166,8 @@ def half_space(
     corners = d + far * np.array([across, -across, d - across, d + across])
     ax.fill(*corners.T, color="#dddddd", lw=0, label=r"$\rho\geq 1$: gate shut")
     ax.plot(*corners[:2].T, **_EDGE)
-    tip = (float(d[0]), float(d[1]))
-    ax.annotate("", tip, (0, 0), arrowprops={"arrowstyle": "->", "lw": 1.6})
-    ax.annotate("d", (tip[0] / 2, tip[1] / 2), (4, -12), textcoords="offset points")
+    ax.annotate("", (d[0], d[1]), (0, 0), arrowprops={"arrowstyle": "->", "lw": 1.6})
+    ax.annotate("d", (d[0] / 2, d[1] / 2), (4, -12), textcoords="offset points")
     ax.plot(0, 0, "k+", markersize=9)
     ax.plot(*before.T, "o", color="black", markersize=6, label="subject, a")
     for k, (name, points) in enumerate(after.items()):
@@ -240,10 +235,7 @@ def gate_over_time(
     """
     x = np.asarray(times, dtype=float)
     y, tau = (1000 * np.asarray(values, dtype=float) for values in (loss, threshold))
-    ax.plot(x, y, "o-", color=COLOURS["sude"], markersize=3, label="$L_{sude}$ (eq. 7)")
-    ax.plot(x, tau, "--", color="black", label=r"$\tau_t$ (eq. 8)")
-    look: dict[str, Any] = {"color": COLOURS["sude"], "alpha": 0.15, "lw": 0}
-    ax.fill_between(x, tau, y, where=y > tau, interpolate=True, **look)
+    _gate(ax, x, y, tau, "o-", interpolate=True, lw=0)
     ax.axhline(0, color="black", lw=0.5)
     if now is not None:
         ax.axvline(now, color=_SAFE[0], lw=1.2)
@@ -271,11 +263,10 @@ def gains(ax: Axes, table: pd.DataFrame, measure: str, *, rows: str = "method") 
     alone.
     """
     drawn = table[(table["measure"] == measure) & table["gain"].notna()]
-    names = list(dict.fromkeys(drawn[rows]))
-    variants = ["all"] if rows == "variant" else list(dict.fromkeys(drawn["variant"]))
-    for k, variant in enumerate(variants):
-        part = drawn if rows == "variant" else drawn[drawn["variant"] == variant]
-        y = [names.index(n) + 0.24 * (k - (len(variants) - 1) / 2) for n in part[rows]]
+    names = list(drawn[rows].unique())
+    parts = [("", drawn)] if rows == "variant" else list(drawn.groupby("variant", sort=False))
+    for k, (variant, part) in enumerate(parts):
+        y = [names.index(n) + 0.24 * (k - (len(parts) - 1) / 2) for n in part[rows]]
         ends = np.vstack([part["gain"] - part["low"], part["high"] - part["gain"]])
         ends = np.nan_to_num(ends).clip(min=0)
         ax.errorbar(part["gain"], y, xerr=ends, ls="", capsize=3, label=variant, **_mark(k))
@@ -284,7 +275,7 @@ def gains(ax: Axes, table: pd.DataFrame, measure: str, *, rows: str = "method") 
     ax.set_ylim(len(names) - 0.5, -0.5)  # the first on top
     ax.locator_params(axis="x", nbins=3)
     ax.set_xlabel(f"change of\n{words(measure)}")
-    if len(variants) > 1:
+    if len(parts) > 1:
         ax.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return ax
 
@@ -327,7 +318,7 @@ def _name(ax: Axes, marks: Sequence[tuple[str, np.ndarray, str]], others: np.nda
     """Write names beside marks, each on the side where marks and earlier names are farthest."""
     ax.autoscale_view()
     to_points = ax.transData.transform
-    taken = list(to_points([place for _, place, _ in marks])) + list(to_points(others))
+    taken = list(to_points([*(place for _, place, _ in marks), *others]))
     turns = np.linspace(0, 2 * np.pi, 12, endpoint=False)
     around = 11 * np.column_stack([np.cos(turns), np.sin(turns)])
     for name, place, colour in marks:
@@ -342,6 +333,14 @@ def _name(ax: Axes, marks: Sequence[tuple[str, np.ndarray, str]], others: np.nda
 def words(column: str) -> str:
     """Return a column's name as words."""
     return column.replace("_", " ")
+
+
+def _gate(ax: Axes, x: Any, loss: Any, tau: Any, line: str = "-", **shade: Any) -> None:
+    """Draw L_sude and tau_t over x, with shade where the gate of eq. 9 is open."""
+    ax.plot(x, loss, line, color=COLOURS["sude"], ms=3, label="$L_{sude}$ (eq. 7)")
+    ax.plot(x, tau, "--", color="black", label=r"$\tau_t$ (eq. 8)")
+    how = {"color": COLOURS["sude"], "alpha": 0.15} | shade
+    ax.fill_between(x, tau, loss, where=loss > tau, **how)
 
 
 def _over_steps(

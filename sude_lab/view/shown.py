@@ -15,8 +15,7 @@ from io import BytesIO
 from typing import Any
 
 import ipywidgets
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 SCALE = 2
@@ -45,16 +44,19 @@ _NAMED = (
 class Shown:
     """Mixin of all that a notebook shows: one output with a picture that is updated in place.
 
-    A class gives `picture()`, its alternative text `str(self)`, and `widget()` where it has
-    controls; after a change it calls `publish()`.
+    A class gives `figure`, its alternative text `str(self)`, and `widget()` where it has controls;
+    after a change it calls `publish()`.
     """
 
     format = "png"
+    figure: Figure
     _handle: Any = None
 
     def picture(self) -> bytes:
-        """Return the picture as it is now, in `format`."""
-        raise NotImplementedError
+        """Return the picture as it is now, in `format`, packed quickly rather than tightly."""
+        file = BytesIO()
+        self.figure.savefig(file, format="png", pil_kwargs={"compress_level": 1})
+        return file.getvalue()
 
     def still(self) -> bytes:
         """Return the picture for pages on which nothing moves."""
@@ -107,13 +109,6 @@ def is_listening() -> bool:
     from IPython import get_ipython
 
     return getattr(get_ipython(), "kernel", None) is not None
-
-
-def png(canvas: FigureCanvasAgg) -> bytes:
-    """Return what was drawn on a canvas as a PNG, packed quickly rather than tightly."""
-    file = BytesIO()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())).save(file, "png", compress_level=1)
-    return file.getvalue()
 
 
 def slider(

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -25,7 +24,7 @@ from sude_lab.losses import guidance_projection, sude_weight
 from sude_lab.prompts import photo_of
 from sude_lab.sude import sude_terms
 from sude_lab.view import plots
-from sude_lab.view.shown import SCALE, Shown, png, row, slider
+from sude_lab.view.shown import SCALE, Shown, row, slider
 
 
 def sude_move(
@@ -157,9 +156,7 @@ class ThresholdExplorer(Shown):
         )
         places = itertools.product(range(shape[0]), range(shape[1]))
         self._pictures = {(n, m): self._drawn(n, m) for n, m in places}
-        self._pushed: dict[tuple[int, int, int, float], Image.Image] = {}
         self.figure = Figure(figsize=(plots.WIDTH, 4.6), dpi=SCALE * plots.DPI)
-        self.canvas = FigureCanvasAgg(self.figure)
         edges = {"left": 0.1, "right": 0.98, "bottom": 0.11, "top": 0.86, "hspace": 0.05}
         axes = self.figure.add_gridspec(2, 1, height_ratios=(1, 1.7), **edges)
         self._left, self._right = (self.figure.add_subplot(axes[k, 0]) for k in range(2))
@@ -196,12 +193,7 @@ class ThresholdExplorer(Shown):
         self._right.clear()
         loss, threshold = (x[n, :, k].numpy() for x in (self.loss, self.threshold))
         plots.gate_over_time(self._right, self.grid.times, loss, threshold, now=t)
-        self.canvas.draw()
         return reading
-
-    def picture(self) -> bytes:
-        """Return the figure as it is now."""
-        return png(self.canvas)
 
     def widget(self) -> Any:
         """Return the sliders."""
@@ -231,14 +223,11 @@ class ThresholdExplorer(Shown):
     def _cells(self, n: int, m: int, k: int, weight_sude: float) -> Any:
         """Return the row of pictures of one position."""
         noisy, before, *categories = self._pictures[n, m]
-        move = self._move(n, m, k, weight_sude)
-        key, after = (n, m, k, move.item()), before
+        move, after = self._move(n, m, k, weight_sude), before
         if move > 0:
-            if key not in self._pushed:
-                d = self.grid.category[n, m, k] - self.grid.uncond[n, m]
-                eps = self.grid.subject[n, m] + move.to(d) * d
-                (self._pushed[key],) = decode(self.judge, self._believed(eps[None], n, m))
-            after = self._pushed[key]
+            d = self.grid.category[n, m, k] - self.grid.uncond[n, m]
+            eps = self.grid.subject[n, m] + move.to(d) * d
+            (after,) = decode(self.judge, self._believed(eps[None], n, m))
         cells = {
             "$x_t$": noisy,
             "tuned model sees": before,
