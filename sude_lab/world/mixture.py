@@ -5,9 +5,8 @@ Noising a Gaussian gives a Gaussian, so eps, p(x_{t-1} | x_t, c) and p(c | x_t) 
 eq. 4-7 and 11-13 of arXiv 2403.06775 can be checked, not believed.
 
 Only eq. 6 is an approximation here: p(x_{t-1} | x_t, c) is a mixture with one Gaussian for each
-component that c allows, and its variance depends on c a little. With many components, or long
-steps, it is far from N(mean, sigma_t^2 I); as steps get shorter the difference vanishes
-(`implicit_classifier_error`).
+component that c allows, far from N(mean, sigma_t^2 I) where there are many, or steps are long; as
+steps get shorter the difference vanishes (`implicit_classifier_error`).
 """
 
 import math
@@ -92,16 +91,15 @@ class GaussianMixture:
 
         The marginal of arXiv 2403.06775, eq. 1. Args: x_t (B, D), t (B,). Returns nats, (B,).
         """
-        abar, _ = alpha_bars(t, schedule)
-        return self.given(label)._log_joint(x_t, abar).logsumexp(1)
+        log_joint, _, _ = self.given(label)._components(x_t, alpha_bars(t, schedule)[0])
+        return log_joint.logsumexp(1)
 
     def class_log_posterior(self, x_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
         """log p(c | x_t) for every class: log C_t of arXiv 2403.06775, eq. 5, exactly.
 
         Args: x_t (B, D), t (B,). Returns nats, (B, C); a class without weight has -inf.
         """
-        abar, _ = alpha_bars(t, schedule)
-        return self._class_log_posterior(x_t, abar)
+        return self._class_log_posterior(x_t, alpha_bars(t, schedule)[0])
 
     def class_log_posterior_prev(self, x_prev: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
         """log p(c | x_{t-1}) for every class: the left side of arXiv 2403.06775, eq. 5, exactly.
@@ -109,8 +107,7 @@ class GaussianMixture:
         x_t adds nothing once x_{t-1} is known (Markov): p(c | x_{t-1}, x_t) = p(c | x_{t-1}).
         At t = 0, x_{-1} is the clean sample. Args: x_prev (B, D), t (B,). Returns nats, (B, C).
         """
-        _, abar_prev = alpha_bars(t, schedule)
-        return self._class_log_posterior(x_prev, abar_prev)
+        return self._class_log_posterior(x_prev, alpha_bars(t, schedule)[1])
 
     def x_0_mean(
         self, x_t: Tensor, t: Tensor, schedule: Schedule, label: int | None = None
@@ -120,19 +117,17 @@ class GaussianMixture:
         sum_n p(n | x_t, c) [m_n + sqrt(abar_t) s_n^2 / v_n (x_t - sqrt(abar_t) m_n)],
         v_n = abar_t s_n^2 + 1 - abar_t. Args: x_t (B, D), t (B,). Returns (B, D).
         """
-        abar, _ = alpha_bars(t, schedule)
-        responsibilities = self.given(label)._log_joint(x_t, abar).softmax(1)
-        return (responsibilities.unsqueeze(2) * self._component_x_0(x_t, abar)).sum(1)
+        log_joint, x_0, _ = self.given(label)._components(x_t, alpha_bars(t, schedule)[0])
+        return (log_joint.softmax(1).unsqueeze(2) * x_0).sum(1)
 
     def eps(self, x_t: Tensor, t: Tensor, schedule: Schedule, label: int | None = None) -> Tensor:
         """E[eps | x_t, c], what a perfect eps-network outputs.
 
         (x_t - sqrt(abar_t) E[x_0 | x_t, c]) / sqrt(1 - abar_t), arXiv 2403.06775, eq. 1 solved for
-        eps; it is also -sqrt(1 - abar_t) grad log p(x_t | c). Args: x_t (B, D), t (B,).
-        Returns (B, D).
+        eps: also -sqrt(1 - abar_t) grad log p(x_t | c). Args: x_t (B, D), t (B,). Returns (B, D).
         """
-        sample_schedule = replace(schedule, prediction_type="sample")
-        return diffusion.to_eps(self.x_0_mean(x_t, t, schedule, label), x_t, t, sample_schedule)
+        of_x_0 = replace(schedule, prediction_type="sample")
+        return diffusion.to_eps(self.x_0_mean(x_t, t, schedule, label), x_t, t, of_x_0)
 
     def reverse_mean_exact(
         self, x_t: Tensor, t: Tensor, schedule: Schedule, label: int | None = None
@@ -156,21 +151,17 @@ class GaussianMixture:
         Args: x_prev, x_t (B, D), t (B,). Returns nats, (B,).
         """
         abar, abar_prev = alpha_bars(t, schedule)
-        log_weights = self.given(label)._log_joint(x_t, abar).log_softmax(1)
+        log_joint, x_0, variance = self.given(label)._components(x_t, abar)
         # One row for each (sample, component): the reverse step of that component alone.
-        batch, count = log_weights.shape
-        x_0 = self._component_x_0(x_t, abar).flatten(0, 1)
-        means = diffusion.posterior_mean(
-            x_t.repeat_interleave(count, 0), x_0, t.repeat_interleave(count), schedule
-        ).reshape(batch, count, -1)
-
+        many, t_many = (x.repeat_interleave(x_0.shape[1], 0) for x in (x_t, t))
+        means = diffusion.posterior_mean(many, x_0.flatten(0, 1), t_many, schedule)
         b = (abar_prev.sqrt() * (1 - abar / abar_prev) / (1 - abar)).to(x_t).unsqueeze(1)
         small = replace(schedule, variance_type="fixed_small")
         q_variance = diffusion.posterior_variance(t, small).to(x_t).unsqueeze(1)
-        noise = (1 - abar).to(x_t).unsqueeze(1)
-        x_0_variance = self.variances * noise / self._variance(x_t, abar)
-        density = _log_normal(x_prev.unsqueeze(1), means, q_variance + b**2 * x_0_variance)
-        return (log_weights + density).logsumexp(1)
+        x_0_variance = self.variances * (1 - abar).to(x_t).unsqueeze(1) / variance
+        centred = x_prev.unsqueeze(1) - means.view_as(x_0)
+        density = _log_normal(centred, q_variance + b**2 * x_0_variance)
+        return (log_joint.log_softmax(1) + density).logsumexp(1)
 
     def sample(
         self, n: int, generator: torch.Generator, label: int | None = None
@@ -184,32 +175,23 @@ class GaussianMixture:
         x_0 = self.means[component] + self.variances[component].sqrt().unsqueeze(1) * noise
         return x_0, self.labels[component]
 
-    def _variance(self, x: Tensor, abar: Tensor) -> Tensor:
-        """v_n = abar s_n^2 + 1 - abar, (B, N)."""
+    def _components(self, x: Tensor, abar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each component noised: log w_n + log N(x; sqrt(abar) m_n, v_n I), E[x_0 | x, n] and v_n.
+
+        Shapes (B, N), (B, N, D), (B, N), with v_n = abar s_n^2 + 1 - abar.
+        """
         abar = abar.unsqueeze(1)
-        return abar.to(x) * self.variances + (1 - abar).to(x)
-
-    def _centred(self, x: Tensor, abar: Tensor) -> Tensor:
-        """x - sqrt(abar) m_n, (B, N, D)."""
-        return x.unsqueeze(1) - abar.sqrt().to(x).reshape(-1, 1, 1) * self.means
-
-    def _log_joint(self, x: Tensor, abar: Tensor) -> Tensor:
-        """log w_n + log N(x; sqrt(abar) m_n, v_n I), (B, N)."""
-        centred = self._centred(x, abar)
-        density = _log_normal(centred, torch.zeros_like(centred), self._variance(x, abar))
-        return self.weights.log() + density
-
-    def _component_x_0(self, x: Tensor, abar: Tensor) -> Tensor:
-        """E[x_0 | x, n], (B, N, D)."""
-        gain = abar.sqrt().to(x).unsqueeze(1) * self.variances / self._variance(x, abar)
-        return self.means + gain.unsqueeze(2) * self._centred(x, abar)
+        variance = abar.to(x) * self.variances + (1 - abar).to(x)
+        centred = x.unsqueeze(1) - abar.sqrt().to(x).unsqueeze(2) * self.means
+        gain = abar.sqrt().to(x) * self.variances / variance
+        log_joint = self.weights.log() + _log_normal(centred, variance)
+        return log_joint, self.means + gain.unsqueeze(2) * centred, variance
 
     def _class_log_posterior(self, x: Tensor, abar: Tensor) -> Tensor:
         """log p(c | x) from the components' posterior, (B, C)."""
-        log_posterior = self._log_joint(x, abar).log_softmax(1)
+        log_posterior = self._components(x, abar)[0].log_softmax(1)
         of_class = self.labels == torch.arange(self.num_classes, device=x.device).unsqueeze(1)
-        masked = log_posterior.unsqueeze(1).masked_fill(~of_class, -math.inf)
-        return masked.logsumexp(2)
+        return log_posterior.unsqueeze(1).masked_fill(~of_class, -math.inf).logsumexp(2)
 
 
 def implicit_classifier_error(
@@ -236,8 +218,7 @@ def implicit_classifier_error(
     return log_prior + log_ratio - exact
 
 
-def _log_normal(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """log N(x; mean, variance I) over the last dimension; (B, N, D), (B, N) -> (B, N)."""
-    distance = (x - mean).square().sum(-1)
-    dimensions = mean.shape[-1]
-    return -distance / (2 * variance) - 0.5 * dimensions * torch.log(2 * math.pi * variance)
+def _log_normal(centred: Tensor, variance: Tensor) -> Tensor:
+    """log N(centred; 0, variance I) over the last dimension; (B, N, D), (B, N) -> (B, N)."""
+    normaliser = 0.5 * centred.shape[-1] * torch.log(2 * math.pi * variance)
+    return -centred.square().sum(-1) / (2 * variance) - normaliser
