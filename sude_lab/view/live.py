@@ -51,16 +51,16 @@ class LiveView(Shown):
         self.figure = Figure(figsize=(plots.WIDTH, 5.0), dpi=SCALE * plots.DPI)
         edges = {"left": 0.11, "right": 0.98, "bottom": 0.1, "top": 0.87}
         places = self.figure.add_gridspec(2, 2, wspace=0.42, hspace=0.45, **edges)
-        self._axes = [self.figure.add_subplot(places[k // 2, k % 2]) for k in range(4)]
+        self._axes = places.subplots().ravel()
         self._grid: tuple[str, Image.Image] | None = None
-        self._took, self._ended = 0.0, float("-inf")
-        self._began, self._seconds, self._steps = time.perf_counter(), 0.0, 0
+        self._began, self._next = time.perf_counter(), 0.0
+        self._seconds, self._steps = 0.0, 0
 
     def __enter__(self) -> LiveView:
         """Show the empty figure; what matplotlib loads first is loaded before the first step."""
         self.draw()
-        self._took = 0.0  # the first drawing is no measure for the next ones
         self._began = time.perf_counter()
+        self._next = self._began + self.every  # the first drawing is no measure for the next ones
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -76,8 +76,7 @@ class LiveView(Shown):
             self._grid = (f"step {step.number}", grid)
         now = time.perf_counter()
         self._seconds, self._steps = now - self._began, self._steps + 1
-        wait = max(self.every, self._took * (1 / self.share - 1))
-        if now - self._ended >= wait:
+        if now >= self._next:
             self.draw()
 
     def metrics(self) -> pd.DataFrame:
@@ -89,8 +88,8 @@ class LiveView(Shown):
         started = time.perf_counter()
         self._redraw()
         self.publish(first=self._handle is None)
-        self._ended = time.perf_counter()
-        self._took = self._ended - started
+        ended = time.perf_counter()
+        self._next = ended + max(self.every, (ended - started) * (1 / self.share - 1))
 
     def _redraw(self) -> None:
         loss, sude, member, pictures = self._axes
@@ -110,10 +109,9 @@ class LiveView(Shown):
             member.legend(lines, [r"$\rho$", "share of open gates"], frameon=False, fontsize=9)
             member.set(ylabel="batch mean", ylim=(min(0.0, member.get_ylim()[0]), None))
         off = "" if watched or not len(table) else " (not watched)"
-        loss.set_title("the subject's loss", fontsize=10)
-        sude.set_title(f"category: loss, threshold{off}", fontsize=10)
-        member.set_title(f"category: ρ and gates{off}", fontsize=10)
-        for ax in (loss, sude, member):
+        titles = (f"category: loss, threshold{off}", f"category: ρ and gates{off}")
+        for ax, title in zip((loss, sude, member), ("the subject's loss", *titles), strict=True):
+            ax.set_title(title, fontsize=10)
             if self.total:
                 ax.set_xlim(0, self.total)
         name, picture = self._newest() or ("no pictures yet", None)
@@ -126,9 +124,9 @@ class LiveView(Shown):
         if not self.rows:
             return "waiting for the first step"
         total = f" of {self.total}" if self.total else ""
-        pace = f"{self._seconds / max(1, self._steps):.2f} s a step, pictures included"
-        lines = "lines: running means of 25 steps"
-        return f"step {self.rows[-1]['step']:.0f}{total}   ·   {pace}   ·   {lines}"
+        pace = f"{self._seconds / self._steps:.2f} s a step, pictures included"
+        step = f"step {self.rows[-1]['step']:.0f}{total}"
+        return f"{step}   ·   {pace}   ·   lines: running means of 25 steps"
 
     def _newest(self) -> tuple[str, Image.Image] | None:
         if self._grid is not None or self.folder is None:

@@ -5,11 +5,11 @@ The models are called once, on a grid (`ask`); a move of a slider only looks up 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -154,14 +154,13 @@ class ThresholdExplorer(Shown):
         self.loss, self.threshold, self.gate, self.rho = (
             x.reshape(shape) for x in (terms.loss, terms.threshold, terms.gate, terms.rho)
         )
-        places = itertools.product(range(shape[0]), range(shape[1]))
-        self._pictures = {(n, m): self._drawn(n, m) for n, m in places}
+        self._pictures = {(n, m): self._drawn(n, m) for n, m in np.ndindex(shape[:2])}
         self.figure = Figure(figsize=(plots.WIDTH, 4.6), dpi=SCALE * plots.DPI)
         edges = {"left": 0.1, "right": 0.98, "bottom": 0.11, "top": 0.86, "hspace": 0.05}
-        axes = self.figure.add_gridspec(2, 1, height_ratios=(1, 1.7), **edges)
-        self._left, self._right = (self.figure.add_subplot(axes[k, 0]) for k in range(2))
-        plots.picture_table(self._left, self._cells(0, 0, 0, 0.0), per_cell=1)
-        self._strip = self._left.get_images()[0]
+        places = self.figure.add_gridspec(2, 1, height_ratios=(1, 1.7), **edges)
+        pictures, self._curves = places.subplots()
+        plots.picture_table(pictures, self._cells(0, 0, 0, 0.0), per_cell=1)
+        (self._strip,) = pictures.get_images()
         self._title = self.figure.text(0.02, 0.91, "", fontsize=10)
         widest = grid.times[int(self.rho[0, :, 0].argmin())]  # where there is most to see
         rows = {
@@ -190,9 +189,9 @@ class ThresholdExplorer(Shown):
         n, m, k = self._index(t, category, seed)
         self._strip.set_data(plots.tile(self._cells(n, m, k, weight_sude), per_cell=1)[0])
         self._title.set_text(str(reading).replace("   w_s", "\nw_s"))
-        self._right.clear()
+        self._curves.clear()
         loss, threshold = (x[n, :, k].numpy() for x in (self.loss, self.threshold))
-        plots.gate_over_time(self._right, self.grid.times, loss, threshold, now=t)
+        plots.gate_over_time(self._curves, self.grid.times, loss, threshold, now=t)
         return reading
 
     def widget(self) -> Any:
@@ -200,14 +199,11 @@ class ThresholdExplorer(Shown):
         return row(self.sliders.values())
 
     def __str__(self) -> str:
-        return str(self.read(**self._position()))
-
-    def _position(self) -> dict[str, Any]:
-        return {name: slider.value for name, slider in self.sliders.items()}
+        return str(self._reading)
 
     def _follow(self, _: Any = None) -> None:
         """Bring the figure to where the sliders are."""
-        self.update(**self._position())
+        self._reading = self.update(**{name: slider.value for name, slider in self.sliders.items()})
         self.publish()
 
     def _index(self, t: int, category: str, seed: int) -> tuple[int, int, int]:
