@@ -259,11 +259,10 @@ def rest(target: Tensor, class_0: Tensor, weight_sude: Tensor, share: Tensor) ->
     return torch.where(pull < 1, end, torch.inf)
 
 
-@check(
-    lambda draw: (
-        *(draw.near([-0.6, 0.1, 0.4, 0.9, 1.4]), draw.number(0.4, 0.6), draw.number(0.65, 0.75)),
-    )
-)
+_RHO = [-0.6, 0.1, 0.4, 0.9, 1.4]
+
+
+@check(lambda draw: (draw.near(_RHO), draw.number(0.4, 0.6), draw.number(0.65, 0.75)))
 def end_rho(rho: Tensor, weight_sude: float, r: float) -> Tensor:
     """Check end_rho(rho, weight_sude, r): rho + min(w_s, max(0, r - rho)), from eq. 10; (B,)."""
     return rho + (r - rho).clamp(min=0, max=weight_sude)
@@ -389,18 +388,14 @@ def drawn(predict: Predict, x: Tensor, schedule: Schedule, strength: float) -> T
     return x
 
 
-def _noisy_call(draw: Draw) -> Call:
-    return draw.normal(4, 4), draw.uniform(0.1, 0.9, 4)
-
-
-@check(_noisy_call)
+@check(lambda draw: (draw.normal(4, 4), draw.uniform(0.1, 0.9, 4)))
 def as_ddpm(x_s: Tensor, s: Tensor) -> Tensor:
     """Check as_ddpm(x_s, s): x_s / sqrt((1 - s)^2 + s^2), eq. 1's noisy picture; (B, D)."""
     length = ((1 - s) ** 2 + s**2).sqrt()
     return x_s / length[:, None]
 
 
-@check(lambda draw: (draw.normal(4, 4), *_noisy_call(draw)))
+@check(lambda draw: (draw.normal(4, 4), draw.normal(4, 4), draw.uniform(0.1, 0.9, 4)))
 def velocity(eps: Tensor, x_s: Tensor, s: Tensor) -> Tensor:
     """Check velocity(eps, x_s, s): v = eps - x_0 = (eps - x_s) / (1 - s), (B, D)."""
     return (eps - x_s) / (1 - s)[:, None]
@@ -427,11 +422,12 @@ def noisy_step(x_0: Tensor, eps: Tensor, z: Tensor, s: float, near: float, eta: 
     return (1 - near) * x_0 + (near**2 - variance) ** 0.5 * eps + variance**0.5 * z
 
 
-def _curved(x: Tensor, s: float) -> Tensor:
-    return torch.sin(3 * x) + s * x
-
-
-@check(lambda draw: (_curved, draw.normal(4, 4), sorted(draw.uniform(0, 1, 6).tolist())[::-1]))
+@check(
+    lambda draw: (
+        lambda x, s: torch.sin(3 * x) + s * x,
+        *(draw.normal(4, 4), sorted(draw.uniform(0, 1, 6).tolist(), reverse=True)),
+    )
+)
 def euler(field: Callable[[Tensor, float], Tensor], x: Tensor, times: list[float]) -> Tensor:
     """Check euler(field, x, times): steps along dx/ds = field(x, s), by falling s; (B, D)."""
     for s, near in pairwise(times):

@@ -55,12 +55,7 @@ def made_up_sweep(seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-@check(
-    lambda draw: [
-        (made_up_sweep(draw.seed), measure)
-        for measure in ("attribute_alignment", "subject_fidelity")
-    ],
-)
+@check(lambda draw: [(made_up_sweep(draw.seed), measure) for measure in MEASURES[:2]])
 def by_weight(table: pd.DataFrame, measure: str) -> pd.DataFrame:
     """Check by_weight(table, measure): means, subjects in rows, w_s in columns, as in Fig. 7."""
     changed = table[table["attribute"].notna()]

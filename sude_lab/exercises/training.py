@@ -18,10 +18,8 @@ from sude_lab.exercises.worlds import DOG, WORDS, short_schedule, stable_diffusi
 from sude_lab.prompts import article
 
 
-@check(
-    # B = w, so that an abar spread over the wrong axis raises no error and has to be noticed
-    lambda draw: (draw.normal(4, 3, 4, 4), draw.normal(4, 3, 4, 4), draw.uniform(0.05, 0.95, 4)),
-)
+# B = w, so that an abar spread over the wrong axis raises no error and has to be noticed
+@check(lambda draw: (*(draw.normal(4, 3, 4, 4) for _ in range(2)), draw.uniform(0.05, 0.95, 4)))
 def noised(x_0: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
     """Check noised(x_0, eps, abar), eq. 1; x_0, eps: (B, C, h, w), abar: abar_t, (B,)."""
     a = abar.reshape(-1, 1, 1, 1)
@@ -58,9 +56,8 @@ class TinyDenoiser(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.layers = nn.Sequential(
-                nn.Linear(pixels + 1, hidden), nn.SiLU(), nn.Linear(hidden, pixels)
-            )
+            inner, outer = nn.Linear(pixels + 1, hidden), nn.Linear(hidden, pixels)
+        self.layers = nn.Sequential(inner, nn.SiLU(), outer)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the predicted noise; t: LongTensor (B,), of 1,000 or fewer."""
@@ -100,14 +97,9 @@ def training_step(
 
 
 def _study_call(draw: Draw) -> Call:
-    levels: dict[str, list[Any]] = {
-        "subject": ["dog", "cat", "candle"],
-        "seed": [0, 1],
-        "variant": ["plain", "sude"],
-        "attribute": [None, "a", "b", "c"],
-        "image": [0, 1],
-    }
-    table = pd.MultiIndex.from_product(levels.values(), names=levels).to_frame(index=False)
+    levels = (["dog", "cat", "candle"], [0, 1], ["plain", "sude"], [None, "a", "b", "c"], [0, 1])
+    names = ["subject", "seed", "variant", "attribute", "image"]
+    table = pd.MultiIndex.from_product(levels, names=names).to_frame(index=False)
     for measure in ("attribute_alignment", "subject_fidelity"):
         table[measure] = draw.rng.random(len(table))
     return (table.sample(frac=1.0, random_state=draw.seed, ignore_index=True),)
@@ -218,13 +210,12 @@ def sude_step(
     return loss.detach()
 
 
-@check(
-    lambda draw: [
-        (structure, attribute, WORDS[draw.seed % 3][0])
-        for structure in ("P1", "P2", "P3")
-        for attribute in ("running", "open mouth")
-    ],
-)
+_STRUCTURES = [
+    (p, attribute) for p in ("P1", "P2", "P3") for attribute in ("running", "open mouth")
+]
+
+
+@check(lambda draw: [(*asked, WORDS[draw.seed % 3][0]) for asked in _STRUCTURES])
 def paper_prompt(structure: str, attribute: str, category: str) -> str:
     """Check paper_prompt(structure, attribute, category): P1-P3 of Table 2."""
     its = f"{article(attribute)} {attribute}"
@@ -254,18 +245,16 @@ class TinyUNet(nn.Module):
         super().__init__()
 
         def attention(reads: int) -> nn.ModuleDict:
-            sides = {"to_q": (width, width), "to_k": (reads, width), "to_v": (reads, width)}
-            layers = {name: nn.Linear(*side, bias=False) for name, side in sides.items()}
+            sides = {"to_q": width, "to_k": reads, "to_v": reads}
+            layers = {name: nn.Linear(side, width, bias=False) for name, side in sides.items()}
             out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(0.0)])
             return nn.ModuleDict(layers | {"to_out": out})
 
-        def block() -> nn.ModuleDict:
-            parts = {"attn1": attention(width), "attn2": attention(words)}
-            return nn.ModuleDict(parts | {"ff": nn.Linear(width, width)})
-
         self.conv_in = nn.Conv2d(4, width, 3)
-        self.down_blocks = nn.ModuleList([block()])
-        self.up_blocks = nn.ModuleList([block()])
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        for blocks in (self.down_blocks, self.up_blocks):
+            parts = {"attn1": attention(width), "attn2": attention(words)}
+            blocks.append(nn.ModuleDict(parts | {"ff": nn.Linear(width, width)}))
 
 
 def _learning(answer: Answer, call: Call) -> Tensor:
