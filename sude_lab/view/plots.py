@@ -73,23 +73,6 @@ def learning(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) ->
     return ax
 
 
-def membership_over_time(ax: Axes, samples: pd.DataFrame) -> Axes:
-    """Draw rho of single samples over their timestep; open gates (eq. 9) are the full marks.
-
-    `samples` has the columns t, rho and gate (bool). The axis shows the middle 98 % of rho.
-    """
-    for name, face, edge in (("open", _SAFE[1], _SAFE[1]), ("shut", "none", _SAFE[0])):
-        part = samples[samples["gate"] == (name == "open")]
-        label = f"gate {name}: {len(part) / max(1, len(samples)):.0%} of the samples"
-        look = {"facecolors": face, "edgecolors": edge, "lw": 0.6}
-        ax.scatter(part["t"], part["rho"], 10, label=label, **look)
-    ax.axhline(1.0, **_EDGE)
-    low, high = np.nanquantile(samples["rho"], [0.01, 0.99])
-    margin = 0.1 * max(high - low, 0.1)
-    ax.set_ylim(min(low, 1.0) - margin, max(high, 1.0) + margin)
-    return finish(ax, legend=9, beside=True, xlabel="timestep t", ylabel=r"$\rho$ of a sample")
-
-
 def picture_grid(
     ax: Axes, picture: Image.Image | None, rows: Sequence[str] = (), title: str = ""
 ) -> Axes:
@@ -240,19 +223,6 @@ def gate_over_time(
     if now is not None:
         ax.axvline(now, color=_SAFE[0], lw=1.2)
     return finish(ax, legend=9, xlabel="timestep t", ylabel="per dimension, in thousandths")
-
-
-def confusion(ax: Axes, counts: np.ndarray, names: Sequence[str]) -> Axes:
-    """Draw how often each truth (row) was given each name (column), as shares of the row."""
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    ax.imshow(shares, cmap="cividis", vmin=0, vmax=1)
-    for i, j in np.ndindex(*counts.shape):
-        if counts[i, j]:
-            tone = "black" if shares[i, j] > 0.6 else "white"
-            ax.text(j, i, str(int(counts[i, j])), ha="center", va="center", color=tone, fontsize=9)
-    ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    ax.set_yticks(range(len(names)), names)
-    return finish(ax, legend=0, xlabel="what the model calls it", ylabel="what it is")
 
 
 def gains(ax: Axes, table: pd.DataFrame, measure: str, *, rows: str = "method") -> Axes:

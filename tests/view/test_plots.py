@@ -148,29 +148,6 @@ def test_learning_draws_every_step_and_the_running_mean(ax: Axes) -> None:
     assert "eq. 3" in ax.get_ylabel() and "2 steps" in ax.get_title()
 
 
-def test_membership_over_time_tells_open_gates_from_shut_ones(ax: Axes) -> None:
-    samples = pd.DataFrame(
-        {"t": [10, 500, 900, 950], "rho": [0.2, 1.4, 0.9, 1.0], "gate": [True, False, True, False]}
-    )
-    plots.membership_over_time(ax, samples)
-    is_open, shut = ax.collections
-    assert np.array_equal(is_open.get_offsets(), [[10, 0.2], [900, 0.9]])
-    assert np.array_equal(shut.get_offsets(), [[500, 1.4], [950, 1.0]])
-    assert len(is_open.get_facecolor()) and not len(shut.get_facecolor())
-    assert "open: 50%" in str(is_open.get_label()) and "shut: 50%" in str(shut.get_label())
-    assert list(ax.get_lines()[0].get_ydata()) == [1.0, 1.0]
-    low, high = ax.get_ylim()
-    assert low < 0.2 and high > 1.4
-
-
-def test_membership_over_time_is_not_ruled_by_one_wild_sample(ax: Axes) -> None:
-    rho = np.linspace(0, 2, 1000)
-    rho[7] = 1e6
-    samples = pd.DataFrame({"t": np.arange(1000), "rho": rho, "gate": rho < 1})
-    plots.membership_over_time(ax, samples)
-    assert ax.get_ylim()[1] < 3
-
-
 def test_a_picture_grid_names_its_rows_in_their_middle(ax: Axes) -> None:
     grid = Image.new("RGB", (40, 60), "green")
     plots.picture_grid(ax, grid, ["a", "b", "c"], "step 5")
@@ -272,11 +249,3 @@ def test_gate_over_time_is_shaded_where_the_gate_is_open(ax: Axes) -> None:
     assert 100 < x.min() < 500 < x.max() < 900
     assert 500 in [line.get_xdata()[0] for line in ax.get_lines()]
     assert ax.get_ylabel() == "per dimension, in thousandths"
-
-
-def test_confusion_counts_and_shades_by_row(ax: Axes) -> None:
-    plots.confusion(ax, np.array([[3, 1], [0, 0]]), ["dog", "cat"])
-    shown = np.asarray(ax.get_images()[0].get_array())
-    assert shown.tolist() == [[0.75, 0.25], [0.0, 0.0]]
-    assert {(t.get_position(), t.get_text()) for t in ax.texts} == {((0, 0), "3"), ((1, 0), "1")}
-    assert (ax.get_ylabel(), ax.get_xlabel()) == ("what it is", "what the model calls it")
