@@ -136,36 +136,6 @@ def difference(before: Image.Image, after: Image.Image, times: float = 2.0) -> I
     return Image.fromarray((128 + times * (b - a)).clip(0, 255).astype(np.uint8))
 
 
-def half_space(
-    ax: Axes, direction: Numbers, before: np.ndarray, after: Mapping[str, np.ndarray]
-) -> Axes:
-    """Draw points of a plane and where they are moved; shaded: rho >= 1, where eq. 9 stops.
-
-    `direction`: d, (2,); `before` and every value of `after`: (N, 2), seen from the unconditional
-    prediction, which is the origin.
-    """
-    d = np.asarray(direction, dtype=float)
-    across, far = np.array([-d[1], d[0]]), 20.0
-    corners = d + far * np.array([across, -across, d - across, d + across])
-    ax.fill(*corners.T, color="#dddddd", lw=0, label=r"$\rho\geq 1$: gate shut")
-    ax.plot(*corners[:2].T, **_EDGE)
-    ax.annotate("", (d[0], d[1]), (0, 0), arrowprops={"arrowstyle": "->", "lw": 1.6})
-    ax.annotate("d", (d[0] / 2, d[1] / 2), (4, -12), textcoords="offset points")
-    ax.plot(0, 0, "k+", markersize=9)
-    ax.plot(*before.T, "o", color="black", markersize=6, label="subject, a")
-    for k, (name, points) in enumerate(after.items()):
-        colour = _colour_of(k)
-        ax.plot(*points.T, "s^Dv"[k % 4], color=colour, markersize=5, alpha=0.85, label=name)
-        for start, end in zip(before, points, strict=True):
-            ax.plot(*np.stack([start, end]).T, color=colour, lw=0.9, alpha=0.6)
-    everything = np.concatenate([before, *after.values(), [d, 0 * d]])
-    low, high = everything.min(0), everything.max(0)
-    margin = 0.15 * (high - low).max()
-    ax.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
-    x, y = "prediction, first number", "prediction, second number"
-    return finish(ax, legend=9, beside=True, aspect="equal", xlabel=x, ylabel=y)
-
-
 def rule_lines(ax: Axes, table: pd.DataFrame) -> Axes:
     """Draw rules with a strength as lines from the row of "plain" through two measures' plane.
 

@@ -157,23 +157,6 @@ def test_a_picture_grid_names_its_rows_in_their_middle(ax: Axes) -> None:
     assert ax.get_title() == "step 5"
 
 
-def test_half_space_shades_where_rho_is_one_or_more(ax: Axes) -> None:
-    d = np.array([2.0, 1.0])
-    before = np.array([[0.0, 1.0], [-1.0, 0.0], [3.0, 2.0]])
-    after = {"g = 1": before + np.maximum(0, 1 - before @ d / (d @ d))[:, None] * d}
-    plots.half_space(ax, d, before, after)
-    (shaded,) = ax.patches
-    for x in (*before, *after["g = 1"], d, [0.5, -0.5], [2.4, 0.3]):
-        rho = np.dot(x, d) / (d @ d)
-        if abs(rho - 1) > 1e-9:
-            assert shaded.get_path().contains_point(x) == (rho > 1), x
-    edge = ax.get_lines()[0].get_xydata()
-    assert np.allclose(edge @ d, d @ d)
-    marks = {line.get_label(): line.get_xydata() for line in ax.get_lines()}
-    assert np.array_equal(marks["subject, a"], before)
-    assert np.array_equal(marks["g = 1"], after["g = 1"])
-
-
 def test_rule_lines_start_at_plain_and_follow_the_strength(ax: Axes) -> None:
     table = pd.DataFrame(
         {
