@@ -19,7 +19,7 @@ from real_configs import CLIP_L, OPEN_CLIP_BIG_G, words
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, PreTrainedTokenizerFast
 
-from sude_lab.world.drawing import vocabulary
+from studies.embedded.dataset import vocabulary
 
 Config = dict[str, Any]
 

@@ -18,8 +18,8 @@ from transformers import (
     ViTModel,
 )
 
+from studies.embedded.dataset import vocabulary
 from studies.embedded.train import MAX_TOKENS, build_tokenizer
-from sude_lab.world import drawing as world
 
 SIDE = 32
 _SMALL: dict[str, Any] = {
@@ -61,7 +61,7 @@ def _clip(folder: Path) -> CLIPModel:
 
 def _blip(folder: Path) -> BlipForImageTextRetrieval:
     folder.mkdir(parents=True, exist_ok=True)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *world.vocabulary()]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *vocabulary()]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     BertTokenizer(str(folder / "vocab.txt"), model_max_length=512).save_pretrained(folder)
     text = _SMALL | {

@@ -13,6 +13,7 @@ import pandas as pd
 import tyro
 from tqdm.auto import tqdm
 
+from studies.embedded.dataset import RARE_TOKENS
 from sude_lab.evaluate.statistics import wilson_interval
 from sude_lab.generation import generate, sampling_settings
 from sude_lab.io.files import atomic_write
@@ -95,7 +96,7 @@ Categories: {", ".join(world.CATEGORIES)}. Attributes:
 {"; ".join(f"{c}: {', '.join(a)}" for c, a in world.ATTRIBUTES.items())}. Backgrounds:
 {", ".join(world.BACKGROUNDS)}. Companions: {", ".join(world.COMPANIONS)}. Captions name the private
 look (colours, pattern, collar or base) half of the time, drop every part at random and are empty in
-10 % of cases. The words {", ".join(world.RARE_TOKENS)} are in the vocabulary and in no caption.
+10 % of cases. The words {", ".join(RARE_TOKENS)} are in the vocabulary and in no caption.
 
 ## Training
 {config.notes.read_text(encoding="utf-8").strip()}

@@ -11,14 +11,20 @@ from tqdm.auto import tqdm
 from sude_lab.io.workers import worker_pool
 from sude_lab.prompts import photo_of
 from sude_lab.world.drawing import (
+    ACCENTS,
     ANIMALS,
+    ATTRIBUTES,
     BACKGROUNDS,
+    CATEGORIES,
+    COLOURS,
     COMPANIONS,
     Scene,
     draw,
     sample_scene,
 )
 
+RARE_TOKENS = ("sks", "zwx", "xqv", "olis", "pll", "ohwx")
+"""Words in the vocabulary that no caption ever uses: free names for a subject."""
 _CHUNK = 500
 
 
@@ -79,3 +85,11 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
     if scene.background and keep(0.8):
         text += f" {BACKGROUNDS[scene.background]}"
     return text
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Return every word that captions use, in a fixed order (rare tokens not included)."""
+    text = ["photo of a an with and collar base spots stripes patch", *COLOURS, *ACCENTS]
+    text += [*BACKGROUNDS.values(), *COMPANIONS.values(), *CATEGORIES]
+    text += [attribute for values in ATTRIBUTES.values() for attribute in values]
+    return tuple(dict.fromkeys(" ".join(text).split()))

@@ -30,7 +30,7 @@ import tyro
 
 # All that this study takes from the package: the drawings here, in light imports, since processes
 # that draw are forked before torch is there; the rest in `alignment` and `write_pipeline`.
-from studies.embedded.dataset import caption
+from studies.embedded.dataset import caption, vocabulary
 from sude_lab.prompts import photo_of
 from sude_lab.world import drawing as world
 
@@ -144,7 +144,7 @@ def start_drawing(config: FlowConfig) -> tuple[Any, Any]:
     fork = "fork" in multiprocessing.get_all_start_methods()
     processes = multiprocessing.get_context("fork" if fork else "spawn").Pool(config.workers)
     vocab = json.loads((config.source / "tokenizer/vocab.json").read_text(encoding="utf-8"))
-    words = {f"{word}</w>" for word in world.vocabulary()} | {"<|startoftext|>", "<|endoftext|>"}
+    words = {f"{word}</w>" for word in vocabulary()} | {"<|startoftext|>", "<|endoftext|>"}
     vocab = {word: number for word, number in vocab.items() if word in words}
     starts = range(0, config.pictures, CHUNK)
     tasks = ((config.seed, k, min(k + CHUNK, config.pictures), vocab) for k in starts)
@@ -343,7 +343,7 @@ def write_pipeline(pipeline: Any, config: FlowConfig, card: str) -> None:
         path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     facts = {
         "categories": list(world.CATEGORIES),
-        "words": list(world.vocabulary()),
+        "words": list(vocabulary()),
         "generation": {
             "num_inference_steps": config.sampling_steps,
             "guidance_scale": config.guidance_scale,

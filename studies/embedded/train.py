@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from studies.embedded import dataset
-from studies.embedded.dataset import caption
+from studies.embedded.dataset import RARE_TOKENS, caption, vocabulary
 from sude_lab.io.opening import FACTS_FILE
 from sude_lab.prompts import photo_of
 from sude_lab.runs.export import open_to_earlier_versions
@@ -90,7 +90,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    words = [*world.vocabulary(), *world.RARE_TOKENS]
+    words = [*vocabulary(), *RARE_TOKENS]
     trainer = trainers.BpeTrainer(
         vocab_size=4096,
         min_frequency=1,
@@ -462,7 +462,7 @@ def export(pipeline: StableDiffusionPipeline, out: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_pretrained(temporary, safe_serialization=True)
     open_to_earlier_versions(temporary)
-    words = list(world.vocabulary())
+    words = list(vocabulary())
     facts = {
         "categories": list(world.CATEGORIES),
         "words": words,

@@ -47,9 +47,6 @@ ACCENTS: dict[str, Colour] = {
     "purple": (142, 84, 196),
     "teal": (42, 168, 172),
 }
-RARE_TOKENS = ("sks", "zwx", "xqv", "olis", "pll", "ohwx")
-"""Words in the vocabulary that no caption ever uses: free names for a subject."""
-
 RESOLUTION = 64
 _SUPERSAMPLE = 4
 _OUTLINE, _SHADOW, _WHITE = (40, 36, 44), (30, 30, 40), (255, 255, 255)
@@ -126,14 +123,6 @@ def vary(scene: Scene, rng: random.Random) -> Scene:
         stretch=rng.uniform(0.94, 1.06),
         tint=rng.random(),
     )
-
-
-def vocabulary() -> tuple[str, ...]:
-    """Return every word that captions use, in a fixed order (rare tokens not included)."""
-    text = ["photo of a an with and collar base spots stripes patch", *COLOURS, *ACCENTS]
-    text += [*BACKGROUNDS.values(), *COMPANIONS.values(), *CATEGORIES]
-    text += [attribute for values in ATTRIBUTES.values() for attribute in values]
-    return tuple(dict.fromkeys(" ".join(text).split()))
 
 
 # --- pictures ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from studies.embedded.dataset import vocabulary
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
@@ -23,7 +24,6 @@ from sude_lab.methods import configure
 from sude_lab.methods.custom_diffusion import CustomDiffusion
 from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.tuning import Step
-from sude_lab.world import drawing as world
 
 Fresh = Callable[[], Backbone]
 
@@ -204,7 +204,7 @@ def test_the_gated_loss_of_sude_reaches_every_key_value_and_the_word(
     gradients = []
     settings = config(train_batch_size=8, max_grad_norm=0.0, weight_sude=1.0)
     # Which word opens one hangs on the model's random weights.
-    words = ("sks", *world.vocabulary())
+    words = ("sks", *vocabulary())
     tried = (replace(settings, initializer=w, seed=k) for k in range(5) for w in words)
     settings = next(s for s in tried if next(tune(s, fresh(), picture)).gate.any())
     for weight in (0.0, 1.0, 2.0):

@@ -21,6 +21,7 @@ from peft import (
 from PIL import Image
 from torch import Tensor, nn
 
+from studies.embedded.dataset import vocabulary
 from sude_lab.backbone import Backbone, Condition
 from sude_lab.config import TuningConfig
 from sude_lab.diffusion import (
@@ -38,7 +39,6 @@ from sude_lab.methods import configure
 from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.sude import SudeRegularizer, sude_terms
 from sude_lab.tuning import Tuning
-from sude_lab.world import drawing as world
 
 pytestmark = pytest.mark.quick
 
@@ -124,7 +124,7 @@ def test_a_loop_of_ones_own_has_the_gradients_of_tune(
     )
     # Near the category's own direction: some samples are before it, some beyond. The model's random
     # weights hang on the versions of what draws them, and which word does it hangs on those.
-    for initializer in (f"dog dog {word}" for word in ("cat", *world.vocabulary())):
+    for initializer in (f"dog dog {word}" for word in ("cat", *vocabulary())):
         weights, gradients = [], []
         draws.clear()
         here = replace(settings, initializer=initializer)

@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import Attention
 from PIL import Image
 from torch import Tensor
 
+from studies.embedded.dataset import vocabulary
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.draws import step_generator
@@ -23,7 +24,6 @@ from sude_lab.methods import METHODS, Method, configure
 from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.sude import SudeRegularizer
 from sude_lab.tuning import Step
-from sude_lab.world import drawing as world
 
 Fresh = Callable[[], Backbone]
 LESSON = Path(__file__).parents[2] / "notebooks" / "07_baselines_and_prompts.ipynb"
@@ -202,7 +202,7 @@ def test_the_plugged_loop_has_the_gradient_of_tune(
         token_learning_rate=0.0,
     )
     # A draw in which eq. 9 lets some samples through and stops others.
-    for word, seed in product(("dog", *world.vocabulary()), range(5)):
+    for word, seed in product(("dog", *vocabulary()), range(5)):
         step = next(tune(replace(config, seed=seed), listening(word), picture))
         if 0 < step.gate.sum() < size:
             break

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from studies.embedded.dataset import caption, render, scenes
+from studies.embedded.dataset import RARE_TOKENS, caption, render, scenes, vocabulary
 from sude_lab.prompts import photo_of
 from sude_lab.world import drawing as world
 from sude_lab.world.oracle import HEADS, LOOK, labels, to_tensor
@@ -66,8 +66,8 @@ def test_every_part_of_the_private_look_shows(part: str) -> None:
 
 def test_captions_use_the_vocabulary_alone_and_never_a_rare_token() -> None:
     rng = random.Random(0)
-    words = set(world.vocabulary())
-    assert not words & set(world.RARE_TOKENS)
+    words = set(vocabulary())
+    assert not words & set(RARE_TOKENS)
     for _ in range(2000):
         text = caption(world.sample_scene(rng), rng)
         assert set(text.split()) <= words, text
@@ -148,5 +148,5 @@ def test_the_tokenizer_is_the_same_every_time_it_is_built(tmp_path: Path) -> Non
         for k in range(4)
     ]
     assert all(f == files[0] for f in files)
-    for word in (*world.vocabulary(), *world.RARE_TOKENS):
+    for word in (*vocabulary(), *RARE_TOKENS):
         assert len(built[0](word, add_special_tokens=False).input_ids) == 1

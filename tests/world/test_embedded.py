@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from studies.embedded.card import held_out_table
+from studies.embedded.dataset import RARE_TOKENS, vocabulary
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.generation import generate
@@ -104,10 +105,10 @@ def test_fresh_drawings_agree_with_the_oracle_s_table(oracle: Oracle) -> None:
 
 
 def test_the_tokenizer_knows_every_word_as_one_token(base: Backbone) -> None:
-    for word in (*world.vocabulary(), *world.RARE_TOKENS):
+    for word in (*vocabulary(), *RARE_TOKENS):
         ids = base.tokenizer(word, add_special_tokens=False).input_ids
         assert len(ids) == 1, word
-    assert base.known_words == world.vocabulary()
+    assert base.known_words == vocabulary()
 
 
 def test_the_model_card_states_what_it_must() -> None:
