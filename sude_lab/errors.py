@@ -110,7 +110,11 @@ _NAMES: dict[Any, str] = {
     **{float: "a number", int: "a whole number", bool: "on or off"},
     **{str: "a text", Path: "the name of a file", tuple[str, ...]: "a tuple of texts"},
 }
-_hints = cache(get_type_hints)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:

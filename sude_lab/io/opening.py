@@ -301,8 +301,13 @@ def all_files(folder: Path) -> Iterator[Path]:
 def _entries(file: Path) -> list[tuple[str, Any]]:
     """Return every name and value of a JSON file, however deep."""
     entries: list[tuple[str, Any]] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries.extend(pairs)
+        return dict(pairs)
+
     try:
-        read_json(file, lambda pairs: entries.extend(pairs) or dict(pairs))
+        read_json(file, keep)
     except (ValueError, OSError) as error:
         raise UserError(f"{file} cannot be read as JSON: the folder is damaged.") from error
     return entries

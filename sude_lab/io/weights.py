@@ -137,8 +137,8 @@ def _load(
         if path.is_file():
             _load_part(module, path, scale)
     # Last, because a trained text encoder's table has rows for the tokens, too.
-    for encoder, ids, vectors in tokens:
-        encoder.get_input_embeddings().weight.data[ids] = vectors
+    for encoder, ids, rows_of in tokens:
+        encoder.get_input_embeddings().weight.data[ids] = rows_of
     if (folder / LORA_FILE).is_file():
         with quiet():  # it misses a LoRA of the text encoders, which there is none of
             backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)

@@ -127,8 +127,8 @@ class Method:
         other = [p for name, p in self.parameters.items() if not name.startswith("token.")]
         # No decay of the token: it would pull the subject's name towards no meaning at all.
         slow = {"lr": self.config.token_learning_rate, "weight_decay": 0.0}
-        groups = [{"params": other, "lr": self.config.learning_rate}, {"params": token} | slow]
-        return [group for group in groups if group["params"]]
+        groups: list[dict[str, Any]] = [{"params": other, "lr": self.config.learning_rate}]
+        return [group for group in (*groups, {"params": token, **slow}) if group["params"]]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the trained tensors."""

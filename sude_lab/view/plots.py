@@ -279,7 +279,7 @@ def _gate(ax: Axes, x: Any, loss: Any, tau: Any, line: str = "-", **shade: Any) 
     """Draw L_sude and tau_t over x, with shade where the gate of eq. 9 is open."""
     ax.plot(x, loss, line, color=COLOURS["sude"], ms=3, label="$L_{sude}$ (eq. 7)")
     ax.plot(x, tau, "--", color="black", label=r"$\tau_t$ (eq. 8)")
-    how = {"color": COLOURS["sude"], "alpha": 0.15} | shade
+    how: dict[str, Any] = {"color": COLOURS["sude"], "alpha": 0.15} | shade
     ax.fill_between(x, tau, loss, where=loss > tau, **how)
 
 

@@ -158,7 +158,7 @@ class ThresholdExplorer(Shown):
         self.figure = Figure(figsize=(plots.WIDTH, 4.6), dpi=SCALE * plots.DPI)
         edges = {"left": 0.1, "right": 0.98, "bottom": 0.11, "top": 0.86, "hspace": 0.05}
         places = self.figure.add_gridspec(2, 1, height_ratios=(1, 1.7), **edges)
-        pictures, self._curves = places.subplots()
+        pictures, self._curves = (self.figure.add_subplot(places[k]) for k in range(2))
         plots.picture_table(pictures, self._cells(0, 0, 0, 0.0), per_cell=1)
         (self._strip,) = pictures.get_images()
         self._title = self.figure.text(0.02, 0.91, "", fontsize=10)
