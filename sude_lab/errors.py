@@ -86,7 +86,7 @@ def check_types(settings: Any) -> None:
 
     A path may be a text, and a number one of numpy's, which no file could hold: they are replaced.
     """
-    hints = _hints(type(settings))
+    hints = _hints(settings.__class__)
     for f in fields(settings):
         value, kinds = getattr(settings, f.name), kinds_of(hints[f.name])
         if isinstance(value, numbers.Number) and hasattr(value, "item"):
