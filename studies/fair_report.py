@@ -70,11 +70,12 @@ def lines_of(table: pd.DataFrame) -> dict[str, Line]:
 def asks(table: pd.DataFrame) -> pd.Series:
     """Return the passes of a picture through the UNet in a step of each row.
 
-    One in a plain step, two more where SuDe asks, one more with class images; the drawing of either
-    is not in it.
+    One in a plain step, two more where SuDe asks (ClassDiffusion's term asks text alone), one more
+    with class images; the drawing of either is not in it.
     """
     every = table["variant"].str.extract(r"sude_every (\d+)")[0].astype(float).fillna(1)
-    return 1 + 2 / every * (table["w_s"] > 0) + table["arm"].str.contains("class_images")
+    asks_sude = table["variant"].str.startswith("SuDe")
+    return 1 + 2 / every * asks_sude + table["arm"].str.contains("class_images")
 
 
 def other_rows(

@@ -290,8 +290,8 @@ def _labels(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def settings_and_variants(configs: Sequence[TuningConfig]) -> list[tuple[str, str]]:
     """Name each configuration by what sets it apart: its method's settings, and its use of SuDe.
 
-    ("dreambooth, lora_rank 4", "SuDe, weight_sude 2.0"), or "plain" for the latter; only what
-    differs within a method is named.
+    ("dreambooth, lora_rank 4", "SuDe, weight_sude 2.0"), or "plain" for the latter, or the file of
+    another regulariser; only what differs within a method is named.
     """
     every = [f.name for f in fields(TuningConfig)]
     varying: dict[str, tuple[list[str], list[str]]] = {}
@@ -305,7 +305,8 @@ def settings_and_variants(configs: Sequence[TuningConfig]) -> list[tuple[str, st
     for c in configs:
         settings, sude = ([f"{n} {getattr(c, n)}" for n in part] for part in varying[c.method])
         general = [c.method, *settings, *([Path(c.backbone).name] if several else [])]
-        names.append((", ".join(general), ", ".join(["SuDe", *sude]) if c.weight_sude else "plain"))
+        used = Path(c.regularizer_file).name if c.regularizer_file else "SuDe"
+        names.append((", ".join(general), ", ".join([used, *sude]) if c.weight_sude else "plain"))
     return names
 
 

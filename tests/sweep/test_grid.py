@@ -69,6 +69,9 @@ def test_the_lists_are_multiplied_in_the_order_that_is_told(planned: Planned) ->
     assert plan.jobs[0].label["w_s_factor"] == 1.0
     assert plan.jobs[0].label["variant"] == "SuDe, weight_sude 2.0, prior current"
     assert plan.jobs[4].label["variant"] == "plain"
+    file = "data/bench/semantic.py"
+    (job,) = planned(subjects=["held-out 0"], w_s=[1], settings={"regularizer_file": file}).jobs
+    assert job.label["variant"] == "semantic.py"  # not SuDe
     # Drawn subjects are asked the attributes that their picture does not show.
     assert {j.pictures for j in plan.jobs} == {4 * (len(world.POSES) - 1)}
 
