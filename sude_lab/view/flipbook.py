@@ -12,7 +12,7 @@ from PIL import Image
 
 from sude_lab.errors import UserError
 from sude_lab.view import plots
-from sude_lab.view.shown import SCALE, Shown, row, short, slider
+from sude_lab.view.shown import SCALE, Shown, short, slider
 
 
 class Flipbook(Shown):
@@ -48,11 +48,8 @@ class Flipbook(Shown):
         self.strip = self._drawn({self._title(v, "\n"): cells for v, cells in self._pages.items()})
         self.slider = slider(name, self._pages, next(iter(self._pages)), self._follow, "420px")
         self.note = ipywidgets.Label()
+        self.controls = (self.slider, self.note)
         self._follow()
-
-    def widget(self) -> Any:
-        """Return the slider and its page's note."""
-        return row([self.slider, self.note])
 
     def picture(self) -> bytes:
         """Return the page at which the slider stands."""

@@ -123,10 +123,8 @@ def picture_table(
 def data_url(picture: Figure | Image.Image, **how: Any) -> str:
     """Return a figure or a picture as a PNG inside an address, for pages of one file."""
     file = BytesIO()
-    if isinstance(picture, Image.Image):
-        picture.save(file, "png")
-    else:
-        picture.savefig(file, format="png", **how)
+    save = picture.save if isinstance(picture, Image.Image) else picture.savefig
+    save(file, format="png", **how)
     return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import os
 from base64 import b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -44,12 +44,13 @@ _NAMED = (
 class Shown:
     """Mixin of all that a notebook shows: one output with a picture that is updated in place.
 
-    A class gives `figure`, its alternative text `str(self)`, and `widget()` where it has controls;
+    A class gives `figure`, its alternative text `str(self)`, and `controls` where it has some;
     after a change it calls `publish()`.
     """
 
     format = "png"
     figure: Figure
+    controls: Sequence[Any] = ()
     _handle: Any = None
 
     def picture(self) -> bytes:
@@ -63,8 +64,8 @@ class Shown:
         return self.picture()
 
     def widget(self) -> Any:
-        """Return the controls, without the picture."""
-        raise NotImplementedError
+        """Return the controls side by side, in as many lines as a narrow page needs."""
+        return ipywidgets.HBox(self.controls, layout={"flex_flow": "row wrap"})
 
     def publish(self, *, first: bool = False) -> None:
         """Bring the picture on the page up to date; with `first` put it there."""
@@ -84,7 +85,8 @@ class Shown:
         return {"text/plain": str(self), "text/html": page}
 
     def _ipython_display_(self) -> None:
-        if os.environ.get("SUDE_LAB_STATIC", "0") not in ("", "0") or not is_listening():
+        is_static = os.environ.get("SUDE_LAB_STATIC", "0") not in ("", "0")
+        if is_static or not self.controls or not is_listening():
             raise NotImplementedError  # IPython then asks `_repr_mimebundle_`
         from IPython.display import display
 
@@ -120,11 +122,6 @@ def slider(
     made.layout.width = width
     made.observe(follow, names="value")
     return made
-
-
-def row(children: Any) -> Any:
-    """Return controls side by side, in as many lines as a narrow page needs."""
-    return ipywidgets.HBox(list(children), layout={"flex_flow": "row wrap"})
 
 
 def short(value: Any) -> str:

@@ -24,7 +24,7 @@ from sude_lab.losses import guidance_projection, sude_weight
 from sude_lab.prompts import photo_of
 from sude_lab.sude import sude_terms
 from sude_lab.view import plots
-from sude_lab.view.shown import SCALE, Shown, row, slider
+from sude_lab.view.shown import SCALE, Shown, slider
 
 
 def sude_move(
@@ -105,29 +105,27 @@ def ask(
 
 @dataclass(frozen=True)
 class Reading:
-    """The numbers at one position of the sliders; losses are means over the latent's dimensions."""
+    """The numbers at one position of the sliders: L_sude, tau_t and lambda_tau of eq. 7-9, and rho.
+
+    Losses are means over the latent's dimensions; `move` is how far SuDe moves the answer, in
+    lengths of d: `sude_move`.
+    """
 
     t: int
     category: str
     seed: int
     weight_sude: float
     loss: float
-    """L_sude, eq. 7."""
     threshold: float
-    """tau_t, eq. 8."""
     open: bool
-    """lambda_tau, eq. 9."""
     rho: float
     move: float
-    """How far SuDe moves the answer, in lengths of d: `sude_move`."""
 
     def __str__(self) -> str:
         gate = f"OPEN: moves by {self.move:.2f} d" if self.open else "shut: moves nothing"
-        return (
-            f"t = {self.t}, judged as: {self.category}.   L_sude = {1000 * self.loss:.2f}, "
-            f"τ_t = {1000 * self.threshold:.2f} (thousandths),  ρ = {self.rho:.2f}.   "
-            f"w_s = {self.weight_sude:g}, gate {gate}"
-        )
+        losses = f"L_sude = {1000 * self.loss:.2f}, τ_t = {1000 * self.threshold:.2f} (thousandths)"
+        where = f"t = {self.t}, judged as: {self.category}.   {losses},  ρ = {self.rho:.2f}."
+        return f"{where}   w_s = {self.weight_sude:g}, gate {gate}"
 
 
 class ThresholdExplorer(Shown):
@@ -170,6 +168,7 @@ class ThresholdExplorer(Shown):
             "weight_sude": ("w_s", (0.0, 0.25, 0.5, 1.0, 2.0, 4.0), 1.0),
         }
         self.sliders = {name: slider(*row, self._follow, "300px") for name, row in rows.items()}
+        self.controls = list(self.sliders.values())
         self._follow()
 
     def read(self, t: int, category: str, seed: int, weight_sude: float) -> Reading:
@@ -178,10 +177,11 @@ class ThresholdExplorer(Shown):
         Raises:
             UserError: the grid has no such timestep, category or noise.
         """
-        n, m, k = self._index(t, category, seed)
-        loss, threshold, rho = (x[n, m, k].item() for x in (self.loss, self.threshold, self.rho))
-        is_open, move = bool(self.gate[n, m, k]), self._move(n, m, k, weight_sude).item()
-        return Reading(t, category, seed, weight_sude, loss, threshold, is_open, rho, move)
+        n, m, k = at = self._index(t, category, seed)
+        terms = (x[at].item() for x in (self.loss, self.threshold, self.gate, self.rho))
+        return Reading(
+            t, category, seed, weight_sude, *terms, self._move(n, m, k, weight_sude).item()
+        )
 
     def update(self, t: int, category: str, seed: int, weight_sude: float) -> Reading:
         """Redraw the figure for one position and return its numbers; errors as `read`."""
@@ -193,10 +193,6 @@ class ThresholdExplorer(Shown):
         loss, threshold = (x[n, :, k].numpy() for x in (self.loss, self.threshold))
         plots.gate_over_time(self._curves, self.grid.times, loss, threshold, now=t)
         return reading
-
-    def widget(self) -> Any:
-        """Return the sliders."""
-        return row(self.sliders.values())
 
     def __str__(self) -> str:
         return str(self._reading)
