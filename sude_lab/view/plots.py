@@ -207,7 +207,8 @@ def gains(ax: Axes, table: pd.DataFrame, measure: str, *, rows: str = "method") 
         y = [names.index(n) + 0.24 * (k - (len(parts) - 1) / 2) for n in part[rows]]
         ends = np.vstack([part["gain"] - part["low"], part["high"] - part["gain"]])
         ends = np.nan_to_num(ends).clip(min=0)
-        ax.errorbar(part["gain"], y, xerr=ends, ls="", capsize=3, label=variant, **_mark(k))
+        look = {"color": _colour_of(k), "marker": _MARKS[k % len(_MARKS)], "capsize": 3}
+        ax.errorbar(part["gain"], y, xerr=ends, ls="", label=variant, **look)
     ax.axvline(0.0, **_EDGE)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)  # the first on top
@@ -216,21 +217,6 @@ def gains(ax: Axes, table: pd.DataFrame, measure: str, *, rows: str = "method") 
     if len(parts) > 1:
         ax.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return ax
-
-
-def scatter(ax: Axes, table: pd.DataFrame, x: str, y: str, *, diagonal: bool = False) -> Axes:
-    """Draw one column over another, a mark a row, a colour and a shape a method.
-
-    `diagonal` adds the line y = x; the line y = 0 is always there.
-    """
-    for k, (name, part) in enumerate(table.groupby("method", sort=False)):
-        ax.plot(part[x], part[y], ls="", label=name, alpha=0.8, **_mark(k))
-    ax.axhline(0.0, color="black", lw=0.8)
-    if diagonal:
-        ax.axline((0, 0), slope=1, **_EDGE)
-    ax.locator_params(nbins=6)
-    legend = 9 * (table["method"].nunique() > 1)
-    return finish(ax, legend=legend, xlabel=words(x), ylabel=words(y))
 
 
 _SAFE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -246,10 +232,6 @@ def _colour(name: str) -> str | None:
 
 def _colour_of(k: int) -> str:
     return _SAFE[k % len(_SAFE)]
-
-
-def _mark(k: int) -> dict[str, Any]:
-    return {"color": _colour_of(k), "marker": _MARKS[k % len(_MARKS)]}
 
 
 def _name(ax: Axes, marks: Sequence[tuple[str, np.ndarray, str]], others: np.ndarray) -> None:

@@ -127,16 +127,6 @@ def test_gains_with_a_row_a_variant_need_no_legend(ax: Axes) -> None:
     assert list(marks.lines[0].get_ydata()) == [0, 1]
 
 
-def test_scatter_has_a_colour_and_a_shape_a_group(ax: Axes) -> None:
-    table = pd.DataFrame({"x": [0.1, 0.2, 0.3], "y": [1, 2, 3], "method": ["a_b", "a_b", "c"]})
-    assert plots.scatter(ax, table, "x", "y", diagonal=True) is ax
-    first, second, *_ = ax.get_lines()
-    assert list(first.get_xdata()) == [0.1, 0.2] and list(second.get_ydata()) == [3]
-    assert first.get_marker() != second.get_marker() and first.get_color() != second.get_color()
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a_b", "c"]
-    assert len(ax.get_lines()) == 4 and len(plots.scatter(ax, table, "x", "y").get_lines()) == 7
-
-
 def test_learning_draws_every_step_and_the_running_mean(ax: Axes) -> None:
     table = pd.DataFrame({"step": [1, 2, 3], "loss_subject": [3.0, 1.0, 5.0]})
     plots.learning(ax, {"plain": table, "sude": table}, window=2)
