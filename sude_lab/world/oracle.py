@@ -40,18 +40,11 @@ def labels(scene: world.Scene) -> dict[str, int]:
 
     A plain look shows no second colour; gold and metal hide the first.
     """
-    look = scene.look
-    truth = {
-        "category": scene.category,
-        "attribute": scene.attribute,
-        "background": scene.background or "none",
-        "companion": scene.companion or "none",
-        "colour": look.colour if scene.attribute not in ("golden", "metal") else None,
-        "second": look.second if look.pattern != "plain" else None,
-        "pattern": look.pattern,
-        "accent": look.accent or "none",
-    }
-    return {k: -1 if v is None else HEADS[k].index(v) for k, v in truth.items()}
+    values = {k: getattr(scene.look if k in LOOK else scene, k) or "none" for k in HEADS}
+    truth = {k: HEADS[k].index(value) for k, value in values.items()}
+    hidden = ["colour"] if scene.attribute in ("golden", "metal") else []
+    hidden += ["second"] if scene.look.pattern == "plain" else []
+    return truth | dict.fromkeys(hidden, -1)
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
@@ -149,10 +142,9 @@ def read_scene(oracle: Oracle, images: list[Image.Image], category: str) -> worl
     """
     means = {name: p.mean(0) for name, p in oracle.read(images).items()}
     best = {name: HEADS[name][int(p.argmax())] for name, p in means.items()}
-    others = means["second"].clone()
-    others[HEADS["second"].index(best["colour"])] = -1.0  # the second colour is another one
+    means["second"][HEADS["second"].index(best["colour"])] = -1.0  # it is another colour
     accent = None if best["accent"] == "none" else best["accent"]
-    second = HEADS["second"][int(others.argmax())]
+    second = HEADS["second"][int(means["second"].argmax())]
     look = world.Look(best["colour"], second, best["pattern"], accent)
     attribute = int(means["attribute"][_allowed(category)].argmax())
     return world.Scene(category, world.ATTRIBUTES[category][attribute], look)
