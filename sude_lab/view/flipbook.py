@@ -71,7 +71,7 @@ class Flipbook(Shown):
         note = self.notes.get(value)
         return f"{self.name} = {short(value)}" + (f"{gap}{note}" if note else "")
 
-    def _drawn(self, rows: Mapping[str, Mapping[str, Sequence[Image.Image]]]) -> bytes:
+    def _drawn(self, rows: plots.Rows) -> bytes:
         """Return pages below each other, as a JPEG: a quarter of a PNG's size in a notebook."""
         across = self.per_cell * len(next(iter(rows.values())))
         side = min(1.0, 5.2 / across)  # inches; small pictures gain nothing from more, files grow

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Numbers = Sequence[float] | np.ndarray
+Rows = Mapping[str, Mapping[str, Sequence[Image.Image]]]
+"""Pictures under the names of a row and a column."""
 WIDTH, DPI = 6.5, 96
 """Inches that a page has for a figure in a window of 1024 pixels, and pixels to the inch there."""
 COLOURS = {"plain": "#777777", "sude": "#c2410c", "sude, no truncation": "#1d4ed8"}
@@ -51,8 +53,7 @@ def open_gates(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) 
 
 def loss_against_threshold(ax: Axes, metrics: pd.DataFrame, window: int = 25) -> Axes:
     """Draw L_sude and tau over the steps of one run; the gate is open where the loss is above."""
-    loss, tau = (smooth(metrics[name], window) for name in ("loss_sude", "tau"))
-    _gate(ax, metrics["step"], loss, tau)
+    _gate(ax, metrics["step"], *(smooth(metrics[name], window) for name in ("loss_sude", "tau")))
     title = f"Loss against threshold,\nrunning mean of {window} steps"
     return finish(ax, title, xlabel="step", ylabel="per dimension")
 
@@ -88,9 +89,7 @@ def picture_grid(
     return ax
 
 
-def tile(
-    rows: Mapping[str, Mapping[str, Sequence[Image.Image]]], per_cell: int = 2
-) -> tuple[np.ndarray, list[str], int, int]:
+def tile(rows: Rows, per_cell: int = 2) -> tuple[np.ndarray, list[str], int, int]:
     """Return pictures as one (H, W, 3) array of `picture_table`, its columns, and side and gap."""
     columns = list(dict.fromkeys(name for cells in rows.values() for name in cells))
     side = next(iter(next(iter(rows.values())).values()))[0].width
@@ -98,16 +97,14 @@ def tile(
     width = per_cell * side + gap
     canvas = np.full((len(rows) * (side + gap), len(columns) * width, 3), 255, dtype=np.uint8)
     for i, cells in enumerate(rows.values()):
-        for j, name in enumerate(columns):
-            for k, image in enumerate(cells.get(name, ())[:per_cell]):
-                y, x = i * (side + gap), j * width + k * side
-                canvas[y : y + side, x : x + side] = np.asarray(image.convert("RGB"))
+        for name, pictures in cells.items():
+            for k, picture in enumerate(pictures[:per_cell]):
+                y, x = i * (side + gap), columns.index(name) * width + k * side
+                canvas[y : y + side, x : x + side] = np.asarray(picture.convert("RGB"))
     return canvas, columns, side, gap
 
 
-def picture_table(
-    ax: Axes, rows: Mapping[str, Mapping[str, Sequence[Image.Image]]], per_cell: int = 2
-) -> Axes:
+def picture_table(ax: Axes, rows: Rows, per_cell: int = 2) -> Axes:
     """Draw pictures as a table: a row a model, a column a prompt, `per_cell` pictures a cell."""
     canvas, columns, side, gap = tile(rows, per_cell)
     width = per_cell * side + gap
