@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -74,12 +73,9 @@ def release(folder: Path, course: Path | None = None) -> list[Path]:
         one, other = folder.resolve(), course.resolve()
         if one == other or one in other.parents or other in one.parents:
             raise UserError("Name two folders, neither inside the other: the course has solutions.")
-    with ExitStack() as stack:
-        copies = stack.enter_context(atomic_folder(folder))
-        place = stack.enter_context(
-            TemporaryDirectory() if course is None else atomic_folder(course)
-        )
-        room = Path(str(place))
+    in_course = TemporaryDirectory() if course is None else atomic_folder(course)
+    with atomic_folder(folder) as copies, in_course as place:
+        room = Path(place)
         (room / "nbgrader_config.py").write_text(SETTINGS, encoding="utf-8")
         for source in sources:
             assignment = room / "source" / source.stem

@@ -201,12 +201,7 @@ def _plan_call(draw: Draw) -> Call:
 
 @check(_plan_call)
 def detects(
-    gain: float,
-    between: float,
-    within: float,
-    subjects: int,
-    seeds: int,
-    rng: np.random.Generator,
+    gain: float, between: float, within: float, subjects: int, seeds: int, rng: np.random.Generator
 ) -> float:
     """Check detects(gain, between, within, subjects, seeds, rng): the share that finds it."""
     own = gain + between * rng.standard_normal((400, subjects))
@@ -216,9 +211,7 @@ def detects(
     return (means.mean(1) - 1.96 * error > 0).mean()
 
 
-def made_up_lines(
-    number: int = 12, seed: int = 0
-) -> tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]]]:
+def made_up_lines(number: int = 12, seed: int = 0) -> tuple[np.ndarray, dict[str, Any]]:
     """Return made-up strengths and lines, (S, N) alignments and fidelities of each arm's subjects.
 
     Fidelity falls with the strength and alignment rises, for each subject in its own way, and where
