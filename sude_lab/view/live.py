@@ -51,7 +51,7 @@ class LiveView(Shown):
         self.figure = Figure(figsize=(plots.WIDTH, 5.0), dpi=SCALE * plots.DPI)
         edges = {"left": 0.11, "right": 0.98, "bottom": 0.1, "top": 0.87}
         places = self.figure.add_gridspec(2, 2, wspace=0.42, hspace=0.45, **edges)
-        self._axes = [self.figure.add_subplot(places[k]) for k in range(4)]
+        self._axes = places.subplots(squeeze=False).ravel()
         self._grid: tuple[str, Image.Image] | None = None
         self._began, self._next = time.perf_counter(), 0.0
         self._seconds, self._steps = 0.0, 0

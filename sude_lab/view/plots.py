@@ -204,8 +204,8 @@ def gains(ax: Axes, table: pd.DataFrame, measure: str, *, rows: str = "method") 
         y = [names.index(n) + 0.24 * (k - (len(parts) - 1) / 2) for n in part[rows]]
         ends = np.vstack([part["gain"] - part["low"], part["high"] - part["gain"]])
         ends = np.nan_to_num(ends).clip(min=0)
-        look = {"color": _colour_of(k), "marker": _MARKS[k % len(_MARKS)], "capsize": 3}
-        ax.errorbar(part["gain"], y, xerr=ends, ls="", label=variant, **look)
+        look: dict[str, Any] = {"color": _colour_of(k), "marker": _MARKS[k % len(_MARKS)]}
+        ax.errorbar(part["gain"], y, xerr=ends, ls="", capsize=3, label=variant, **look)
     ax.axvline(0.0, **_EDGE)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)  # the first on top
@@ -256,8 +256,8 @@ def _gate(ax: Axes, x: Any, loss: Any, tau: Any, line: str = "-", **shade: Any) 
     """Draw L_sude and tau_t over x, with shade where the gate of eq. 9 is open."""
     ax.plot(x, loss, line, color=COLOURS["sude"], ms=3, label="$L_{sude}$ (eq. 7)")
     ax.plot(x, tau, "--", color="black", label=r"$\tau_t$ (eq. 8)")
-    how: dict[str, Any] = {"color": COLOURS["sude"], "alpha": 0.15} | shade
-    ax.fill_between(x, tau, loss, where=loss > tau, **how)
+    shade |= {"color": COLOURS["sude"], "alpha": 0.15, "where": loss > tau}
+    ax.fill_between(x, tau, loss, **shade)
 
 
 def _over_steps(

@@ -92,10 +92,9 @@ def ask(
     def predicted(model: Backbone, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """x_t and eps_theta, (N, M, K, C, h, w) each."""
         batches = [b for s in seeds for b in answers(model, [picture], prompts, times, seed=s)]
+        x_t, eps = (torch.cat([batch[k] for batch in batches]).cpu() for k in (1, 4))
         sizes = (len(seeds), len(times), len(prompts))
-        parts = [[batch.x_t for batch in batches], [batch.noise for batch in batches]]
-        x_t, eps = (torch.cat(part).cpu().unflatten(0, sizes) for part in parts)
-        return x_t, eps
+        return x_t.unflatten(0, sizes), eps.unflatten(0, sizes)
 
     x_t, by_judge = predicted(judge, ["", *map(photo_of, categories)])
     _, by_tuned = predicted(tuned, [subject_prompt])
@@ -156,7 +155,7 @@ class ThresholdExplorer(Shown):
         self.figure = Figure(figsize=(plots.WIDTH, 4.6), dpi=SCALE * plots.DPI)
         edges = {"left": 0.1, "right": 0.98, "bottom": 0.11, "top": 0.86, "hspace": 0.05}
         places = self.figure.add_gridspec(2, 1, height_ratios=(1, 1.7), **edges)
-        pictures, self._curves = (self.figure.add_subplot(places[k]) for k in range(2))
+        pictures, self._curves = places.subplots(squeeze=False).ravel()
         plots.picture_table(pictures, self._cells(0, 0, 0, 0.0), per_cell=1)
         (self._strip,) = pictures.get_images()
         self._title = self.figure.text(0.02, 0.91, "", fontsize=10)
@@ -178,10 +177,9 @@ class ThresholdExplorer(Shown):
             UserError: the grid has no such timestep, category or noise.
         """
         n, m, k = at = self._index(t, category, seed)
-        terms = (x[at].item() for x in (self.loss, self.threshold, self.gate, self.rho))
-        return Reading(
-            t, category, seed, weight_sude, *terms, self._move(n, m, k, weight_sude).item()
-        )
+        loss, threshold, rho = (x[at].item() for x in (self.loss, self.threshold, self.rho))
+        is_open, move = bool(self.gate[at]), self._move(n, m, k, weight_sude).item()
+        return Reading(t, category, seed, weight_sude, loss, threshold, is_open, rho, move)
 
     def update(self, t: int, category: str, seed: int, weight_sude: float) -> Reading:
         """Redraw the figure for one position and return its numbers; errors as `read`."""
