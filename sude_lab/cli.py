@@ -185,8 +185,7 @@ class Evaluate(_Drawing):
     structure: Literal["default", "P1", "P2", "P3"] = "default"
     """Where the attribute stands: before the method's {S*}, or as in the paper's Table 2."""
     num_images: int = 4
-    """Pictures for every prompt and seed."""
-    num_seeds: int = 1
+    """Pictures for every prompt, each from noise of its own."""
     metrics: tuple[str, ...] = ()
     """CLIP-I, CLIP-T, DINO-I, BLIP-T, CLIP-L-I, CLIP-L-T, DINOv2-I, oracle; none: those four, or
     on the embedded model the oracle."""

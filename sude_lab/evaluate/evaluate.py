@@ -119,13 +119,14 @@ class _Job:
     judge: Judge | None
     sampling: dict[str, Any]
     negative_prompt: str | None
+    seed: int
+    num_images: int
 
 
 class _Picture(NamedTuple):
-    """A picture: which prompt of the job, which seed, which number; and where it lies."""
+    """A picture: which prompt of the job, which number; and where it lies."""
 
     prompt: int
-    seed: int
     number: int
     path: Path
     image: Image.Image
@@ -139,7 +140,6 @@ def evaluate(
     prompts: Sequence[str] = ("attributes",),
     structure: str = "default",
     num_images: int = 4,
-    num_seeds: int = 1,
     seed: int = 0,
     metrics: Sequence[str] = (),
     encoders: Sequence[str] = (),
@@ -169,14 +169,8 @@ def evaluate(
         UserError: bad input, or an encoder that cannot be had (nothing is drawn or written then);
             or a run that cannot be opened (what was computed before stays).
     """
-    check_whole("--num-images", num_images, 1)
-    check_whole("--num-seeds", num_seeds, 1)
-    if num_images * num_seeds > MOST:
-        raise UserError(
-            f"{num_images * num_seeds:,} pictures of every prompt are asked for: --num-images "
-            f"times --num-seeds must be at most {MOST:,}."
-        )
-    check_whole("The seed", seed, 0, 2**32 - num_seeds)
+    check_whole("--num-images", num_images, 1, MOST)
+    check_whole("The seed", seed, 0, 2**32 - 1)
     runs = [runs] if isinstance(runs, str | Path) else runs
     prompts, metrics, encoders = listed(prompts), listed(metrics), listed(encoders)
     if not runs:
@@ -203,7 +197,8 @@ def evaluate(
         own = sampler if scale is None else sampler | {"guidance_scale": scale}
         sampling = sampling_settings(read_facts(run.config.backbone), **own)
         negative = negative_prompt and run.prompt(negative_prompt)
-        jobs.append(_Job(run, label, asked, images, chosen, judge, sampling, negative))
+        how = (sampling, negative, seed, num_images)
+        jobs.append(_Job(run, label, asked, images, chosen, judge, *how))
     needed = {LEARNED[name][0] for job in jobs for name in job.metrics if name in LEARNED}
     # Before anything is drawn: whoever waits for an hour should not learn then that one is missing.
     ready = {} if opened_encoders is None else opened_encoders
@@ -213,7 +208,7 @@ def evaluate(
     open_base = open_base or (lambda run: run.open_base(device))
     tables = []
     for job in jobs:
-        pictures = _pictures(job, range(seed, seed + num_seeds), num_images, open_base, progress)
+        pictures = _pictures(job, open_base, progress)
         tables.append(_scored(job, pictures, ready, progress))
         _write(_tables(job.run) / SCORES, tables[-1])
     scores = pd.concat(tables, ignore_index=True)
@@ -392,7 +387,7 @@ def _prompt_set(
 # --- drawing -------------------------------------------------------------------------------------
 
 
-def _folder(job: _Job, prompt: Prompt, seed: int) -> Path:
+def _folder(job: _Job, prompt: Prompt) -> Path:
     # What a run is follows from its settings and its end: a new run in an old folder is another.
     made = b"".join((job.run.folder / n).read_bytes() for n in (CONFIG, ENVIRONMENT))
     about = {
@@ -405,7 +400,7 @@ def _folder(job: _Job, prompt: Prompt, seed: int) -> Path:
         about["strength"] = strength
     slug = re.sub(r"\W+", "-", prompt.text.replace("{S*}", "S"))[:48].strip("-")
     folder = job.run.folder / FOLDER / PICTURES
-    return folder / f"{slug}-{hash_of(about)[:10]}" / f"seed-{seed}"
+    return folder / f"{slug}-{hash_of(about)[:10]}" / f"seed-{job.seed}"
 
 
 def _read(path: Path) -> Image.Image | None:
@@ -415,25 +410,18 @@ def _read(path: Path) -> Image.Image | None:
         return None
 
 
-def _pictures(
-    job: _Job, seeds: range, number: int, open_base: Callable[[Run], Backbone], progress: bool
-) -> list[_Picture]:
+def _pictures(job: _Job, open_base: Callable[[Run], Backbone], progress: bool) -> list[_Picture]:
     """Return a run's pictures; those that are missing are drawn, which alone opens its model.
 
-    The last bits of a picture depend on those that are drawn with it, at most `BATCH` of one prompt
-    and seed: what a stopped command left out is drawn with the same ones again.
+    The last bits of a picture depend on those that are drawn with it, at most `BATCH` of one
+    prompt: what a stopped command left out is drawn with the same ones again.
     """
     pictures: list[_Picture] = []
     backbone, base = None, cache(partial(open_base, job.run))
-    bar = tqdm(
-        total=len(job.prompts) * len(seeds) * number,
-        desc=f"drawing, {job.label['variant']}",
-        unit="picture",
-        disable=not progress,
-    )
-    batches = product(enumerate(job.prompts), seeds, range(0, number, BATCH))
-    for (n, prompt), seed, first in batches:
-        numbers, folder = range(first, min(first + BATCH, number)), _folder(job, prompt, seed)
+    total, about = len(job.prompts) * job.num_images, f"drawing, {job.label['variant']}"
+    bar = tqdm(total=total, desc=about, unit="picture", disable=not progress)
+    for (n, prompt), first in product(enumerate(job.prompts), range(0, job.num_images, BATCH)):
+        numbers, folder = range(first, min(first + BATCH, job.num_images)), _folder(job, prompt)
         paths = [folder / f"{k:03d}.png" for k in numbers]
         images = [_read(path) for path in paths]
         if None in images:
@@ -449,7 +437,7 @@ def _pictures(
                     job.run.prompt(prompt.text),
                     num_images=len(numbers),
                     first=first,
-                    seed=seed,
+                    seed=job.seed,
                     negative_prompt=job.negative_prompt,
                     batch_size=BATCH,
                     **job.sampling,
@@ -459,7 +447,7 @@ def _pictures(
                     with atomic_write(path) as file:
                         drawn[k].save(file)
                     images[k] = drawn[k]
-        pictures += map(partial(_Picture, n, seed), numbers, paths, images)
+        pictures += map(partial(_Picture, n), numbers, paths, images)
         bar.update(len(numbers))
     bar.close()
     if backbone is not None and torch.cuda.is_available():
@@ -499,7 +487,7 @@ def _scored(
     for i, (p, prompt) in enumerate(zip(pictures, prompts, strict=True)):
         row = job.label | {"number": p.prompt, "kind": prompt.kind, "prompt": prompt.text}
         row |= {name: getattr(prompt, name) for name in ("caption", "attribute", "background")}
-        row |= {"seed": p.seed, "picture": p.number}
+        row |= {"seed": job.seed, "picture": p.number}
         row |= {"file": p.path.relative_to(job.run.folder).as_posix()}
         for name, (encoder, values) in columns.items():
             if (value := values[i]) is not None:

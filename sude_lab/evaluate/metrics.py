@@ -70,11 +70,9 @@ def gains(
             row |= {"measure": measure, "mean": group.groupby("subject")[measure].mean().mean()}
             gain = (group[measure] - group[f"{measure}_base"]).dropna()
             gain = gain[:0] if row["variant"] == against else gain
-            subjects = group.loc[gain.index, "subject"]
-            ends = mean_interval(gain, subjects)  # nan of nothing
+            ends = mean_interval(gain, group.loc[gain.index, "subject"])  # nan of nothing
             row |= {"gain": ends.mean, "low": ends.low, "high": ends.high, "p": ends.p}
-            row |= {"subjects": group["subject"].nunique(), "runs": len(group)}
-            rows.append(row)
+            rows.append(row | {"subjects": group["subject"].nunique(), "runs": len(group)})
     return pd.DataFrame(rows)
 
 

@@ -214,14 +214,6 @@ def _came_along(run: Path, source: str) -> bool:
     return folder.is_relative_to(run) or (beside and folder.is_relative_to(run.parent))
 
 
-def _portable(config: TuningConfig, out: Path) -> TuningConfig:
-    """Return the settings for a run's folder, which may be moved: a model in it is "./model"."""
-    folder, whole = Path(config.backbone), Path(os.path.abspath(out))
-    if folder.is_absolute() and folder.is_relative_to(whole):
-        return replace(config, backbone=f"./{folder.relative_to(whole).as_posix()}")
-    return config
-
-
 def picture_name(number: int) -> str:
     """Return the name of the file of subject `number`'s picture: picture.png, picture-2.png, ..."""
     return PICTURE if number == 0 else f"picture-{number + 1}.png"
@@ -447,8 +439,8 @@ def run_tuning(
         seconds = time.time() - started
         if num_samples:
             _draw_grid(out / SAMPLES, config, backbone, samples, num_samples, progress)
-        settings, grid_name = _portable(config, out), SAMPLES if num_samples else None
-        card = model_card(settings, backbone, out / WEIGHTS, samples, grid=grid_name)
+        grid_name = SAMPLES if num_samples else None
+        card = model_card(config, backbone, out / WEIGHTS, samples, grid=grid_name)
         write_file(out / CARD, card)
         # Written last: its presence says that the run is finished.
         about = {"processes": processes, "seconds": round(seconds, 2), "steps": len(rows)}
@@ -504,10 +496,6 @@ def read_config(path: Path) -> CompleteConfig:
         get_method(settings["method"])
         if any("\0" in str(settings.get(name)) for name in fields_of("place")):
             raise ValueError(path)
-        if str(settings.get("backbone")).startswith("./"):
-            settings["backbone"] = os.path.abspath(path.parent / settings["backbone"])
-            if not Path(settings["backbone"]).is_relative_to(os.path.abspath(path.parent)):
-                raise ValueError(path)  # we write so what lies in the run's folder alone
         return CompleteConfig(**settings)
     except UserError as error:
         raise UserError(
@@ -559,8 +547,7 @@ def _check_same(
 def _begin(
     out: Path, config: TuningConfig, pictures: list[Image.Image], own: OwnRegularizer | None
 ) -> None:
-    settings = asdict(_portable(config, out))
-    write_file(out / CONFIG, json.dumps(settings, indent=2, default=str))
+    write_file(out / CONFIG, json.dumps(asdict(config), indent=2, default=str))
     for number, picture in enumerate(pictures):
         with atomic_write(out / picture_name(number)) as path:
             picture.save(path)
@@ -598,21 +585,6 @@ def _keep_weights(folder: Path, step: Step) -> None:
         save_weights(step.method, unfinished)
 
 
-@contextmanager
-def _undisturbed(backbone: Backbone) -> Iterator[None]:
-    """Draw in the midst of tuning: afterwards modes and the state of chance are as before."""
-    parts = [p for p in backbone.pipeline.components.values() if isinstance(p, nn.Module)]
-    training = [module for part in parts for module in part.modules() if module.training]
-    with torch.random.fork_rng(devices=[backbone.device] if backbone.device.type == "cuda" else []):
-        for part in parts:
-            part.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
-
-
 def _draw_grid(
     file: Path,
     config: TuningConfig,
@@ -621,13 +593,25 @@ def _draw_grid(
     number: int,
     progress: bool = False,
 ) -> Image.Image:
-    """Draw `number` pictures of every prompt into one file, a row a prompt; return it."""
+    """Draw `number` pictures of every prompt into one file, a row a prompt; return it.
+
+    In the midst of tuning, too: afterwards modes and the state of chance are as before.
+    """
     images: list[Image.Image] = []
     bar = tqdm(prompts, desc="drawing samples", unit="prompt", disable=not progress)
-    smaller = "use a smaller --num-samples"
-    with _undisturbed(backbone), machine_failures(f" while {file.name} was drawn", smaller):
-        for prompt in bar:
-            images += generate(backbone, prompt, num_images=number, seed=config.seed)
+    parts = [p for p in backbone.pipeline.components.values() if isinstance(p, nn.Module)]
+    training = [module for part in parts for module in part.modules() if module.training]
+    cards = [backbone.device] if backbone.device.type == "cuda" else []
+    failures = machine_failures(f" while {file.name} was drawn", "use a smaller --num-samples")
+    with torch.random.fork_rng(devices=cards), failures:
+        for part in parts:
+            part.eval()
+        try:
+            for prompt in bar:
+                images += generate(backbone, prompt, num_images=number, seed=config.seed)
+        finally:
+            for module in training:
+                module.training = True
     from diffusers.utils import make_image_grid  # here: it takes longer to import than torch
 
     grid = make_image_grid(images, len(prompts), number)

@@ -80,7 +80,6 @@ class Asked(_Checked):
 
     references: str | None = None
     structure: str | None = None
-    num_seeds: int | None = _entry(least=1)
     seed: int | None = _entry(least=0)
     metrics: list[str] = _entry([])
     encoders: list[str] = _entry([])
@@ -217,7 +216,8 @@ def grid_of(content: Any) -> GridFile:
     if grid.num_gpus is None:
         grid.num_gpus = float(torch.cuda.is_available())
     grid.settings = list(chain(*map(_settings, grid.settings)))
-    grid.strengths = list(dict.fromkeys(chain(*map(_strengths, grid.strengths))))
+    drawn = (_choices(Strength, content, "strengths") for content in grid.strengths)
+    grid.strengths = list(dict.fromkeys(Strength(**values) for values in chain(*drawn)))
     list(grid.variants())  # says what is wrong with them
     return grid
 
@@ -280,7 +280,7 @@ def _truncation(value: Any) -> dict[str, Any]:
 
 
 def _settings(content: Any) -> Iterator[dict[str, Any]]:
-    """Return the product of one mapping of `settings`: a list is an axis."""
+    """Yield the product of one mapping of `settings`, with whole paths."""
     for name in content if isinstance(content, dict) else ():
         if name in _SAID:
             raise UserError(f"settings: {name} is what the grid's key {_SAID[name]} says.")
@@ -288,13 +288,8 @@ def _settings(content: Any) -> Iterator[dict[str, Any]]:
         yield {n: x.absolute() if isinstance(x, Path) else x for n, x in values.items()}
 
 
-def _strengths(content: Any) -> Iterator[Strength]:
-    """Return the product of one mapping of `strengths`: a list is an axis."""
-    for values in _choices(Strength, content, "strengths"):
-        yield Strength(**values)
-
-
 def _choices(kind: Any, content: Any, where: str) -> Iterator[dict[str, Any]]:
+    """Yield the product of one mapping: a list is an axis."""
     axes = _filled(_axes_kind(kind), content, where)
     for values in _product([getattr(axes, name) for name in content]):
         yield dict(zip(content, values, strict=True))
@@ -388,7 +383,7 @@ def make_plan(grid: GridFile, out: Path | str, runs: Path | str | None = None) -
         rows_of: list[Any] = [asks | {"prompts": contents}, repr(who.scene)]
         rows_of += [list(map(str, strengths))] if strengths != (Strength(),) else []
         rows = f"rows-{hash_of(rows_of)[:10]}.parquet"
-        pictures = counts[kind] * grid.pictures * asks.get("num_seeds", 1) * len(strengths)
+        pictures = counts[kind] * grid.pictures * len(strengths)
         label = _label(key, who.name, config, usual)
         jobs[key] = Job(key, config, label, who.scene, asks, strengths, rows, pictures)
     names = settings_and_variants([job.config for job in jobs.values()])
@@ -452,15 +447,11 @@ def _key(config: CompleteConfig, picture: str) -> str:
         if f.name not in where and getattr(config, f.name) != silent[f.name]
     }
     others = [(s.category, s.token, digest(s.image)) for s in config.subjects[1:]]
-    own: list[Any] = [digest(p) for p in _class_files(config)]
+    own: list[Any] = []
+    if (mine := config.class_images) is not None:  # the folder's files, and its categories'
+        folders = {mine, *(mine / s.category for s in config.subjects)}
+        files = sorted(p for folder in folders for p in folder.glob("*") if p.is_file())
+        own = list(map(digest, files))
     if config.regularizer_file is not None:
         own.append({"regularizer": digest(config.regularizer_file)})
     return hash_of([about, picture, others, own, backbone_identity(config.backbone)])[:16]
-
-
-def _class_files(config: TuningConfig) -> list[Path]:
-    """Return the files of the folder of class images, and of its folders for the categories."""
-    if config.class_images is None:
-        return []
-    folders = {config.class_images, *(config.class_images / s.category for s in config.subjects)}
-    return sorted(p for folder in folders for p in folder.glob("*") if p.is_file())

@@ -138,7 +138,7 @@ GRID: dict[str, Any] = {
     "also": [{"w_s": [2]}],
     "prompts": ["attributes"],
     "pictures": 2,
-    "evaluate": {"num_seeds": 1, "guidance_scale": 2.0, "metrics": ["oracle"]},
+    "evaluate": {"seed": 1, "guidance_scale": 2.0, "metrics": ["oracle"]},
     "num_gpus": 0,
 }
 PLACES = [(k,) for k in GRID] + [

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -924,30 +923,6 @@ def test_a_run_finds_its_model_from_any_working_folder(
     (run.folder / ENVIRONMENT).unlink()
     monkeypatch.chdir(tmp_path / "here")
     assert run_tuning(config, tmp_path / "runs" / "one", resume=True, **quiet).config == run.config
-
-
-def test_a_model_in_the_runs_folder_moves_with_it(
-    config: TuningConfig, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "run"
-    config = replace(config, backbone=str(out / "model"), max_train_steps=1, weight_sude=0.0)
-    quiet: dict[str, Any] = {"progress": False, "num_samples": 0, "report_to": "none"}
-    (tmp_path / "new").mkdir()
-    run = run_tuning(replace(config, backbone=str(tiny_folder)), out, **quiet)
-    shutil.copytree(tiny_folder, out / "model")
-    (out / ENVIRONMENT).unlink()
-    (out / CONFIG).unlink()
-    runs._begin(out, replace(run.config, backbone=config.backbone), [], None)
-    (out / ENVIRONMENT).touch()
-    assert json.loads((out / CONFIG).read_text())["backbone"] == "./model"
-    out.rename(tmp_path / "new" / "moved")
-    moved = Run.open(tmp_path / "new" / "moved")
-    assert moved.config.backbone == str(moved.folder / "model")
-    assert moved.load("cpu", trust_backbone=True).source == moved.config.backbone
-    values = json.loads((moved.folder / CONFIG).read_text()) | {"backbone": "./../../model"}
-    (moved.folder / CONFIG).write_text(json.dumps(values))  # which came along, and is asked for
-    with pytest.raises(UserError, match="not a run's configuration"):
-        Run.open(moved.folder)
 
 
 # --- two commands on one folder ------------------------------------------------------------------
