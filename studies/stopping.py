@@ -11,7 +11,6 @@ stopping each subject by its own signal?
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -27,6 +26,7 @@ from sude_lab.evaluate.statistics import mean_interval
 from sude_lab.evaluate.stored import RESULTS
 from sude_lab.io.files import atomic_write
 from sude_lab.sweep.bench import subject_rows
+from sude_lab.sweep.sweep import RESULTS as TABLE
 
 PLAIN, SUDE = ("plain", "rate"), ("sude", "sude_rate")
 SIGNALS = [*product(("loss_subject",), PLAIN + SUDE), *product(("open_gates",), SUDE)]
@@ -64,8 +64,8 @@ def ways(arm: str, signal: str, out: Path) -> list[Way]:
     rows = subject_rows(arm, folder).query("w_s in (0, 1)")
     rows = rows[rows["strength"].eq("") | rows["strength"].str.isdigit()]
     rows = rows.assign(step=rows["strength"].replace("", str(STEPS)).astype(int))
-    jobs = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["jobs"]
-    keys = {(job["label"]["subject"], job["label"]["w_s"]): job["key"] for job in jobs}
+    named = pd.read_parquet(folder / TABLE, columns=["subject", "w_s", "run"]).drop_duplicates()
+    keys = named.set_index(["subject", "w_s"])["run"].to_dict()
     found = []
     for key, points in rows.sort_values("step").groupby(["subject", "w_s"]):
         metrics = pd.read_csv(out / "fair" / "runs" / keys[key] / "metrics.csv")
