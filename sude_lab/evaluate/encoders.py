@@ -186,10 +186,6 @@ def open_encoder(name: str, source: str | Path | None = None, *, device: str = "
     Args:
         name: clip, clip-large, dino, dinov2 or blip.
         source: A folder as transformers' `save_pretrained` writes it; None: the pinned weights.
-
-    Raises:
-        UserError: there is no such encoder, the hub cannot be reached, the folder holds another
-            kind of model, or weights are missing.
     """
     if name not in ENCODERS:
         raise UserError(f"There is no encoder {name!r}: choose one of {', '.join(ENCODERS)}.")

@@ -63,11 +63,7 @@ class Line:
         return order[a[order] > best][::-1]
 
     def of(self, subjects: Sequence[str]) -> Line:
-        """Return the line of these subjects alone.
-
-        Raises:
-            ValueError: it lacks one.
-        """
+        """Return the line of these subjects alone."""
         rows = [self.subjects.index(subject) for subject in subjects]
         parts = self.fidelity[rows], self.alignment[rows]
         return Line(self.name, tuple(subjects), self.strengths, *parts)

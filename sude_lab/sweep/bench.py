@@ -101,9 +101,6 @@ def bench(
 
     What is finished is kept, and the same call continues. The arguments are the flags of `sude-lab
     bench`; those of the text train more than the stored lines did.
-
-    Raises:
-        UserError: the file cannot serve, OUT is another's or another file's, or a run failed.
     """
     chosen, source = SIZES[size], load_regularizer(file)
     assert source is not None

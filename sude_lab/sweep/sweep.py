@@ -90,9 +90,6 @@ def perform(job: Job, runs: Path, *, wait: bool = True, checkpoint_every: int = 
 
     A failure that is recorded stands until its file is removed, as `sweep` does when it begins.
     With `wait` it waits where another process is at the run.
-
-    Raises:
-        UserError: the run cannot be locked, or the disk is full.
     """
     with locked(_beside(runs, job.key, "lock"), wait=wait) as held:
         if not held:
