@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import pandas as pd
-import torch
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 from tqdm.auto import tqdm
@@ -419,40 +418,39 @@ def _pictures(job: _Job, open_base: Callable[[Run], Backbone], progress: bool) -
     pictures: list[_Picture] = []
     backbone, base = None, cache(partial(open_base, job.run))
     total, about = len(job.prompts) * job.num_images, f"drawing, {job.label['variant']}"
-    bar = tqdm(total=total, desc=about, unit="picture", disable=not progress)
-    for (n, prompt), first in product(enumerate(job.prompts), range(0, job.num_images, BATCH)):
-        numbers, folder = range(first, min(first + BATCH, job.num_images)), _folder(job, prompt)
-        paths = [folder / f"{k:03d}.png" for k in numbers]
-        images = [_read(path) for path in paths]
-        if None in images:
-            if backbone is None:
-                backbone = job.run.load(backbone=open_base(job.run))
-                texts = [*(job.run.prompt(p.text) for p in job.prompts), job.negative_prompt or ""]
-                for remark in remarks(backbone, texts, *job.run.tokens):
-                    tqdm.write(remark, file=sys.stderr)
-            how = (job.run.config, backbone, prompt.text, job.run.strength)
-            with guidance_for(*how, open_base=base):
-                drawn = generate(
-                    backbone,
-                    job.run.prompt(prompt.text),
-                    num_images=len(numbers),
-                    first=first,
-                    seed=job.seed,
-                    negative_prompt=job.negative_prompt,
-                    batch_size=BATCH,
-                    **job.sampling,
-                )
-            for k, path in enumerate(paths):
-                if images[k] is None:
-                    with atomic_write(path) as file:
-                        drawn[k].save(file)
-                    images[k] = drawn[k]
-        pictures += map(partial(_Picture, n), numbers, paths, images)
-        bar.update(len(numbers))
-    bar.close()
-    if backbone is not None and torch.cuda.is_available():
-        del backbone, base
-        torch.cuda.empty_cache()
+    batches = product(enumerate(job.prompts), range(0, job.num_images, BATCH))
+    with tqdm(total=total, desc=about, unit="picture", disable=not progress) as bar:
+        for (n, prompt), first in batches:
+            numbers = range(first, min(first + BATCH, job.num_images))
+            folder = _folder(job, prompt)
+            paths = [folder / f"{k:03d}.png" for k in numbers]
+            images = [_read(path) for path in paths]
+            if None in images:
+                if backbone is None:
+                    backbone = job.run.load(backbone=open_base(job.run))
+                    texts = [job.run.prompt(p.text) for p in job.prompts]
+                    texts.append(job.negative_prompt or "")
+                    for remark in remarks(backbone, texts, *job.run.tokens):
+                        tqdm.write(remark, file=sys.stderr)
+                how = (job.run.config, backbone, prompt.text, job.run.strength)
+                with guidance_for(*how, open_base=base):
+                    drawn = generate(
+                        backbone,
+                        job.run.prompt(prompt.text),
+                        num_images=len(numbers),
+                        first=first,
+                        seed=job.seed,
+                        negative_prompt=job.negative_prompt,
+                        batch_size=BATCH,
+                        **job.sampling,
+                    )
+                for k, path in enumerate(paths):
+                    if images[k] is None:
+                        with atomic_write(path) as file:
+                            drawn[k].save(file)
+                        images[k] = drawn[k]
+            pictures += map(partial(_Picture, n), numbers, paths, images)
+            bar.update(len(numbers))
     return pictures
 
 
