@@ -51,11 +51,7 @@ class Line:
         """Return the indices of the strengths that no other one beats, by rising mean fidelity.
 
         A strength is beaten where another keeps more of the subject and of the category, or as much
-        of one and more of the other: nobody would choose it, as nobody would tune for longer than
-        is good for anything.
-
-        Args:
-            rows: Indices of the subjects that are there.
+        of one and more of the other. `rows`: indices of the subjects that are there.
         """
         f, a = self.fidelity[rows].mean(0), self.alignment[rows].mean(0)
         order = np.lexsort((a, f))[::-1]  # by falling fidelity, of equal ones the best one first
@@ -76,10 +72,7 @@ class Line:
         strength that one is taken, which keeps more than is asked; nan where no strength reaches
         so high.
 
-        Args:
-            fidelity: One for all, or (n,) of which the mean is meant, such as a share of what
-                another way of tuning gives of each subject.
-            rows: Indices of the subjects that are there.
+        Args: `fidelity`, one for all, or (n,) of which the mean is meant; `rows` as of `front`.
         """
         if isinstance(fidelity, np.ndarray):
             fidelity = float(fidelity[rows].mean())

@@ -24,15 +24,10 @@ def guidance_for(
     *,
     open_base: Callable[[], Backbone] | None = None,
 ) -> AbstractContextManager[Any]:
-    """Return `sude_guidance` for a tuned backbone, as a strength says.
-
-    The prompt has {S*}, or the subject's token.
+    """Return `sude_guidance` for a tuned backbone, as a strength says; the prompt has {S*}.
 
     A backbone whose UNet carries a LoRA is its own frozen base; else the base is opened again
-    beside it, which takes its memory a second time.
-
-    Args:
-        open_base: Gives the untuned model; None: it is opened.
+    beside it (by `open_base`), which takes its memory a second time.
     """
     share, hinge = strength.sude_guidance or strength.compose, not strength.compose
     if not share:
