@@ -107,9 +107,28 @@ class Encoder:
     """
 
     def __init__(self, pinned: Pinned, folder: Path | None, *, device: torch.device) -> None:
+        import transformers
+
         self.pinned, self.device = pinned, device
-        model, self.tokenizer = _load(pinned, folder)
+        source = pinned.source if folder is None else str(folder)
+        revision = {"revision": pinned.revision} if folder is None else {}
+        # Unsaid means: ask at the terminal whether to run code that the folder brings.
+        no_code: dict[str, Any] = revision | {"trust_remote_code": False}
+        kind = transformers.AutoConfig.from_pretrained(source, **no_code).model_type
+        if kind != pinned.model_type:
+            # Another class would load, with random weights for all that it lacks.
+            another = f"{source} holds a {kind} model"
+            raise UserError(f"{another}: this encoder is a {pinned.model_type}.")
+        options: dict[str, Any] = {"add_pooling_layer": False} if kind == "vit" else {}
+        options |= revision | {"dtype": torch.float32, "output_loading_info": True}
+        loader = getattr(transformers, _CLASSES[kind])
+        model, report = loader.from_pretrained(source, use_safetensors=True, **options)
+        if missing := sorted(report["missing_keys"]):
+            lacks = f"lacks {len(missing)} of the encoder's tensors ({missing[0]}, ...)"
+            raise UserError(f"{source} {lacks}: take the whole model.")
         self.model = model.eval().requires_grad_(False).to(device)
+        if pinned.max_words:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **no_code)
         if folder is None:
             self.identity = f"{pinned.source}@{pinned.revision[:8]}"
         else:
@@ -222,29 +241,3 @@ _CLASSES = {
     "dinov2": "Dinov2Model",
     "blip": "BlipForImageTextRetrieval",
 }
-
-
-def _load(pinned: Pinned, folder: Path | None) -> tuple[Any, Any]:
-    import transformers
-    from transformers import AutoConfig, AutoTokenizer
-
-    source = pinned.source if folder is None else str(folder)
-    revision = {"revision": pinned.revision} if folder is None else {}
-    # Said, because unsaid means: ask at the terminal whether to run code that the folder brings.
-    no_code: dict[str, Any] = revision | {"trust_remote_code": False}
-    kind = AutoConfig.from_pretrained(source, **no_code).model_type
-    if kind != pinned.model_type:
-        # Another class would load, with random weights for all that it lacks.
-        raise UserError(f"{source} holds a {kind} model: this encoder is a {pinned.model_type}.")
-    options: dict[str, Any] = {"add_pooling_layer": False} if kind == "vit" else {}
-    options |= revision | {"dtype": torch.float32, "output_loading_info": True}
-    loader = getattr(transformers, _CLASSES[kind])
-    model, report = loader.from_pretrained(source, use_safetensors=True, **options)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(
-            f"{source} lacks {len(missing)} of the encoder's tensors ({missing[0]}, ...): "
-            "take the whole model."
-        )
-    tokenizer = AutoTokenizer.from_pretrained(source, **no_code) if pinned.max_words else None
-    return model, tokenizer

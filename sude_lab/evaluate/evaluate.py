@@ -68,8 +68,8 @@ PAPERS = ("CLIP-I", "CLIP-T", "DINO-I", "BLIP-T")
 BATCH = 8
 """Pictures that are drawn at once."""
 _SUDE = fields_of("sude")
-_SUBJECT = ("category", "token", "initializer")
-_NOT_SETTINGS = (*fields_of("place"), *_SUBJECT, *_SUDE, "method", "seed", "dtype")
+_NO_SETTINGS = {*fields_of("place"), *_SUDE, "category", "token", "initializer", "method", "seed"}
+_SETTINGS = [f.name for f in fields(TuningConfig) if f.name not in _NO_SETTINGS | {"dtype"}]
 
 
 class Judge(Protocol):
@@ -287,13 +287,11 @@ def settings_and_variants(configs: Sequence[TuningConfig]) -> list[tuple[str, st
     ("dreambooth, lora_rank 4", "SuDe, weight_sude 2.0"), or "plain" for the latter, or the file of
     another regulariser; only what differs within a method is named.
     """
-    every = [f.name for f in fields(TuningConfig)]
     varying: dict[str, tuple[list[str], list[str]]] = {}
     for method in dict.fromkeys(c.method for c in configs):
         family = [c for c in configs if c.method == method]
-        settings = _varying(family, [n for n in every if n not in _NOT_SETTINGS])
-        of_sude = [n for n in every if n in _SUDE]
-        varying[method] = settings, _varying([c for c in family if c.weight_sude], of_sude)
+        with_sude = [c for c in family if c.weight_sude]
+        varying[method] = _varying(family, _SETTINGS), _varying(with_sude, _SUDE)
     several = len({c.backbone for c in configs}) > 1
     names = []
     for c in configs:
