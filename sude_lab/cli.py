@@ -214,8 +214,6 @@ class Classify:
     """The picture."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A prompt to choose from; give the flag once for each, twice at least."""
-    prior: tuple[float, ...] = ()
-    """How likely each prompt is beforehand, in their order, up to a factor; none: all alike."""
     num_pairs: int = 32
     """Pairs of a timestep and noise that a prompt is asked at most: more, and surer."""
     weighting: Literal["elbo", "simple"] = "elbo"
@@ -245,7 +243,7 @@ class Classify:
         open_picture(self.image)
         backbone = open_backbone(self.backbone, device=self.device, dtype=self.dtype)
         how = _some(self, "num_pairs", "weighting", "prune", "caution", "batch_size", "seed")
-        classifier = ImplicitClassifier(backbone, self.prompt, prior=self.prior, **how)
+        classifier = ImplicitClassifier(backbone, self.prompt, **how)
         picture = load_picture(self.image, resolution=backbone.resolution)
         (verdict,) = classifier.classify([picture.image], progress=True)
         for note in (*picture.notes, *remarks(backbone, self.prompt)):

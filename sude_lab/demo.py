@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -86,7 +87,10 @@ def run_demo(
         if (folder / CONFIG).is_file() and read_config(folder / CONFIG) != configs[name]:
             raise UserError(f"{out} holds a demo of other settings: choose another --out.")
     require_own(out, RESULTS, "subject,variant,", (REPORT, STRIP))
-    if picture.exists() and open_picture(picture).tobytes() != who.picture.tobytes():
+    shown = b""
+    with suppress(UserError):
+        shown = open_picture(picture).tobytes()
+    if picture.exists() and shown != who.picture.tobytes():
         raise UserError(f"{picture} is another picture: choose another --out.")
     with atomic_write(picture) as path:
         who.picture.save(path)

@@ -7,7 +7,7 @@ and one process with the whole batch takes the same step as many with their part
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -40,8 +40,7 @@ class Batch:
     """Theirs."""
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: function(v) for k, v in parts.items() if v is not None})
+        return Batch(**{k: function(v) for k, v in vars(self).items() if v is not None})
 
     def rows(self, index: slice) -> Batch:
         """Return some of the samples."""

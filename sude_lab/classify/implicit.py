@@ -8,8 +8,9 @@ with x_t of eq. 1 of arXiv 2403.06775 and w_t = k_t = (d mean / d eps)^2 / (2 si
 evidence lower bound (DDPM, arXiv 2006.11239, eq. 8). For a model that outputs x_0, v or flow,
 errors and weights are those of its own output, which is the same sum, and finite where abar_t = 0.
 Bayes' rule with these bounds in place of the likelihoods is the Diffusion Classifier of
-arXiv 2303.16203, p(c_k | x) = softmax_k [ log p(c_k) - L(c_k) ]. Its term at t is eq. 5 with eq. 6
-of arXiv 2403.06775 (`sude_lab.classifier.class_log_posterior`) at x_{t-1} = mean of
+arXiv 2303.16203, p(c_k | x) = softmax_k [ -L(c_k) ] for prompts that are equally likely beforehand
+(where they are not, multiply by p(c_k) and normalise). Its term at t is eq. 5 with eq. 6 of
+arXiv 2403.06775 (`sude_lab.classifier.class_log_posterior`) at x_{t-1} = mean of
 q(x_{t-1} | x_t, x_0): what one step tells of the prompt.
 
 The sum is estimated with pairs (t, eps), t drawn in proportion to w_t, so that all count alike.
@@ -20,7 +21,6 @@ asked the same pairs, and only *paired differences* count. That makes it safe to
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -138,23 +138,17 @@ def _less_neighbours(x: Tensor) -> Tensor:
 
 
 def still_in(
-    losses: Tensor,
-    times: Tensor,
-    log_prior: Tensor | None = None,
-    *,
-    caution: float = 2.5,
-    keep: int = 1_000_000,
+    losses: Tensor, times: Tensor, *, caution: float = 2.5, keep: int = 1_000_000
 ) -> Tensor:
     """Say which prompts may still be the best; the others are hopeless; bool (K,).
 
     Hopeless is what is more than `caution` standard errors behind the best, D_k > caution
     sqrt(v D_k / m_k) with v of `compare` and m_k pairs, and what is not among the best `keep`.
 
-    Args: as `compare`; log_prior (K,).
+    Args: as `compare`.
     """
     compared = compare(losses, times)
-    behind = compared.differences - (0 if log_prior is None else log_prior)
-    behind = behind - behind.min()
+    behind = compared.differences - compared.differences.min()
     near = torch.ones_like(behind, dtype=torch.bool)
     if int(compared.counts.max()) > 1:
         near = behind <= caution**2 * compared.noise / compared.counts
@@ -164,23 +158,18 @@ def still_in(
 
 
 def posterior(
-    losses: Tensor,
-    times: Tensor,
-    log_prior: Tensor | None = None,
-    *,
-    draws: int = 1000,
-    seed: int = 0,
+    losses: Tensor, times: Tensor, *, draws: int = 1000, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Return p(c_k | x) and its standard error, (K,) each, from what every prompt was asked.
 
-    p = softmax_k [log p(c_k) - D_k], the classifier of arXiv 2303.16203. The error is the root mean
+    p = softmax_k [-D_k], the classifier of arXiv 2303.16203. The error is the root mean
     square distance from p of `draws` p of a multiplier bootstrap: every pair's part in D times a
     standard normal number, the same for all prompts.
 
-    Args: as `compare`; log_prior (K,), None: uniform.
+    Args: as `compare`.
     """
     compared = compare(losses, times)
-    logits = (0 if log_prior is None else log_prior) - compared.differences
+    logits = -compared.differences
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn((draws, len(losses)), generator=generator, dtype=torch.float64)
     p, drawn = logits.softmax(0), (logits - z @ compared.parts).softmax(1)
@@ -196,7 +185,6 @@ def ask_in_rounds(
     num_prompts: int,
     *,
     prune: bool = True,
-    log_prior: Tensor | None = None,
     caution: float = 2.5,
 ) -> Tensor:
     """Ask N pictures about K prompts at M pairs each, and return the losses (N, M, K).
@@ -223,8 +211,7 @@ def ask_in_rounds(
             raise UserError("The model's predictions are not finite: compute with --dtype float32.")
         keep = max(3, -(-num_prompts // _SHARES[turn])) if turn < len(_SHARES) else num_prompts
         for n in rows[:, 0].unique().tolist() if prune else ():
-            so_far = losses[n, :end], times[n, :end], log_prior
-            left[n] &= still_in(*so_far, caution=caution, keep=keep)
+            left[n] &= still_in(losses[n, :end], times[n, :end], caution=caution, keep=keep)
     return losses
 
 
@@ -252,13 +239,9 @@ class Verdict:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row a prompt, most likely first."""
+        values = {name: getattr(self, name) for name in ("probability", "standard_error", "pairs")}
         return [
-            {
-                "prompt": self.prompts[k],
-                "probability": self.probability[k].item(),
-                "standard_error": self.standard_error[k].item(),
-                "pairs": int(self.pairs[k]),
-            }
+            {"prompt": self.prompts[k]} | {name: v[k].item() for name, v in values.items()}
             for k in self.order
         ]
 
@@ -285,12 +268,7 @@ def checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class ImplicitClassifier:
-    """p(c_k | x) for K prompts by Monte Carlo over shared noise, as the module says.
-
-    Raises:
-        UserError: fewer than two prompts, two that are the same, a placeholder in one, a prior that
-            does not fit, or a number out of range.
-    """
+    """p(c_k | x) for K prompts by Monte Carlo over shared noise, as the module says."""
 
     backbone: Backbone
     prompts: Sequence[str]
@@ -299,8 +277,6 @@ class ImplicitClassifier:
     """How many pairs (t, eps) a prompt is asked at most."""
     weighting: str = "elbo"
     """w_t: elbo or simple, see `step_weights`."""
-    prior: Sequence[float] | None = None
-    """p(c_k) up to a factor; none: all alike."""
     prune: bool = True
     caution: float = 2.5
     """How many standard errors behind the leader a prompt must be to be dropped."""
@@ -318,9 +294,6 @@ class ImplicitClassifier:
             raise UserError(f"--caution is {self.caution}: it must be more than 0.")
         if self.weighting not in WEIGHTINGS:
             raise UserError(f"There is no weighting {self.weighting!r}: use elbo or simple.")
-        number, prior = len(self.prompts), self.prior
-        if prior and (len(prior) != number or not all(0 < p < math.inf for p in prior)):
-            raise UserError(f"--prior must hold {number} positive numbers, one for each prompt.")
 
     @cached_property
     def condition(self) -> Condition:
@@ -329,14 +302,6 @@ class ImplicitClassifier:
         if len(condition.hidden.unique(dim=0)) < len(condition):
             raise UserError("Two prompts are the same as far as the model reads them: change one.")
         return condition
-
-    @property
-    def log_prior(self) -> Tensor | None:
-        """log p(c_k), (K,); None: uniform."""
-        if not self.prior:
-            return None
-        prior = torch.tensor(list(self.prior), dtype=torch.float64)
-        return (prior / prior.sum()).log()
 
     def pairs(self, shape: Sequence[int], number: int) -> tuple[Tensor, Tensor]:
         """Return times (N, M) and noise (N, M, ...); those of n follow from (seed, n) alone."""
@@ -361,8 +326,7 @@ class ImplicitClassifier:
     ) -> tuple[Tensor, Tensor]:
         """Return (sum_t w_t) ||u - u_theta(x_t, c_k, t)||^2, nan where not asked, and t.
 
-        u is what the model outputs, eps for one. N pictures, of the model's resolution: (N, M, K)
-        and (N, M).
+        u is the model's output; (N, M, K) and (N, M) for N pictures, of the model's resolution.
         """
         if not len(pictures):
             raise UserError("Give at least one picture.")
@@ -384,15 +348,13 @@ class ImplicitClassifier:
 
         rule: dict[str, Any] = {"prune": self.prune, "caution": self.caution}
         with tqdm(desc="asking", unit="evaluation", disable=not progress) as bar:
-            number = len(self.prompts)
-            losses = ask_in_rounds(losses_of, times, number, log_prior=self.log_prior, **rule)
+            losses = ask_in_rounds(losses_of, times, len(self.prompts), **rule)
         return losses, times
 
     def classify(self, pictures: Sequence[Image.Image], *, progress: bool = False) -> list[Verdict]:
         """Return what the model says of each picture; settings and errors as `losses`."""
         losses, times = self.losses(pictures, progress=progress)
-        prompts, log_prior = tuple(self.prompts), self.log_prior
         return [
-            Verdict(prompts, *posterior(of_picture, t, log_prior), (~of_picture.isnan()).sum(0))
-            for of_picture, t in zip(losses, times, strict=True)
+            Verdict(tuple(self.prompts), *posterior(own, t), (~own.isnan()).sum(0))
+            for own, t in zip(losses, times, strict=True)
         ]

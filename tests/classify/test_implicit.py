@@ -161,7 +161,7 @@ class World:
 def test_in_an_exact_world_it_is_the_exact_posterior() -> None:
     generator = torch.Generator().manual_seed(3)
     mixture = GaussianMixture(
-        weights=torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64),
+        weights=torch.tensor([2, 2, 1, 1], dtype=torch.float64) / 6,  # labels as likely as others
         means=1.2 * torch.randn((4, 3), generator=generator, dtype=torch.float64),
         variances=torch.tensor([0.6, 0.8, 0.7, 0.9], dtype=torch.float64),
         labels=torch.tensor([0, 1, 2, 2]),
@@ -171,7 +171,7 @@ def test_in_an_exact_world_it_is_the_exact_posterior() -> None:
     exact = mixture.class_log_posterior_prev(x_0, torch.zeros(6, dtype=torch.long), known).exp()
     world: Any = World(mixture, known)
     told = {"num_pairs": 2048, "prune": False, "batch_size": 8192}
-    classifier = ImplicitClassifier(world, ["0", "1", "2"], prior=(0.4, 0.3, 0.3), **told)
+    classifier = ImplicitClassifier(world, ["0", "1", "2"], **told)
     found = classifier.classify([x.float() for x in x_0])  # type: ignore[misc]
     p = torch.stack([verdict.probability for verdict in found])
     error = torch.stack([verdict.standard_error for verdict in found])
@@ -238,10 +238,9 @@ def test_what_all_prompts_share_cancels() -> None:
     torch.testing.assert_close(posterior(losses + shared, times), posterior(losses, times))
 
 
-def test_the_prior_is_the_posterior_of_no_difference() -> None:
-    log_prior = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
-    p, error = posterior(torch.full((4, 3), 7.0), torch.arange(4), log_prior)
-    assert p.tolist() == pytest.approx([0.5, 0.3, 0.2]) and error.tolist() == [0, 0, 0]
+def test_where_nothing_differs_all_prompts_are_as_likely() -> None:
+    p, error = posterior(torch.full((4, 3), 7.0), torch.arange(4))
+    assert p.tolist() == pytest.approx([1 / 3] * 3) and error.tolist() == [0, 0, 0]
 
 
 # --- pruning -------------------------------------------------------------------------------------
@@ -276,14 +275,13 @@ def test_pruning_keeps_the_winner_where_the_differences_are_large(pairs: int) ->
 def test_what_was_dropped_never_comes_out_best() -> None:
     """Noise as large as the differences: whatever was dropped stands behind what stayed."""
     generator = torch.Generator().manual_seed(8)
-    log_prior = torch.rand(12, generator=generator, dtype=torch.float64).log()
     losses = 3 * torch.randn((60, 20, 12), generator=generator, dtype=torch.float64)
     losses += 2 * torch.rand((60, 1, 12), generator=generator, dtype=torch.float64)
     times = torch.stack([torch.randperm(20, generator=generator) for _ in range(60)])
-    kept = prune(losses, times, log_prior=log_prior)
+    kept = prune(losses, times)
     for n in range(60):
         counts = (~kept[n].isnan()).sum(0)
-        best = int(posterior(kept[n], times[n], log_prior)[0].argmax())
+        best = int(posterior(kept[n], times[n])[0].argmax())
         assert counts[best] == counts.max()
         seen = ~kept[n].isnan()
         assert torch.equal(seen.cummin(0).values, seen)  # always the first few pairs
@@ -336,8 +334,6 @@ def test_a_prompt_that_was_asked_once_has_the_noise_of_the_others() -> None:
         ({"caution": 0.0}, "--caution"),
         ({"caution": math.nan}, "--caution"),
         ({"weighting": "best"}, "elbo or simple"),
-        ({"prior": (1.0,)}, "2 positive numbers"),
-        ({"prior": (1.0, 0.0)}, "2 positive numbers"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(settings: dict[str, Any], expected: str) -> None:
