@@ -44,6 +44,7 @@ from unittest.mock import patch
 import diffusers
 import torch
 import tyro
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from PIL import Image
@@ -57,7 +58,6 @@ from real_configs import REAL, build, shrink
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.generation import generate
-from sude_lab.io.pictures import to_tensor
 from sude_lab.runs.prepare import prepared_tuning
 
 BEGAN = float(os.environ.get("GPU_BEGAN", time.time()))
@@ -307,7 +307,12 @@ class Laboratory:
         unet = pipeline.unet.requires_grad_(True).train()
         scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
         optimizer = torch.optim.AdamW(unet.parameters(), lr=5e-6, weight_decay=1e-2)
-        pixels = to_tensor(picture).to(self.device, self.dtype).repeat(batch, 1, 1, 1)
+        pixels = (
+            VaeImageProcessor(do_resize=False)
+            .preprocess(picture)
+            .to(self.device, self.dtype)
+            .repeat(batch, 1, 1, 1)
+        )
         words = pipeline.tokenizer(
             ["photo of a sks dog"] * batch, padding="max_length", return_tensors="pt"
         ).input_ids.to(self.device)

@@ -29,11 +29,19 @@ class ChatBackbone(FlowBackbone):
     density: ClassVar[Literal["uniform", "logit_normal"]] = "uniform"
     unavailable: ClassVar[tuple[str, ...]] = ("custom_diffusion", "vico", "textual_inversion")
     words: ClassVar[int] = 512  # the chat's marks among them
+    patch: ClassVar[int] = 1
+    """How many numbers of the VAE's, each way, are one of the transformer's."""
 
     @property
     def resolution(self) -> int:
         """The side of a picture in pixels."""
         return int(self.facts.get("resolution", RESOLUTION))
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of a picture's latents, (C, h, w)."""
+        side = self.resolution // (self.patch * self.pipeline.vae_scale_factor)
+        return (self.denoiser.config.in_channels, side, side)
 
     def check_method(self, config: Any) -> None:
         """Refuse, with a UserError, what is made for UNets, and what trains words."""

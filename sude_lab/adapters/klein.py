@@ -12,25 +12,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from sude_lab.adapters.chat import WORDS, ChatBackbone
 from sude_lab.adapters.family import DISTILLED, SHARED
 from sude_lab.backbone import Condition
 from sude_lab.errors import UserError
-
-
-def patchify(x: Tensor) -> Tensor:
-    """Turn patches of 2 x 2 into channels, (B, C, h, w) -> (B, 4 C, h / 2, w / 2)."""
-    if x.shape[2] % 2 or x.shape[3] % 2:
-        raise UserError("--resolution must be a multiple of 16 for this model.")
-    x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h, 2, w, 2)
-    return x.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
-
-
-def unpatchify(x: Tensor) -> Tensor:
-    """Turn them back, (B, 4 C, h, w) -> (B, C, 2 h, 2 w)."""
-    x = x.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3)  # (B, C, h, 2, w, 2)
-    return x.flatten(4, 5).flatten(2, 3)
 
 
 def ask(model: Any, x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
@@ -63,17 +50,9 @@ class Klein(ChatBackbone):
         "text_encoder": r"transformers Qwen3ForCausalLM",
         "tokenizer": WORDS,
     }
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        *("to_q", "to_k", "to_v", "to_out.0"),
-        "to_qkv_mlp_proj",
-    )
+    lora_targets: ClassVar[tuple[str, ...]] = (*ChatBackbone.lora_targets, "to_qkv_mlp_proj")
+    patch: ClassVar[int] = 2
     ask = staticmethod(ask)
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """The shape of a picture's latents, (4 C, h, w)."""
-        side = self.resolution // (2 * self.pipeline.vae_scale_factor)
-        return (self.denoiser.config.in_channels, side, side)
 
     def encode_prompts(self, prompts: list[str], side: int | None = None) -> Condition:
         """Return the condition of the prompts: three of Qwen3's layers side by side."""
@@ -89,13 +68,15 @@ class Klein(ChatBackbone):
     def scaled(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
         """Return (patches - mean) / deviation of the VAE's statistics; the script draws nothing."""
         center, spread = self._statistics()
-        latents = (patchify(mean) - center) / spread
+        if mean.shape[2] % 2:
+            raise UserError("--resolution must be a multiple of 16 for this model.")
+        latents = (pixel_unshuffle(mean, 2) - center) / spread
         return latents, torch.zeros_like(latents)
 
     def unscaled(self, latents: Tensor) -> Tensor:
         """Return latents as the decoder reads them."""
         center, spread = self._statistics()
-        return unpatchify(latents * spread + center)
+        return pixel_shuffle(latents * spread + center, 2)
 
     def call_arguments(self, **settings: Any) -> dict[str, Any]:
         """Return the pipeline's arguments; it has no place for a negative prompt."""

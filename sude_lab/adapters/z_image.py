@@ -39,12 +39,6 @@ class ZImage(ChatBackbone):
     attention: ClassVar[tuple[str, ...]] = (".attention.",)
     ask = staticmethod(ask)
 
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """The shape of a picture's latents, (C, h, w)."""
-        side = self.resolution // self.pipeline.vae_scale_factor
-        return (self.denoiser.config.in_channels, side, side)
-
     def encode_prompts(self, prompts: list[str], side: int | None = None) -> Condition:
         """Return the condition of the prompts: rows of `sizes` words, then zeros."""
         with self.autocast():  # the pipeline writes over the list that it is given

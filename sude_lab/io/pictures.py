@@ -9,7 +9,6 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 
 from sude_lab.errors import UserError, check_whole
@@ -86,14 +85,6 @@ def _read(source: AnyPicture, notes: list[str]) -> tuple[Image.Image, Path]:
         image = _decode(path, notes)
     image.info.clear()  # what it says of colours and turns has been done
     return image, path
-
-
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """The picture as a float32 tensor of shape (1, 3, H, W) with values in [-1, 1]."""
-    # Imported here: whoever only checks a picture does not wait for diffusers.
-    from diffusers.image_processor import VaeImageProcessor
-
-    return VaeImageProcessor(do_resize=False, do_convert_rgb=True).preprocess(image)
 
 
 def _decode(path: Path, notes: list[str]) -> Image.Image:

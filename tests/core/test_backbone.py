@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -15,7 +16,6 @@ from sude_lab.adapters import FAMILIES
 from sude_lab.backbone import Backbone, Condition, concatenate
 from sude_lab.errors import UserError
 from sude_lab.io.opening import FACTS_FILE, data_folder, open_backbone, pick_device
-from sude_lab.io.pictures import to_tensor
 
 ROOT = Path(module.__file__).parent
 
@@ -343,7 +343,8 @@ def test_prompts_encode_as_the_pipeline_encodes_them(tiny: Backbone) -> None:
 def test_pictures_encode_as_the_vae_encodes_them(tiny: Backbone) -> None:
     pictures = [Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "navy")]
     mean, std = tiny.encode_pictures(pictures)
-    expected = tiny.pipeline.vae.encode(torch.cat([to_tensor(p) for p in pictures])).latent_dist
+    pixels = [torch.from_numpy(np.array(p)).permute(2, 0, 1) / 127.5 - 1 for p in pictures]
+    expected = tiny.pipeline.vae.encode(torch.stack(pixels)).latent_dist
     torch.testing.assert_close(mean, expected.mean * 0.7)
     torch.testing.assert_close(std, expected.std * 0.7)
     assert mean.shape == std.shape == (2, 4, 8, 8)

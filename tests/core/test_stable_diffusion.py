@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from real_configs import (
     PARAMETERS,
@@ -34,7 +35,6 @@ from sude_lab.diffusion import add_noise
 from sude_lab.errors import UserError
 from sude_lab.generation import generate
 from sude_lab.io.opening import open_backbone, pool_at_the_end
-from sude_lab.io.pictures import to_tensor
 from sude_lab.io.weights import load_weights, save_weights
 from sude_lab.methods import METHODS, Method
 from sude_lab.runs.prepare import prepared_tuning as tune
@@ -278,7 +278,9 @@ def test_the_unet_is_called_as_diffusers_does(model: Model) -> None:
 def test_pictures_are_encoded_at_the_scale_of_the_model(model: Model, picture: Image.Image) -> None:
     image = picture.resize((PICTURE_SIDE, PICTURE_SIDE))
     mean, std = model.backbone.encode_pictures([image])
-    posterior = model.plain.vae.encode(to_tensor(image)).latent_dist
+    posterior = model.plain.vae.encode(
+        VaeImageProcessor(do_resize=False).preprocess(image)
+    ).latent_dist
     scale = 0.13025 if model.is_xl else 0.18215
     assert mean.shape == (1, 4, 16, 16)
     torch.testing.assert_close(mean, posterior.mean * scale)

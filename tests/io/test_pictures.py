@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import PIL
 import pytest
-import torch
 from PIL import Image, ImageCms
 
 from sude_lab.errors import UserError
@@ -17,7 +16,6 @@ from sude_lab.io.pictures import (
     PictureError,
     load_picture,
     open_picture,
-    to_tensor,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -464,19 +462,3 @@ def test_name_that_is_too_long(tmp_path: Path) -> None:
 def test_resolution_must_be_positive(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least 1"):
         load_picture(tmp_path / "any.png", resolution=0)
-
-
-# --- to the model and back -----------------------------------------------------------------------
-
-
-def test_tensor_has_the_models_range_and_layout() -> None:
-    tensor = to_tensor(quadrants(8))
-    assert tensor.shape == (1, 3, 8, 8)
-    assert tensor.dtype == torch.float32
-    assert tensor[0, :, 0, 0].tolist() == [1, -1, -1]
-    assert tensor[0, :, 0, 7].tolist() == [-1, 1, -1]
-    assert tensor[0, :, 7, 0].tolist() == [-1, -1, 1]
-
-
-def test_tensor_keeps_any_size() -> None:
-    assert to_tensor(Image.new("RGB", (13, 7))).shape == (1, 3, 7, 13)

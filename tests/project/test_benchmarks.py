@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from sude_lab.io.files import atomic_write
-from sude_lab.io.pictures import to_tensor
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -124,7 +124,9 @@ def test_the_stand_in_reads_a_picture_as_we_do(monkeypatch: pytest.MonkeyPatch) 
         read = transforms.Compose([transforms.Resize(16, interpolation="x"), crop(16), *steps])
         pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
         image = Image.fromarray(pixels)
-        torch.testing.assert_close(read(image), to_tensor(image)[0])
+        torch.testing.assert_close(
+            read(image), VaeImageProcessor(do_resize=False).preprocess(image)[0]
+        )
         assert read(Image.new("RGB", (48, 32))).shape == (3, 16, 16)
     mirrored = [transforms.RandomHorizontalFlip()(image).getpixel((0, 0)) for _ in range(40)]
     assert set(mirrored) == {image.getpixel((0, 0)), image.getpixel((15, 0))}
