@@ -20,7 +20,7 @@ MAX_ASPECT = 20
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "MPO", "AVIF", "JPEG2000", "PPM", "TGA")
 """What is opened, whatever a file's name says: Pillow's others are rare, and some start programs
 (EPS, Ghostscript)."""
-AnyPicture = Path | str | Image.Image
+AnyPicture = Path | str | Image.Image | np.ndarray
 
 
 class PictureError(UserError):
@@ -43,6 +43,7 @@ def load_picture(path: AnyPicture, *, resolution: int) -> Picture:
     In this order: the first frame (a note says so), EXIF orientation, 16-bit and floating-point
     values scaled to 8 bit, colours to sRGB by the embedded ICC profile where there is one,
     transparency over white, centre crop, Lanczos resize (a note says so where it enlarges).
+    `path`: a file, or a picture in memory, of Pillow or as an array.
 
     Raises:
         PictureError: it is no file, no picture, damaged, larger than `PIL.Image.MAX_IMAGE_PIXELS`,
@@ -75,6 +76,11 @@ def open_picture(path: AnyPicture) -> Image.Image:
 
 def _read(source: AnyPicture, notes: list[str]) -> tuple[Image.Image, Path]:
     """Return a picture as RGB, and the name by which sentences speak of it."""
+    if isinstance(source, np.ndarray):
+        try:
+            source = Image.fromarray(source)
+        except (TypeError, ValueError) as error:
+            raise PictureError(f"The picture is an array that is none ({error}).") from error
     if isinstance(source, Image.Image):
         path = Path(getattr(source, "filename", "") or "The picture")
         image = _to_rgb(ImageOps.exif_transpose(source), path, notes)

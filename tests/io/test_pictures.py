@@ -266,11 +266,28 @@ def test_a_picture_in_memory_gets_the_care_of_one_in_a_file(tmp_path: Path) -> N
     hidden = np.zeros((64, 64, 4), np.uint8)
     hidden[..., 0] = 200  # red that nobody sees
     wide = Image.linear_gradient("L").resize((320, 64))
-    images = {"grey": Image.fromarray(grey), "hidden": Image.fromarray(hidden), "wide": wide}
-    for name, image in images.items():
+    for name, source in {"grey": grey, "hidden": hidden, "wide": np.asarray(wide)}.items():
+        image = Image.fromarray(source)
         image.save(tmp_path / f"{name}.png")
         expected = load_picture(tmp_path / f"{name}.png", resolution=64).image
-        assert load_picture(image, resolution=64).image.tobytes() == expected.tobytes(), name
+        for given in (source, image):
+            assert load_picture(given, resolution=64).image.tobytes() == expected.tobytes(), name
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *(np.zeros(shape, np.uint8) for shape in ((3, 64, 64), (64,), (0, 64), (1, 64, 64, 3))),
+        np.full((64, 64), np.nan, np.float32),
+        np.full((64, 64, 3), 0.5, np.float32),
+        np.zeros((64, 64), np.int64),
+    ],
+    ids=lambda values: f"{values.shape} {values.dtype}",
+)
+def test_an_array_that_is_no_picture_is_refused(values: np.ndarray) -> None:
+    with pytest.raises(PictureError) as error:
+        load_picture(values, resolution=32)
+    assert str(error.value).startswith("The picture") and str(error.value).endswith(".")
 
 
 @pytest.mark.parametrize(
