@@ -201,7 +201,7 @@ class Backbone:
     def check_category(self, category: str) -> str:
         """Return the category in its plain form."""
         category = " ".join(category.split())
-        if not category or not any(ch.isalnum() for ch in category):
+        if not any(ch.isalnum() for ch in category):
             raise UserError('The category is empty: name one, for example --category "dog".')
         # It stands in prompts, and class images lie in a folder of its name.
         if bad := [ch for ch in category if ch in "{}/\\=" or not ch.isprintable()]:
@@ -218,8 +218,8 @@ class Backbone:
     def add_token(self, token: str, initializer: str) -> list[int]:
         """Add a subject's word, its embedding the mean of `initializer`'s; return its ids."""
         name = f"The token {token[:40]!r}"
-        plain = len(token) <= 64 and token.isprintable() and not {*"{` "} & {*token}
-        if not token.strip() or not plain:
+        plain = 0 < len(token) <= 64 and token.isprintable() and not {*"{` "} & {*token}
+        if not plain:
             raise UserError(f"{name} must be one word of at most 64 plain characters, like <sks>.")
         for tokenizer in self.tokenizers:
             pieces = tokenizer(token, add_special_tokens=False).input_ids

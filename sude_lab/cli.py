@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -251,7 +250,7 @@ class Classify:
         rows = verdict.rows()
         if self.json:
             about = _some(self, "backbone", "weighting", "num_pairs", "seed")
-            about |= {"image": str(self.image), "evaluations": verdict.num_evaluations}
+            about |= {"image": str(self.image), "evaluations": int(verdict.pairs.sum())}
             print(json.dumps(about | {"prompts": rows}, indent=2))
             return
         for row in rows:
@@ -381,8 +380,6 @@ class Lab:
         notebooks = data_folder().parent / "notebooks"
         if not notebooks.is_dir():
             raise UserError(f"There are no notebooks in {notebooks}: run from a clone.")
-        if importlib.util.find_spec("jupyterlab") is None:
-            raise UserError("JupyterLab is not installed: pip install jupyterlab.")
         command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={notebooks}"]
         if not self.browser:
             command.append("--no-browser")

@@ -245,11 +245,6 @@ class Verdict:
             for k in self.order
         ]
 
-    @property
-    def num_evaluations(self) -> int:
-        """How often the UNet was evaluated."""
-        return int(self.pairs.sum())
-
 
 def checked_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     """Return the prompts to choose from, in their plain form."""

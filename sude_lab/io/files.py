@@ -105,15 +105,13 @@ def locked(path: Path | str, *, wait: bool = True) -> Iterator[bool]:
         _make_folder(path.parent)
         lock.acquire()
     except Timeout:
-        pass
+        yield False
+        return
     except (OSError, NotImplementedError) as error:
         if getattr(error, "errno", None) in _FULL:
             raise _full(path) from error
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be locked ({reason}): name another folder.") from error
-    if not lock.is_locked:
-        yield False
-        return
     try:
         with suppress(OSError):  # on a full disk the lock counts without its words
             path.write_text(f"{socket.gethostname()} {os.getpid()} {time.time():.0f}\n")
