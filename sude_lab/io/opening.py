@@ -123,7 +123,7 @@ def open_backbone(
     if wrong := next(_misfits(backbone), None):
         cure = "Name a complete one, as diffusers' save_pretrained wrote it."
         raise UserError(f"{source} is no {family.title} pipeline that works: {wrong}. {cure}")
-    pool_at_the_end(pipeline)
+    pool_at_the_end(backbone)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
@@ -150,21 +150,16 @@ def _text_encoders(folder: Path) -> dict[str, Any]:
     return encoders
 
 
-def pool_at_the_end(pipeline: Any) -> None:
+def pool_at_the_end(backbone: Backbone) -> None:
     """Let the CLIPs read a whole prompt at its first end mark, which is where they learned to.
 
     Published configurations say `eos_token_id` 2, for which transformers reads at the highest id:
     the end mark's, until a word is added.
     """
-    for name in ("text_encoder", "text_encoder_2"):
-        encoder: Any = getattr(pipeline, name, None)
-        if "CLIP" not in type(encoder).__name__:
-            continue
-        end = getattr(pipeline, name.replace("text_encoder", "tokenizer")).eos_token_id
-        encoder.config.eos_token_id = end
-        for module in encoder.modules():  # one of them has its own copy
-            if hasattr(module, "eos_token_id"):
-                module.eos_token_id = end
+    for encoder, words in zip(backbone.text_encoders.values(), backbone.tokenizers, strict=True):
+        for holder in (encoder.config, *encoder.modules()):  # one of them has its own copy
+            if hasattr(holder, "eos_token_id"):
+                holder.eos_token_id = words.eos_token_id
 
 
 def _misfits(backbone: Family) -> Iterator[str]:
