@@ -74,7 +74,9 @@ class Flipbook(Shown):
     def _drawn(self, rows: plots.Rows) -> bytes:
         """Return pages below each other, as a JPEG: a quarter of a PNG's size in a notebook."""
         across = self.per_cell * len(next(iter(rows.values())))
-        side = min(1.0, 5.2 / across)  # inches; small pictures gain nothing from more, files grow
+        side = min(
+            1.0, (plots.WIDTH - 1.3) / across
+        )  # inches; small pictures gain nothing from more, files grow
         size = (1.3 + side * across, 0.4 + 1.1 * side * len(rows))
         dpi = SCALE * plots.DPI
         figure, file = Figure(figsize=size, dpi=dpi, layout="constrained"), BytesIO()

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 Numbers = Sequence[float] | np.ndarray
 Rows = Mapping[str, Mapping[str, Sequence[Image.Image]]]
 """Pictures under the names of a row and a column."""
-WIDTH, DPI = 6.5, 96
-"""Inches that a page has for a figure in a window of 1024 pixels, and pixels to the inch there."""
+WIDTH, DPI = 6.0, 96
+"""Inches that JupyterLab has for a figure in a window of 1024 pixels, beside its file browser, and
+pixels to the inch there."""
 COLOURS = {"plain": "#777777", "sude": "#c2410c", "sude, no truncation": "#1d4ed8"}
 
 
@@ -54,7 +55,7 @@ def open_gates(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) 
 def loss_against_threshold(ax: Axes, metrics: pd.DataFrame, window: int = 25) -> Axes:
     """Draw L_sude and tau over the steps of one run; the gate is open where the loss is above."""
     _gate(ax, metrics["step"], *(smooth(metrics[name], window) for name in ("loss_sude", "tau")))
-    title = f"Loss against threshold,\nrunning mean of {window} steps"
+    title = f"Loss and threshold,\nmean of {window} steps"
     return finish(ax, title, xlabel="step", ylabel="per dimension")
 
 
@@ -67,7 +68,7 @@ def membership(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) 
 
 def learning(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) -> Axes:
     """Draw L_sub over the steps, a line a run: single steps faint, their running mean strong."""
-    how = {"legend": 10 * (len(metrics) > 1), "ylabel": "$L_{sub}$ (eq. 3), per dimension"}
+    how = {"legend": 9 * (len(metrics) > 1), "ylabel": "$L_{sub}$ (eq. 3), per dimension"}
     for name, table in metrics.items():
         ax.plot(table["step"], table["loss_subject"], ".", ms=2, alpha=0.3, color=_colour(name))
         _over_steps(ax, {name: table}, "loss_subject", "The subject's loss", window, **how)
@@ -111,7 +112,7 @@ def picture_table(ax: Axes, rows: Rows, per_cell: int = 2) -> Axes:
     ax.imshow(canvas, interpolation="lanczos")
     ax.set_xticks([j * width + (width - gap) / 2 for j in range(len(columns))], columns)
     ax.set_yticks([i * (side + gap) + side / 2 for i in range(len(rows))], list(rows))
-    ax.tick_params(length=0, labelsize=10)
+    ax.tick_params(length=0, labelsize=9)
     ax.xaxis.tick_top()
     ax.spines[:].set_visible(False)
     return ax
@@ -131,7 +132,7 @@ def difference(before: Image.Image, after: Image.Image, times: float = 2.0) -> I
     return Image.fromarray((128 + times * (b - a)).clip(0, 255).astype(np.uint8))
 
 
-def rule_lines(ax: Axes, table: pd.DataFrame) -> Axes:
+def rule_lines(ax: Axes, table: pd.DataFrame, legend: int = 9) -> Axes:
     """Draw rules with a strength as lines from the row of "plain" through two measures' plane.
 
     `table`: columns rule, strength and both measures, a row a (rule, strength); numbers at the
@@ -147,8 +148,8 @@ def rule_lines(ax: Axes, table: pd.DataFrame) -> Axes:
         places = zip(part["strength"], part[[x, y]].to_numpy(), strict=True)
         marks += [(f"{strength:g}", place, colour) for strength, place in places]
     ax.plot(plain[x], plain[y], "o", color="black", markersize=8, label="plain")
-    _name(ax, marks, plain[[x, y]].to_numpy())
-    return finish(ax, legend=9, xlabel=words(x), ylabel=words(y))
+    _name(ax, marks)
+    return finish(ax, legend=legend, xlabel=words(x), ylabel=words(y))
 
 
 def curves(
@@ -187,7 +188,7 @@ def gate_over_time(
     ax.axhline(0, color="black", lw=0.5)
     if now is not None:
         ax.axvline(now, color=_SAFE[0], lw=1.2)
-    return finish(ax, legend=9, xlabel="timestep t", ylabel="per dimension, in thousandths")
+    return finish(ax, xlabel="timestep t", ylabel="per dimension, in thousandths")
 
 
 def gains(ax: Axes, table: pd.DataFrame, measure: str, *, rows: str = "method") -> Axes:
@@ -231,18 +232,21 @@ def _colour_of(k: int) -> str:
     return _SAFE[k % len(_SAFE)]
 
 
-def _name(ax: Axes, marks: Sequence[tuple[str, np.ndarray, str]], others: np.ndarray) -> None:
-    """Write names beside marks, each on the side where marks and earlier names are farthest."""
+def _name(ax: Axes, marks: Sequence[tuple[str, np.ndarray, str]]) -> None:
+    """Write names beside marks, each where lines, earlier names and the frame are farthest."""
     ax.autoscale_view()
     to_points = ax.transData.transform
-    taken = list(to_points([*(place for _, place, _ in marks), *others]))
     turns = np.linspace(0, 2 * np.pi, 12, endpoint=False)
-    around = 11 * np.column_stack([np.cos(turns), np.sin(turns)])
+    around = np.column_stack([14 * np.cos(turns), 11 * np.sin(turns)])
+    ends = [np.asarray(line.get_xydata()) for line in ax.lines]
+    ways = [np.linspace(xy[:-1], xy[1:], 20).reshape(-1, 2) for xy in ends]
+    taken, frame = to_points(np.concatenate([*ends, *ways])), ax.bbox
     for name, place, colour in marks:
-        spots = to_points(place) + around * ax.figure.dpi / 72
-        room = [min(np.linalg.norm(spot - one) for one in taken) for spot in spots.round(6)]
-        best = int(np.argmax(room))
-        taken.append(spots[best])
+        spots = (to_points(place) + around * ax.figure.dpi / 72).round(6)
+        room = np.linalg.norm(spots[:, None] - taken, axis=2).min(1)
+        inside = np.minimum(spots - frame.min, frame.max - spots).min(1)
+        best = int(np.minimum(room, inside).argmax())
+        taken = np.vstack([taken, spots[best]])
         look: dict[str, Any] = {"color": colour, "fontsize": 9, "ha": "center", "va": "center"}
         ax.annotate(name, tuple(place), tuple(around[best]), textcoords="offset points", **look)
 
@@ -265,11 +269,11 @@ def _over_steps(
 ) -> Axes:
     for name, table in metrics.items():
         ax.plot(table["step"], smooth(table[column], window), label=name, color=_colour(name))
-    return finish(ax, f"{title},\nrunning mean of {window} steps", xlabel="step", **how)
+    return finish(ax, f"{title},\nmean of {window} steps", xlabel="step", **how)
 
 
 def finish(
-    ax: Axes, title: str | None = None, *, legend: int = 10, beside: bool = False, **labels: Any
+    ax: Axes, title: str | None = None, *, legend: int = 9, beside: bool = False, **labels: Any
 ) -> Axes:
     """Set labels, the title, and a legend of that size (0: none), perhaps beside the axis."""
     ax.set(**labels)
@@ -277,6 +281,35 @@ def finish(
         ax.set_title(title, fontsize=10)
     if legend:
         place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if beside else {}
-        drawn = ax.legend(fontsize=legend, framealpha=0.8, edgecolor="none", **place)
+        how: dict[str, Any] = {"framealpha": 1, "edgecolor": "none", "handlelength": 1.7}
+        drawn = ax.legend(fontsize=legend, **how, **place)
         drawn.set_in_layout(beside)  # one inside, of long names, would push its axis together
+        _make_room(ax.figure)
     return ax
+
+
+def _make_room(figure: Any) -> None:
+    """Raise the tops of a figure's axes until no legend covers a line or a mark."""
+    for _ in range(12):
+        figure.draw_without_rendering()
+        covered = [ax for ax in figure.axes if (drawn := ax.get_legend()) and _covers(drawn, ax)]
+        for ax in covered:
+            top = ax.transAxes.transform((0, 1.08))
+            ax.set_ylim(top=ax.transData.inverted().transform(top)[1])
+        if not covered:
+            break
+
+
+def _covers(legend: Any, ax: Axes) -> bool:
+    """Return whether a legend lies on lines, marks or bars; an upright line may pass behind it."""
+    box = legend.get_window_extent().padded(4)
+    for line in ax.lines:
+        path = line.get_transform().transform_path(line.get_path())
+        if np.ptp(np.asarray(line.get_xydata())[:, 0]) == 0:
+            continue
+        if line.get_linestyle() == "None":
+            if box.count_contains(path.vertices):
+                return True
+        elif path.intersects_bbox(box, filled=False):
+            return True
+    return any(box.overlaps(bar.get_window_extent()) for bar in ax.patches)

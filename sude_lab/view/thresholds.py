@@ -220,8 +220,8 @@ class ThresholdExplorer(Shown):
             (after,) = decode(self.judge, self._believed(eps[None], n, m))
         cells = {
             "$x_t$": noisy,
-            "tuned model sees": before,
-            "judge sees": categories[k],
+            "tuned model": before,
+            "judge": categories[k],
             "after the push": after,
             "the push, × 2": plots.difference(before, after),
         }

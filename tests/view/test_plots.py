@@ -222,3 +222,32 @@ def test_gate_over_time_is_shaded_where_the_gate_is_open(ax: Axes) -> None:
     assert 100 < x.min() < 500 < x.max() < 900
     assert 500 in [line.get_xdata()[0] for line in ax.get_lines()]
     assert ax.get_ylabel() == "per dimension, in thousandths"
+
+
+def test_a_legend_covers_no_line_and_no_mark() -> None:
+    waves = np.linspace(0, 40, 400)
+    left, right = plots.panels(2)  # the layout of the left one changes with the right one's labels
+    plots.curves(left, waves, {"one": np.sin(waves), "two": np.cos(waves)}, xlabel="", ylabel="")
+    places = np.stack(np.meshgrid(np.arange(8), np.arange(8))).reshape(2, -1)
+    table = pd.DataFrame({"x": places[0], "y": places[1], "method": ["a long name", "b"] * 32})
+    plots.scatter(right, table, "x", "y")
+    right.figure.draw_without_rendering()
+    for ax in (left, right):
+        legend = ax.get_legend()
+        assert legend is not None
+        box = legend.get_window_extent()
+        drawn = [ax.transData.transform(line.get_xydata()) for line in ax.lines]
+        assert not any(box.count_contains(points) for points in drawn)
+    plt.close(left.figure)
+
+
+def test_the_numbers_at_marks_stand_inside_the_frame(ax: Axes) -> None:
+    rows = [("plain", 0.0, 0.9, 0.1), *(("SuDe", k, 0.98, 0.2 * k) for k in range(1, 5))]
+    columns = ["rule", "strength", "subject_fidelity", "attribute_alignment"]
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    plots.rule_lines(ax, pd.DataFrame(rows, columns=columns), legend=0)
+    ax.figure.draw_without_rendering()  # type: ignore[union-attr]
+    assert ax.get_legend() is None and len(ax.texts) == 4
+    for text in ax.texts:
+        low, high = text.get_window_extent().min, text.get_window_extent().max
+        assert (low > ax.bbox.min).all() and (high < ax.bbox.max).all(), text.get_text()
