@@ -5,6 +5,7 @@
 - Docstrings are plain text: what reStructuredText would read as a command is escaped.
 - The pages of the exercises show the students' copies: no solutions, no hidden tests, no outputs
   of tasks; and they lead back to their lessons.
+- A figure's description is its cell's metadata `alt`, as nbconvert has it.
 - Links to the repository are those of pyproject.toml, [project.urls]; none where none is set.
   Links to modules lead to their source, which is on the site (sphinx.ext.viewcode).
 """
@@ -135,6 +136,17 @@ def without_solutions(app: Any, name: str, source: list[str]) -> None:
     source[0] = json.dumps(notebook)
 
 
+def described(app: Any, name: str, source: list[str]) -> None:
+    """Give the figures of a notebook the descriptions that stand in their cells' metadata."""
+    if not app.env.doc2path(name).endswith(".ipynb"):
+        return
+    notebook = json.loads(source[0])
+    for metadata in (cell["metadata"] for cell in notebook["cells"]):
+        if "alt" in metadata:
+            metadata["mystnb"] = {"image": {"alt": metadata["alt"]}}
+    source[0] = json.dumps(notebook)
+
+
 def address() -> str:
     """Return the address that the maintainers have set; "" where they have set none."""
     urls = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"].get("urls", {})
@@ -157,6 +169,7 @@ def setup(app: Any) -> dict[str, Any]:
     app.add_directive("modules", Modules)
     app.connect("config-inited", set_address, priority=100)
     app.connect("source-read", without_solutions, priority=100)
+    app.connect("source-read", described, priority=100)
     app.connect("source-read", outside, priority=100)
     app.connect("autodoc-process-docstring", plain_text, priority=900)  # after napoleon's fields
     app.config.autodoc_mock_imports = [n for n in OPTIONAL if importlib.util.find_spec(n) is None]

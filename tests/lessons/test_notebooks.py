@@ -48,6 +48,8 @@ def problems(notebook: Notebook, *, lesson: bool = True) -> list[str]:
         if len(source(cell).splitlines()) > MAX_LINES:
             found.append(f"{where} has more than {MAX_LINES} lines")
         kinds = [output["output_type"] for output in cell["outputs"]]
+        pictures = {"image/png", "image/jpeg"}
+        draws = any(pictures & set(output.get("data", {})) for output in cell["outputs"])
         if "error" in kinds:
             found.append(f"{where} stores an error")
         if any(kind in output.get("data", {}) for output in cell["outputs"] for kind in WIDGETS):
@@ -59,8 +61,10 @@ def problems(notebook: Notebook, *, lesson: bool = True) -> list[str]:
             if not cell["outputs"]:
                 found.append(f"{where} is to be compared and has no output")
             # Without the inline backend (MPLBACKEND=Agg) there is no picture, and nbval misses it.
-            if any({"image/png", "image/jpeg"} & set(o.get("data", {})) for o in cell["outputs"]):
+            if draws:
                 found.append(f"{where} is to be compared and draws: draw in another cell")
+        if draws and len(cell["metadata"].get("alt", "")) < 40:
+            found.append(f"{where} shows a picture, and its metadata `alt` does not say what")
         for output in cell["outputs"]:
             if "<Figure" not in "".join(output.get("data", {}).get("text/plain", "")):
                 continue
@@ -122,9 +126,10 @@ def test_a_notebook_has_no_problem(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", EXERCISES, ids=lambda p: p.name)
-def test_no_compared_cell_of_an_exercise_has_a_problem(path: Path) -> None:
+def test_no_cell_of_an_exercise_has_a_problem(path: Path) -> None:
     notebook = json.loads(path.read_text(encoding="utf-8"))
-    assert not [p for p in problems(notebook, lesson=False) if "compared" in p]
+    found = problems(notebook, lesson=False)
+    assert not [p for p in found if re.search("compared|draw|picture", p)]
 
 
 def sound() -> Notebook:
@@ -136,6 +141,7 @@ def sound() -> Notebook:
         return {
             "cell_type": "code",
             "execution_count": number,
+            "metadata": {},
             "source": [words],
             "outputs": [output],
         }
@@ -185,6 +191,7 @@ BREAKS: dict[str, Callable[[Notebook], None]] = {
     "take turns": change(2, source=["Look:"]),
     "nothing answers": change(4, source=["One."]),
     "before anything is shown": change(3, outputs=[]),
+    "does not say what": change(1, outputs=[PICTURE]),
     "wider than the page": change(1, outputs=[figure(700, 1400)]),
     "twice the pixels": change(1, outputs=[figure(600, 600)]),
     "no takeaways": change(5, source=["**Next**: x. **Reading**: nothing."]),

@@ -92,6 +92,8 @@ def test_the_site_is_built_without_a_warning_and_needs_no_network(tmp_path: Path
         assert not [f for f in fetched if re.match(r"(https?:)?//", f)], name
     for name in LESSONS:
         page = text[f"{name}.html"]
+        described = re.findall(r'<img alt="([^"]*)"[^>]* src="(?:\.\./)*_images/', page)
+        assert described and min(map(len, described)) >= 40, name
         assert "<img" in page and ('class="math' in page) == ("_static/mathjax/" in page), name
     assert sum('class="math' in text[f"{name}.html"] for name in LESSONS) >= 8
     assert (html / "_static" / "mathjax" / "tex-chtml.js").is_file()
