@@ -50,8 +50,10 @@ class Group:
 BACKGROUNDS = "_backgrounds"
 """Ends the name of an arm that draws what another one tuned, on backgrounds."""
 SAME = ["subject", "variant", "w_s", "strength"]
-TRIED = ("plain", "sude", "rate", "rate_half", "sude_rate", "lora", "lazy")
-TRIED += ("margin", "weighting", "class_images", "sude_class_images", "semantic")
+TRIED = (
+    *("plain", "sude", "rate", "rate_half", "sude_rate", "lora", "lazy"),
+    *("margin", "weighting", "class_images", "sude_class_images", "semantic"),
+)
 FLOW = "flow", ("plain", "sude", "lora_plain", "lora_sude")
 GROUPS: dict[On, Group] = {
     "held-out": Group(SIZES["whole"].subjects, "fair"),

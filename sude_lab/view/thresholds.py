@@ -92,7 +92,8 @@ def ask(
     def predicted(model: Backbone, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """x_t and eps_theta, (N, M, K, C, h, w) each."""
         batches = [b for s in seeds for b in answers(model, [picture], prompts, times, seed=s)]
-        x_t, eps = (torch.cat([batch[k] for batch in batches]).cpu() for k in (1, 4))
+        x_t = torch.cat([batch.x_t for batch in batches]).cpu()
+        eps = torch.cat([batch.noise for batch in batches]).cpu()
         sizes = (len(seeds), len(times), len(prompts))
         return x_t.unflatten(0, sizes), eps.unflatten(0, sizes)
 
