@@ -229,8 +229,9 @@ def test_a_legend_covers_no_line_and_no_mark() -> None:
     left, right = plots.panels(2)  # the layout of the left one changes with the right one's labels
     plots.curves(left, waves, {"one": np.sin(waves), "two": np.cos(waves)}, xlabel="", ylabel="")
     places = np.stack(np.meshgrid(np.arange(8), np.arange(8))).reshape(2, -1)
-    table = pd.DataFrame({"x": places[0], "y": places[1], "method": ["a long name", "b"] * 32})
-    plots.scatter(right, table, "x", "y")
+    right.plot(*places[:, ::2], "o", label="a long name")
+    right.plot(*places[:, 1::2], "s", label="b")
+    plots.finish(right, "everywhere", xlabel="x", ylabel="y")
     right.figure.draw_without_rendering()
     for ax in (left, right):
         legend = ax.get_legend()
