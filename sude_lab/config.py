@@ -39,14 +39,10 @@ def _setting(
     between: tuple[float, float] | None = None,
     about: Literal["sude", "place", ""] = "",
 ) -> Any:
-    """Return a field of `TuningConfig`.
+    """Return a field of `TuningConfig`; a default of None means the method's, or the model's own.
 
-    Args:
-        default: None where the method's default, or the model's own, is meant.
-        usual: What None means where neither the method nor the model says.
-        between: The least and the most that a number may be.
-        about: sude: changes the use of SuDe, and no draw; place: where something lies or runs, not
-            what it is.
+    `usual` is what None means where neither says, `between` the least and the most of a number.
+    `about` sude changes the use of SuDe, and no draw; `about` place says where something lies.
     """
     return field(default=default, metadata={"usual": usual, "between": between, "about": about})
 

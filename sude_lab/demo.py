@@ -63,10 +63,6 @@ def run_demo(
 
     `out` gets `results.csv` (a row a picture), `difference.png`, `report.html` and the runs, which
     are kept when it is called again. With `truncation` a third run shows what eq. 9 is good for.
-
-    Raises:
-        UserError: the category is unknown, a number is out of range, or `out` cannot be written or
-            holds other files of these names.
     """
     check_whole("--num-images", num_images, 1, MOST)
     out, base, oracle = Path(out), open_backbone(), load_oracle()
