@@ -343,8 +343,8 @@ def test_prompts_encode_as_the_pipeline_encodes_them(tiny: Backbone) -> None:
 def test_pictures_encode_as_the_vae_encodes_them(tiny: Backbone) -> None:
     pictures = [Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "navy")]
     mean, std = tiny.encode_pictures(pictures)
-    pixels = [2 * (torch.from_numpy(np.array(p)).permute(2, 0, 1) / 255) - 1 for p in pictures]
-    expected = tiny.pipeline.vae.encode(torch.stack(pixels)).latent_dist
+    pixels = torch.from_numpy(np.stack([np.array(p) for p in pictures])).permute(0, 3, 1, 2)
+    expected = tiny.pipeline.vae.encode(2 * (pixels / 255) - 1).latent_dist
     torch.testing.assert_close(mean, expected.mean * 0.7)
     torch.testing.assert_close(std, expected.std * 0.7)
     assert mean.shape == std.shape == (2, 4, 8, 8)
