@@ -164,15 +164,11 @@ def sude_guidance(
         return (whole, *output[1:]) if isinstance(output, tuple) else type(output)(sample=whole)
 
     # First to see the call and last to see the output: a method may have hooks of its own (ViCo).
-    hooks = (
+    with (
         unet.register_forward_pre_hook(note, with_kwargs=True, prepend=True),
         unet.register_forward_hook(correct),
-    )
-    try:
+    ):
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()

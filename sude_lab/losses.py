@@ -147,11 +147,7 @@ def class_regularizer(mean_class: Tensor, mean_class_pretrained: Tensor) -> Tens
 
 
 def total_loss(
-    subject: Tensor,
-    sude: Tensor,
-    regularizer: Tensor,
-    weight_sude: float,
-    prior_loss_weight: float,
+    subject: Tensor, sude: Tensor, regularizer: Tensor, weight_sude: float, prior_loss_weight: float
 ) -> Tensor:
     """The whole objective of a sample; its mean over the batch is what tuning minimises.
 

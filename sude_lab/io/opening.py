@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -191,13 +191,11 @@ def read_facts(source: str | Path) -> dict[str, Any]:
         length = facts.get("text", {}).get("max_sequence_length", 0)
         if (
             all(isinstance(x, list) and all(isinstance(y, str) for y in x) for x in lists)
-            and isinstance(tuning, dict)
             and all(isinstance(settings, dict) for settings in tuning.values())
             and set(drawing) <= {"num_inference_steps", "guidance_scale"}
             and type(drawing.get("num_inference_steps", 1)) is int
             and type(drawing.get("guidance_scale", 1.0)) in (int, float)
-            and type(length) is int
-            and 0 <= length <= 512
+            and (type(length) is int and 0 <= length <= 512)
         ):
             return facts
     except (ValueError, AttributeError, TypeError):
@@ -211,18 +209,14 @@ def quiet() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    modules = (diffusers_logging, transformers_logging)
-    kept = [(m, m.get_verbosity(), m.is_progress_bar_enabled()) for m in modules]
-    for module in modules:
-        module.set_verbosity_error()
-        module.disable_progress_bar()
-    try:
+    with ExitStack() as stack:
+        for module in (diffusers_logging, transformers_logging):
+            stack.callback(module.set_verbosity, module.get_verbosity())
+            if module.is_progress_bar_enabled():
+                stack.callback(module.enable_progress_bar)
+            module.set_verbosity_error()
+            module.disable_progress_bar()
         yield
-    finally:
-        for module, level, bars in kept:
-            module.set_verbosity(level)
-            if bars:
-                module.enable_progress_bar()
 
 
 def _check_source(folder: str) -> type[Family]:
