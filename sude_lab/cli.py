@@ -37,12 +37,9 @@ class Demo:
     """Seed of the subject, of the tuning and of the drawn pictures."""
     category: str = "dog"
     """What the subject is: any category of the embedded model."""
-    method: Literal["dreambooth", "custom_diffusion", "vico", "textual_inversion"] = "dreambooth"
     num_images: int = 8
     """Pictures for every prompt."""
     max_train_steps: int | None = None
-    truncation: bool = True
-    """Add a third run without the truncation of eq. 9."""
 
     def execute(self) -> None:
         from sude_lab.demo import REPORT, run_demo, table_with_intervals

@@ -6,7 +6,7 @@ import math
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 from diffusers.utils import make_image_grid
@@ -53,31 +53,25 @@ def run_demo(
     *,
     seed: int = 0,
     category: str = "dog",
-    method: Literal["dreambooth", "textual_inversion"] = "dreambooth",
     num_images: int = 8,
     max_train_steps: int | None = None,
-    truncation: bool = True,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Tune on one drawn subject with and without SuDe, same seed, and write the report.
 
     `out` gets `results.csv` (a row a picture), `difference.png`, `report.html` and the runs, which
-    are kept when it is called again. With `truncation` a third run shows what eq. 9 is good for.
+    are kept when it is called again. A third run shows what eq. 9 is good for.
     """
     check_whole("--num-images", num_images, 1, MOST)
     out, base, oracle = Path(out), open_backbone(), load_oracle()
     base.check_category(category)
     who, picture = subject("demo", seed, category), out / "subject.png"
-    shared: dict[str, Any] = {"method": method, "seed": seed, "max_train_steps": max_train_steps}
-    shared |= {"image": picture, "category": category, "monitor_sude": True}
+    shared: dict[str, Any] = {"image": picture, "category": category, "monitor_sude": True}
+    shared |= {"seed": seed, "max_train_steps": max_train_steps}
     configs = {name: configure(shared | settings, base) for name, settings in VARIANTS.items()}
     configs[PLAIN] = replace(configs[PLAIN], sude_every=WATCHED_EVERY)
-    if method == "dreambooth":
-        collapse = configs[NO_TRUNCATION]
-        steps = math.ceil(COLLAPSED_AFTER * collapse.max_train_steps)
-        configs[NO_TRUNCATION] = replace(collapse, max_train_steps=steps)
-    if not truncation:
-        del configs[NO_TRUNCATION]
+    steps = math.ceil(COLLAPSED_AFTER * configs[NO_TRUNCATION].max_train_steps)
+    configs[NO_TRUNCATION] = replace(configs[NO_TRUNCATION], max_train_steps=steps)
     folders = {name: out / "runs" / name.replace(", ", "-").replace(" ", "-") for name in configs}
     for name, folder in folders.items():  # before anything there is changed
         if (folder / CONFIG).is_file() and read_config(folder / CONFIG) != configs[name]:
@@ -182,7 +176,6 @@ def report(who: Subject, table: pd.DataFrame, grids: Grids, runs: dict[str, Run]
         settings=pd.DataFrame(settings).to_html(border=0),
         watched_every=WATCHED_EVERY,
         version=__version__,
-        method=next(iter(runs.values())).config.method,
     )
 
 

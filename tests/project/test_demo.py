@@ -91,7 +91,7 @@ def test_a_second_call_keeps_finished_runs(demo: Path) -> None:
 
 def test_a_demo_of_other_settings_is_refused(demo: Path) -> None:
     before = content(demo)
-    for settings in ({"max_train_steps": 4}, {"seed": 99}, {"method": "textual_inversion"}):
+    for settings in ({"max_train_steps": 4}, {"seed": 99}):
         with pytest.raises(UserError, match="other settings"):
             run_demo(demo, num_images=2, progress=False, **settings)
     assert content(demo) == before
