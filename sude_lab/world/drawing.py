@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
@@ -85,14 +85,11 @@ class Scene:
 
     def __post_init__(self) -> None:
         if self.category not in ATTRIBUTES:
-            raise ValueError(
-                f"Unknown category {self.category!r}: choose one of {', '.join(CATEGORIES)}."
-            )
+            names = ", ".join(CATEGORIES)
+            raise ValueError(f"Unknown category {self.category!r}: choose one of {names}.")
         if self.attribute not in ATTRIBUTES[self.category]:
-            raise ValueError(
-                f"A {self.category} cannot be {self.attribute!r}: "
-                f"choose one of {', '.join(ATTRIBUTES[self.category])}."
-            )
+            says = f"A {self.category} cannot be {self.attribute!r}"
+            raise ValueError(f"{says}: choose one of {', '.join(ATTRIBUTES[self.category])}.")
 
 
 def sample_look(rng: random.Random) -> Look:
@@ -105,9 +102,8 @@ def sample_look(rng: random.Random) -> Look:
 def sample_scene(rng: random.Random, category: str | None = None) -> Scene:
     """Draw a scene of one category (or of any), with the free variation of the training set."""
     category = category or rng.choice(CATEGORIES)
-    companion = None
-    if rng.random() < 0.15:
-        companion = "ball" if category in ANIMALS else "cherries"
+    fitting = "ball" if category in ANIMALS else "cherries"
+    companion = fitting if rng.random() < 0.15 else None
     attribute, look = rng.choice(ATTRIBUTES[category]), sample_look(rng)
     background = rng.choice(tuple(BACKGROUNDS)) if rng.random() < 0.5 else None
     return vary(Scene(category, attribute, look, background, companion), rng)
@@ -141,23 +137,18 @@ class _Canvas:
         v = 0.84 + (y - 0.84) * s.size / s.stretch + s.dy
         return u * self.side, v * self.side
 
-    def mask(self, parts: Iterable[Part], grow: float = 0.0) -> Image.Image:
+    def mask(self, parts: Parts, grow: float = 0.0) -> Image.Image:
         mask = Image.new("L", self.image.size, 0)
         for part in parts:
             part(self, ImageDraw.Draw(mask), grow)
         return mask
 
     def fill(
-        self,
-        colour: Colour,
-        *parts: Part,
-        grow: float = 0.0,
-        within: Iterable[Part] | None = None,
-        opacity: int = 255,
+        self, colour: Colour, *parts: Part, grow: float = 0, within: Parts = (), opacity: int = 255
     ) -> None:
         """Paint parts, grown by a margin; only where they lie within others; `opacity` of 255."""
         mask = self.mask(parts, grow)
-        if within is not None:
+        if within:
             mask = Image.composite(mask, self.mask([]), self.mask(within))
         if opacity < 255:
             mask = mask.point(lambda v: v * opacity // 255)
@@ -170,6 +161,7 @@ class _Canvas:
 
 Part = Callable[[_Canvas, ImageDraw.ImageDraw, float], None]
 """A shape that draws itself into a mask, grown by a margin (for the outline)."""
+Parts = Sequence[Part]
 
 
 def _ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> Part:
