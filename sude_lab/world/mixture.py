@@ -26,8 +26,9 @@ class GaussianMixture:
 
     p(x_0) = sum_n w_n N(x_0; m_n, s_n^2 I): the data behind eq. 1, arXiv 2403.06775.
 
-    Its methods raise ValueError where ``t`` is not a LongTensor (B,) of the schedule's steps, or no
-    component has the label that they are asked for.
+    Its methods take x_t and x_prev, (B, D), and a class's label, or None for no condition, and
+    answer in nats, (B,), where nothing else is said. They raise ValueError where ``t`` is not a
+    LongTensor (B,) of the schedule's steps, or no component has the label.
 
     Args:
         weights: w, (N,), non-negative, summing to one.
@@ -89,42 +90,39 @@ class GaussianMixture:
     ) -> Tensor:
         """log p(x_t | c) = log sum_n w_n N(x_t; sqrt(abar_t) m_n, (abar_t s_n^2 + 1 - abar_t) I).
 
-        The marginal of arXiv 2403.06775, eq. 1. Args: x_t (B, D), t (B,). Returns nats, (B,).
+        The marginal of arXiv 2403.06775, eq. 1.
         """
         log_joint, _, _ = self.given(label)._components(x_t, alpha_bars(t, schedule)[0])
         return log_joint.logsumexp(1)
 
     def class_log_posterior(self, x_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-        """log p(c | x_t) for every class: log C_t of arXiv 2403.06775, eq. 5, exactly.
-
-        Args: x_t (B, D), t (B,). Returns nats, (B, C); a class without weight has -inf.
-        """
+        """log p(c | x_t), (B, C): log C_t of arXiv 2403.06775, eq. 5; -inf without weight."""
         return self._class_log_posterior(x_t, alpha_bars(t, schedule)[0])
 
     def class_log_posterior_prev(self, x_prev: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-        """log p(c | x_{t-1}) for every class: the left side of arXiv 2403.06775, eq. 5, exactly.
+        """log p(c | x_{t-1}), (B, C): the left side of arXiv 2403.06775, eq. 5, exactly.
 
         x_t adds nothing once x_{t-1} is known (Markov): p(c | x_{t-1}, x_t) = p(c | x_{t-1}).
-        At t = 0, x_{-1} is the clean sample. Args: x_prev (B, D), t (B,). Returns nats, (B, C).
+        At t = 0, x_{-1} is the clean sample.
         """
         return self._class_log_posterior(x_prev, alpha_bars(t, schedule)[1])
 
     def x_0_mean(
         self, x_t: Tensor, t: Tensor, schedule: Schedule, label: int | None = None
     ) -> Tensor:
-        """E[x_0 | x_t, c], what a perfect x_0-network outputs for eq. 2 of arXiv 2403.06775.
+        """E[x_0 | x_t, c], (B, D), what a perfect x_0-network outputs for eq. 2, arXiv 2403.06775.
 
         sum_n p(n | x_t, c) [m_n + sqrt(abar_t) s_n^2 / v_n (x_t - sqrt(abar_t) m_n)],
-        v_n = abar_t s_n^2 + 1 - abar_t. Args: x_t (B, D), t (B,). Returns (B, D).
+        v_n = abar_t s_n^2 + 1 - abar_t.
         """
         log_joint, x_0, _ = self.given(label)._components(x_t, alpha_bars(t, schedule)[0])
         return (log_joint.softmax(1).unsqueeze(2) * x_0).sum(1)
 
     def eps(self, x_t: Tensor, t: Tensor, schedule: Schedule, label: int | None = None) -> Tensor:
-        """E[eps | x_t, c], what a perfect eps-network outputs.
+        """E[eps | x_t, c], (B, D), what a perfect eps-network outputs.
 
         (x_t - sqrt(abar_t) E[x_0 | x_t, c]) / sqrt(1 - abar_t), arXiv 2403.06775, eq. 1 solved for
-        eps: also -sqrt(1 - abar_t) grad log p(x_t | c). Args: x_t (B, D), t (B,). Returns (B, D).
+        eps: also -sqrt(1 - abar_t) grad log p(x_t | c).
         """
         of_x_0 = replace(schedule, prediction_type="sample")
         return diffusion.to_eps(self.x_0_mean(x_t, t, schedule, label), x_t, t, of_x_0)
@@ -132,10 +130,10 @@ class GaussianMixture:
     def reverse_mean_exact(
         self, x_t: Tensor, t: Tensor, schedule: Schedule, label: int | None = None
     ) -> Tensor:
-        """E[x_{t-1} | x_t, c]: x_theta(x_t, c, t) of a perfect network, exactly.
+        """E[x_{t-1} | x_t, c], (B, D): x_theta(x_t, c, t) of a perfect network, exactly.
 
         posterior_mean(x_t, E[x_0 | x_t, c]), the minimiser of arXiv 2403.06775, eq. 2: the mean of
-        q(x_{t-1} | x_t, x_0) is linear in x_0. Args: x_t (B, D), t (B,). Returns (B, D).
+        q(x_{t-1} | x_t, x_0) is linear in x_0.
         """
         x_0 = self.x_0_mean(x_t, t, schedule, label)
         return diffusion.posterior_mean(x_t, x_0, t, schedule)
@@ -148,7 +146,6 @@ class GaussianMixture:
         sum_n p(n | x_t, c) N(x_{t-1}; posterior_mean(x_t, E[x_0 | x_t, n]), u_n I), with
         u_n = (variance of q(x_{t-1} | x_t, x_0)) + b^2 s_n^2 (1 - abar_t) / v_n,
         b = sqrt(abar_{t-1}) beta_t / (1 - abar_t) the weight of x_0 in the posterior mean.
-        Args: x_prev, x_t (B, D), t (B,). Returns nats, (B,).
         """
         abar, abar_prev = alpha_bars(t, schedule)
         log_joint, x_0, variance = self.given(label)._components(x_t, abar)
@@ -202,9 +199,7 @@ def implicit_classifier_error(
     log C_t + class_log_ratio(x_{t-1}; exact means, sigma_t^2) - log p(c | x_{t-1}),
     arXiv 2403.06775, eq. 5 with eq. 6; all but the Gaussian is exact. With x_{t-1} drawn from the
     reverse step it shrinks with the step beta_t, i.e. with 1/T, while the signal
-    log p(c | x_{t-1}) - log C_t shrinks with its square root.
-
-    Args: x_prev, x_t: (B, D); t: (B,). Returns nats, (B,), signed.
+    log p(c | x_{t-1}) - log C_t shrinks with its square root. Returns nats, (B,), signed.
 
     Raises:
         ValueError: as the mixture's methods, or the variance is zero (fixed_small at t = 0).
