@@ -147,6 +147,8 @@ class _Canvas:
         self, colour: Colour, *parts: Part, grow: float = 0, within: Parts = (), opacity: int = 255
     ) -> None:
         """Paint parts, grown by a margin; only where they lie within others; `opacity` of 255."""
+        if not parts:
+            return
         mask = self.mask(parts, grow)
         if within:
             mask = Image.composite(mask, self.mask([]), self.mask(within))
@@ -481,8 +483,7 @@ def _draw_object(c: _Canvas) -> None:
         tip = _polygon((0.445, 0.20), (0.555, 0.20), (0.5, 0.07))
         c.fill((248, 140, 28), _ellipse(0.5, 0.225, 0.062, 0.085), tip)
         c.fill((255, 238, 110), _ellipse(0.5, 0.245, 0.034, 0.052))
-    if lid:
-        _material(c, lid, colour)
+    _material(c, lid, colour)
     _cherries(c, *fruit)
 
 
