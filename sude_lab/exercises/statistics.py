@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.exercises.judging import Call, Draw, check, interval
 from sude_lab.exercises.worlds import WORDS
 from sude_lab.prompts import article
@@ -20,7 +21,6 @@ SUBJECTS = {
     "candle": (2, 0.60, 0.2, 0.80, 0.09),
     "bowl": (1, 0.80, 0.5, 0.85, 0.16),
 }
-MEASURES = ("attribute_alignment", "subject_fidelity", "category_alignment")
 WEIGHTS = [0.0, 0.5, 1.0, 2.0, 4.0]
 
 
