@@ -327,7 +327,9 @@ def corrected(a: Tensor, d: Tensor, strength: float) -> Tensor:
 
 @check(
     lambda draw: (
-        *(draw.near([-0.6, 0.2, 0.7, 1.5], 0.1), draw.number(0.2, 0.4), 3 + draw.seed // 10),
+        draw.near([-0.6, 0.2, 0.7, 1.5], 0.1),
+        draw.number(0.2, 0.4),
+        3 + draw.seed // 10,
     )
 )
 def after_steps(rho: Tensor, strength: float, n: int) -> Tensor:
@@ -425,7 +427,8 @@ def noisy_step(x_0: Tensor, eps: Tensor, z: Tensor, s: float, near: float, eta: 
 @check(
     lambda draw: (
         lambda x, s: torch.sin(3 * x) + s * x,
-        *(draw.normal(4, 4), sorted(draw.uniform(0, 1, 6).tolist(), reverse=True)),
+        draw.normal(4, 4),
+        sorted(draw.uniform(0, 1, 6).tolist(), reverse=True),
     )
 )
 def euler(field: Callable[[Tensor, float], Tensor], x: Tensor, times: list[float]) -> Tensor:

@@ -210,12 +210,13 @@ def sude_step(
     return loss.detach()
 
 
-_STRUCTURES = [
-    (p, attribute) for p in ("P1", "P2", "P3") for attribute in ("running", "open mouth")
-]
-
-
-@check(lambda draw: [(*asked, WORDS[draw.seed % 3][0]) for asked in _STRUCTURES])
+@check(
+    lambda draw: [
+        (structure, attribute, WORDS[draw.seed % 3][0])
+        for structure in ("P1", "P2", "P3")
+        for attribute in ("running", "open mouth")
+    ],
+)
 def paper_prompt(structure: str, attribute: str, category: str) -> str:
     """Check paper_prompt(structure, attribute, category): P1-P3 of Table 2."""
     its = f"{article(attribute)} {attribute}"
