@@ -107,7 +107,7 @@ def run_demo(
         table.to_csv(path, index=False)
     strip = difference_figure(grids)
     with atomic_write(out / STRIP) as path:
-        strip.savefig(path, dpi=110, bbox_inches="tight")
+        strip.savefig(path, bbox_inches="tight")
     write_file(out / REPORT, report(who, table, grids, runs, seed))
     return table
 
@@ -130,7 +130,8 @@ def table_with_intervals(table: pd.DataFrame) -> pd.DataFrame:
 def difference_figure(grids: Grids, per_cell: int = 2) -> Figure:
     """Return the picture of the difference: a row a model, a column a prompt."""
     columns = len(next(iter(grids.values())))
-    figure = Figure(figsize=(1.9 * columns + 1.5, 0.98 * len(grids) + 0.35), layout="constrained")
+    size = (1.1 * columns + 1.4, 0.57 * len(grids) + 0.35)  # as wide as a page, so is its text
+    figure = Figure(figsize=size, dpi=2 * plots.DPI, layout="constrained")
     plots.picture_table(figure.subplots(), grids, per_cell)
     return figure
 
@@ -138,7 +139,7 @@ def difference_figure(grids: Grids, per_cell: int = 2) -> Figure:
 def curves_figure(runs: dict[str, Run]) -> Figure:
     """Return the curves of the report: membership, open gates, loss against threshold."""
     metrics = {name: run.metrics() for name, run in runs.items()}
-    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    figure = Figure(figsize=(13, 3.4), dpi=110, layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     plots.membership(left, metrics)
     plots.open_gates(middle, metrics)
@@ -156,7 +157,7 @@ def report(who: Subject, table: pd.DataFrame, grids: Grids, runs: dict[str, Run]
     }
     here = FileSystemLoader(Path(__file__).parent)
     pages = Environment(loader=here, autoescape=True, undefined=StrictUndefined)
-    look: dict[str, Any] = {"dpi": 110, "bbox_inches": "tight"}
+    look: dict[str, Any] = {"bbox_inches": "tight"}
     return pages.get_template("report.html.jinja").render(
         category=who.scene.category,
         attribute=who.scene.attribute,
