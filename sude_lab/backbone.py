@@ -22,6 +22,11 @@ from sude_lab.errors import UserError, checked_picture
 from sude_lab.prompts import by_itself
 
 
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on a device; nobody waits for a GPU to take it."""
+    return x.to(device, non_blocking=device.type == "cuda")
+
+
 @dataclass(frozen=True)
 class Condition:
     """What the model is told beside x_t and t; the first dimension of every tensor is the batch."""
@@ -31,23 +36,32 @@ class Condition:
     pooled: Tensor | None = None
     """SDXL and SD3: the whole prompt as one vector, (B, P)."""
     sizes: Tensor | None = None
-    """SDXL: original size, crop and target size in pixels, (B, 6); Z-Image: words, (B, 1)."""
+    """SDXL: original size, crop and target size in pixels, (B, 6); Z-Image: how many words, (B, 1),
+    best on the CPU.
+    """
+    ids: Tensor | None = None
+    """Stable Diffusion 1 and 2: the tokens that were encoded, (B, L), on the CPU."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
-        """Apply a function to every tensor that is there."""
+        """Apply a function to every tensor that the model is told; `ids` may lie then, and go."""
         parts = (self.hidden, self.pooled, self.sizes)
         return Condition(*(None if x is None else function(x) for x in parts))  # type: ignore[arg-type]
 
     def __getitem__(self, index: Any) -> Condition:
-        """Return the conditions of some rows: an index tensor, a list or a slice."""
-        return self.map(lambda x: x[index])
+        """Return the conditions of some rows: an index tensor (on the CPU), a list or a slice."""
+
+        def rows(x: Tensor) -> Tensor:
+            return x[send(index, x.device) if isinstance(index, Tensor) else index]
+
+        return replace(self.map(rows), ids=None if self.ids is None else rows(self.ids))
 
     def __len__(self) -> int:
         return len(self.hidden)
 
     def expand(self, size: int) -> Condition:
         """Return one condition as a batch of `size` equal rows."""
-        return self.map(lambda x: x.expand(size, *x.shape[1:]))
+        ids = None if self.ids is None else self.ids.expand(size, -1)
+        return replace(self.map(lambda x: x.expand(size, *x.shape[1:])), ids=ids)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -59,7 +73,7 @@ class Condition:
 
 
 def concatenate(conditions: list[Condition]) -> Condition:
-    """Return the rows of several conditions one below the other."""
+    """Return the rows of several conditions one below the other, without `ids`."""
     parts = [
         [getattr(c, name) for c in conditions if getattr(c, name) is not None]
         for name in ("hidden", "pooled", "sizes")
@@ -243,12 +257,11 @@ class Backbone:
         return ids
 
     def tokenize(self, prompts: list[str], tokenizer: Any = None) -> Tensor:
-        """Return token ids (B, L), padded to the text encoder's length, on the device."""
+        """Return token ids (B, L), padded to the text encoder's length, on the CPU."""
         tokenizer = tokenizer or self.tokenizer
         how = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         pieces, most = self.as_pieces(prompts, tokenizer), tokenizer.model_max_length
-        ids = tokenizer(pieces, max_length=most, **how).input_ids
-        return ids.to(self.device, non_blocking=self.device.type == "cuda")
+        return tokenizer(pieces, max_length=most, **how).input_ids
 
     def as_pieces(self, prompts: Any, tokenizer: Any) -> Any:
         """Return prompts in which a word of several vectors stands for all of them."""
@@ -279,14 +292,15 @@ class Backbone:
         """Return the condition c of prompts, of whole squares of `side` pixels, None: its own."""
         with self.autocast():
             if not self.is_xl:
-                return Condition(self.text_encoder(self.tokenize(prompts))[0])
+                ids = self.tokenize(prompts)
+                return Condition(self.text_encoder(send(ids, self.device))[0], ids=ids)
             pairs = zip(self.tokenizers, self.text_encoders.values(), strict=True)
             outputs = [
-                encoder(self.tokenize(prompts, tokenizer), output_hidden_states=True)
-                for tokenizer, encoder in pairs
+                encoder(send(self.tokenize(prompts, t), self.device), output_hidden_states=True)
+                for t, encoder in pairs
             ]
             hidden = torch.cat([out.hidden_states[-2] for out in outputs], dim=-1)
-            sizes = torch.tensor([1.0, 1, 0, 0, 1, 1], device=self.device).expand(len(prompts), 6)
+            sizes = send(torch.tensor([1.0, 1, 0, 0, 1, 1]), self.device).expand(len(prompts), 6)
             return Condition(hidden, outputs[-1].text_embeds, sizes * (side or self.resolution))
 
     def null_condition(self, side: int | None = None) -> Condition:

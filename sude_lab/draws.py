@@ -7,14 +7,14 @@ and one process with the whole batch takes the same step as many with their part
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sude_lab.backbone import Backbone
+from sude_lab.backbone import Backbone, send
 from sude_lab.config import CompleteConfig
 from sude_lab.errors import UserError, checked_picture
 
@@ -33,7 +33,7 @@ class Batch:
     t: Tensor
     """Timesteps, (B,)."""
     which: Tensor
-    """Whose picture it is: the number of the subject, (B,)."""
+    """Whose picture it is: the number of the subject, (B,), always on the CPU."""
     z_0: Tensor | None = None
     """Latents of class images, (B, C, h, w), for prior preservation."""
     noise: Tensor | None = None
@@ -48,7 +48,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device; nobody waits for a GPU to take it."""
-        return self._map(lambda x: x.to(device, non_blocking=device.type == "cuda"))
+        return replace(self._map(lambda x: send(x, device)), which=self.which)
 
 
 class Draws(Protocol):

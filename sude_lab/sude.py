@@ -240,8 +240,8 @@ class SudeRegularizer:
 
 
 def _beside(x_t: Tensor, part: Tensor) -> Tensor:
-    """Return a part of a condition on the device of x_t, and in its precision; counts stay."""
-    return part.to(x_t) if part.is_floating_point() else part.to(x_t.device)
+    """Return a part of a condition on the device of x_t and in its precision; counts stay."""
+    return part.to(x_t) if part.is_floating_point() else part
 
 
 def _condition(embeds: Tensor | Condition, is_xl: bool = False) -> Condition:

@@ -170,12 +170,12 @@ class Tuning:
             self._rates = [group["lr"] for group in self.optimizer.param_groups]
             if state is not None:
                 self._load(state)
-            self._prompts = self.method.subject_prompts()
-            for prompt, subject in zip(self._prompts, config.subjects, strict=True):
+            prompts = self.method.subject_prompts()
+            for prompt, subject in zip(prompts, config.subjects, strict=True):
                 if rest := backbone.beyond_reach(prompt, subject.token):
                     raise UserError(f"The model does not read {rest!r}: shorten the tuning prompt.")
             with torch.no_grad():
-                self._subjects = backbone.encode_prompts(self._prompts, config.resolution)
+                self._subjects = self.method.subject_conditions()
             asked = self.method.predict_pretrained, self.schedule, *self._before, self._subjects
             self.frozen = Frozen(*asked)
 
@@ -279,9 +279,10 @@ class Tuning:
             now = category_conditions(self.backbone, config)
         subjects = self._subjects
         if method.changes_subject_text:
-            subjects = self.backbone.encode_prompts(self._prompts, config.resolution)
+            subjects = method.subject_conditions()
+        condition = subjects[batch.which]
         x_t = add_noise(batch.x_0, batch.eps, batch.t, schedule)
-        output = method.predict(x_t, batch.t, subjects[batch.which], batch.which)
+        output = method.predict(x_t, batch.t, condition, batch.which)
         own = method.own_loss()
         target = training_target(batch.x_0, batch.eps, batch.t, schedule)
         subject = subject_loss(output, target) / x_t[0].numel()
@@ -292,7 +293,7 @@ class Tuning:
         elif asks and self.regularizer:
             frozen, (null, categories) = self.frozen, self._before
             frozen.uncond, frozen.category = null.expand(len(x_t)), categories[batch.which]
-            frozen.subject = subjects[batch.which]
+            frozen.subject = condition
             terms["loss_sude"] = gated = self.regularizer(x_t, batch.t, output, frozen)
         elif asks:
             uncond, category = self._answers(x_t, batch, now)

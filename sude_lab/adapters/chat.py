@@ -54,9 +54,9 @@ class ChatBackbone(FlowBackbone):
             raise UserError(f"The language model of a {kind} is not trained: leave out {flags}.")
 
     def tokenize(self, prompts: list[str], tokenizer: Any = None) -> Tensor:
-        """Return token ids (B, L), without the chat's marks."""
+        """Return token ids (B, L), without the chat's marks, on the CPU."""
         how = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        return self.tokenizer(prompts, max_length=self.length, **how).input_ids.to(self.device)
+        return self.tokenizer(prompts, max_length=self.length, **how).input_ids
 
     def beyond_reach(self, prompt: str, *tokens: str) -> str:
         """Return the end of a prompt, which is not read; "": all is."""

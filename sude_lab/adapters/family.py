@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from sude_lab.backbone import Backbone, Condition
@@ -85,6 +86,12 @@ class FlowBackbone(Family):
         """The schedule of the training, which drawing does not change."""
         return Schedule.from_scheduler(self.pipeline.scheduler)
 
+    @cached_property
+    def times(self) -> Tensor:
+        """What the network is told at every t, (T,), on its device."""
+        schedule = self.schedule
+        return schedule.to_time(torch.arange(schedule.num_timesteps)).to(self.device)
+
     def check_method(self, config: Any) -> None:
         """Refuse, with a UserError, what is made for UNets, and words of several vectors."""
         kind = type(self.pipeline).__name__
@@ -117,8 +124,7 @@ class FlowBackbone(Family):
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, model: Any = None) -> Tensor:
         """Return the model output noise - x_0 in float32, (B, C, h, w)."""
         with self.autocast():
-            time = self.schedule.to_time(t)
-            return self.ask(model or self.denoiser, x_t, time, condition).float()
+            return self.ask(model or self.denoiser, x_t, self.times[t], condition).float()
 
     @staticmethod
     def ask(model: Any, x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from sude_lab.adapters.chat import WORDS, ChatBackbone
 from sude_lab.adapters.family import DISTILLED, SHARED
-from sude_lab.backbone import Condition
+from sude_lab.backbone import Condition, send
 from sude_lab.errors import UserError
 
 
@@ -26,7 +26,7 @@ def ask(model: Any, x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
     one, sides = torch.arange(1), (torch.arange(height), torch.arange(width))
     words = torch.arange(condition.hidden.shape[1])
     ids = [torch.cartesian_prod(one, *sides, one), torch.cartesian_prod(one, one, one, words)]
-    img_ids, txt_ids = (i.to(x_t.device).expand(batch, -1, -1) for i in ids)
+    img_ids, txt_ids = (send(i, x_t.device).expand(batch, -1, -1) for i in ids)
     output = model(
         hidden_states=x_t.flatten(2).transpose(1, 2),
         timestep=time / 1000,

@@ -71,8 +71,7 @@ class StableDiffusion3(FlowBackbone):
 
     def loss_weight(self, t: Tensor) -> Tensor:
         """Return s^2, (B,): the error of x_0 = x_t - s u in place of that of u."""
-        s = self.schedule.to_time(t) / self.schedule.num_timesteps
-        return s.square()
+        return (self.times[t] / len(self.times)).square()
 
     def needed(self) -> dict[str, Any]:
         """Return what the transformer's configuration must say, by the other parts'."""

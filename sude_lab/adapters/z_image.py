@@ -48,8 +48,7 @@ class ZImage(ChatBackbone):
         hidden = rows[0].new_zeros(len(rows), self.length, rows[0].shape[1])
         for k, row in enumerate(rows):
             hidden[k, : len(row)] = row
-        lengths = torch.tensor([[len(row)] for row in rows], device=hidden.device)
-        return Condition(hidden, sizes=lengths)
+        return Condition(hidden, sizes=torch.tensor([[len(row)] for row in rows]))
 
     def scaled(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
         """Return (latents - shift) * scale; the script draws nothing."""

@@ -69,7 +69,7 @@ class Method:
         """Take notice of the subjects' clean latents, (1, C, h, w) each, before the first step."""
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, which: Tensor) -> Tensor:
-        """Return the subject's model output; `which` (B,) numbers each sample's subject."""
+        """Return the subject's output; `which` (B,), on the CPU, numbers each sample's subject."""
         return self.backbone.predict(x_t, t, condition)
 
     def own_loss(self) -> Tensor | None:
@@ -105,6 +105,10 @@ class Method:
             text = (self.config.prompt or self.template).replace(PLACEHOLDER, placeholder(number))
             prompts.append(fill(text.replace("{category}", subject.category), *tokens))
         return prompts
+
+    def subject_conditions(self) -> Condition:
+        """Return the condition of every subject's prompt as it is now, one row each."""
+        return self.backbone.encode_prompts(self.subject_prompts(), self.config.resolution)
 
     @property
     def changes_text(self) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sude_lab.backbone import Backbone, Condition
+from sude_lab.backbone import Backbone, Condition, send
 from sude_lab.errors import UserError
 from sude_lab.methods.base import Method
 
@@ -172,12 +172,13 @@ class ImageAttention(nn.Module):
     subject; at the end the reference rows are dropped. Rows whose prompt names no subject pass as
     in the plain model, the unconditional half of classifier-free guidance among them.
 
-    A hook on the text encoder keeps, for every prompt with a subject's word, a digest of the hidden
-    states and the word's places; the UNet's rows are looked up by their bits. So it works in any
-    call of the pipeline, but not for embeddings that this text encoder did not return as they are
-    (mixed or weighted prompts, `clip_skip`): such rows pass as in the plain model. While S* has
-    learned nothing, it and the word it started from make the same hidden states: the prompt that
-    was read last counts.
+    Tuning knows its rows (`recording`). Drawing does not: a hook on the text encoder keeps, for
+    every prompt with a subject's word, a digest of the hidden states and the word's places; the
+    UNet's rows are looked up by their bits, for which the CPU waits. So it works in any call of the
+    pipeline, but not for embeddings that this text encoder did not return as they are (mixed or
+    weighted prompts, `clip_skip`): such rows pass as in the plain model. While S* has learned
+    nothing, it and the word it started from make the same hidden states: the prompt that was read
+    last counts.
 
     A copy of the pipeline (`copy.deepcopy`) has image attention of its own; `save_pretrained`
     writes the plain model.
@@ -197,7 +198,7 @@ class ImageAttention(nn.Module):
         self.end_id = backbone.tokenizer.eos_token_id
         self._on = True
         self._size: int | None = None
-        self._which: list[int] | None = None
+        self._named: dict[int, tuple[int, _Prompt]] | None = None
         self._record: list[Maps] | None = None
         self._prompts: dict[bytes, _Prompt] = {}
         # Bound methods, no closures: copies of the pipeline then call the copy of this object.
@@ -215,7 +216,7 @@ class ImageAttention(nn.Module):
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Let every prompt be answered by the plain model for a moment."""
+        """For a moment let the plain model answer every prompt, and remember none."""
         before, self._on = self._on, False
         try:
             yield
@@ -223,33 +224,45 @@ class ImageAttention(nn.Module):
             self._on = before
 
     @contextmanager
-    def recording(self, which: Tensor) -> Iterator[list[Maps]]:
+    def recording(self, condition: Condition, which: Tensor) -> Iterator[list[Maps]]:
         """Use the references of subjects `which`, (B,), and fill a list with the layers' maps.
 
         Raises:
             ValueError: a row's prompt does not name its subject.
         """
-        self._which, self._record = which.tolist(), []
+        lines = [[]] * len(condition) if condition.ids is None else condition.ids.tolist()
+        named = {}
+        for row, (ids, subject) in enumerate(zip(lines, which.tolist(), strict=True)):
+            named[row] = subject, (prompt := self._prompt(ids))
+            if subject not in prompt.places:
+                why = f"does not name subject {subject}, or was not encoded by this backbone"
+                raise ValueError(f"The prompt of sample {row} {why}.")
+        self._named, self._record = named, []
         try:
             yield self._record
         finally:
             # Before the backward pass: what gradient checkpointing computes anew is not recorded.
-            self._which, self._record = None, None
+            self._named, self._record = None, None
+
+    def _prompt(self, ids: list[int]) -> _Prompt:
+        """Return where the subjects' words are among the tokens of a prompt."""
+        places: dict[int, list[int]] = {}
+        for place, index in enumerate(ids):
+            if index in self.subject_of:
+                places.setdefault(self.subject_of[index], []).append(place)
+        return _Prompt(places, ids.index(self.end_id) if self.end_id in ids else len(ids) - 1)
 
     # Hooks, in the order in which they are called -------------------------------------------------
 
     def _read(self, encoder: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Keep what the text encoder made of every prompt with a subject's word."""
+        if not self._on:
+            return
         ids = args[0] if args else kwargs["input_ids"]
         for key, line in zip(_digests(output[0]), ids.tolist(), strict=True):
-            places: dict[int, list[int]] = {}
-            for place, index in enumerate(line):
-                if index in self.subject_of:
-                    places.setdefault(self.subject_of[index], []).append(place)
-            before = self._prompts.pop(key, None)
-            if places:
-                end = line.index(self.end_id) if self.end_id in line else len(line) - 1
-                self._prompts[key] = _Prompt(places, end)
+            prompt, before = self._prompt(line), self._prompts.pop(key, None)
+            if prompt.places:
+                self._prompts[key] = prompt
             elif before is not None:
                 self._prompts[key] = replace(before, plain=True)
         for key in list(islice(self._prompts, max(0, len(self._prompts) - PROMPTS_KEPT))):
@@ -262,19 +275,22 @@ class ImageAttention(nn.Module):
             return None
         inputs = inspect.signature(unet.forward).bind(*args, **kwargs).arguments
         sample, t, hidden = (inputs[n] for n in ("sample", "timestep", "encoder_hidden_states"))
-        prompts = [self._prompts.get(key) for key in _digests(hidden)]
-        subjects = self._subjects(prompts)
-        if not subjects:
+        named = self._named
+        if named is None:  # drawing: the first subject that a prompt names
+            prompts = enumerate(map(self._prompts.get, _digests(hidden)))
+            named = {k: (next(iter(p.places)), p) for k, p in prompts if p and not p.plain}
+        if not named:
             return None
         if self.references.device != sample.device:  # no part of the UNet, so not moved with it
             self.to(sample.device)
-        words, ends = torch.zeros(2, len(subjects), hidden.shape[1])
-        for k, (row, subject) in enumerate(subjects.items()):
-            if prompt := prompts[row]:
-                words[k, prompt.places[subject]] = 1 / len(prompt.places[subject])
-                ends[k, prompt.end] = 1
-        rows = torch.tensor(list(subjects), device=sample.device)
-        references = self.references[list(subjects.values())].to(sample.dtype)
+        places = torch.zeros(2, len(named), hidden.shape[1])
+        for k, (subject, prompt) in enumerate(named.values()):
+            places[0, k, prompt.places[subject]] = 1 / len(prompt.places[subject])
+            places[1, k, prompt.end] = 1
+        words, ends = send(places, sample.device)
+        rows = send(torch.tensor(list(named)), sample.device)
+        which = send(torch.tensor([subject for subject, _ in named.values()]), sample.device)
+        references = self.references[which].to(sample.dtype)
         size = sample.shape[2:]
         if references.shape[2:] != size:  # drawn at another size than tuned at
             references = F.interpolate(references, size, mode="bilinear", antialias=True)
@@ -285,19 +301,9 @@ class ImageAttention(nn.Module):
         # The layers learn of this call by the tensor that they are given anyway: gradient
         # checkpointing gives them the same one again, long after other calls were made.
         inputs["encoder_hidden_states"] = torch.cat([hidden, hidden[rows]])
-        call = _Call(self._size, rows, words.to(sample.device), ends.to(sample.device))
+        call = _Call(self._size, rows, words, ends)
         setattr(inputs["encoder_hidden_states"], _CALL, call)
         return (), inputs
-
-    def _subjects(self, prompts: list[_Prompt | None]) -> dict[int, int]:
-        """Return the subject of every row that has one: the one asked for, else the first named."""
-        if self._which is None:
-            return {k: next(iter(p.places)) for k, p in enumerate(prompts) if p and not p.plain}
-        for row, (prompt, subject) in enumerate(zip(prompts, self._which, strict=True)):
-            if prompt is None or subject not in prompt.places:
-                why = f"does not name subject {subject}, or was not encoded by this backbone"
-                raise ValueError(f"The prompt of sample {row} {why}.")
-        return dict(enumerate(self._which))
 
     def _look(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See what a layer's text attention makes of the references; compute no loss here."""
@@ -393,8 +399,13 @@ class ViCo(Method):
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, which: Tensor) -> Tensor:
         """Return the subject's model output with image attention; the prompts must name `which`."""
-        with self.images.recording(which) as self.maps:
+        with self.images.recording(condition, which) as self.maps:
             return self.backbone.predict(x_t, t, condition)
+
+    def subject_conditions(self) -> Condition:
+        """Return the subjects' conditions: `predict` knows them by their tokens, not their bits."""
+        with self.images.off():
+            return super().subject_conditions()
 
     def own_loss(self) -> Tensor | None:
         """Return 5e-4 times `attention_loss`, summed over layers, of the last `predict`, (B,)."""

@@ -629,10 +629,22 @@ def test_many_prompts_do_not_fill_the_memory(
             tiny.encode_prompts([f"{words} <sks>"]) for words in ("a", "the", "a dog", "on a")
         ]
         assert len(vico.images._prompts) == 3
-        for condition in conditions[1:]:
-            vico.predict(x, t, condition, torch.tensor([0]))
-        with pytest.raises(ValueError, match="not encoded by this backbone"):
-            vico.predict(x, t, conditions[0], torch.tensor([0]))
+        for condition in conditions:
+            kept, told = (
+                tiny.predict(x, t, condition),
+                vico.predict(x, t, condition, torch.tensor([0])),
+            )
+            assert torch.equal(kept, told) == (condition is not conditions[0])
+
+
+def test_tuning_fills_no_memory_with_its_prompts(tiny: Backbone, picture: Image.Image) -> None:
+    """It knows its rows without asking for bits; what is encoded between its steps is read."""
+    steps = tune(config(), tiny, picture)
+    step = next(steps)
+    assert not step.method.images._prompts
+    assert tiny.encode_prompts([PROMPT]) and len(step.method.images._prompts) == 1
+    next(steps)
+    assert len(step.method.images._prompts) == 1
 
 
 def test_mixed_conditions_find_their_rows(tiny: Backbone) -> None:
