@@ -248,6 +248,16 @@ def test_a_card_is_measured_row_by_row(
     expected = counted.tera_operations / counted.seconds / rate
     np.testing.assert_allclose(counted.share, expected, rtol=1e-3)
 
+    # A card that has time for little compiles a LoRA's model before it takes larger batches.
+    compiled = table[table.variant.fillna("").str.endswith("compile")]
+    assert list(zip(compiled.method, compiled.variant, compiled.batch, strict=True)) == [
+        (method, f"{variant}, compile", 1)
+        for method in ("dreambooth lora", "dreambooth")
+        for variant in ("plain", "SuDe")
+    ]
+    assert compiled.index[1] < table.index[table.batch == 4][0]
+    assert compiled.note.str.startswith("its first step, with compiling: ").all()
+
     # SuDe adds two predictions of the model before tuning, whatever is tuned; what is
     # recomputed counts.
     work = table.fillna({"variant": ""}).set_index(["model", "method", "batch", "variant"])
@@ -271,6 +281,28 @@ def test_a_card_is_measured_row_by_row(
         "machine 0: second",
         "sd15 drawing 4: s",
     ]
+
+
+def test_a_card_on_which_nothing_compiles_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = load("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("backend='eager' raised:\nRuntimeError: no C compiler\n\nSet this")
+
+    def compile_(module: Any, backend: Any) -> None:
+        module._compiled_call_impl = torch.compile(module._call_impl, backend=fails)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    only = ("lora plain, compile", "textual inversion plain 1")
+    gpu.main(gpu.Benchmark(tmp_path, 1e6, "tiny", steps=1, warm_up=0, only=only))
+    rows = pd.read_csv(tmp_path / "gpu.csv", keep_default_na=False).set_index("variant")
+    why = rows.loc["plain, compile", "error"]
+    assert "RuntimeError: no C compiler" in why and "\n" not in why
+    assert f"lora plain, compile 1: failed because {why}" in capsys.readouterr().out
+    assert rows.loc["plain", "error"] == "" and float(rows.loc["plain", "seconds"]) > 0
 
 
 def test_a_card_where_one_measurement_fails_or_time_is_short(
