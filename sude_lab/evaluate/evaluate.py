@@ -10,6 +10,7 @@ run, prompt, sampler and seed): another command draws only what it lacks.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -17,9 +18,8 @@ from dataclasses import dataclass, fields
 from functools import cache, partial
 from itertools import groupby, product
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 from tqdm.auto import tqdm
@@ -47,6 +47,9 @@ from sude_lab.io.reading import is_file
 from sude_lab.methods import get_method
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, filled
 from sude_lab.runs.guided import guidance_for
+
+if TYPE_CHECKING:  # a second, which drawing need not wait for
+    import pandas as pd
 
 FOLDER, PICTURES = "evaluation", "pictures"
 SCORES, TABLE, REPORT = "scores.csv", "table.csv", "table.md"
@@ -210,6 +213,8 @@ def evaluate(
         pictures = _pictures(job, open_base, progress)
         tables.append(_scored(job, pictures, ready, progress))
         _write(_tables(job.run) / SCORES, tables[-1])
+    import pandas as pd
+
     scores = pd.concat(tables, ignore_index=True)
     table = m.compare(scores)
     text = report(table, scores)
@@ -458,6 +463,8 @@ def _pictures(job: _Job, open_base: Callable[[Run], Backbone], progress: bool) -
 def _scored(
     job: _Job, pictures: list[_Picture], encoders: dict[str, Encoder], progress: bool
 ) -> pd.DataFrame:
+    import pandas as pd
+
     prompts, images = [job.prompts[p.prompt] for p in pictures], [p.image for p in pictures]
     columns: dict[str, tuple[str, Sequence[float | None]]] = {}
     for name in job.metrics:
@@ -496,6 +503,8 @@ def _scored(
 
 def report(table: pd.DataFrame, scores: pd.DataFrame) -> str:
     """Return the table of `metrics.compare` for people, in Markdown, with what one must know."""
+    import pandas as pd
+
     lines = []
     keys = ["settings", "variant", "kind"]
     for (settings, variant, kind), group in table.groupby(keys, sort=False):
@@ -519,7 +528,7 @@ def report(table: pd.DataFrame, scores: pd.DataFrame) -> str:
 
 def _cell(row: dict[Any, Any]) -> str:
     text = Interval(row["mean"], row["low"], row["high"], 0).words(".3f")
-    if pd.isna(row.get("difference")):
+    if math.isnan(row.get("difference", math.nan)):
         return text
     gain = Interval(row["difference"], row["difference_low"], row["difference_high"], 0)
     return f"{text} ({gain.words('+.3f')})"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from sude_lab.evaluate.statistics import Interval, drawings_interval, mean_interval
+
+if TYPE_CHECKING:  # a second, which drawing need not wait for
+    import pandas as pd
 
 MEASURES = ("attribute_alignment", "subject_fidelity", "category_alignment")
 
@@ -59,6 +61,8 @@ def gains(
     `statistics.mean_interval`. Where there is no gain, as for the variant that is
     compared with, it is nan.
     """
+    import pandas as pd
+
     keys = [*by, "subject", "seed"]
     runs = table.groupby([*keys, "variant"], as_index=False, sort=False)[list(measures)].mean()
     base = runs[runs["variant"] == against].drop(columns="variant")
@@ -111,6 +115,8 @@ def compare(scores: pd.DataFrame) -> pd.DataFrame:
     Args: scores: a row a picture and metric, with the columns of `PAIR`, `settings`, `variant`,
     `kind`, `metric` and `value`.
     """
+    import pandas as pd
+
     rows: list[dict[str, Any]] = []
     runs = scores[["settings", "variant"]].drop_duplicates()
     first = tuple(runs.iloc[0])

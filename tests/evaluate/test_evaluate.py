@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -665,3 +667,9 @@ def test_a_picture_whose_name_is_not_utf_8_is_evaluated(pair: list[Path], measur
     found = measure(pair[0], prompts="plain", num_images=1, metrics="CLIP-I")
     table = pd.read_csv(found.out / room.SCORES)
     assert table["subject"].tolist() == ["dog-\\udcff"] and found.text.encode()
+
+
+def test_drawing_begins_before_tables_are_imported() -> None:
+    code = "import sys, sude_lab.evaluate.evaluate; print(set(sys.modules))"
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "'torch'" in said.stdout and "'pandas'" not in said.stdout
