@@ -37,13 +37,11 @@ def otsu_threshold(values: Tensor) -> Tensor:
     T = argmax_T w_0 w_1 (mu_0 - mu_1)^2, Otsu 1979, w and mu being the share and the mean of the
     values <= T and of those > T. Every split is tried, none is lost in the bins of a histogram.
 
-    Args: values: (B, N). Returns (B,), the largest value of the lower group; where all N values
-    are equal, that value. Raises a ValueError where they are not (B, N) with N > 0.
+    Args: values: (B, N), N > 0. Returns (B,), the largest value of the lower group.
     """
     if values.ndim != 2 or not values.shape[1]:
         raise ValueError(f"Values must be (B, N) with N > 0, got {tuple(values.shape)}.")
-    number = values.shape[1]
-    if number == 1:
+    if (number := values.shape[1]) == 1:
         return values[:, 0]
     x, _ = values.sort(dim=1)
     # T moves with the values: take them from 0 to 1, where no square is lost to rounding.
@@ -114,8 +112,8 @@ def decoder_layers(unet: nn.Module) -> dict[str, Any]:
         (name, module)
         for name, module in unet.named_modules()
         if name.startswith("up_blocks.") and isinstance(module, BasicTransformerBlock)
+        if module.attn2 is not None
     ]
-    layers = [(name, module) for name, module in layers if module.attn2 is not None]
     if not layers:
         none = "ViCo needs transformer blocks in the UNet's up path, and this model has none"
         raise UserError(f"{none}: choose another --method.")
@@ -125,8 +123,7 @@ def decoder_layers(unet: nn.Module) -> dict[str, Any]:
 def image_block(host: Any) -> Any:
     """Return an image cross-attention block for a transformer block of the UNet, not yet trained.
 
-    Self-attention, cross-attention to the reference, feed-forward, all with weights of its own. It
-    starts as a copy of its host, the cross-attention (and its norm) as one of the host's
+    It starts as a copy of its host, the cross-attention (and its norm) as one of the host's
     self-attention, which looks for like places in the same features. The three layers that write
     the result start at zero: at step 0 the block changes nothing. (The authors' code starts from
     random weights, which disturb the model until they are trained.)
@@ -167,10 +164,9 @@ class ImageAttention(nn.Module):
     """Image cross-attention in a pipeline, by hooks: its UNet keeps its weights and their names.
 
     A row of the UNet's batch whose prompt names a subject gets a second row: the subject's clean
-    latent (no noise), with the same t and the same prompt. Both pass the UNet in one batch. After
-    every chosen layer the image block lets the noisy row attend to its reference, masked to the
-    subject; at the end the reference rows are dropped. Rows whose prompt names no subject pass as
-    in the plain model, the unconditional half of classifier-free guidance among them.
+    latent, with the same t and prompt. After every chosen layer the image block lets the noisy row
+    attend to its reference, masked to the subject; at the end the reference rows are dropped. Rows
+    whose prompt names no subject pass as in the plain model.
 
     Tuning knows its rows (`recording`). Drawing does not: a hook on the text encoder keeps, for
     every prompt with a subject's word, a digest of the hidden states and the word's places; the
@@ -362,8 +358,8 @@ class ViCo(Method):
     subject is its picture's latent, kept beside the blocks in `vico.safetensors` and resampled for
     other sizes. A prompt that names several subjects uses the reference of the first one.
 
-    SuDe's classifier reads "photo of a dog" and "", which do not name the subject: the blocks have
-    no part in its answers, and the priors `current` and `pretrained` are the same.
+    SuDe's classifier reads "photo of a dog" and "", which do not name the subject: the priors
+    `current` and `pretrained` are the same.
 
     Of the authors' code: steps, rates and weights. Ours are Otsu's threshold over every split (they
     try nine), blocks that start as no change, and a loss for every sample.
