@@ -27,8 +27,12 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vase": MATERIALS,
 }
 CATEGORIES = tuple(ATTRIBUTES)
-_PLACES = ("on the beach", "in the snow", "on the grass", "at night")
-BACKGROUNDS = {place.split()[-1]: place for place in _PLACES}
+BACKGROUNDS = {
+    "beach": "on the beach",
+    "snow": "in the snow",
+    "grass": "on the grass",
+    "night": "at night",
+}
 COMPANIONS = {"ball": "with a ball", "cherries": "with cherries"}
 PATTERNS = ("plain", "spots", "stripes", "patch")
 COLOURS: dict[str, Colour] = {
@@ -425,12 +429,9 @@ def _material(c: _Canvas, parts: list[Part], colour: Colour) -> None:
 
 def _cherries(c: _Canvas, *places: Point) -> None:
     for x, y in places:
-        top, pair = (
-            (x + 0.04, y - 0.10),
-            (_circle(x, y, 0.048), _circle(x + 0.085, y + 0.01, 0.048)),
-        )
+        top, other = (x + 0.04, y - 0.10), _circle(x + 0.085, y + 0.01, 0.048)
         c.fill((60, 120, 50), _line(0.014, (x, y), top), _line(0.014, (x + 0.08, y), top))
-        c.outlined((206, 22, 52), *pair, grow=0.01)
+        c.outlined((206, 22, 52), _circle(x, y, 0.048), other, grow=0.01)
         c.fill((255, 220, 225), _circle(x - 0.012, y - 0.014, 0.013))
 
 
