@@ -47,11 +47,11 @@ FACTS_FILE = "sude_lab.json"
 TUNING: dict[str, Any] = {
     "dreambooth": {
         "train": "unet",
-        "learning_rate": 1e-4,
+        "learning_rate": 2e-5,
         "token_learning_rate": 1e-3,
         "weight_sude": 2.0,
         "weighting": "simple",
-        "max_train_steps": 60,
+        "max_train_steps": 100,
         "train_batch_size": 4,
     },
     "textual_inversion": {
