@@ -14,6 +14,8 @@ import pytest
 import torch
 from flow_models import build
 from PIL import Image, ImageOps
+from real_configs import REAL, shrink
+from real_configs import build as build_unet
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -197,6 +199,13 @@ def test_a_step_waits_once(
     settings: dict[str, Any], fresh: Callable[[], Backbone], subject_picture: Path
 ) -> None:
     check_waits(settings, fresh, subject_picture)
+
+
+def test_a_step_of_sdxl_waits_once(tmp_path: Path, subject_picture: Path) -> None:
+    """Its words are trained, so that every step makes its sizes anew."""
+    pipeline = build_unet(shrink(REAL["sdxl"])[0], tmp_path)
+    opened = Backbone(pipeline, "sdxl", torch.device("cpu"))
+    check_waits({"method": "textual_inversion"}, opened.copy, subject_picture)
 
 
 @pytest.mark.parametrize("name", ["sd3", "klein", "z_image"])
