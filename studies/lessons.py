@@ -96,16 +96,14 @@ def as_slides(book: Any) -> Any:
     return book
 
 
-def slides(out: Path = Path("slides"), offline: bool = False) -> None:
+def slides(out: Path = Path("slides")) -> None:
     """Make a page of slides (reveal.js) of every lesson, from its stored outputs.
 
-    Args:
-        out: the folder for the pages.
-        offline: the pages take their scripts from `out`/node_modules and need no network.
+    Where `out` has a folder node_modules the pages take their scripts from it and need no network.
     """
     out.mkdir(parents=True, exist_ok=True)
     exporter = SlidesExporter(reveal_scroll=True, reveal_number="c/t")
-    if offline:
+    if (out / "node_modules").is_dir():
         if lost := [name for name in SCRIPTS.values() if not (out / name.split("?")[0]).exists()]:
             raise SystemExit(f"There is no {out / lost[0]}: guide/teaching.md has the command.")
         exporter.update_config(Config(SlidesExporter=SCRIPTS))
