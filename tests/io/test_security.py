@@ -378,15 +378,13 @@ def finished(
 def test_no_prompt_leaves_the_folder_of_the_evaluation(
     text: str, negative: str, finished: Run
 ) -> None:
-    job: Any = SimpleNamespace(
-        run=finished, folder=finished.folder / "evaluation", negative_prompt=negative, sampling={}
-    )
+    job: Any = SimpleNamespace(run=finished, negative_prompt=negative, sampling={}, seed=0)
     try:
-        folder = evaluate._picture_folder(job, Prompt(text, text), 0)
+        folder = evaluate._folder(job, Prompt(text, text))
     except UserError as error:
         assert "is no text" in str(error) or "asks for" in str(error)
         return
-    inside = folder.relative_to(job.folder).parts
+    inside = folder.relative_to(finished.folder / "evaluation").parts
     assert len(inside) == 3 and inside[0] == "pictures" and inside[2] == "seed-0"
     assert ".." not in inside and len(inside[1].encode()) <= 255
     assert re.fullmatch(r"[\w-]+", inside[1]) and not inside[1].startswith("--")
