@@ -406,8 +406,10 @@ def run_tuning(
             for step in chain([first], steps):
                 rows.append(step.row())
                 bar.update()
-                loss, gates = rows[-1]["loss_subject"], rows[-1]["open_gates"]
-                bar.set_postfix(loss=f"{loss:.4f}", gates=f"{gates:.2f}", refresh=False)
+                shown = {"loss": f"{rows[-1]['loss_subject']:.4f}"}
+                if step.gate is not None:  # nobody asks in every step of a plain run
+                    shown["gates"] = f"{rows[-1]['open_gates']:.2f}"
+                bar.set_postfix(shown, refresh=False)
                 if on_step:
                     on_step(step)
                 last = step.number >= total

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -176,6 +177,21 @@ def test_no_samples_are_drawn_where_none_are_asked_for(
 ) -> None:
     run = tune_in(config, tmp_path / "run", num_samples=0)
     assert names(run.folder) == FINISHED - {SAMPLES}
+
+
+def test_the_bar_shows_gates_where_somebody_asked(
+    config: TuningConfig,
+    tune_in: Callable[..., Run],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runs, "tqdm", partial(runs.tqdm, mininterval=0, miniters=1))
+    watched = replace(config, weight_sude=0.0, monitor_sude=True, sude_every=2, max_train_steps=4)
+    tune_in(watched, tmp_path / "run", progress=True)
+    shown = capsys.readouterr().err
+    assert "gates=0." in shown or "gates=1." in shown
+    assert "nan" not in shown
 
 
 def test_several_subjects_are_one_run(
