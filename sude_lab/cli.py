@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -377,6 +378,8 @@ class Lab:
         notebooks = data_folder().parent / "notebooks"
         if not notebooks.is_dir():
             raise UserError(f"There are no notebooks in {notebooks}: run from a clone.")
+        if importlib.util.find_spec("jupyterlab") is None:
+            raise UserError("JupyterLab is not installed: pip install jupyterlab.")
         command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={notebooks}"]
         if not self.browser:
             command.append("--no-browser")

@@ -305,7 +305,7 @@ def _covers(legend: Any, ax: Axes) -> bool:
     box = legend.get_window_extent().padded(4)
     for line in ax.lines:
         path = line.get_transform().transform_path(line.get_path())
-        if np.ptp(np.asarray(line.get_xydata())[:, 0]) == 0:
+        if len(np.unique(line.get_xdata())) < 2:
             continue
         if line.get_linestyle() == "None":
             if box.count_contains(path.vertices):
