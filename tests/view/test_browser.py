@@ -44,6 +44,7 @@ OTHERS = (
     "def pictures(name): return {{'running': [Image.new('RGB', (32, 32), name)] * 2}}",
     "Flipbook({{0: pictures('red'), 1: pictures('blue')}}, name='g')",
     "Flipbook({{0: pictures('red'), 1: pictures('blue')}}, name='w_s')",
+    "from sude_lab.view.live import LiveView\nwith LiveView(2) as live:\n    pass",
 )
 
 
@@ -240,12 +241,15 @@ def test_the_arrow_keys_move_the_explorer_which_outlives_its_kernel(
         page.close()
 
 
-def test_flipbooks_outlive_their_kernel(browser: Any, lab: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [1400, 1024])
+def test_flipbooks_and_curves_outlive_their_kernel(
+    width: int, browser: Any, lab: str, tmp_path: Path
+) -> None:
     address = lab.replace("explorer.ipynb", "others.ipynb")
-    page = browser.new_page(viewport={"width": 1024, "height": 1000})
+    page = browser.new_page(viewport={"width": width, "height": 1000})
     run_all(page, address, OTHERS)
     images, sliders = page.locator(IMAGE), page.get_by_role("slider")
-    images.nth(1).wait_for(timeout=1000 * RUN)
+    images.nth(2).wait_for(timeout=1000 * RUN)
     sliders.nth(1).wait_for()
     before = [image.get_attribute("src") for image in images.all()]
     sliders.nth(1).press("ArrowRight")
@@ -257,4 +261,4 @@ def test_flipbooks_outlive_their_kernel(browser: Any, lab: str, tmp_path: Path) 
     assert images.nth(0).get_attribute("src") == before[0]
     inside(page, *images.all(), *page.locator(".widget-hslider").all())
     page.screenshot(path=tmp_path / "others.png")
-    visit_again(browser, page, address, 1024, tmp_path / "others-again.png")
+    visit_again(browser, page, address, width, tmp_path / "others-again.png")
