@@ -16,6 +16,8 @@ from sude_lab.io.files import atomic_folder
 from sude_lab.io.opening import data_folder
 
 COURSE = "sude_lab"
+_LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|\d\d_)[^)\s]+")
+"""Where a link leads, but to an address, to the same page, or to another lesson."""
 # 30 seconds a cell, nbgrader's own limit, is little for a first `import torch` on a busy machine.
 SETTINGS = f"""from sude_lab.exercises.grading import guard
 
@@ -42,18 +44,22 @@ def notebooks(pattern: str) -> list[Path]:
 def release_lessons(folder: Path) -> list[Path]:
     """Write the lessons without outputs into `folder`, so that a class predicts before it sees.
 
-    Answers to the predictions stay, folded. Returns the copies.
+    Answers to the predictions stay, folded; links lead to this clone. Returns the copies.
 
     Raises:
         UserError: there are no lessons, or the folder is not empty.
     """
     sources = notebooks("[0-9][0-9]_*.ipynb")
+    back = Path(os.path.relpath(sources[0].parent.resolve(), folder.resolve())).as_posix()
     with atomic_folder(folder) as copies:
         for source in sources:
             book = json.loads(source.read_text(encoding="utf-8"))
             for cell in book["cells"]:
                 if cell["cell_type"] == "code":
                     cell |= {"outputs": [], "execution_count": None}
+                else:
+                    lines = [_LINK.sub(lambda to: f"{back}/{to[0]}", x) for x in cell["source"]]
+                    cell["source"] = lines
             text = json.dumps(book, indent=1, ensure_ascii=False) + "\n"
             (copies / source.name).write_text(text, encoding="utf-8")
     return [folder / source.name for source in sources]
