@@ -23,7 +23,7 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.i
 EXERCISES = sorted((NOTEBOOKS[0].parent / "exercises").glob("*.ipynb"))
 PAGE = (NOTEBOOKS[0].parent / "guide" / "lessons.md").read_text(encoding="utf-8")
 README = (NOTEBOOKS[0].parent.parent / "README.md").read_text(encoding="utf-8")
-MAX_LINES, MAX_BYTES, MAX_WIDTH = 20, 600_000, 660
+MAX_LINES, MAX_BYTES, MAX_WIDTH = 20, 600_000, 610
 PREDICTION = re.compile(r"\*\*Predict(\s+first)?(,\s+then\s+move)?\*\*|<summary>(Answer)</summary>")
 CHECKED = "# NBVAL_CHECK_OUTPUT"
 SEED = re.compile(r"^SEED = \d+", re.M)
