@@ -180,10 +180,11 @@ def main(config: ReportConfig) -> str:
         }
         for title, pairs, shares, of_others in FAMILIES:
             shares = shares or group.shares
-            also = [
-                other_rows(lines, other, of_others, shares, what) for what, other in others.items()
+            more = [
+                row
+                for what, other in others.items()
+                for row in other_rows(lines, other, of_others, shares, what)
             ]
-            more = [row for found in also for row in found]
             shown = family(lines, pairs, more, shares)
             if shown.empty:
                 continue
