@@ -1,13 +1,15 @@
-"""Does SuDe beat less tuning? The registered comparisons (data/grids/fair.md, confirm.md, flow.md).
+"""Does SuDe beat less tuning? The registered comparisons (fair.md and others in data/grids).
 
     python -m studies.fair --arms plain sude     the held-out subjects; no --arms: all arms
     python -m studies.fair --on development      the subjects on which everything was chosen
     python -m studies.fair --on confirm          new subjects, for what the held-out ones suggest
     python -m studies.fair --on flow             the same question on the embedded flow model
+    python -m studies.fair --on others           and of Custom Diffusion, Textual Inversion, ViCo
+    python -m studies.fair --on preservation     class images and ClassDiffusion's term beside SuDe
 
-Each arm is a grid of `data/grids/fair/`, `confirm/` or `flow/`. What is missing is swept on every
-core; the command may be stopped and given again. Then the rows, a subject's mean a strength, go to
-`data/results/fair.csv` (or fair_development.csv, confirm.csv, flow.csv, flow_development.csv).
+Each arm is a grid of `data/grids/fair/`, `confirm/`, `flow/` or `others/`. What is missing is swept
+on every core; the command may be stopped and given again. Then the rows, a subject's mean a
+strength, go to the group's table, `data/results/fair.csv` or another one.
 """
 
 from __future__ import annotations
@@ -29,7 +31,16 @@ from sude_lab.io.files import atomic_write
 from sude_lab.sweep.bench import SIZES, subject_rows
 from sude_lab.sweep.sweep import sweep
 
-On = Literal["held-out", "development", "confirm", "flow", "flow-development"]
+On = Literal[
+    "held-out",
+    "development",
+    "confirm",
+    "flow",
+    "flow-development",
+    "others",
+    "others-development",
+    "preservation",
+]
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,8 @@ TRIED = (
     *("margin", "weighting", "class_images", "sude_class_images", "semantic"),
 )
 FLOW = "flow", ("plain", "sude", "lora_plain", "lora_sude")
+METHODS = "custom_diffusion", "textual_inversion", "vico"
+OTHERS = "others", tuple(f"{method}_{arm}" for method in METHODS for arm in ("plain", "sude"))
 GROUPS: dict[On, Group] = {
     "held-out": Group(SIZES["whole"].subjects, "fair"),
     "development": Group(SIZES["hour"].subjects, "fair_development", "fair", TRIED),
@@ -66,9 +79,22 @@ GROUPS: dict[On, Group] = {
     ),
     "flow": Group("held-out 200 201 202 203 204 205 206 207 208", "flow", *FLOW),
     "flow-development": Group("development 200 206", "flow_development", *FLOW),
+    "others": Group(
+        "held-out 400 401 402 403 404 405 406 407 408", "others", *OTHERS, shares=(0.7, 0.8, 0.9)
+    ),
+    "others-development": Group(
+        "development 100 104", "others_development", *OTHERS, shares=(0.7, 0.8, 0.9)
+    ),
+    "preservation": Group(
+        "held-out " + " ".join(map(str, range(300, 318))),
+        *("preservation", "others"),
+        arms=("plain", "sude", "rate_class_images", "rate_semantic"),
+        shares=(0.75, 0.85, 0.95),
+    ),
 }
-"""Held-out: four subjects a category (to confirm eight, of flow one), whom nobody had looked at
-before the page was committed. Development: others, who chose everything in it."""
+"""Held-out: four subjects a category (to confirm eight, of flow and others one), whom nobody had
+looked at before the page was committed; preservation: two of confirm's eight, whose plain and SuDe
+runs are there. Development: others, who chose everything in it."""
 
 
 def grid_file(arm: str, on: On, folder: Path) -> Path:

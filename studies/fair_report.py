@@ -1,9 +1,11 @@
-"""What the comparisons of fair.md, confirm.md and flow.md in data/grids say, and their figures.
+"""What the comparisons registered in data/grids (fair.md and others) say, and their figures.
 
     python -m studies.fair_report                      data/results/fair.md and fair.png
     python -m studies.fair_report --on development     of the subjects that chose the settings
     python -m studies.fair_report --on confirm         of the new ones that decide
     python -m studies.fair_report --on flow            flow.md and flow.png: all weights, then LoRA
+    python -m studies.fair_report --on others          three more methods
+    python -m studies.fair_report --on preservation    class images, and ClassDiffusion's term
 
 It reads what `python -m studies.fair` kept. Lines, fidelities, margin and contrasts stand here as
 they are registered there.
@@ -21,11 +23,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 import tyro
 
-from studies.fair import GROUPS, On
+from studies.fair import GROUPS, METHODS, On
 from sude_lab.evaluate.fronts import (
     END,
     POINT,
     Line,
+    contrast,
     draw,
     family,
     gain_at,
@@ -52,6 +55,8 @@ LINES = {
     "SuDe, lower rate": "arm == 'sude_rate'",
     "best plain": "arm in ('plain', 'rate')",
     "SuDe without training": f"{_PLAIN_END} or strength.str.startswith('sude_guidance')",
+    "class images": "arm == 'rate_class_images'",
+    "semantic preservation": "arm == 'rate_semantic'",
     **{
         f"SuDe every {k}": f"arm == 'lazy' and variant.str.endswith('every {k}')"
         for k in (1, 2, 4, 8)
@@ -132,20 +137,36 @@ FAMILIES = (
     Family("Second stage, secondary", SECOND, HIGHER, LOWER),
     Family("Lazy SuDe", LAZY),
 )
+KEPT = "class images", "semantic preservation"
+FAMILIES_OF: dict[str, Sequence[Family]] = {
+    "others": (Family("Primary", PRIMARY), Family("Secondary", (), of_others=PRIMARY)),
+    "preservation": (
+        Family("Primary", [*product(KEPT, ("less tuning", "SuDe"))]),
+        Family("Secondary", (), of_others=[(one, "less tuning") for one in KEPT]),
+    ),
+}
+"""By the table: of what is not `FAMILIES`; of others, all methods are one family."""
+PARTS = {"lora_": "LoRA: ", **{f"{m}_": f"{m.replace('_', ' ')}: " for m in METHODS}}
+"""How arms begin that are read for themselves, and what their titles begin with."""
 
 
 def parts_of(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return the rows of all weights, and of LoRA if it is there, with arms named alike."""
-    is_lora = table["arm"].str.startswith("lora_")
-    parts = {"": table[~is_lora]} | ({"LoRA: ": table[is_lora]} if is_lora.any() else {})
-    return {k: rows.assign(arm=rows["arm"].str.removeprefix("lora_")) for k, rows in parts.items()}
+    """Return the rows of every part that is there, all weights first, with points named alike."""
+    start = table["arm"].str.extract(f"^({'|'.join(PARTS)})")[0].fillna("")
+    return {
+        ({"": ""} | PARTS)[key]: rows.assign(
+            arm=rows["arm"].str.removeprefix(key),
+            settings=rows["settings"].str.replace(r"^\w+", "dreambooth", regex=True),  # as of END
+        )
+        for key, rows in table.groupby(start, sort=False)
+    }
 
 
 def figure(parts: dict[str, dict[str, Line]], path: Path, shares: Sequence[float]) -> None:
     """Draw the means of every line, its front drawn through, over the fidelities that are read."""
     import matplotlib.pyplot as plt
 
-    size = (7 * len(parts) ** 0.5, 4)
+    size = (max(7 * len(parts) ** 0.5, 4.9 * len(parts)), 4)
     fig, row = plt.subplots(
         1, len(parts), figsize=size, layout="constrained", dpi=160, sharey=True, squeeze=False
     )
@@ -170,7 +191,10 @@ def main(config: ReportConfig) -> str:
     table = read(group.table).fillna({"strength": ""})
     command, number = f"python -m studies.fair_report --on {config.on}", table["subject"].nunique()
     texts = [f"Made by `{command}` as data/grids/{group.page}.md says; {number} subjects."]
+    families = FAMILIES_OF.get(config.on.removesuffix("-development"), FAMILIES)
     parts: dict[str, dict[str, Line]] = {}
+    contrasts: dict[str, list[dict[str, Any]]] = {}
+    sections: dict[str, pd.DataFrame] = {}
     for part, rows in parts_of(table).items():
         lines = parts[part] = lines_of(rows)
         others = {
@@ -178,20 +202,24 @@ def main(config: ReportConfig) -> str:
             for what in ("category", "background")
             if f"{what}_alignment" in rows
         }
-        for title, pairs, shares, of_others in FAMILIES:
+        for title, pairs, shares, of_others in families:
             shares = shares or group.shares
-            more = [
-                row
-                for what, other in others.items()
-                for row in other_rows(lines, other, of_others, shares, what)
-            ]
-            shown = family(lines, pairs, more, shares)
-            if shown.empty:
-                continue
-            shown["gain"] = [gain.words("+.3f") for gain in shown["gain"]]
-            texts += [f"## {part}{title} contrasts", shown.round(4).to_markdown(index=False)]
+            there = [(a, b) for a, b in pairs if a in lines and b in lines]
+            end = lines["less tuning"]
+            found = [row for a, b in there for row in contrast(lines[a], lines[b], end, shares)]
+            for what, other in others.items():
+                found += other_rows(lines, other, of_others, shares, what)
+            together = families is not FAMILIES
+            title, arm = (title, part) if together else (f"{part}{title}", "")
+            of_title = contrasts.setdefault(f"## {title} contrasts", [])
+            of_title += [row | {"arm": f"{arm}{row['arm']}"} for row in found]
+            sections[f"## {title} contrasts"] = family(lines, [], of_title)
         at = places(lines, others["category"], rows, asks(rows), sorted({*group.shares, *HIGHER}))
-        texts += [f"## {part}Where the lines are read", at.to_markdown(index=False)]
+        sections[f"## {part}Where the lines are read"] = at
+    for title, shown in sections.items():
+        if "gain" in shown:
+            shown["gain"] = [gain.words("+.3f") for gain in shown["gain"]]
+        texts += [] if shown.empty else [title, shown.round(4).to_markdown(index=False)]
     groups = table.groupby(POINT, sort=False)
     means = groups[["subject_fidelity", "attribute_alignment", "category_alignment"]].mean()
     means["subjects"] = groups["subject"].nunique()

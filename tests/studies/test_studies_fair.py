@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from studies import fair, fair_report, stopping, where
+from studies.runs import GRIDS
 from sude_lab.evaluate import fronts, stored
 from sude_lab.evaluate.metrics import MEASURES
-from sude_lab.evaluate.statistics import Interval
+from sude_lab.evaluate.statistics import Interval, holm
 from sude_lab.sweep.grid import make_plan, read_grid
 from sude_lab.sweep.sweep import RESULTS
 from sude_lab.world import drawing as world
@@ -109,6 +111,16 @@ def test_the_report_is_written_with_its_figure(
         ("flow", "sude", 1, 12),
         ("flow", "lora_plain", 1, 9),
         ("flow", "lora_sude", 1, 12),
+        ("others", "custom_diffusion_plain", 1, 8),
+        ("others", "custom_diffusion_sude", 1, 8),
+        ("others", "textual_inversion_plain", 1, 7),
+        ("others", "textual_inversion_sude", 1, 8),
+        ("others", "vico_plain", 1, 6),
+        ("others", "vico_sude", 1, 8),
+        ("preservation", "plain", 2, 8),
+        ("preservation", "sude", 2, 8),
+        ("preservation", "rate_class_images", 2, 8),
+        ("preservation", "rate_semantic", 2, 8),
     ],
 )
 def test_the_registered_grids_are_of_as_many_subjects_a_category(
@@ -121,10 +133,37 @@ def test_the_registered_grids_are_of_as_many_subjects_a_category(
     assert pd.Series(of).value_counts().to_dict() == dict.fromkeys(world.CATEGORIES, each)
     assert all(job.config.seed == 0 and job.asked["seed"] == 500 for job in plan.jobs)
     assert sum(len(job.strengths) for job in plan.jobs) == 9 * each * points
-    train = "lora" if arm.startswith("lora") else "unet"
+    method = re.sub("_?(plain|sude)$", "", arm) if on == "others" else "dreambooth"
     backbone = "embedded-flow" if on == "flow" else "embedded"
-    assert {(job.config.train, job.config.backbone) for job in plan.jobs} == {(train, backbone)}
-    assert {job.label["settings"] for job in plan.jobs} == {"dreambooth"}  # as END reads it
+    assert {(job.config.method, job.config.backbone) for job in plan.jobs} == {(method, backbone)}
+    if method == "dreambooth":
+        assert {job.config.train for job in plan.jobs} == {"lora" if "lora" in arm else "unet"}
+    if arm != "rate_class_images":
+        assert {job.label["settings"] for job in plan.jobs} == {method}  # as END reads it
+
+
+def test_preservation_is_compared_with_the_confirmations_own_runs(tmp_path: Path) -> None:
+    """The same names of runs and of scores: nothing is tuned or drawn anew."""
+    folder = GRIDS / "others"
+    for arm in ("plain", "sude"):
+        plans = [
+            make_plan(read_grid(fair.grid_file(arm, on, tmp_path)), tmp_path / on)
+            for on in ("confirm", "preservation")
+        ]
+        both, ours = ({(job.key, job.rows) for job in plan.jobs} for plan in plans)
+        assert ours < both
+    plain = yaml.safe_load((folder / "plain.yaml").read_text()) | {"w_s": [0]}
+    for arm, own in [("class_images", "prior_loss_weight"), ("semantic", "regularizer_file")]:
+        grid = yaml.safe_load((folder / f"rate_{arm}.yaml").read_text())
+        assert grid["settings"].pop(own)
+        assert grid | {"w_s": [0]} == plain | {"strengths": grid["strengths"]}
+
+
+def test_subjects_of_the_groups_are_new_or_said_to_be_shared() -> None:
+    of = {on: set(group.subjects.split()) for on, group in fair.GROUPS.items()}
+    before = set().union(*(of[on] for on in of if on != "others"))
+    assert of["others"] & before == {"held-out"}
+    assert of["preservation"] < of["confirm"]
 
 
 def test_a_lora_is_compared_with_a_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +183,45 @@ def test_a_lora_is_compared_with_a_lora(tmp_path: Path, monkeypatch: pytest.Monk
     assert abs(gains["Primary contrasts"]) < 0.05
     assert abs(gains["LoRA: Primary contrasts"] - 0.3) < 0.05
     assert (tmp_path / "flow.png").is_file()
+
+
+def test_three_methods_are_one_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "RESULTS", tmp_path)
+    monkeypatch.setattr(fair_report, "RESULTS", tmp_path)
+    tables = []
+    for method, bonus in zip(fair.METHODS, (0.0, 0.3, -0.3), strict=True):
+        tables.append(rows(bonus, 9).assign(settings=method))
+        tables[-1]["arm"] = f"{method}_" + tables[-1]["arm"]
+    pd.concat(tables).to_csv(tmp_path / "others.csv", index=False)
+    text = fair_report.main(fair_report.ReportConfig("others"))
+    primary = re.split(r"^## .*", text.split("## Primary contrasts")[1], flags=re.M)[0]
+    cells = [[c.strip() for c in r.split("|")[1:-1]] for r in primary.splitlines()[4:] if r]
+    says = {(arm, at): said for arm, _, at, *_, said in cells if "to" not in at}
+    assert len(says) == 9
+    assert {arm: says[arm, "0.8"] for arm, _ in says} == {
+        "custom diffusion: SuDe": "no difference",
+        "textual inversion: SuDe": "better",
+        "vico: SuDe": "worse",
+    }
+    p, corrected = np.array([[float(c[4]), float(c[6])] for c in cells if "to" not in c[2]]).T
+    assert corrected == pytest.approx(holm(p), abs=2e-3)  # over all nine
+    assert "## vico: Where the lines are read" in text and (tmp_path / "others.png").is_file()
+
+
+def test_what_keeps_the_category_is_compared_with_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "RESULTS", tmp_path)
+    monkeypatch.setattr(fair_report, "RESULTS", tmp_path)
+    table = rows(0.0, 18)
+    kept = rows(0.2, 18).query("arm == 'sude'")
+    kept = [kept.assign(arm=f"rate_{arm}", variant=arm) for arm in ("class_images", "semantic")]
+    for one in kept:
+        one["variant"] += one["w_s"].astype(str)
+    pd.concat([table, *kept]).to_csv(tmp_path / "preservation.csv", index=False)
+    text = fair_report.main(fair_report.ReportConfig("preservation"))
+    primary = text.split("## Primary contrasts")[1].split("## Secondary")[0]
+    assert primary.count("| better") == 12 and "| SuDe   " not in primary.split("against")[0]
 
 
 def test_what_sude_adds_to_the_error_is_paired_by_subject() -> None:
