@@ -244,6 +244,8 @@ STYLES = {
     "SuDe": ("tab:red", "o"),
     "plain, lower rate": ("black", "v"),
     "SuDe, lower rate": ("tab:orange", "^"),
+    "class images": ("tab:green", "P"),
+    "semantic preservation": ("tab:purple", "X"),
     "yours": ("tab:blue", "D"),
 }
 """Colour and mark of the lines that are drawn."""
