@@ -29,11 +29,7 @@ guard(c)
 
 
 def notebooks(pattern: str) -> list[Path]:
-    """Return our notebooks by name, in the order of the lessons; exercises with the solutions.
-
-    Raises:
-        UserError: they are not where they should be.
-    """
+    """Return our notebooks by name, in the order of the lessons; exercises with the solutions."""
     folder = data_folder().parent / "notebooks"
     found = sorted(folder.glob(pattern))
     if not found:
@@ -45,9 +41,6 @@ def release_lessons(folder: Path) -> list[Path]:
     """Write the lessons without outputs into `folder`, so that a class predicts before it sees.
 
     Answers to the predictions stay, folded; links lead to this clone. Returns the copies.
-
-    Raises:
-        UserError: there are no lessons, or the folder is not empty.
     """
     sources = notebooks("[0-9][0-9]_*.ipynb")
     back = Path(os.path.relpath(sources[0].parent.resolve(), folder.resolve())).as_posix()
@@ -70,9 +63,6 @@ def release(folder: Path, course: Path | None = None) -> list[Path]:
 
     Returns the copies. In the course every exercise is an assignment: hand-ins belong into
     `course`/submitted/STUDENT/ex_NN_NAME/ex_NN_NAME.ipynb.
-
-    Raises:
-        UserError: nbgrader is not installed, it refuses a source, or a folder is not empty.
     """
     sources = notebooks("exercises/ex_*.ipynb")
     if course is not None:

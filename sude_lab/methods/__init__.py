@@ -52,9 +52,6 @@ def configure(
             returns, where none is open.
         preset: paper, reference, or default for none.
         method: A method that is not in `METHODS`.
-
-    Raises:
-        UserError: there is no such setting, preset, method, category or token.
     """
     if isinstance(settings, Mapping):
         settings = TuningConfig(**read_settings(settings))

@@ -23,9 +23,6 @@ class Flipbook(Shown):
         name: what the slider sets.
         notes: a line of text for some of the values.
         per_cell: pictures a column.
-
-    Raises:
-        UserError: there is no page, or a note is for a page that is not there.
     """
 
     format = "jpeg"

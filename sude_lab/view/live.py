@@ -24,15 +24,14 @@ class LiveView(Shown):
         with LiveView(config.max_train_steps, folder=out) as live:
             run_tuning(config, out, on_step=live, validation_every=50)
 
-    Around `tune` call it in the loop: `live(step)`, or `live(step, grid)` with a picture of one's
-    own. Steps that are done again, by a run that goes on, replace the first ones.
+    Around `tune` call it in the loop: `live(step)`. Steps that are done again, by a run that goes
+    on, replace the first ones.
 
     Args:
         total: the steps of the run, the length of the axes; None: as many as there are.
         folder: the run's folder, whose newest validation grid is shown.
         labels: names of the grid's rows, from the top.
-        every: seconds between two drawings, at least.
-        share: share of the time that drawing may take, above 0 and at most 1.
+        every: seconds between two drawings, at least; drawing takes a twentieth of the time.
     """
 
     def __init__(
@@ -42,17 +41,15 @@ class LiveView(Shown):
         folder: Path | str | None = None,
         labels: Sequence[str] = (),
         every: float = 2.0,
-        share: float = 0.05,
     ) -> None:
         self.total, self.labels = total, tuple(labels)
         self.folder = Path(folder) if folder else None
-        self.every, self.share = every, share
+        self.every = every
         self.rows: list[dict[str, float]] = []
         self.figure = Figure(figsize=(plots.WIDTH, 5.0), dpi=SCALE * plots.DPI)
         edges = {"left": 0.11, "right": 0.98, "bottom": 0.1, "top": 0.87}
         places = self.figure.add_gridspec(2, 2, wspace=0.42, hspace=0.45, **edges)
         self._axes = places.subplots(squeeze=False).ravel()
-        self._grid: tuple[str, Image.Image] | None = None
         self._began, self._next = time.perf_counter(), 0.0
         self._seconds, self._steps = 0.0, 0
 
@@ -67,13 +64,11 @@ class LiveView(Shown):
         """Draw once more, with the last grid; also after an error or an interrupt."""
         self.draw()
 
-    def __call__(self, step: Step, grid: Image.Image | None = None) -> None:
+    def __call__(self, step: Step) -> None:
         """Take a step, and redraw when it is time to."""
         while self.rows and self.rows[-1]["step"] >= step.number:  # resumed before where it stopped
             self.rows.pop()
         self.rows.append(step.row())
-        if grid is not None:
-            self._grid = (f"step {step.number}", grid)
         now = time.perf_counter()
         self._seconds, self._steps = now - self._began, self._steps + 1
         if now >= self._next:
@@ -89,7 +84,7 @@ class LiveView(Shown):
         self._redraw()
         self.publish(first=self._handle is None)
         ended = time.perf_counter()
-        self._next = ended + max(self.every, (ended - started) * (1 / self.share - 1))
+        self._next = ended + max(self.every, 19 * (ended - started))
 
     def _redraw(self) -> None:
         loss, sude, member, pictures = self._axes
@@ -129,9 +124,7 @@ class LiveView(Shown):
         return f"{step}   ·   {pace}   ·   lines: running means of 25 steps"
 
     def _newest(self) -> tuple[str, Image.Image] | None:
-        if self._grid is not None or self.folder is None:
-            return self._grid
-        files = sorted((self.folder / "validation").glob("step-*.png"))
+        files = sorted(self.folder.glob("validation/step-*.png")) if self.folder else []
         if not files:
             return None
         with Image.open(files[-1]) as picture:  # files of a run are written whole

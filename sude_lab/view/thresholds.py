@@ -82,9 +82,6 @@ def ask(
 
     Both see the same x_t. N x M x (K + 2) evaluations of the UNet; the picture must have the
     model's resolution.
-
-    Raises:
-        UserError: there is no category, timestep or seed, or a timestep is out of range.
     """
     if not categories or not seeds:
         raise UserError("Give at least one category and one seed.")
@@ -172,11 +169,7 @@ class ThresholdExplorer(Shown):
         self._follow()
 
     def read(self, t: int, category: str, seed: int, weight_sude: float) -> Reading:
-        """Return the numbers of one position.
-
-        Raises:
-            UserError: the grid has no such timestep, category or noise.
-        """
+        """Return the numbers of one position."""
         n, m, k = at = self._index(t, category, seed)
         loss, threshold, rho = (x[at].item() for x in (self.loss, self.threshold, self.rho))
         is_open, move = bool(self.gate[at]), self._move(n, m, k, weight_sude).item()

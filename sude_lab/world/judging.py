@@ -73,9 +73,6 @@ def drawn_judge(
 
     The oracle judges runs of the embedded models. Without a known `scene` it reads it from the
     references.
-
-    Raises:
-        UserError: there is no oracle, or it does not know the run's category.
     """
     if not is_embedded(config.backbone):
         return DrawnJudge(scene) if scene else None

@@ -155,11 +155,7 @@ def _allowed(category: str) -> list[int]:
 
 
 def load_oracle(folder: Path | None = None) -> Oracle:
-    """Load the oracle from `data/oracle`, or from a folder.
-
-    Raises:
-        UserError: there is no oracle there.
-    """
+    """Load the oracle from `data/oracle`, or from a folder."""
     folder = folder or data_folder() / "oracle"
     if not (folder / "oracle.safetensors").is_file():
         raise UserError(f"There is no oracle in {folder}: run from a clone of the repository.")

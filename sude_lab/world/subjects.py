@@ -111,9 +111,6 @@ def read_strip(folder: Path, rows: pd.DataFrame) -> dict[str, list[Image.Image]]
     """Return the kept pictures of one run by what was asked for, as `measure` collects them.
 
     `rows`: the run's rows in the study's table, in their order.
-
-    Raises:
-        UserError: the run has no pictures there.
     """
     path = folder / strip_name(*rows.iloc[0][KEYS].tolist())
     if not path.is_file():
