@@ -65,6 +65,21 @@ def machine_failures(when: str = "", memory: str = _TUNING) -> Iterator[None]:
         raise UserError(f"{failure}{when}: {advice}.") from error
 
 
+@contextmanager
+def explained(what: str, cure: str) -> Iterator[None]:
+    """Say "WHAT (the reason): CURE." of an error of any class, but for a failure of the machine.
+
+    Loaders, decoders and clients of the network have no class of errors in common.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or machine_failure(error):
+            raise
+        reason = f"{type(error).__name__}: {str(error)[:160]}"
+        raise UserError(f"{what} ({reason}): {cure}.") from error
+
+
 def one_line(text: str, most: int = 2000) -> str:
     """Return a text as one line of about `most` characters, with nothing a terminal would obey."""
     text = " ".join(text.split())

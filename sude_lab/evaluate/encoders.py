@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, explained
 from sude_lab.io.identity import digest, hash_of
 from sude_lab.io.opening import check_harmless, pick_device, quiet
 
@@ -209,30 +209,18 @@ def open_encoder(name: str, source: str | Path | None = None, *, device: str = "
     if name not in ENCODERS:
         raise UserError(f"There is no encoder {name!r}: choose one of {', '.join(ENCODERS)}.")
     pinned = ENCODERS[name]
-    folder = None if source is None else Path(source)
-    if folder is not None:
+    if source is None:
+        folder, what = None, f"The {name} encoder {pinned.source} could not be had from the hub"
+        cure = f"run once with a connection, or download its revision {pinned.revision} elsewhere "
+        cure += f"and name the folder with --encoders {name}=FOLDER"
+    else:
+        folder, what = Path(source), f"The {name} encoder in {source} could not be opened"
+        cure = "save it with transformers' save_pretrained"
         if not (folder / "config.json").is_file():
-            raise UserError(
-                f"There is no {name} encoder in {folder}: name a folder with config.json and "
-                "safetensors, as transformers' save_pretrained writes it."
-            )
+            raise UserError(f"There is no {name} encoder in {folder}: {cure}, and name its folder.")
         check_harmless(folder)
-    try:
-        with quiet():
-            return Encoder(pinned, folder, device=pick_device(device))
-    except UserError:
-        raise
-    except Exception as error:  # the loaders, and the hub's client, fail with errors of any class
-        if folder is not None:
-            raise UserError(
-                f"The {name} encoder in {folder} could not be opened ({type(error).__name__}: "
-                f"{str(error)[:160]}): save it again with transformers' save_pretrained."
-            ) from error
-        raise UserError(
-            f"The {name} encoder {pinned.source} could not be had from the hub "
-            f"({type(error).__name__}): run once with a connection, or download its revision "
-            f"{pinned.revision} elsewhere and name the folder with --encoders {name}=FOLDER."
-        ) from error
+    with explained(what, cure), quiet():
+        return Encoder(pinned, folder, device=pick_device(device))
 
 
 _CLASSES = {

@@ -21,7 +21,7 @@ from sude_lab.adapters import FAMILIES
 from sude_lab.adapters.family import DISTILLED, Family
 from sude_lab.backbone import Backbone
 from sude_lab.config import EMBEDDED, EMBEDDED_MODELS
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, explained
 from sude_lab.io.reading import is_dir, is_file, read_json
 
 FACTS_FILE = "sude_lab.json"
@@ -97,24 +97,16 @@ def open_backbone(
     hub = hub_id(folder)
     apart: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     apart["use_safetensors"] = True
-    try:
-        with quiet():
-            if hub is not None:
-                folder = str(DiffusionPipeline.download(hub[0], revision=hub[1], **apart))
-            family = _check_source(folder)
-            if "safety_checker" not in family.classes:
-                apart = {"use_safetensors": True}
-            facts = read_facts(folder)
-            encoders = _text_encoders(Path(folder))
-            pipeline = DiffusionPipeline.from_pretrained(folder, **apart, **encoders)
-    except UserError:
-        raise
-    except Exception as error:  # loaders, and the client of the hub, fail with errors of any class
-        reason = f"{type(error).__name__}: {str(error)[:160]}"
-        raise UserError(
-            f"{source} could not be opened as a pipeline of diffusers ({reason}): name a complete "
-            "pipeline folder with safetensors weights, or a hub id that this machine can reach."
-        ) from error
+    cure = "name a complete pipeline folder with safetensors weights, or a hub id that this machine"
+    with explained(f"{source} could not be opened as a pipeline", f"{cure} can reach"), quiet():
+        if hub is not None:
+            folder = str(DiffusionPipeline.download(hub[0], revision=hub[1], **apart))
+        family = _check_source(folder)
+        if "safety_checker" not in family.classes:
+            apart = {"use_safetensors": True}
+        facts = read_facts(folder)
+        encoders = _text_encoders(Path(folder))
+        pipeline = DiffusionPipeline.from_pretrained(folder, **apart, **encoders)
     if dtype == "auto":
         bf16 = where.type == "cuda" and torch.cuda.is_bf16_supported()
         dtype = "bfloat16" if bf16 else "float32"

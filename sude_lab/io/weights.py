@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sude_lab.backbone import Backbone
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, explained
 from sude_lab.io.files import save_tensors
 from sude_lab.io.opening import quiet
 from sude_lab.methods import Method, ViCo
@@ -34,7 +34,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 VICO_FILE = "vico.safetensors"
 XL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 """How embeddings for the CLIPs of SDXL and SD3 are named by those who share them."""
-_ELSEWHERE = "open the run with the backbone it was tuned on."
+_ELSEWHERE = "open the run with the backbone it was tuned on"
 _TEXT = "text_model."
 
 
@@ -97,14 +97,8 @@ def load_weights(
     backbone.use()
     if method == "vico" and scale != 1:
         raise UserError("ViCo's weights begin at no image attention at all: draw them at scale 1.")
-    try:
+    with explained(f"The weights in {folder} are damaged, or do not fit this model", _ELSEWHERE):
         _load(method, backbone, folder, scale, initializers)
-    except UserError:
-        raise
-    except Exception as error:  # foreign files fail in the loaders with errors of any class
-        reason = f"{type(error).__name__}: {str(error)[:160]}"
-        wrong = f"The weights in {folder} are damaged, or do not fit this model ({reason})"
-        raise UserError(f"{wrong}: {_ELSEWHERE}") from error
 
 
 def _load(
@@ -114,7 +108,7 @@ def _load(
         path = folder / "unet.safetensors"
         # A smaller model's weights would fit some layers of a larger one: all or nothing.
         if read_tensors(path)[0].keys() != keys_and_values(backbone.unet).keys():
-            raise UserError(f"The run's keys and values do not fit this model: {_ELSEWHERE}")
+            raise UserError(f"The run's keys and values do not fit this model: {_ELSEWHERE}.")
     if method == "vico":
         check_one_text_encoder(backbone)
         read_tensors(folder / VICO_FILE)  # before anything is changed
@@ -177,13 +171,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a safetensors file, and what it says of itself."""
     if not path.is_file():
         raise UserError(f"The run's weights {path} are not there: tune it anew.")
-    try:
+    cure = "the file is damaged, so take the run's weights from a copy, or tune again"
+    with explained(f"{path} could not be read as safetensors", cure):
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
         return load_file(path), about
-    except (SafetensorError, OSError) as error:
-        cure = "the file is damaged, so take the run's weights from a copy, or tune again"
-        raise UserError(f"{path} could not be read as safetensors ({error}): {cure}.") from error
 
 
 def _read_token(backbone: Backbone, path: Path) -> tuple[str, list[Tensor]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from sude_lab.backbone import Backbone
 from sude_lab.config import CompleteConfig
 from sude_lab.draws import Batch, Draws, side_of
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, explained
 from sude_lab.generation import generate, sampling_settings
 from sude_lab.io.files import atomic_folder
 from sude_lab.io.identity import hash_of
@@ -73,13 +73,9 @@ def drawn_class_images(
         except UserError:
             if not folder.is_dir():  # else another run drew the same pictures at the same time
                 raise
-    try:
+    cure = "delete the folder, and they are drawn again"
+    with explained(f"The class images in {folder} are damaged", cure):
         return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow's words for damaged pictures
-        raise UserError(
-            f"The class images in {folder} are damaged ({error}): delete the folder, and they are "
-            "drawn again."
-        ) from error
 
 
 @torch.no_grad()

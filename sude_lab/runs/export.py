@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sude_lab.adapters import family_of
 from sude_lab.backbone import Backbone
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, explained
 from sude_lab.io.files import atomic_folder, atomic_write, save_tensors, sole_writer
 from sude_lab.io.opening import FACTS_FILE
 from sude_lab.io.weights import LORA_FILE, VICO_FILE, shared_name
@@ -176,15 +176,11 @@ def push(run: Run, repository: str | None = None) -> str:
     name = repository or re.sub(r"[^\w.-]+", "-", run.folder.resolve().name)
     with TemporaryDirectory() as room:
         folder = share(run, Path(room) / "share")
-        try:
+        again = f"`sude-lab export {run.folder} --push-to-hub`"
+        with explained(f"{name} could not be uploaded", f"`hf auth login`, then {again}"):
             api: Any = HfApi()
             name = api.create_repo(name, exist_ok=True, private=True).repo_id
             api.upload_folder(repo_id=name, folder_path=folder, commit_message="A run of sude_lab")
-        except Exception as error:  # the client fails with errors of many classes
-            raise UserError(
-                f"{name} could not be uploaded ({type(error).__name__}: {str(error)[:160]}): log "
-                f"in with `hf auth login`, and give `sude-lab export {run.folder} --push-to-hub`."
-            ) from error
     return str(name)
 
 

@@ -48,7 +48,7 @@ from tqdm.auto import tqdm
 from sude_lab.backbone import Backbone
 from sude_lab.config import CompleteConfig, TuningConfig, fields_of, read_settings
 from sude_lab.draws import side_of
-from sude_lab.errors import UserError, check_whole, flag, listed, machine_failures
+from sude_lab.errors import UserError, check_whole, explained, flag, listed, machine_failures
 from sude_lab.generation import generate
 from sude_lab.io.files import (
     LOCK,
@@ -123,18 +123,14 @@ class Run:
         """Return the steps, one row each."""
         import pandas as pd
 
-        try:
+        with explained(f"{self.folder / METRICS} is damaged", "tune again"):
             return pd.read_csv(self.folder / METRICS)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / METRICS} is damaged ({error}): tune again.") from error
 
     @property
     def environment(self) -> dict[str, Any]:
         """What the run says of versions, device, time, and the kind of its model."""
-        try:
+        with explained(f"{self.folder / ENVIRONMENT} is damaged", "tune again"):
             return dict(read_json(self.folder / ENVIRONMENT))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{self.folder / ENVIRONMENT} is damaged: tune again.") from error
 
     def picture(self, number: int = 0) -> Image.Image:
         """Return the picture of subject `number`, as the model saw it."""
@@ -257,13 +253,9 @@ def launched(device: str) -> Any:
     from accelerate import Accelerator
 
     on_cpu = pick_device(device).type == "cpu"
-    try:
+    cure = "change what `accelerate config` or the flags of `accelerate launch` say"
+    with explained("accelerate could not set the processes up", cure):
         return Accelerator(cpu=on_cpu)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(
-            f"accelerate could not set the processes up ({str(error)[:160]}): change what "
-            "`accelerate config` or the flags of `accelerate launch` say."
-        ) from error
 
 
 def _alone(run: _Function) -> _Function:
@@ -509,10 +501,8 @@ def read_config(path: Path) -> CompleteConfig:
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
-    try:
+    with explained(f"{path} is damaged", "delete it, and --resume starts anew"):
         state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # damaged bytes fail with errors of any class
-        raise UserError(f"{path} is damaged: delete it, and --resume starts anew.") from error
     kinds = {"step": int, "trained": dict, "optimizer": dict, "rows": list}
     whole = isinstance(state, dict) and all(type(state.get(n)) is k for n, k in kinds.items())
     if not whole:

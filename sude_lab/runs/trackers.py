@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sude_lab.config import TuningConfig
-from sude_lab.errors import UserError
+from sude_lab.errors import UserError, explained
 
 
 class Trackers:
@@ -44,15 +44,11 @@ class Trackers:
         for name, kind in self.kinds.items():
             folder.mkdir(exist_ok=True)
             where = [str(folder)] if kind.requires_logging_directory else []
-            try:
+            cure = "set it up, or --resume with --report-to none"
+            with explained(f"The tracker {name} could not be started", cure):
                 tracker = kind("sude_lab", *where, **own.get(name, {}))
                 tracker.start()
                 tracker.store_init_configuration(settings)
-            except Exception as error:  # each tracker fails in its own way: no account, no network
-                raise UserError(
-                    f"The tracker {name} could not be started ({type(error).__name__}: "
-                    f"{str(error)[:160]}): set it up, or --resume with --report-to none."
-                ) from error
             self.begun.append(tracker)
 
     def log(self, row: dict[str, float]) -> None:

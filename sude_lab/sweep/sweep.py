@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
-from sude_lab.errors import UserError, check_whole, one_line
+from sude_lab.errors import UserError, check_whole, explained
 from sude_lab.evaluate.encoders import Encoder
 from sude_lab.evaluate.evaluate import FOLDER, evaluate
 from sude_lab.io.files import (
@@ -329,17 +329,12 @@ def _on_ray(plan: Plan, cluster: str) -> Iterator[Submit]:
         raise UserError("--cluster needs Ray: pip install 'sude-lab[cluster]'.") from error
     gpus = plan.grid.num_gpus or 0.0
     ours = not ray.is_initialized()
+    cure = "give local, or start a cluster with `ray start` and give auto or ray://HOST:PORT"
     try:
-        if ours:
-            ray.init(address=cluster, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # Ray's, the network's, the system's
-        ray.shutdown()
-        raise UserError(
-            f"Ray could not be had with --cluster {cluster} ({str(error)[:160]}): give local, or "
-            "start a cluster with `ray start` and give auto or ray://HOST:PORT."
-        ) from error
-    task: Any = ray.remote(num_gpus=gpus, max_retries=3)(perform)
-    try:
+        with explained(f"Ray could not be had with --cluster {cluster}", cure):
+            if ours:
+                ray.init(address=cluster, log_to_driver=False, logging_level=logging.ERROR)
+        task: Any = ray.remote(num_gpus=gpus, max_retries=3)(perform)
         there = ray.cluster_resources().get("GPU", 0)
         if cluster == "local" and there < gpus:
             raise UserError(
@@ -397,11 +392,8 @@ def _part(plan: Plan, job: Job) -> pa.Table | None:
     if not scores.is_file():
         rows = [job.label | {"error": failure}]
         return pa.Table.from_pylist(rows, schema=_TABLE) if failure else None
-    try:
+    with explained(f"{scores} is damaged", "delete it, and give the command again"):
         columns = pq.read_table(scores).cast(_SCORES).columns
-    except (OSError, pa.ArrowException) as damage:
-        text = f"{scores} is damaged ({one_line(str(damage), 160)}): delete it"
-        raise UserError(f"{text}, and give the command again.") from damage
     about = [pa.array([job.label[f.name]] * len(columns[0]), f.type) for f in _LABELS]
     error = pa.array([""] * len(columns[0]))
     return pa.Table.from_arrays([*about, *columns, error], schema=_TABLE)
