@@ -67,7 +67,8 @@ TRIED = (
 )
 FLOW = "flow", ("plain", "sude", "lora_plain", "lora_sude")
 METHODS = "custom_diffusion", "textual_inversion", "vico"
-OTHERS = "others", tuple(f"{method}_{arm}" for method in METHODS for arm in ("plain", "sude"))
+ARMS = tuple(f"{method}_{arm}" for method in METHODS for arm in ("plain", "sude"))
+OTHERS = "others", ARMS, (0.7, 0.8, 0.9)
 GROUPS: dict[On, Group] = {
     "held-out": Group(SIZES["whole"].subjects, "fair"),
     "development": Group(SIZES["hour"].subjects, "fair_development", "fair", TRIED),
@@ -79,12 +80,8 @@ GROUPS: dict[On, Group] = {
     ),
     "flow": Group("held-out 200 201 202 203 204 205 206 207 208", "flow", *FLOW),
     "flow-development": Group("development 200 206", "flow_development", *FLOW),
-    "others": Group(
-        "held-out 400 401 402 403 404 405 406 407 408", "others", *OTHERS, shares=(0.7, 0.8, 0.9)
-    ),
-    "others-development": Group(
-        "development 100 104", "others_development", *OTHERS, shares=(0.7, 0.8, 0.9)
-    ),
+    "others": Group("held-out 400 401 402 403 404 405 406 407 408", "others", *OTHERS),
+    "others-development": Group("development 100 104", "others_development", *OTHERS),
     "preservation": Group(
         "held-out " + " ".join(map(str, range(300, 318))),
         *("preservation", "others"),
