@@ -56,6 +56,8 @@ class Group:
     """The first stage, which decides the question, and the second one."""
     shares: tuple[float, ...] = SHARES
     """Of plain tuning's own fidelity: where the lines are read."""
+    hull: bool = False
+    """Whether they are read on their hull; else on their front, and the hull is exploration."""
 
 
 BACKGROUNDS = "_backgrounds"
@@ -68,7 +70,7 @@ TRIED = (
 FLOW = "flow", ("plain", "sude", "lora_plain", "lora_sude")
 METHODS = "custom_diffusion", "textual_inversion", "vico"
 ARMS = tuple(f"{method}_{arm}" for method in METHODS for arm in ("plain", "sude"))
-OTHERS = "others", ARMS, (0.7, 0.8, 0.9)
+OTHERS = "others", ARMS, (0.7, 0.8, 0.9), True
 GROUPS: dict[On, Group] = {
     "held-out": Group(SIZES["whole"].subjects, "fair"),
     "development": Group(SIZES["hour"].subjects, "fair_development", "fair", TRIED),
@@ -87,6 +89,7 @@ GROUPS: dict[On, Group] = {
         *("preservation", "others"),
         arms=("plain", "sude", "rate_class_images", "rate_semantic"),
         shares=(0.75, 0.85, 0.95),
+        hull=True,
     ),
 }
 """Held-out: four subjects a category (to confirm eight, of flow and others one), whom nobody had

@@ -32,6 +32,7 @@ from sude_lab.evaluate.fronts import (
     draw,
     family,
     gain_at,
+    hull_of,
     line,
     places,
     points,
@@ -65,11 +66,12 @@ LINES = {
 """Every way of tuning, over its strengths: rows of the table."""
 
 
-def lines_of(table: pd.DataFrame) -> dict[str, Line]:
+def lines_of(table: pd.DataFrame, hull: bool = False) -> dict[str, Line]:
     """Return the lines of a table of `studies.fair`, as far as their runs are there."""
     table = table.assign(point=points(table))
     rows = {name: table.query(asked, engine="python") for name, asked in LINES.items()}
-    return {n: line(n, r, "point") for n, r in rows.items() if r["point"].nunique() > 1}
+    made = {n: line(n, r, "point") for n, r in rows.items() if r["point"].nunique() > 1}
+    return {n: hull_of(one) if hull else one for n, one in made.items()}
 
 
 def asks(table: pd.DataFrame) -> pd.Series:
@@ -196,24 +198,28 @@ def main(config: ReportConfig) -> str:
     contrasts: dict[str, list[dict[str, Any]]] = {}
     sections: dict[str, pd.DataFrame] = {}
     for part, rows in parts_of(table).items():
-        lines = parts[part] = lines_of(rows)
+        lines = parts[part] = lines_of(rows, group.hull)
+        other_way = ", read on the " + ("front" if group.hull else "hull") + " (exploration)"
         others = {
             what: lines_of(rows.assign(attribute_alignment=rows[f"{what}_alignment"]))
             for what in ("category", "background")
             if f"{what}_alignment" in rows
         }
-        for title, pairs, shares, of_others in families:
+        readings = [("", one, lines) for one in families]
+        again = lines_of(rows, not group.hull)
+        readings += [(other_way, one, again) for one in families if one.title.endswith("rimary")]
+        for how, (title, pairs, shares, of_others), here in readings:
             shares = shares or group.shares
-            there = [(a, b) for a, b in pairs if a in lines and b in lines]
-            end = lines["less tuning"]
-            found = [row for a, b in there for row in contrast(lines[a], lines[b], end, shares)]
+            there = [(a, b) for a, b in pairs if a in here and b in here]
+            end = here["less tuning"]
+            found = [row for a, b in there for row in contrast(here[a], here[b], end, shares)]
             for what, other in others.items():
-                found += other_rows(lines, other, of_others, shares, what)
+                found += other_rows(here, other, of_others, shares, what)
             together = families is not FAMILIES
             title, arm = (title, part) if together else (f"{part}{title}", "")
-            of_title = contrasts.setdefault(f"## {title} contrasts", [])
+            of_title = contrasts.setdefault(title := f"## {title} contrasts{how}", [])
             of_title += [row | {"arm": f"{arm}{row['arm']}"} for row in found]
-            sections[f"## {title} contrasts"] = family(lines, [], of_title)
+            sections[title] = family(here, [], of_title)
         at = places(lines, others["category"], rows, asks(rows), sorted({*group.shares, *HIGHER}))
         sections[f"## {part}Where the lines are read"] = at
     for title, shown in sections.items():

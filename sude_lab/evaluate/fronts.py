@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,8 +61,8 @@ class Line:
     def of(self, subjects: Sequence[str]) -> Line:
         """Return the line of these subjects alone."""
         rows = [self.subjects.index(subject) for subject in subjects]
-        parts = self.fidelity[rows], self.alignment[rows]
-        return Line(self.name, tuple(subjects), self.strengths, *parts)
+        f, a = self.fidelity[rows], self.alignment[rows]
+        return replace(self, subjects=tuple(subjects), fidelity=f, alignment=a)
 
     def weights(self, fidelity: Fidelity, rows: Rows = EVERYONE) -> np.ndarray:
         """Return how much each strength counts where the mean fidelity is `fidelity` or more, (K,).
@@ -86,6 +86,31 @@ class Line:
     def at(self, fidelity: Fidelity, rows: Rows = EVERYONE) -> np.ndarray:
         """Return each subject's alignment at the strength of `weights`, (n,)."""
         return self.alignment[rows] @ self.weights(fidelity, rows)
+
+
+class Hull(Line):
+    """A line whose front is convex: in the mean, one may also choose between two strengths by lot.
+
+    So a strength never lowers what is read, as on the front one does that hardly beats others.
+    """
+
+    def front(self, rows: Rows = EVERYONE) -> np.ndarray:
+        """Return the indices of the strengths which no mixture of two others beats."""
+        points = np.column_stack([self.fidelity[rows].mean(0), self.alignment[rows].mean(0)])
+        hull: list[int] = []
+        for k in super().front(rows).tolist():
+            while len(hull) > 1:
+                (x, y), (u, v) = points[hull[-1]] - points[hull[-2]], points[k] - points[hull[-2]]
+                if x * v < y * u:  # the last one lies above the way from the one before to this one
+                    break
+                hull.pop()
+            hull.append(k)
+        return np.array(hull)
+
+
+def hull_of(one: Line) -> Hull:
+    """Return a line to be read on its hull."""
+    return Hull(**vars(one))
 
 
 def line(name: str, table: pd.DataFrame, by: str) -> Line:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from sude_lab.evaluate.fronts import Line, gain_at, line, mean_gain, paired
+from sude_lab.evaluate.fronts import Line, gain_at, hull_of, line, mean_gain, paired
 
 
 def table(values: dict[str, list[tuple[float, float]]]) -> pd.DataFrame:
@@ -35,6 +36,24 @@ def test_a_strength_that_another_one_beats_is_not_of_the_front() -> None:
     assert of.front().tolist() in ([5, 1, 4], [5, 1, 6])
     assert of.at(0.35) == pytest.approx([0.875])
     assert Line("one", ("x",), ("",), of.fidelity[:, :1], of.alignment[:, :1]).front() == [0]
+
+
+def test_on_the_hull_no_strength_lowers_what_is_read() -> None:
+    """(.5, .5) is beaten by nobody; by lot between its neighbours one gets (.5, .75)."""
+    few, many = [(0.2, 1.0), (0.8, 0.5)], [(0.2, 1.0), (0.5, 0.5), (0.8, 0.5 - 1e-9), (0.6, 0.2)]
+    front = line("", table({"x": many}), "steps")
+    hull = hull_of(front)
+    assert front.front().tolist() == [0, 1, 2] and hull.front().tolist() == [0, 2]
+    assert front.at(0.4) == pytest.approx([2 / 3]) and hull.at(0.4) == pytest.approx([5 / 6])
+    above = line("", table({"x": [*few, (0.5, 0.78), (0.4, 0.87)]}), "steps")
+    assert hull_of(above).front().tolist() == [0, 3, 2, 1]
+    assert paired(hull, front)[0].front().tolist() == [0, 2]  # of some subjects: a hull again
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        one = Line("", ("x",), tuple("abcdef"), rng.random((1, 6)), rng.random((1, 6)))
+        fewer = Line("", ("x",), tuple("abcde"), one.fidelity[:, :5], one.alignment[:, :5])
+        for at in rng.random(5) * fewer.fidelity.max():
+            assert hull_of(one).at(at)[0] >= hull_of(fewer).at(at)[0] - 1e-9
 
 
 def test_a_line_of_one_point_is_read_at_its_own_fidelity() -> None:
@@ -84,8 +103,11 @@ def test_the_gain_is_read_at_equal_fidelity_and_not_at_equal_strength() -> None:
     assert a.at(shares, np.arange(4)) == pytest.approx(a.at(shares[:4].mean(), np.arange(4)))
 
 
+@pytest.mark.parametrize("read", [lambda one: one, hull_of], ids=["front", "hull"])
 @pytest.mark.parametrize("over_trained", [False, True])
-def test_the_interval_of_a_gain_holds_the_truth_as_often_as_it_says(over_trained: bool) -> None:
+def test_the_interval_of_a_gain_holds_the_truth_as_often_as_it_says(
+    over_trained: bool, read: Callable[[Line], Line]
+) -> None:
     """600 simulated studies of 36 subjects: their own levels, slopes and drawing noise.
 
     Both lines are equal, but `b` has other strengths and more of them: the true gain is 0. With
@@ -102,7 +124,7 @@ def test_the_interval_of_a_gain_holds_the_truth_as_often_as_it_says(over_trained
             rising = np.minimum(at, 0.75) / 0.75 if over_trained else at
             f = reach * rising + rng.normal(0, 0.05, (36, len(at)))
             a = keeps - fall * at**2 + rng.normal(0, 0.1, (36, len(at)))
-            return Line("", names, tuple(map(str, at)), f, a)
+            return read(Line("", names, tuple(map(str, at)), f, a))
 
         ends = gain_at(
             made(np.linspace(0.1, 1, 10), reach, keeps, fall),
