@@ -29,7 +29,7 @@ from sude_lab.evaluate.metrics import image_similarity, per_run
 from sude_lab.evaluate.prompts import structured
 from sude_lab.exercises import Mistake, check_letter, judging
 from sude_lab.exercises.judging import Check, ask, changed, difference, same, slips_of
-from sude_lab.exercises.slips import made, source_of
+from sude_lab.exercises.slips import made, one_change_slips, source_of
 from sude_lab.prompts import caption
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -978,6 +978,20 @@ def test_a_slip_must_fit_every_call() -> None:
     check = Check(right=thirds, draws=lambda draw: (torch.full((3,), 1.0 + draw.seed),))
     with pytest.raises(Mistake, match="should be"):
         check(lambda x: torch.ones(3))  # of ones that is `x`, not divided yet
+
+
+def summed(x):
+    """Return the sum of every row."""
+    return x.sum(1)
+
+
+def test_measures_are_tried_in_the_order_of_the_table() -> None:
+    """A wrong answer may be two of them at once: what is said must be the same in every run."""
+    order = [says for _, says in slips_of("a measure")]
+    assert order[:3] == ["a sum", "a mean", "a median"]
+    said = [says for says, _ in one_change_slips(summed)]
+    tried = [says for says in said if re.fullmatch(r"You took .*: a sum is asked for\.", says)]
+    assert tried == [f"You took {that}: a sum is asked for." for that in order[1:]]
 
 
 def test_a_table_may_come_in_any_order_and_must_be_a_table() -> None:
