@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -27,18 +28,49 @@ COLOURS = {"plain": "#777777", "sude": "#c2410c", "sude, no truncation": "#1d4ed
 def panels(columns: int = 1, height: float = 2.6, *, rows: int = 1, **how: Any) -> Any:
     """Return axes on a figure as wide as the page: one, or an array of them, row after row.
 
-    A point of its labels is a point as read, and a notebook shows it with twice the pixels.
+    A point of its labels is a point as read, and a notebook shows it with twice the pixels; a
+    running one, with `in_words` for those who do not see it: JupyterLab gives a PNG no words.
     `height`: inches; `how`: as `plt.subplots`.
     """
     from matplotlib import pyplot as plt
 
     if "inline" in plt.get_backend():
+        from IPython.core.interactiveshell import InteractiveShell
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
+        from sude_lab.view import shown
+
         set_matplotlib_formats("retina")
+        if shown.is_listening() and not shown.is_static():
+            look: dict[str, Any] = {"dpi": shown.SCALE * DPI, "bbox_inches": "tight"}
+            shell: Any = InteractiveShell.instance()
+            pages = shell.display_formatter.formatters["text/html"]
+            pages.for_type(plt.Figure, lambda one: shown.as_html(png(one, **look), in_words(one)))
     size = (how.pop("width", WIDTH), height)
     _, axes = plt.subplots(rows, columns, figsize=size, dpi=DPI, layout="constrained", **how)
     return axes if rows * columns == 1 else axes.ravel()
+
+
+def in_words(figure: Figure) -> str:
+    """Say what a figure shows, from its titles, labels, legends and the ends of its lines."""
+    drawn = [ax for ax in figure.axes if ax.axison]
+    said = [f"{len(drawn)} panels"] if len(drawn) > 1 else []
+    for ax in drawn:
+        about = [" over ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))]
+        about += map(_ends, *ax.get_legend_handles_labels())
+        if ax.images:
+            ticks = {"rows": ax.get_yticklabels(), "columns": ax.get_xticklabels()}
+            names = {kind: ", ".join(t.get_text() for t in some) for kind, some in ticks.items()}
+            about = [f"{kind} {some}" for kind, some in names.items() if some]
+        said.append(": ".join(filter(None, (ax.get_title(), "; ".join(filter(None, about))))))
+    return re.sub(r"[${}\\]", "", " ".join(". ".join(filter(None, said)).split()))
+
+
+def _ends(handle: Any, name: str) -> str:
+    if not hasattr(handle, "get_ydata") or handle.get_linestyle() == "None":
+        return name
+    y = handle.get_ydata(orig=False)
+    return f"{name} from {y[0]:.3g} to {y[-1]:.3g}"
 
 
 def smooth(values: pd.Series, window: int = 25) -> pd.Series:
@@ -118,12 +150,17 @@ def picture_table(ax: Axes, rows: Rows, per_cell: int = 2) -> Axes:
     return ax
 
 
-def data_url(picture: Figure | Image.Image, **how: Any) -> str:
-    """Return a figure or a picture as a PNG inside an address, for pages of one file."""
+def png(picture: Figure | Image.Image, **how: Any) -> bytes:
+    """Return a figure or a picture as the bytes of a PNG."""
     file = BytesIO()
     save = picture.save if isinstance(picture, Image.Image) else picture.savefig
     save(file, format="png", **how)
-    return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
+    return file.getvalue()
+
+
+def data_url(picture: Figure | Image.Image, **how: Any) -> str:
+    """Return a figure or a picture as a PNG inside an address, for pages of one file."""
+    return f"data:image/png;base64,{b64encode(png(picture, **how)).decode()}"
 
 
 def difference(before: Image.Image, after: Image.Image, times: float = 2.0) -> Image.Image:
@@ -233,20 +270,22 @@ def _colour_of(k: int) -> str:
 
 
 def _name(ax: Axes, marks: Sequence[tuple[str, np.ndarray, str]]) -> None:
-    """Write names beside marks, each where lines, earlier names and the frame are farthest."""
+    """Write names beside marks, each where lines and earlier names are farthest, in the frame."""
     ax.autoscale_view()
-    to_points = ax.transData.transform
+    to_points, pixels = ax.transData.transform, ax.figure.dpi / 72
     turns = np.linspace(0, 2 * np.pi, 12, endpoint=False)
-    around = np.column_stack([14 * np.cos(turns), 11 * np.sin(turns)])
     ends = [np.asarray(line.get_xydata()) for line in ax.lines]
     ways = [np.linspace(xy[:-1], xy[1:], 20).reshape(-1, 2) for xy in ends]
     taken, frame = to_points(np.concatenate([*ends, *ways])), ax.bbox
     for name, place, colour in marks:
-        spots = (to_points(place) + around * ax.figure.dpi / 72).round(6)
-        room = np.linalg.norm(spots[:, None] - taken, axis=2).min(1)
-        inside = np.minimum(spots - frame.min, frame.max - spots).min(1)
-        best = int(np.minimum(room, inside).argmax())
-        taken = np.vstack([taken, spots[best]])
+        half = np.array([2.5 * len(name) + 1, 4])  # of a name's width and height, in points
+        around = np.column_stack([np.cos(turns), np.sin(turns)]) * (half + 7)
+        spots = (to_points(place) + around * pixels).round(6)
+        gaps = np.abs(spots[:, None] - taken) - half * pixels
+        room = np.linalg.norm(gaps.clip(0), axis=2).min(1)
+        inside = (np.minimum(spots - frame.min, frame.max - spots) - half * pixels).min(1)
+        best = int(np.minimum(room, 3 * inside).argmax())
+        taken = np.vstack([taken, spots[best] + half * pixels * [[-1, 0], [0, 0], [1, 0]]])
         look: dict[str, Any] = {"color": colour, "fontsize": 9, "ha": "center", "va": "center"}
         ax.annotate(name, tuple(place), tuple(around[best]), textcoords="offset points", **look)
 

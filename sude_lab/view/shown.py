@@ -77,16 +77,12 @@ class Shown:
             self._handle.update(self._page(), raw=True)
 
     def _page(self) -> dict[str, str]:
-        picture = self.picture()
-        source = f"data:image/{self.format};base64,{b64encode(picture).decode()}"
-        words = f'alt="{html.escape(str(self))}" width="{_size(picture)["width"]}" '
-        words += f'style="max-width: 100%" onload="{_NAMED}"'
-        page = f'{_STYLE}<div class="sude-lab-shown"><img src="{source}" {words}></div>'
+        image = as_html(self.picture(), str(self), self.format, f' onload="{_NAMED}"')
+        page = f'{_STYLE}<div class="sude-lab-shown">{image}</div>'
         return {"text/plain": str(self), "text/html": page}
 
     def _ipython_display_(self) -> None:
-        is_static = os.environ.get("SUDE_LAB_STATIC", "0") not in ("", "0")
-        if is_static or not self.controls or not is_listening():
+        if is_static() or not self.controls or not is_listening():
             raise NotImplementedError  # IPython then asks `_repr_mimebundle_`
         from IPython.display import display
 
@@ -104,6 +100,18 @@ def _size(picture: bytes) -> dict[str, int]:
     """Return the pixels of the page that a picture takes."""
     with Image.open(BytesIO(picture)) as opened:
         return dict(zip(("width", "height"), (side // SCALE for side in opened.size), strict=True))
+
+
+def as_html(picture: bytes, words: str, kind: str = "png", more: str = "") -> str:
+    """Return a picture as an element of a page, with words for those who do not see it."""
+    source = f"data:image/{kind};base64,{b64encode(picture).decode()}"
+    look = f'alt="{html.escape(words)}" width="{_size(picture)["width"]}" style="max-width: 100%"'
+    return f'<img src="{source}" {look}{more}>'
+
+
+def is_static() -> bool:
+    """Whether what is shown is to be kept as pictures alone."""
+    return os.environ.get("SUDE_LAB_STATIC", "0") not in ("", "0")
 
 
 def is_listening() -> bool:

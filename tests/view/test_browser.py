@@ -45,6 +45,8 @@ OTHERS = (
     "Flipbook({{0: pictures('red'), 1: pictures('blue')}}, name='g')",
     "Flipbook({{0: pictures('red'), 1: pictures('blue')}}, name='w_s')",
     "from sude_lab.view.live import LiveView\nwith LiveView(2) as live:\n    pass",
+    "from sude_lab.view import plots\n"
+    "plots.curves(plots.panels(), [0, 1], {{'plain': [1, 2]}}, xlabel='x', ylabel='y');",
 )
 
 
@@ -86,7 +88,8 @@ def lab(tiny_folder: Path, tmp_path: Path) -> Iterator[str]:
         port = any_free.getsockname()[1]
     token, url = secrets.token_hex(16), f"http://127.0.0.1:{port}"
     folders = {"CONFIG": "config", "DATA": "data", "RUNTIME": "runtime"}
-    environment = {k: v for k, v in os.environ.items() if k != "SUDE_LAB_STATIC"}
+    not_ours = ("SUDE_LAB_STATIC", "MPLBACKEND")
+    environment = {k: v for k, v in os.environ.items() if k not in not_ours}
     environment |= {f"JUPYTER_{k}_DIR": str(tmp_path / v) for k, v in folders.items()}
     environment["IPYTHONDIR"] = str(tmp_path / "ipython")
     paths = (str(ROOT), os.environ.get("PYTHONPATH"))
@@ -161,6 +164,12 @@ def run_all(page: Any, address: str, cells: tuple[str, ...]) -> None:
         done.wait_for(timeout=1000 * RUN)
 
 
+def spoken(page: Any) -> list[str]:
+    """What is said of each picture to those who do not see it."""
+    pictures = page.locator(".jp-OutputArea-output img").all()
+    return [picture.get_attribute("alt") or "" for picture in pictures]
+
+
 def visit_again(browser: Any, page: Any, address: str, width: int, shot: Path) -> None:
     """Save, stop the kernel, open the book anew: the same pictures, and no dead widget."""
     images = page.locator(IMAGE).all()
@@ -174,6 +183,7 @@ def visit_again(browser: Any, page: Any, address: str, width: int, shot: Path) -
     page.locator(IMAGE).last.wait_for()
     page.wait_for_timeout(3000)  # the manager of widgets looks for those that are gone
     page.screenshot(path=shot)
+    assert all(spoken(page))
     images = page.locator(IMAGE).all()
     assert before == [(image.get_attribute("alt"), image.get_attribute("src")) for image in images]
     assert all(image.is_visible() for image in images)
@@ -260,5 +270,7 @@ def test_flipbooks_and_curves_outlive_their_kernel(
     )
     assert images.nth(0).get_attribute("src") == before[0]
     inside(page, *images.all(), *page.locator(".widget-hslider").all())
+    page.locator(".jp-OutputArea-output img").nth(3).wait_for()
+    assert all(spoken(page)) and spoken(page)[3] == "y over x; plain from 1 to 2"
     page.screenshot(path=tmp_path / "others.png")
     visit_again(browser, page, address, width, tmp_path / "others-again.png")

@@ -179,6 +179,26 @@ def test_names_of_neighbouring_marks_do_not_lie_on_each_other(ax: Axes) -> None:
     assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
 
 
+def test_a_name_is_nearest_to_its_own_mark_and_touches_none() -> None:
+    (ax, *_) = plots.panels(3, 5.0, rows=2)
+    ax.set(xlim=(0, 1.2), ylim=(-0.1, 1.1))  # lesson 05's candle
+    table = pd.DataFrame(
+        {
+            "rule": ["plain", *["SuDe"] * 4],
+            "strength": [0, 0.5, 1, 2, 4],
+            "subject_fidelity": [0.871, 0.906, 0.872, 0.749, 0.657],
+            "attribute_alignment": [0.155, 0.068, 0.098, 0.183, 0.458],
+        }
+    )
+    plots.rule_lines(ax, table, legend=0)
+    ax.figure.draw_without_rendering()
+    marks = ax.transData.transform(table[["subject_fidelity", "attribute_alignment"]])
+    for number, name in enumerate(ax.texts, 1):
+        (x0, y0), (x1, y1) = name.get_window_extent().get_points()
+        gaps = np.linalg.norm(marks - marks.clip((x0, y0), (x1, y1)), axis=1)
+        assert gaps.argmin() == number and gaps.min() > 3.5 * ax.figure.dpi / 72, name.get_text()
+
+
 def test_panels_are_as_wide_as_the_page_and_shown_at_the_size_of_their_letters() -> None:
     plt.switch_backend("Agg")
     one, *_ = three = plots.panels(3, 2.2)
@@ -186,6 +206,20 @@ def test_panels_are_as_wide_as_the_page_and_shown_at_the_size_of_their_letters()
     assert one.figure.get_size_inches().tolist() == [plots.WIDTH, 2.2]
     assert plots.panels(2, 3.0, rows=2).shape == (4,) and isinstance(plots.panels(), Axes)
     plt.close("all")
+
+
+def test_a_figure_in_words_names_panels_lines_and_the_pictures_of_a_table() -> None:
+    left, right, off = plots.panels(3)
+    plots.curves(left, [0, 1], {"plain": [0.1, 0.25]}, xlabel="$w_s$", ylabel="", title="One\nline")
+    left.plot([0, 1], [3, 4], "o", label="marks")
+    pictures = [Image.new("RGB", (8, 8))] * 2
+    plots.picture_table(right, {"plain": {"running": pictures, "sitting": pictures}})
+    off.set_axis_off()
+    assert plots.in_words(left.figure) == (
+        "2 panels. One line: w_s; plain from 0.1 to 0.25; marks. "
+        "rows plain; columns running, sitting"
+    )
+    assert plots.in_words(plots.panels().figure) == ""
 
 
 def test_a_difference_is_grey_where_pictures_agree_and_says_how_much_else() -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import re
+from io import BytesIO
 from typing import Any
 
 import nbformat
@@ -69,6 +70,29 @@ def test_a_static_notebook_stores_one_picture_with_its_alternative_text(
     (output,) = executed(BOOK).cells[0].outputs
     assert set(output["data"]) == {"text/plain", "image/jpeg"}
     assert output["metadata"]["image/jpeg"]["alt"] == "g = 0\ng = 1"
+
+
+FIGURE = """
+from sude_lab.view import plots
+lines = {"plain": [1, 2], "$L_{sude}$": [2, 0.5]}
+plots.curves(plots.panels(), [0, 1], lines, xlabel="step", ylabel=r"$\\rho$ & <more>");
+"""
+
+
+def test_a_running_figure_has_words_and_a_stored_one_is_a_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    monkeypatch.delenv("SUDE_LAB_STATIC", raising=False)
+    (running,) = executed(FIGURE).cells[0].outputs
+    words = "rho &amp; &lt;more&gt; over step; plain from 1 to 2; L_sude from 2 to 0.5"
+    assert f'alt="{words}"' in running["data"]["text/html"]
+    page, plain = picture_of(running), base64.b64decode(running["data"]["image/png"])
+    sizes = [Image.open(BytesIO(file)).size for file in (page, plain)]
+    assert sizes[0] == sizes[1] and f'width="{sizes[0][0] // 2}"' in running["data"]["text/html"]
+    monkeypatch.setenv("SUDE_LAB_STATIC", "1")
+    (stored,) = executed(FIGURE).cells[0].outputs
+    assert set(stored["data"]) == {"text/plain", "image/png"}
 
 
 @pytest.mark.parametrize("name", ["flipbook", "live"])
