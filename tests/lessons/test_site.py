@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -107,3 +108,16 @@ def test_the_site_is_built_without_a_warning_and_needs_no_network(tmp_path: Path
     assert "_modules/sude_lab/losses.html" in text["02_sude_loss.html"]
     assert (html / "_modules" / "sude_lab" / "losses.html").is_file()
     assert 'id="sude_lab.losses.sude_loss"' in text["reference/mathematics.html"]
+
+
+def test_a_figure_keeps_its_shape_in_a_narrow_window(browser: Any) -> None:
+    page = browser.new_page(viewport={"width": 360, "height": 600})
+    picture = "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 600 300'/>"
+    style = (NOTEBOOKS / "_static" / "site.css").read_text(encoding="utf-8")
+    page.set_content(
+        f"<style>img {{ max-width: 100% }} {style}</style><div class='cell_output'>"
+        f'<img src="{picture}" style="width: 600px; height: 300px;"></div>'
+    )
+    box = page.locator("img").bounding_box()
+    assert 300 < box["width"] <= 360 and abs(box["width"] - 2 * box["height"]) < 2
+    page.close()
