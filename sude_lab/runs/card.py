@@ -23,17 +23,10 @@ from sude_lab.prompts import PLACEHOLDER, placeholder
 CARD = "README.md"
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 """The parts of a pipeline that a run may have trained."""
-_PAPERS = {
-    "dreambooth": "DreamBooth (arXiv 2208.12242)",
-    "custom_diffusion": "Custom Diffusion (arXiv 2212.04488)",
-    "vico": "ViCo (arXiv 2306.00971)",
-    "textual_inversion": "Textual Inversion (arXiv 2208.01618)",
-}
 _NO_SETTINGS = (*fields_of("place"), "category", "token", "initializer", "prompt", "dtype")
 """What a card's table leaves out: it stands elsewhere in the card, or is of one machine."""
 _CLONED = {name: f"data/{folder}" for name, folder in EMBEDDED_MODELS.items()}
 """Where the embedded models are in a clone; the whole path differs from machine to machine."""
-_TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True)
 
 
 def is_plain(weights: Path) -> bool:
@@ -59,7 +52,6 @@ def model_card(
     from huggingface_hub import ModelCardData
 
     embedded = config.backbone in _CLONED
-    base = _code(_CLONED.get(config.backbone, config.backbone))
     hub = hub_id(config.backbone)
     lora = (weights / LORA_FILE).is_file() and not pipeline
     kind = "lora" if lora else config.method.replace("_", "-")
@@ -77,22 +69,17 @@ def model_card(
         tags=[*dict.fromkeys([*tags, config.method.replace("_", "-"), family])],
         **about,
     )
-    values = {name: value for name, value in vars(config).items() if name not in _NO_SETTINGS}
     card = _TEMPLATES.get_template("card.md.jinja").render(
+        config=config,
         card_data=data.to_yaml(),
-        title=", ".join(_plain(s.category) for s in config.subjects),
-        paper=_PAPERS.get(config.method, config.method),
-        weight_sude=config.weight_sude,
-        own=config.regularizer_file and _code(config.regularizer_file.name),
-        words=", ".join(f"{_code(s.token)} (a {_plain(s.category)})" for s in config.subjects),
+        prompts=prompts,
         grid=grid,
-        rows="; ".join(f"“{_code(p)}”" for p in prompts),
-        plain=is_plain(weights),
-        code=_drawing_code(config, backbone, weights, prompts[0], pipeline),
-        base=base,
+        fits=is_plain(weights),
+        drawing=_drawing_code(config, backbone, weights, prompts[0], pipeline),
+        base=_CLONED.get(config.backbone, config.backbone),
         version=__version__,
         pipeline=pipeline,
-        settings=values,
+        no_settings=_NO_SETTINGS,
         embedded=embedded,
     )
     return f"{card.rstrip()}\n"
@@ -125,11 +112,10 @@ def _drawing_code(
         loads=plain and not pipeline,
         tokens=[(name, token) for name, token in words if (weights / name).is_file()],
         parts=[part for part in PARTS if (weights / f"{part}.safetensors").is_file()],
-        lora=LORA_FILE if (weights / LORA_FILE).is_file() else None,
-        is_xl=backbone.is_xl,
+        lora=(weights / LORA_FILE).is_file() and LORA_FILE,
+        backbone=backbone,
         by_hand=not hasattr(backbone.pipeline, "load_textual_inversion"),
         ddim=isinstance(backbone.sampler(), DDIMScheduler),
-        clip=bool(backbone.pipeline.scheduler.config.get("clip_sample", False)),
         prompt=json.dumps(prompt, ensure_ascii=False),
         sampling=backbone.call_arguments(**sampling_settings(backbone)),
         seed=config.seed * 100_003,
@@ -155,3 +141,7 @@ def _source(config: TuningConfig, backbone: Backbone) -> str:
         return json.dumps(_CLONED.get(config.backbone, config.backbone))
     name, revision = json.dumps(hub[0]), backbone.commit or hub[1]
     return f"{name}, revision={json.dumps(revision)}" if revision else name
+
+
+_TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True)
+_TEMPLATES.filters |= {"plain": _plain, "code": _code}
