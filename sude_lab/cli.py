@@ -278,8 +278,7 @@ class Sweep:
 
     def execute(self) -> int:
         from sude_lab.sweep.grid import make_plan, read_grid
-        from sude_lab.sweep.plan import describe
-        from sude_lab.sweep.sweep import RESULTS, sweep
+        from sude_lab.sweep.sweep import RESULTS, describe, sweep
 
         if self.dry_run:
             print(describe(make_plan(read_grid(self.grid), self.out, self.runs)))

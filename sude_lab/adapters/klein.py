@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from sude_lab.adapters.chat import WORDS, ChatBackbone
-from sude_lab.adapters.family import DISTILLED, SHARED
+from sude_lab.adapters.family import CHAT_WORDS, DISTILLED, SHARED, ChatBackbone
 from sude_lab.backbone import Condition, send
 from sude_lab.errors import UserError
 
@@ -48,7 +47,7 @@ class Klein(ChatBackbone):
         "transformer": r"diffusers Flux2Transformer2DModel",
         "vae": r"diffusers AutoencoderKLFlux2",
         "text_encoder": r"transformers Qwen3ForCausalLM",
-        "tokenizer": WORDS,
+        "tokenizer": CHAT_WORDS,
     }
     lora_targets: ClassVar[tuple[str, ...]] = (*ChatBackbone.lora_targets, "to_qkv_mlp_proj")
     patch: ClassVar[int] = 2

@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sude_lab.adapters.chat import WORDS, ChatBackbone
-from sude_lab.adapters.family import SHARED
+from sude_lab.adapters.family import CHAT_WORDS, SHARED, ChatBackbone
 from sude_lab.backbone import Condition
 
 
@@ -34,7 +33,7 @@ class ZImage(ChatBackbone):
     classes: ClassVar[dict[str, str]] = SHARED | {
         "transformer": r"diffusers ZImageTransformer2DModel",
         "text_encoder": r"transformers Qwen3(Model|ForCausalLM)",
-        "tokenizer": WORDS,
+        "tokenizer": CHAT_WORDS,
     }
     attention: ClassVar[tuple[str, ...]] = (".attention.",)
     ask = staticmethod(ask)

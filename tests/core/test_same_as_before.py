@@ -16,8 +16,7 @@ from torch import Tensor
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.draws import step_generator
-from sude_lab.runs.class_images import drawn_class_images
-from sude_lab.runs.prepare import prepared_tuning
+from sude_lab.runs.prepare import drawn_class_images, prepared_tuning
 
 pytestmark = pytest.mark.quick
 

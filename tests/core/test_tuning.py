@@ -27,7 +27,7 @@ from sude_lab.io.opening import open_backbone
 from sude_lab.io.pictures import load_picture
 from sude_lab.losses import sude_loss, sude_threshold, sude_weight
 from sude_lab.methods import METHODS, DreamBooth, configure
-from sude_lab.runs.class_images import WithClassImages, class_latents
+from sude_lab.runs.prepare import WithClassImages, class_latents
 from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.tuning import Step
 

@@ -16,8 +16,8 @@ from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.generation import generate
 from sude_lab.methods import configure
-from sude_lab.runs import class_images as module
-from sude_lab.runs.class_images import cache_folder, class_latents, drawn_class_images, fingerprint
+from sude_lab.runs import prepare as module
+from sude_lab.runs.prepare import cache_folder, class_latents, drawn_class_images, fingerprint
 
 Fresh = Callable[[], Backbone]
 

@@ -14,7 +14,7 @@ import yaml
 from sude_lab.errors import UserError
 from sude_lab.sweep import grid
 from sude_lab.sweep.grid import Plan, make_plan, read_grid
-from sude_lab.sweep.plan import describe
+from sude_lab.sweep.sweep import describe
 from sude_lab.world import drawing as world
 from sude_lab.world import subjects as study
 

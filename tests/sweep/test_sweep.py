@@ -31,8 +31,7 @@ from sude_lab.io.files import PARTIAL, lock_holder, locked
 from sude_lab.runs.folder import CHECKPOINT, ENVIRONMENT, Run
 from sude_lab.sweep import sweep as room
 from sude_lab.sweep.grid import make_plan, read_grid
-from sude_lab.sweep.plan import describe
-from sude_lab.sweep.sweep import RESULTS, standing, sweep
+from sude_lab.sweep.sweep import RESULTS, describe, standing, sweep
 from sude_lab.world import subjects as study
 from sude_lab.world.oracle import judge, load_oracle
 
