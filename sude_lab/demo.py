@@ -159,10 +159,7 @@ def report(who: Subject, table: pd.DataFrame, grids: Grids, runs: dict[str, Run]
     pages = Environment(loader=here, autoescape=True, undefined=StrictUndefined)
     look: dict[str, Any] = {"bbox_inches": "tight"}
     return pages.get_template("report.html.jinja").render(
-        category=who.scene.category,
-        attribute=who.scene.attribute,
-        look=who.scene.look.words(),
-        others=", ".join(who.other_attributes),
+        who=who,
         seed=seed,
         subject=plots.data_url(who.picture),
         strip=plots.data_url(difference_figure(grids), **look),

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
@@ -123,15 +123,6 @@ class _Job:
     negative_prompt: str | None
     seed: int
     num_images: int
-
-
-class _Picture(NamedTuple):
-    """A picture: which prompt of the job, which number; and where it lies."""
-
-    prompt: int
-    number: int
-    path: Path
-    image: Image.Image
 
 
 def evaluate(
@@ -412,13 +403,15 @@ def _read(path: Path) -> Image.Image | None:
         return None
 
 
-def _pictures(job: _Job, open_base: Callable[[Run], Backbone], progress: bool) -> list[_Picture]:
-    """Return a run's pictures; those that are missing are drawn, which alone opens its model.
+def _pictures(
+    job: _Job, open_base: Callable[[Run], Backbone], progress: bool
+) -> list[list[Image.Image]]:
+    """Return each prompt's pictures; those that are missing are drawn, which alone opens a model.
 
     The last bits of a picture depend on those that are drawn with it, at most `BATCH` of one
     prompt: what a stopped command left out is drawn with the same ones again.
     """
-    pictures: list[_Picture] = []
+    pictures: list[list[Image.Image]] = [[] for _ in job.prompts]
     backbone, base = None, cache(partial(open_base, job.run))
     total, about = len(job.prompts) * job.num_images, f"drawing, {job.label['variant']}"
     batches = product(enumerate(job.prompts), range(0, job.num_images, BATCH))
@@ -452,7 +445,7 @@ def _pictures(job: _Job, open_base: Callable[[Run], Backbone], progress: bool) -
                         with atomic_write(path) as file:
                             drawn[k].save(file)
                         images[k] = drawn[k]
-            pictures += map(partial(_Picture, n), numbers, paths, images)
+            pictures[n] += filter(None, images)
             bar.update(len(numbers))
     return pictures
 
@@ -461,11 +454,12 @@ def _pictures(job: _Job, open_base: Callable[[Run], Backbone], progress: bool) -
 
 
 def _scored(
-    job: _Job, pictures: list[_Picture], encoders: dict[str, Encoder], progress: bool
+    job: _Job, pictures: list[list[Image.Image]], encoders: dict[str, Encoder], progress: bool
 ) -> pd.DataFrame:
     import pandas as pd
 
-    prompts, images = [job.prompts[p.prompt] for p in pictures], [p.image for p in pictures]
+    images = [image for of_prompt in pictures for image in of_prompt]
+    asked = list(product(enumerate(job.prompts), range(job.num_images)))
     columns: dict[str, tuple[str, Sequence[float | None]]] = {}
     for name in job.metrics:
         if name in LEARNED:
@@ -473,25 +467,24 @@ def _scored(
             reader = encoders[encoder]
             features = reader.images(images, progress=progress).numpy()
             if compares_text:
-                captions = reader.texts([prompt.caption for prompt in prompts]).numpy()
+                captions = reader.texts([prompt.caption for (_, prompt), _ in asked]).numpy()
                 similarities = m.text_similarity(features, captions)
             else:
                 similarities = m.image_similarity(features, reader.images(job.references).numpy())
             columns[name] = (reader.identity, similarities.tolist())
     if ORACLE in job.metrics and job.judge is not None:
         judged: dict[str, list[float | None]] = {}
-        for number, group in groupby(pictures, lambda p: p.prompt):
-            prompt = job.prompts[number]
+        for prompt, of_prompt in zip(job.prompts, pictures, strict=True):
             about = (prompt.text, prompt.attribute, prompt.background)
-            for name, measured in job.judge.measure([p.image for p in group], *about).items():
+            for name, measured in job.judge.measure(of_prompt, *about).items():
                 judged.setdefault(name, []).extend(measured)
         columns |= {name: (ORACLE, values) for name, values in judged.items()}
     rows = []
-    for i, (p, prompt) in enumerate(zip(pictures, prompts, strict=True)):
-        row = job.label | {"number": p.prompt, "kind": prompt.kind, "prompt": prompt.text}
+    folders = [_folder(job, p).relative_to(job.run.folder).as_posix() for p in job.prompts]
+    for i, ((number, prompt), k) in enumerate(asked):
+        row = job.label | {"number": number, "kind": prompt.kind, "prompt": prompt.text}
         row |= {name: getattr(prompt, name) for name in ("caption", "attribute", "background")}
-        row |= {"seed": job.seed, "picture": p.number}
-        row |= {"file": p.path.relative_to(job.run.folder).as_posix()}
+        row |= {"seed": job.seed, "picture": k, "file": f"{folders[number]}/{k:03d}.png"}
         for name, (encoder, values) in columns.items():
             if (value := values[i]) is not None:
                 rows.append(row | {"metric": name, "encoder": encoder, "value": round(value, 5)})

@@ -31,18 +31,23 @@ def backbone_identity(source: str) -> str:
 
     Where neither the hub nor its cache knows the id, the id itself.
     """
-    return _identity(resolve_source(source))
+    return _identity(resolve_source(source)) or source
+
+
+def is_known(source: str) -> bool:
+    """Whether it is known what a backbone stands for: a folder, or a commit of a hub id."""
+    return _identity(resolve_source(source)) is not None
 
 
 @cache
-def _identity(source: str) -> str:
+def _identity(source: str) -> str | None:
     folder = Path(source)
     if folder.is_dir():
         kinds = (".json", ".txt", ".safetensors", ".model")
         files = [path for path in sorted(all_files(folder)) if path.suffix in kinds]
         return hash_of([(p.relative_to(folder).as_posix(), digest(p)) for p in files])
     name, revision = hub_id(source) or ("", None)
-    if not name or _is_commit(revision):
+    if re.fullmatch("[0-9a-f]{40}", revision or ""):
         return source
     from huggingface_hub import HfApi, try_to_load_from_cache
 
@@ -52,14 +57,4 @@ def _identity(source: str) -> str:
         cached = try_to_load_from_cache(name, "model_index.json", revision=revision)
         if isinstance(cached, str):
             return f"{name}@{Path(cached).parent.name}"
-    return source
-
-
-def is_known(source: str) -> bool:
-    """Whether it is known what a backbone stands for: a folder, or a commit of a hub id."""
-    _, revision = hub_id(source) or ("", None)
-    return backbone_identity(source) != source or _is_commit(revision)
-
-
-def _is_commit(revision: str | None) -> bool:
-    return bool(re.fullmatch("[0-9a-f]{40}", revision or ""))
+    return None

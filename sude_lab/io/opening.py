@@ -218,11 +218,9 @@ def _check_source(folder: str) -> type[Family]:
         what = f"There is no pipeline folder {folder[:200]!r} with a model_index.json"
         cure = "name one that diffusers' save_pretrained wrote, a hub id (owner/name), or embedded"
         raise UserError(f"{what}: {cure}.")
-    try:
+    with explained(f"{index} is not a pipeline's index", "the folder is damaged"):
         content = read_json(index)
         name = content.get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{index} is not a pipeline's index: the folder is damaged.") from error
     if re.fullmatch(r"Flux2?Pipeline", str(name)):
         raise UserError(f"{folder} holds a {name}, which {DISTILLED}.")
     if str(name) not in FAMILIES:
@@ -279,19 +277,16 @@ def all_files(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in sorted(names))
 
 
-def _entries(file: Path) -> list[tuple[str, Any]]:
-    """Return every name and value of a JSON file, however deep."""
-    entries: list[tuple[str, Any]] = []
-
-    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries.extend(pairs)
-        return dict(pairs)
-
-    try:
-        read_json(file, keep)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} cannot be read as JSON: the folder is damaged.") from error
-    return entries
+def _entries(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield every name and value of a JSON file, however deep."""
+    with explained(f"{file} cannot be read as JSON", "the folder is damaged"):
+        parts = [read_json(file)]
+    for part in parts:  # which grows
+        if isinstance(part, dict):
+            yield from part.items()
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
 
 
 def _check_weights(folder: Path) -> None:

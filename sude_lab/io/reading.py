@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +48,14 @@ def read_text(path: Path | str, what: str, instead: str) -> str:
     raise UserError(f"{what} cannot be read (it {why}): name {instead}.")
 
 
-def read_json(path: Path, of_pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Return the content of a JSON file; `of_pairs` makes its objects, as `json.loads` has it.
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
 
     Raises:
         OSError, ValueError: it cannot be read, or is no JSON in UTF-8, or nested too deeply.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=of_pairs)
+        return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply.") from None
 

@@ -491,13 +491,9 @@ def read_config(path: Path) -> CompleteConfig:
         if any("\0" in str(settings.get(name)) for name in fields_of("place")):
             raise ValueError(path)
         return CompleteConfig(**settings)
-    except UserError as error:
-        raise UserError(
-            f"{path} is damaged: {str(error).rstrip('.')}: open it with the version of sude_lab "
-            "that wrote it."
-        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a run's configuration: the file is damaged.") from error
+        text = f"{path} is damaged, or of another version ({str(error)[:160].rstrip('.')})"
+        raise UserError(f"{text}: open it with the version of sude_lab that wrote it.") from error
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

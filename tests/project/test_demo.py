@@ -118,7 +118,7 @@ def test_a_run_whose_environment_is_damaged_says_so(demo: Path, tmp_path: Path) 
     for text in ("{half", "3"):
         (tmp_path / ENVIRONMENT).write_text(text)
         run = replace(Run.open(demo / "runs" / "plain"), folder=tmp_path)
-        with pytest.raises(UserError, match="is damaged: tune again"):
+        with pytest.raises(UserError, match=r"is damaged .*: tune again"):
             assert run.environment
 
 
