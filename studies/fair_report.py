@@ -98,7 +98,7 @@ def other_rows(
         end = lines[b].fidelity[:, lines[b].strengths.index(END)]
         of = other[a].alignment, other[b].alignment
         for share in shares:
-            gain = gain_at(lines[a], lines[b], share * end, of)
+            gain = gain_at(lines[a], lines[b], share * end, of=of)
             about = {"arm": f"{a}: {what}", "against": b, "fidelity": f"{share:g}"}
             rows.append(about | {"gain": gain, "p": gain.p, "sign flip": math.nan})
     return rows

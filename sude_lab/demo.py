@@ -20,7 +20,7 @@ from sude_lab.errors import UserError, check_whole
 from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.evaluate.statistics import drawings_interval
 from sude_lab.generation import MOST
-from sude_lab.io.files import atomic_write, require_own, write_file
+from sude_lab.io.files import atomic_write, require_own, write_file, write_table
 from sude_lab.io.opening import open_backbone
 from sude_lab.io.pictures import open_picture
 from sude_lab.methods import configure
@@ -103,8 +103,7 @@ def run_demo(
         rows += [about | row for row in measured]
 
     table = pd.DataFrame(rows)
-    with atomic_write(out / RESULTS) as path:
-        table.to_csv(path, index=False)
+    write_table(out / RESULTS, table)
     strip = difference_figure(grids)
     with atomic_write(out / STRIP) as path:
         strip.savefig(path, bbox_inches="tight")

@@ -39,7 +39,7 @@ from sude_lab.evaluate.encoders import ENCODERS, Encoder, open_encoder
 from sude_lab.evaluate.prompts import Prompt, prompt_for, read_prompts
 from sude_lab.evaluate.statistics import Interval
 from sude_lab.generation import MOST, generate, remarks, sampling_settings
-from sude_lab.io.files import atomic_write, for_spreadsheets, in_utf_8, require_own, write_file
+from sude_lab.io.files import atomic_write, in_utf_8, require_own, write_file, write_table
 from sude_lab.io.identity import digest, hash_of
 from sude_lab.io.opening import read_facts
 from sude_lab.io.pictures import open_picture
@@ -203,14 +203,14 @@ def evaluate(
     for job in jobs:
         pictures = _pictures(job, open_base, progress)
         tables.append(_scored(job, pictures, ready, progress))
-        _write(_tables(job.run) / SCORES, tables[-1])
+        write_table(_tables(job.run) / SCORES, tables[-1])
     import pandas as pd
 
     scores = pd.concat(tables, ignore_index=True)
     table = m.compare(scores)
     text = report(table, scores)
-    _write(target / SCORES, scores)
-    _write(target / TABLE, table.round(5))
+    write_table(target / SCORES, scores)
+    write_table(target / TABLE, table.round(5))
     write_file(target / REPORT, text)
     return Evaluation(target, scores, table, text)
 
@@ -525,8 +525,3 @@ def _cell(row: dict[Any, Any]) -> str:
         return text
     gain = Interval(row["difference"], row["difference_low"], row["difference_high"], 0)
     return f"{text} ({gain.words('+.3f')})"
-
-
-def _write(path: Path, table: pd.DataFrame) -> None:
-    with atomic_write(path) as file:
-        for_spreadsheets(table).to_csv(file, index=False)

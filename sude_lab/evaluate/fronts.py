@@ -136,35 +136,31 @@ def paired(a: Line, b: Line) -> tuple[Line, Line]:
 
 
 def gain_at(
-    a: Line, b: Line, fidelity: Fidelity, of: tuple[np.ndarray, np.ndarray] | None = None
+    a: Line, b: Line, *fidelities: Fidelity, of: tuple[np.ndarray, np.ndarray] | None = None
 ) -> Interval:
     """Return the alignment of `a` minus that of `b` at equal mean fidelity, paired by subject.
 
-    A_a(s_a) - A_b(s_b) with the strengths s_a, s_b at which the mean fidelity is `fidelity`; the
-    interval is the jackknife's over subjects, in which the fronts and both strengths are found anew
-    without each subject. nan where a line does not reach that fidelity. Both lines are of the same
-    subjects (`paired`). `of`: values (n, K) of both lines to read there in place of the alignment.
+    A_a(s_a) - A_b(s_b) with the strengths s_a, s_b at which the mean fidelity is that asked for, of
+    several fidelities the mean; the interval is the jackknife's over subjects, in which the fronts
+    and all strengths are found anew without each subject. nan where a line does not reach one of
+    them. Both lines are of the same subjects (`paired`). `of`: values (n, K) of both lines to read
+    there in place of the alignment.
     """
     pairs = list(zip((a, b), of or (a.alignment, b.alignment), strict=True))
 
     def read(rows: np.ndarray) -> float:
-        at_a, at_b = (values[rows] @ one.weights(fidelity, rows) for one, values in pairs)
-        return float((at_a - at_b).mean())
+        gains = []
+        for fidelity in fidelities:
+            at_a, at_b = (values[rows] @ one.weights(fidelity, rows) for one, values in pairs)
+            gains.append((at_a - at_b).mean())
+        return float(np.mean(gains))
 
     return jackknife_interval(read, len(a.subjects))
 
 
-def mean_gain(a: Line, b: Line, low: Fidelity, high: Fidelity, *, points: int = 41) -> Interval:
-    """Return the mean of `gain_at` over fidelities from `low` to `high`.
-
-    The area between the lines over its length, so that it is in units of alignment.
-    """
-    at = list(np.linspace(low, high, points))
-
-    def read(rows: np.ndarray) -> float:
-        return float(np.mean([(a.at(f, rows) - b.at(f, rows)).mean() for f in at]))
-
-    return jackknife_interval(read, len(a.subjects))
+def mean_gain(a: Line, b: Line, low: Fidelity, high: Fidelity) -> Interval:
+    """Return `gain_at` over fidelities from `low` to `high`: the area between lines, by length."""
+    return gain_at(a, b, *np.linspace(low, high, 41))
 
 
 # --- the registered reading (data/grids/fair.md) ---
@@ -182,6 +178,11 @@ def points(table: pd.DataFrame) -> pd.Series:
     return table[POINT].agg(" ".join, axis=1)
 
 
+def end_of(whole: Line, subjects: Sequence[str]) -> np.ndarray:
+    """Return the fidelities that plain tuning ends with, for these subjects of its line."""
+    return whole.of(subjects).fidelity[:, whole.strengths.index(END)]
+
+
 def contrast(
     a: Line, b: Line, whole: Line, shares: Sequence[float] = SHARES
 ) -> list[dict[str, Any]]:
@@ -190,8 +191,7 @@ def contrast(
     The fidelities are `shares` of what plain tuning gives of these subjects at the end of `whole`.
     """
     a, b = paired(a, b)
-    whole = whole.of(a.subjects)
-    end = whole.fidelity[:, whole.strengths.index(END)]
+    end = end_of(whole, a.subjects)
     rows: list[tuple[str, Interval, float]] = []
     for share in shares:
         dots = a.at(share * end) - b.at(share * end)
@@ -253,8 +253,7 @@ def places(
     passes = (steps * asks).groupby(points(table)).first()
     rows = []
     for name, one in lines.items():
-        whole = lines["less tuning"].of(one.subjects)
-        end = whole.fidelity[:, whole.strengths.index(END)].mean()
+        end = end_of(lines["less tuning"], one.subjects).mean()
         for share in shares:
             weights = one.weights(share * float(end))
             row = {"line": name, "subjects": len(one.subjects), "fidelity": f"{share:g}"}
@@ -288,7 +287,7 @@ def draw(
         axes.plot(fidelity, alignment, mark, ms=4, alpha=0.4, color=colour)
         axes.plot(fidelity[front], alignment[front], f"{mark}-", color=colour, lw=2, label=name)
     whole = lines["less tuning"]
-    end = whole.fidelity[:, whole.strengths.index(END)].mean()
+    end = end_of(whole, whole.subjects).mean()
     for share in shares:
         axes.axvline(share * end, color="grey", lw=0.8, ls=":")
     subjects = f"(mean of {len(whole.subjects)} subjects)"

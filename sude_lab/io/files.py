@@ -173,10 +173,12 @@ def save_tensors(
     path.chmod(mode)
 
 
-def for_spreadsheets(table: Any) -> Any:
-    """Return a table of pandas whose texts a spreadsheet shows, and takes for no formulas."""
+def write_table(path: Path | str, table: Any) -> None:
+    """Write a table of pandas as CSV; its texts a spreadsheet shows, and takes for no formulas."""
     formula = ("=", "+", "-", "@", "\t", "\r")
-    return table.map(lambda x: f"'{x}" if isinstance(x, str) and x.startswith(formula) else x)
+    shown = table.map(lambda x: f"'{x}" if isinstance(x, str) and x.startswith(formula) else x)
+    with atomic_write(path) as file:
+        shown.to_csv(file, index=False)
 
 
 def in_utf_8(text: str) -> str:

@@ -27,7 +27,7 @@ from sude_lab.errors import UserError
 from sude_lab.evaluate.fronts import Line, draw, family, line, places, points
 from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.evaluate.stored import read
-from sude_lab.io.files import atomic_write, require_own, write_file
+from sude_lab.io.files import atomic_write, require_own, write_file, write_table
 from sude_lab.io.identity import digest
 from sude_lab.io.opening import data_folder
 from sude_lab.runs.prepare import prepared_tuning
@@ -130,8 +130,7 @@ def bench(
     stored = stored[stored["subject"].isin(own["subject"])]
     table = pd.concat([stored, own], ignore_index=True).fillna({"strength": ""})
     table["asks"] = 1 + table["arm"].map({"plain": 0.0, "sude": 2.0, "own": passes})
-    with atomic_write(out / TABLE) as path:
-        table.round(5).to_csv(path, index=False)
+    write_table(out / TABLE, table.round(5))
     _figure(_lines(table), out / FIGURE)
     about = f"size {size}, w_s {', '.join(f'{w:g}' for w in weights)}, seed {seed}"
     for name in ("token_learning_rate", "train_text_encoder"):
@@ -167,14 +166,14 @@ def _tried(content: dict[str, Any], own: OwnRegularizer) -> float:
 
 
 def _figure(lines: dict[str, Line], file: Path) -> None:
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    fig, axes = plt.subplots(figsize=(7, 4), layout="constrained", dpi=160)
+    figure = Figure(figsize=(7, 4), layout="constrained", dpi=160)
+    axes = figure.subplots()
     draw(axes, lines)
     axes.set_ylabel("attribute alignment: as asked?")
     with atomic_write(file) as path:
-        fig.savefig(path, format="png")
-    plt.close(fig)
+        figure.savefig(path, format="png")
 
 
 def _lines(table: pd.DataFrame) -> dict[str, Line]:

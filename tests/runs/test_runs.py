@@ -912,7 +912,9 @@ def test_processes_that_cannot_be_set_up_are_one_sentence(
 
     launcher.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     launcher.setattr(accelerate, "Accelerator", broken)
-    with pytest.raises(UserError, match=r"set the processes up \(no precision of that name\)"):
+    with pytest.raises(
+        UserError, match=r"set the processes up \(ValueError: no precision of that name\)"
+    ):
         run_tuning(config, tmp_path / "run", progress=False)
     assert names(tmp_path) == set()
 
