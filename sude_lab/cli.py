@@ -140,7 +140,7 @@ class Generate(_Drawing):
         from sude_lab.io.files import atomic_folder
         from sude_lab.prompts import PLACEHOLDER, by_itself
         from sude_lab.runs.folder import Run
-        from sude_lab.runs.guided import guidance_for
+        from sude_lab.runs.strength import guidance_for
 
         run = Run.open(self.run)
         strength = run.strength

@@ -33,7 +33,7 @@ UNTUNED, PLAIN, SUDE, NO_TRUNCATION = "untuned model", "plain", "sude", "sude, n
 WATCHED_EVERY = 4
 """Plain tuning computes SuDe's loss in every fourth step, for its curves alone."""
 VARIANTS: dict[str, dict[str, Any]] = {
-    PLAIN: {"weight_sude": 0.0},
+    PLAIN: {"weight_sude": 0.0, "sude_every": WATCHED_EVERY},
     SUDE: {},
     NO_TRUNCATION: {"truncate": False, "prior": "current"},
 }
@@ -69,7 +69,6 @@ def run_demo(
     shared: dict[str, Any] = {"image": picture, "category": category, "monitor_sude": True}
     shared |= {"seed": seed, "max_train_steps": max_train_steps}
     configs = {name: configure(shared | settings, base) for name, settings in VARIANTS.items()}
-    configs[PLAIN] = replace(configs[PLAIN], sude_every=WATCHED_EVERY)
     steps = math.ceil(COLLAPSED_AFTER * configs[NO_TRUNCATION].max_train_steps)
     configs[NO_TRUNCATION] = replace(configs[NO_TRUNCATION], max_train_steps=steps)
     folders = {name: out / "runs" / name.replace(", ", "-").replace(" ", "-") for name in configs}

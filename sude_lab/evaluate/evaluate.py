@@ -46,7 +46,7 @@ from sude_lab.io.pictures import open_picture
 from sude_lab.io.reading import is_file
 from sude_lab.methods import get_method
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, filled
-from sude_lab.runs.guided import guidance_for
+from sude_lab.runs.strength import guidance_for
 
 if TYPE_CHECKING:  # a second, which drawing need not wait for
     import pandas as pd

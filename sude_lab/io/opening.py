@@ -83,9 +83,6 @@ def open_backbone(
     A hub id may name its revision, "owner/name@commit"; `Backbone.commit` says which was opened.
     Nothing that a folder holds is run. `dtype` auto is bfloat16 on a CUDA card that has it, and
     float32 elsewhere.
-
-    Raises:
-        UserError: there is no such pipeline or device, or the pipeline is not whole and harmless.
     """
     with quiet():  # the first import hints at packages that are not needed
         from diffusers import DiffusionPipeline
@@ -176,23 +173,22 @@ def read_facts(source: str | Path) -> dict[str, Any]:
     path = Path(resolve_source(source)) / FACTS_FILE
     if not is_file(path):
         return {}
-    try:
+    with explained(f"{path} does not hold a model's facts", "the file is damaged"):
         facts = read_json(path)
         lists = [facts.get("words", []), facts.get("categories", [])]
         tuning, drawing = facts.get("tuning", {}), facts.get("generation", {})
         length = facts.get("text", {}).get("max_sequence_length", 0)
-        if (
-            all(isinstance(x, list) and all(isinstance(y, str) for y in x) for x in lists)
-            and all(isinstance(settings, dict) for settings in tuning.values())
-            and set(drawing) <= {"num_inference_steps", "guidance_scale"}
-            and type(drawing.get("num_inference_steps", 1)) is int
-            and type(drawing.get("guidance_scale", 1.0)) in (int, float)
-            and (type(length) is int and 0 <= length <= 512)
-        ):
-            return facts
-    except (ValueError, AttributeError, TypeError):
-        pass
-    raise UserError(f"{path} does not hold a model's facts: the file is damaged.")
+        checks = (
+            all(isinstance(x, list) and all(isinstance(y, str) for y in x) for x in lists),
+            all(isinstance(settings, dict) for settings in tuning.values()),
+            set(drawing) <= {"num_inference_steps", "guidance_scale"},
+            type(drawing.get("num_inference_steps", 1)) is int,
+            type(drawing.get("guidance_scale", 1.0)) in (int, float),
+            type(length) is int and 0 <= length <= 512,
+        )
+        if not all(checks):
+            raise ValueError("a value of another kind")
+        return facts
 
 
 @contextmanager

@@ -90,9 +90,6 @@ def load_weights(
         scale: lambda of W_0 + lambda (W - W_0), W_0 the opened model's weights and the embeddings
             that the words started from, W the written ones; of a LoRA its scale.
         initializers: The words that each subject's token started from, where `scale` is not 1.
-
-    Raises:
-        UserError: the backbone has been used already, or the weights do not belong to it.
     """
     backbone.use()
     if method == "vico" and scale != 1:

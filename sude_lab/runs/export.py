@@ -136,10 +136,6 @@ def share(run: Run, out: Path | str) -> Path:
     """Write what of a run is for others: card, weights and samples, no photo; return the folder.
 
     What names this machine's folders is left out.
-
-    Raises:
-        UserError: `out` is a folder that is not empty, or cannot be written, or the weights hold
-            the photo.
     """
     source, weights = run.config.backbone, run.weights
     if (weights / VICO_FILE).is_file():

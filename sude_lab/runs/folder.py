@@ -319,8 +319,6 @@ def run_tuning(
     processes = 1 if accelerator is None else accelerator.num_processes
     _check_folder(out, resume)
     if (out / ENVIRONMENT).is_file():
-        if not resume:
-            raise UserError(f"{out} already holds a finished run: choose another --out.")
         if main:
             tqdm.write(f"The run in {out} is already finished.")
         return Run.open(out)
@@ -476,7 +474,9 @@ def _check_folder(out: Path, resume: bool) -> None:
     if any(name != LOCK and not name.startswith(PARTIAL) for name in names):
         if not (out / CONFIG).is_file():
             raise UserError(f"{out} is not empty and holds no run: choose another --out.")
-        if not resume and not (out / ENVIRONMENT).is_file():
+        if not resume and (out / ENVIRONMENT).is_file():
+            raise UserError(f"{out} already holds a finished run: choose another --out.")
+        if not resume:
             raise UserError(f"{out} holds an unfinished run: continue it with --resume.")
 
 

@@ -11,10 +11,20 @@ RUN@25,scale=0.5           several of them
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from sude_lab.backbone import Backbone
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
+from sude_lab.guidance import has_adapters, sude_guidance
+from sude_lab.io.opening import open_backbone
+from sude_lab.prompts import by_itself, caption, placeholder
 
 
 @dataclass(frozen=True)
@@ -77,3 +87,36 @@ def split(run: Path | str) -> tuple[Path, Strength]:
     if Path(run).exists() or not folder:
         return Path(run), Strength()
     return Path(folder), Strength.read(text)
+
+
+def guidance_for(
+    config: TuningConfig,
+    backbone: Backbone,
+    prompt: str,
+    strength: Strength,
+    *,
+    open_base: Callable[[], Backbone] | None = None,
+) -> AbstractContextManager[Any]:
+    """Return `sude_guidance` for a tuned backbone, as a strength says; the prompt has {S*}.
+
+    A backbone whose UNet carries a LoRA is its own frozen base; else the base is opened again
+    beside it (by `open_base`), which takes its memory a second time.
+    """
+    share, hinge = strength.sude_guidance or strength.compose, not strength.compose
+    if not share:
+        return nullcontext()
+    for number, subject in enumerate(config.subjects):
+        prompt = by_itself(subject.token).sub(placeholder(number), prompt)
+    words = caption(prompt, *(subject.category for subject in config.subjects))
+    pipeline, own = backbone.pipeline, has_adapters(backbone.denoiser)
+    if own and not config.train_text_encoder:
+        if backbone.part == "unet":
+            return sude_guidance(pipeline, None, words, share, hinge=hinge)
+        frozen, asked = None, backbone
+    else:
+        where = {"device": str(backbone.device), "dtype": config.dtype}
+        asked = open_base() if open_base else open_backbone(config.backbone, **where)
+        frozen = asked.denoiser
+    with torch.no_grad():
+        classes, null = asked.encode_prompts([words]), asked.null_condition()
+    return sude_guidance(pipeline, frozen, classes, share, null=null, hinge=hinge)

@@ -245,9 +245,6 @@ def sweep(
         workers: Processes of one thread each, which end with this one; 1: this process alone.
         cluster: None: on this machine; else for Ray: "local" (all of this machine), "auto" (the
             cluster that this machine is part of) or ray://HOST:PORT.
-
-    Raises:
-        UserError: bad input (nothing is written then), a full disk, or no such cluster.
     """
     check_whole("--checkpoint-every", checkpoint_every, 1)
     check_whole("--workers", workers, 1)

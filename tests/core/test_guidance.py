@@ -28,7 +28,7 @@ from sude_lab.generation import generate
 from sude_lab.guidance import sude_correction, sude_guidance
 from sude_lab.losses import guidance_projection, hinge_loss
 from sude_lab.prompts import caption
-from sude_lab.runs import guided
+from sude_lab.runs import strength
 from sude_lab.runs.folder import Run
 from sude_lab.runs.strength import Strength
 
@@ -205,11 +205,11 @@ def test_the_class_prompt_is_the_same_where_the_prompt_has_the_token_itself(
     tiny: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words: list[str] = []
-    monkeypatch.setattr(guided, "sude_guidance", lambda *about, **_: words.append(about[2]))
-    monkeypatch.setattr(guided, "has_adapters", lambda unet: True)  # its own frozen base
+    monkeypatch.setattr(strength, "sude_guidance", lambda *about, **_: words.append(about[2]))
+    monkeypatch.setattr(strength, "has_adapters", lambda unet: True)  # its own frozen base
     config = TuningConfig(Path("dog.png"), "dog", token="og")
     for prompt in ("photo of a running {S*} dog", "photo of a running og dog"):
-        guided.guidance_for(config, tiny, prompt, Strength(sude_guidance=1))
+        strength.guidance_for(config, tiny, prompt, Strength(sude_guidance=1))
     assert words == ["photo of a running dog"] * 2
 
 

@@ -21,8 +21,7 @@ from sude_lab.io.opening import open_backbone
 from sude_lab.io.weights import read_tensors
 from sude_lab.methods import get_method
 from sude_lab.runs.folder import CHECKPOINT, KEPT, Run, run_tuning
-from sude_lab.runs.guided import guidance_for
-from sude_lab.runs.strength import Strength, split
+from sude_lab.runs.strength import Strength, guidance_for, split
 
 Tune = Callable[..., Path]
 QUIET: dict[str, Any] = {"num_samples": 0, "report_to": "none", "progress": False}
