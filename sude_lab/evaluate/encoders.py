@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -24,8 +25,6 @@ from tqdm.auto import tqdm
 from sude_lab.errors import UserError, explained
 from sude_lab.io.identity import digest, hash_of
 from sude_lab.io.opening import check_harmless, pick_device, quiet
-
-Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class Preprocessing:
     """Side of the square that the encoder sees, in pixels."""
     resize: int
     """The shorter side before the crop, in pixels."""
-    mean: Triple
-    deviation: Triple
+    mean: Sequence[float]
+    deviation: Sequence[float]
     stretch: bool = False
     """Resize to the square at once, whatever the proportions (BLIP), in place of a crop."""
 
@@ -67,37 +66,22 @@ class Pinned:
     source: str
     revision: str
     model_type: str
+    loader: str
+    """The class of transformers that opens it."""
     preprocessing: Preprocessing
     max_words: int = 0
     """Tokens of a text that are read; 0: the encoder reads no texts."""
 
 
-_OF_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-_CLIP = Preprocessing(224, 224, *_OF_CLIP)
-_BLIP = Preprocessing(384, 384, *_OF_CLIP, stretch=True)
-# DINO's own evaluation; the hub's processor for it would squeeze every picture into the square.
-_DINO = Preprocessing(224, 256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+def _pinned(preprocessing: dict[str, Any], **about: Any) -> Pinned:
+    return Pinned(**about, preprocessing=Preprocessing(**preprocessing))
 
+
+_FILE = Path(__file__).with_suffix(".yaml")
 ENCODERS: dict[str, Pinned] = {
-    "clip": Pinned(
-        *("openai/clip-vit-base-patch32", "c237dc49a33fc61debc9276459120b7eac67e7ef", "clip"),
-        *(_CLIP, 77),
-    ),
-    "clip-large": Pinned(
-        *("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41", "clip"),
-        *(_CLIP, 77),
-    ),
-    "dino": Pinned(
-        "facebook/dino-vits16", "a7a4d161f5c0bd70478c05ca5777ec7cd8848021", "vit", _DINO
-    ),
-    "dinov2": Pinned(
-        "facebook/dinov2-small", "ed25f3a31f01632728cabb09d1542f84ab7b0056", "dinov2", _DINO
-    ),
-    "blip": Pinned(
-        *("Salesforce/blip-itm-base-coco", "98cf803d8586e8e8b3ec527885ac50c422d514ae", "blip"),
-        *(_BLIP, 35),
-    ),
+    name: _pinned(**about) for name, about in yaml.safe_load(_FILE.read_text("utf-8")).items()
 }
+"""By name: clip, clip-large, dino, dinov2, blip."""
 
 
 class Encoder:
@@ -121,7 +105,7 @@ class Encoder:
             raise UserError(f"{another}: this encoder is a {pinned.model_type}.")
         options: dict[str, Any] = {"add_pooling_layer": False} if kind == "vit" else {}
         options |= revision | {"dtype": torch.float32, "output_loading_info": True}
-        loader = getattr(transformers, _CLASSES[kind])
+        loader = getattr(transformers, pinned.loader)
         model, report = loader.from_pretrained(source, use_safetensors=True, **options)
         if missing := sorted(report["missing_keys"]):
             lacks = f"lacks {len(missing)} of the encoder's tensors ({missing[0]}, ...)"
@@ -221,11 +205,3 @@ def open_encoder(name: str, source: str | Path | None = None, *, device: str = "
         check_harmless(folder)
     with explained(what, cure), quiet():
         return Encoder(pinned, folder, device=pick_device(device))
-
-
-_CLASSES = {
-    "clip": "CLIPModel",
-    "vit": "ViTModel",
-    "dinov2": "Dinov2Model",
-    "blip": "BlipForImageTextRetrieval",
-}
