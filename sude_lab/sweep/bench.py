@@ -52,19 +52,15 @@ class Size:
     """The table of plain tuning and SuDe on these subjects."""
     steps: int
     kept: tuple[int, ...]
-    decides: str = "This decides nothing: these subjects are for finding faults and for choosing."
 
 
 SizeName = Literal["minutes", "hour", "whole"]
 _DEVELOPMENT = "development 100 101 102 103 104 105"
+_HELD_OUT = " ".join(["held-out", *map(str, range(100, 136))])
 SIZES: dict[SizeName, Size] = {
     "minutes": Size("development 100 101", "fair_development", 100, (25, 50)),
     "hour": Size(_DEVELOPMENT, "fair_development", 200, (25, 50, 100)),
-    "whole": Size(
-        "held-out " + " ".join(map(str, range(100, 136))),
-        *("fair", 200, (25, 50, 100)),
-        decides="Whoever has looked at these 36 subjects and chosen by them needs fresh ones.",
-    ),
+    "whole": Size(_HELD_OUT, "fair", 200, (25, 50, 100)),
 }
 
 
@@ -185,9 +181,9 @@ def _page(table: pd.DataFrame, chosen: Size, cited: str) -> str:
     """Return what a bench says, as Markdown."""
     lines = _lines(table)
     category = _lines(table.assign(attribute_alignment=table["category_alignment"]))
-    left_out, gains = [] if chosen.stored == "fair" else ["says"], {}
+    decides, gains = chosen.stored == "fair", {}
     for title, other in {"Gain at equal fidelity": LESS, "Beside SuDe, exploration": SUDE}.items():
-        shown = family(lines, [(OWN, other)]).drop(columns=left_out)
+        shown = family(lines, [(OWN, other)]).drop(columns=[] if decides else ["says"])
         shown["gain"] = [gain.words("+.3f") for gain in shown["gain"]]
         gains[title] = shown.round(4).to_markdown(index=False)
     at = places(lines, category, table, table["asks"])
@@ -195,7 +191,7 @@ def _page(table: pd.DataFrame, chosen: Size, cited: str) -> str:
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True)
     text = page.get_template("bench.md.jinja").render(
         number=len(lines[OWN].subjects),
-        decides=chosen.decides,
+        decides=decides,
         gains=gains,
         places=at.to_markdown(index=False),
         means=arms[MEANS].mean().round(3).reset_index().to_markdown(index=False),
