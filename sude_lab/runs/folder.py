@@ -492,8 +492,8 @@ def read_config(path: Path) -> CompleteConfig:
             raise ValueError(path)
         return CompleteConfig(**settings)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        text = f"{path} is damaged, or of another version ({str(error)[:160].rstrip('.')})"
-        raise UserError(f"{text}: open it with the version of sude_lab that wrote it.") from error
+        what = f"{path} is damaged, or of another version: {str(error)[:160].rstrip('.')}"
+        raise UserError(f"{what}: open it with the version of sude_lab that wrote it.") from error
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
