@@ -41,7 +41,6 @@ STEPS = 40
 DRIVER = """
 import sys
 from pathlib import Path
-from sude_lab.sweep import plan as forecast
 from sude_lab.sweep import sweep as room
 from sude_lab.cli import main
 tune = room.run_tuning
