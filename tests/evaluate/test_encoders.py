@@ -20,6 +20,7 @@ from tiny_encoders import SIDE, build_encoder
 from torch import Tensor
 
 from sude_lab.errors import UserError
+from sude_lab.evaluate import encoders
 from sude_lab.evaluate.encoders import ENCODERS, Encoder, Preprocessing, open_encoder
 
 TEXTS = ["photo of a running dog", "photo of a dog", "a burning candle on the beach at night"]
@@ -245,6 +246,17 @@ def test_a_model_with_missing_or_damaged_weights_is_refused(tmp_path: Path) -> N
     weights.unlink()
     torch.save(tensors, folder / "pytorch_model.bin")  # a pickle is never opened
     assert "could not be opened" in refused("dino", folder)
+
+
+def test_memory_that_runs_out_is_not_called_damage(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*about: Any, **how: Any) -> Encoder:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(encoders, "Encoder", full)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        open_encoder("dino", folders["dino"], device="cpu")
 
 
 def test_an_encoder_of_pictures_alone_reads_no_texts(folders: dict[str, Path]) -> None:
