@@ -30,7 +30,7 @@ import json
 import logging
 import math
 import os
-import platform
+import re
 import resource
 import runpy
 import statistics
@@ -54,6 +54,7 @@ import tqdm.auto
 import transformers
 import tyro
 from PIL import Image
+from rows import machine, spread, write
 from torch import Tensor
 from torch.utils.data import DataLoader, dataloader
 
@@ -62,6 +63,8 @@ from sude_lab.io.opening import open_backbone, resolve_source
 from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.world import subjects as study
 
+PARTS = ("VAE encoder", "text encoder", "AdamW", "clipping", "UNet forward", "UNet backward")
+"""Of whose clocked share of a step a row tells."""
 SIDES = ("diffusers", "diffusers, text kept", "sude_lab", "sude_lab, AdamW as torch chooses")
 
 
@@ -84,6 +87,8 @@ class Benchmark:
     learning_rate: float = 1e-6
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    out: Path | None = None
+    """Folder for against_diffusers.csv, where rows of other models and batches stay."""
     sides: tuple[str, ...] = SIDES
     """Fewer of them need less memory: each holds a model with its optimiser."""
     worker: str = ""
@@ -480,6 +485,17 @@ def prepare(args: Benchmark, folder: Path) -> Benchmark:
     return replace(args, folder=folder, resolution=side, script=args.script.resolve())
 
 
+def version(script: Path) -> str:
+    """Return the version of diffusers that the script asks for."""
+    asked = re.search(r'check_min_version\("(.+?)"\)', script.read_text(encoding="utf-8"))
+    return asked[1] if asked else ""
+
+
+def model_of(args: Benchmark) -> str:
+    """Return the name of the model that both sides tune."""
+    return f"Stable Diffusion 1.5 / {args.shrunk}" if args.shrunk else args.backbone
+
+
 def compare(args: Benchmark, batch: int) -> None:
     """Measure all sides at one batch size and print two tables."""
     sides = [Side(args, name, batch) for name in args.sides]
@@ -507,6 +523,7 @@ def compare(args: Benchmark, batch: int) -> None:
         f"{'':22}{'s/step':>9}{'speed':>8}{'of blocks':>16}{'busy s':>9}{'speed':>8}{'loss':>18}"
         f"{'peak MiB':>10}"
     )
+    lines = []
     for name in seen:
         pairs, busy_pairs = (
             [a[key] / b[key] for a, b in zip(seen[args.sides[0]], seen[name], strict=True)]
@@ -515,6 +532,16 @@ def compare(args: Benchmark, batch: int) -> None:
         seconds, busy = (
             statistics.median(told[key] / args.steps for told in seen[name])
             for key in ("seconds", "busy")
+        )
+        part = clocked[name]["parts"]
+        lines.append(
+            machine(device=args.device)
+            | {"script": version(args.script), "model": model_of(args), "pixels": args.resolution}
+            | {"batch": batch, "side": name, "blocks": args.blocks, "steps": args.steps}
+            | spread("seconds", [told["seconds"] / args.steps for told in seen[name]])
+            | spread("speed", pairs)
+            | spread("processor_speed", busy_pairs)
+            | {p: round(part.get(p, 0.0) / clocked[name]["seconds"], 4) for p in PARTS}
         )
         losses = [loss for told in seen[name] for loss in told["losses"]]
         error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
@@ -525,6 +552,8 @@ def compare(args: Benchmark, batch: int) -> None:
             f"{f'{statistics.mean(losses):.3f} +/- {error:.3f}':>18}"
             f"{seen[name][-1]['peak_mib']:10.0f}"
         )
+    if args.out is not None:
+        write(args.out / "against_diffusers.csv", lines, ("model", "batch", "side"))
     table = {
         name: shares(
             {part: spent / len(told["losses"]) for part, spent in told["parts"].items()},
@@ -554,16 +583,12 @@ def main(args: Benchmark) -> None:
         sys.exit(f"The sides are {', '.join(map(repr, SIDES))}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("There is no CUDA card here: use --device cpu.")
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
     with tempfile.TemporaryDirectory() as folder:
         args = prepare(args, Path(folder))
-        model = f"Stable Diffusion 1.5 / {args.shrunk}" if args.shrunk else args.backbone
         print(
-            f"{model}, {args.resolution} pixels, {args.dtype}, {device or platform.machine()}, "
-            f"{torch.get_num_threads()} threads, {os.cpu_count()} cores, load "
-            f"{os.getloadavg()[0]:.1f}; torch {torch.__version__}, diffusers "
-            f"{diffusers.__version__}; medians of {args.blocks} blocks of {args.steps} steps that "
-            "take turns"
+            f"{model_of(args)}, {args.resolution} pixels, {args.dtype}, "
+            f"{machine(device=args.device)}, diffusers {diffusers.__version__}; "
+            f"medians of {args.blocks} blocks of {args.steps} steps that take turns"
         )
         if stand_in():
             print(

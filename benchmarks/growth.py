@@ -7,17 +7,17 @@ On the included model. Every point is measured in a process of its own, so that 
 its own (forked where nothing has been computed yet, which saves the imports; Linux and macOS); from
 that is taken what the process held when the model was open and nothing had been done. All points
 take turns for `--rounds` rounds, so that a machine that grows slower meanwhile bends no line; in a
-round a point's time is the median of `--repeats` after one that does not count, and what is told is
-the median over the rounds. On a CPU one thread's own time is plotted, which other programs disturb
-less (growth.csv has the time on the clock, too); on a CUDA card the time on the clock. Exponents p
-of y ~ x^p are fitted to the three largest x, where what does not grow matters least.
+round a point's time is the median of `--repeats` after one that does not count. growth.csv has a
+row for every point and round; what is drawn and told is the median over the rounds. On a CPU one
+thread's own time is plotted, which other programs disturb less (growth.csv has the time on the
+clock, too); on a CUDA card the time on the clock. Exponents p of y ~ x^p are fitted to the three
+largest x, where what does not grow matters least.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import sys
@@ -31,6 +31,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from rows import machine
 from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone
@@ -187,20 +188,27 @@ def rows(args: Benchmark) -> pd.DataFrame:
     fork = multiprocessing.get_context("fork")
     points = [(p, v, x) for p in PANELS for v in variants(p) for x in getattr(args, p)]
     found = []
-    for panel, variant, x in Bar(points * args.rounds, desc="growth", unit="point"):
-        here, there = fork.Pipe(duplex=False)
+    for k, (panel, variant, x) in enumerate(Bar(points * args.rounds, desc="growth", unit="point")):
+        answer, there = fork.Pipe(duplex=False)
         process = fork.Process(target=child, args=(there, panel, variant, x))
         process.start()
         there.close()
         try:
-            numbers = here.recv()
+            numbers = answer.recv()
         except EOFError:
             sys.exit(f"{panel}, {variant}, {x}: the process ended; its reason stands above.")
         process.join()
-        found.append({"panel": panel, "variant": variant, "x": x, "device": args.device} | numbers)
+        point = {"panel": panel, "variant": variant, "x": x, "device": args.device}
+        here = machine(args.threads, args.device) | {"round": 1 + k // len(points)}
+        found.append(here | point | numbers)
     torch.set_num_threads(before)
+    return pd.DataFrame(found).round(5)
+
+
+def medians(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a row a point: medians over the rounds."""
     point = ["panel", "variant", "x", "device"]
-    return pd.DataFrame(found).groupby(point, sort=False).median().round(5).reset_index()
+    return table.groupby(point, sort=False).median(numeric_only=True).reset_index()
 
 
 def exponent(x: Any, y: Any, last: int = 3) -> float:
@@ -221,6 +229,7 @@ def figure(table: pd.DataFrame) -> Figure:
 
     cuda = (table.device == "cuda").all()
     clock = "seconds" if cuda else "processor_seconds"
+    table = medians(table)
     table = table.assign(memory=table.peak_mib - table.opened_mib)
     page = Figure(figsize=(12.5, 6), dpi=80, layout="constrained")
     axes = page.subplots(2, len(PANELS))
@@ -261,15 +270,11 @@ def main(args: Benchmark) -> None:
     if args.redraw is not None:
         draw(args.redraw)
         return
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
-    print(
-        f"{args.backbone}, {device or platform.machine()}, threads: {args.threads}, "
-        f"torch {torch.__version__}, medians of {args.rounds} rounds of {args.repeats}",
-        flush=True,
-    )
+    where = machine(args.threads, args.device)
+    print(f"{args.backbone}, {where}, {args.rounds} rounds of {args.repeats}", flush=True)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as it would say itself after a fork
     table = rows(args)
-    print(table.to_string(index=False))
+    print(medians(table).to_string(index=False))
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         with atomic_write(args.out / "growth.csv") as path:

@@ -14,7 +14,6 @@ least that it can cost.
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -24,9 +23,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import torch
 import tyro
+from rows import machine, spread, write
 
 from sude_lab.config import EMBEDDED, TuningConfig
 from sude_lab.io.opening import open_backbone
@@ -101,19 +100,6 @@ def main(args: Benchmark) -> None:
     measure(args)
 
 
-def processor() -> str:
-    """Return the processor's name, as far as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _of_blocks(name: str, values: list[float]) -> dict[str, float]:
-    ends = {name: statistics.median(values), f"{name}_least": min(values)}
-    return {k: round(v, 5) for k, v in (ends | {f"{name}_most": max(values)}).items()}
-
-
 def measure(args: Benchmark) -> None:
     """Measure all variants, and print what was found."""
     runs = {name: start(args, name) for name in VARIANTS}
@@ -123,9 +109,8 @@ def measure(args: Benchmark) -> None:
     for _ in range(args.blocks):
         for name, run in runs.items():
             times[name].append(seconds_of_block(run, args.steps))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    machine = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{args.blocks} blocks of {args.steps} steps, batch {args.train_batch_size}, {machine}")
+    where = machine(device="cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{args.blocks} blocks of {args.steps} steps, batch {args.train_batch_size}, {where}")
     print(f"{'':26}{'s/step':>9}{'ratio':>8}{'of blocks':>16}{'peak MiB':>10}{'ratio':>8}")
     base, rows = 0.0, []
     for name in VARIANTS:
@@ -136,10 +121,11 @@ def measure(args: Benchmark) -> None:
         ratios = [a / b for a, b in zip(times[name], times["plain"], strict=True)]
         between = f"{min(ratios):.2f} to {max(ratios):.2f}"
         rows.append(
-            {"machine": machine, "variant": name, "batch": args.train_batch_size}
+            where
+            | {"variant": name, "batch": args.train_batch_size}
             | {"blocks": args.blocks, "steps": args.steps}
-            | _of_blocks("seconds", times[name])
-            | _of_blocks("ratio", ratios)
+            | spread("seconds", times[name])
+            | spread("ratio", ratios)
             | {"peak_mib": round(memory)}
         )
         print(
@@ -147,7 +133,7 @@ def measure(args: Benchmark) -> None:
             f"{between:>16}{memory:10.0f}{memory / base:8.2f}"
         )
     if args.out:
-        pd.DataFrame(rows).to_csv(args.out / "step_cost.csv", index=False)
+        write(args.out / "step_cost.csv", rows)
     print(f"The floor of prior current is 5/3 = {5 / 3:.2f}.")
 
 

@@ -20,14 +20,18 @@ NOTEBOOKS = ROOT / "notebooks"
 LINK = "[Open in Colab](https://colab.research.google.com/github/{place}/blob/main/notebooks/{name}.ipynb)\n\n"
 ERRATA = "[A mistake? Report it here]({errata})\n\n"
 SETUP = """\
-# On Colab this fetches the repository from its address and installs it; elsewhere it does nothing.
+# On Colab this fetches the repository from its address and installs it.
 import sys
 
 REPOSITORY = "{address}"
 if "google.colab" in sys.modules:
     !git clone -q --depth 1 {{REPOSITORY}} /content/sude_lab
     %pip install -q -e "/content/sude_lab[lab]"
-    sys.path.insert(0, "/content/sude_lab")"""
+    sys.path.insert(0, "/content/sude_lab")
+
+from sude_lab.cli import wait_asleep
+
+wait_asleep()  # before torch is loaded: where others keep the cores busy, threads sleep"""
 
 
 def address(name: str = "Repository") -> str:

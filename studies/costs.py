@@ -1,10 +1,10 @@
-"""The tables of the guide's page on costs, made from `gpu.csv`, `growth.csv` and, where it has been
-measured, `step_cost.csv` in `data/results`.
+"""The tables of what things cost, on the guide's pages, made from files of `data/results`.
 
-    python -m studies.costs            # prints the page with its tables made anew
-    python -m studies.costs --write    # puts them into the page
+    python -m studies.costs            # prints the pages with their tables made anew
+    python -m studies.costs --write    # puts them into the pages
 
 A table stands between `<!-- FILE: NAME -->` and `<!-- end -->`; without its file it stays.
+`benchmarks/cpu.sh` and `benchmarks/gpu.sh` write the files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "notebooks/guide/costs.md"
+GUIDE = ROOT / "notebooks/guide"
+PAGES = (GUIDE / "costs.md", GUIDE / "installing.md")
 RESULTS = ROOT / "data/results"
 MODELS = {"sd15": "SD 1.5", "sd3-medium": "SD3 medium", "flux2-klein-4b": "FLUX.2 klein 4B"}
 Row = dict[str, str]
@@ -32,8 +33,30 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def spread(row: Row) -> str:
-    """Return "median [least, most]" seconds of a measurement."""
+    """Return "median [least, most]" seconds of a measurement on a card."""
     return f"{float(row['seconds']):.3f} [{float(row['least']):.3f}, {float(row['most']):.3f}]"
+
+
+def ends(row: Row, name: str, digits: int = 2) -> str:
+    """Return "median [least, most]" of a column that has both beside it, "" where it is empty."""
+    numbers = [row[name + end] for end in ("", "_least", "_most")]
+    if not numbers[0]:
+        return ""
+    middle, least, most = (f"{float(number):.{digits}f}" for number in numbers)
+    return f"{middle} [{least}, {most}]"
+
+
+def where(rows: list[Row]) -> str:
+    """Return the machines of some rows, and what load they had when the rows were measured."""
+    loads: dict[str, list[float]] = {}
+    for row in rows:
+        loads.setdefault(row["machine"], []).extend([float(row["load"])] if row.get("load") else [])
+    said = []
+    for name, load in loads.items():
+        among = sorted({min(load), max(load)} if load else ())
+        text = " to ".join(f"{value:g}" for value in among)
+        said.append(name + (f", beside a load of {text}" if text else ""))
+    return "; ".join(said)
 
 
 def steps(rows: list[Row]) -> str:
@@ -83,49 +106,114 @@ def machine(rows: list[Row]) -> str:
 
 def growth(rows: list[Row]) -> str:
     """Return how processor time grows: its ends, and the power of x over the three largest x."""
-    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    lines: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
         point = float(row["x"]), float(row["processor_seconds"])
-        lines.setdefault((row["panel"], row["variant"]), []).append(point)
+        rounds = lines.setdefault((row["panel"], row["variant"]), {})
+        rounds.setdefault(row.get("round", ""), []).append(point)
+    cells = []
+    for names, found in lines.items():
+        points = [(x[0][0], [y for _, y in x]) for x in zip(*found.values(), strict=True)]
+        middle = [(x, statistics.median(y)) for x, y in points]
+        cells.append(
+            (
+                *(*names, f"{points[0][0]:g}", f"{points[-1][0]:g}"),
+                f"{within(points[0][1])} to {within(points[-1][1])}",
+                within([power(x) for x in found.values()], power(middle)),
+            )
+        )
     header = ("what grows", "variant", "from", "to", "s", "power")
-    return markdown(
-        header,
-        (
-            (*names, f"{x[0][0]:g}", f"{x[-1][0]:g}", f"{x[0][1]:.2f} to {x[-1][1]:.2f}", power(x))
-            for names, x in lines.items()
-        ),
-    )
+    rounds = f"Medians of {len(next(iter(lines.values())))} rounds, with the least and the most"
+    told = f"\n\n{rounds} of them: {where(rows)}." if "round" in rows[0] else ""
+    return markdown(header, cells) + told
 
 
-def power(points: list[tuple[float, float]], last: int = 3) -> str:
+def within(values: list[float], middle: float | None = None) -> str:
+    """Return "median [least, most]" of some values, or the only one."""
+    text = f"{statistics.median(values) if middle is None else middle:.2f}"
+    return text if len(values) == 1 else f"{text} [{min(values):.2f}, {max(values):.2f}]"
+
+
+def power(points: list[tuple[float, float]], last: int = 3) -> float:
     """Return p of y ~ x^p through the last points, by least squares of the logarithms."""
     x, y = ([math.log(value) for value in values] for values in zip(*points[-last:], strict=True))
-    return f"{statistics.linear_regression(x, y).slope:.2f}"
+    return statistics.linear_regression(x, y).slope
 
 
 def step_cost(rows: list[Row]) -> str:
     """Return the seconds of a step on a CPU and their ratios to plain ones, with the machine."""
     lines = (
         (
-            *(row["variant"], row["batch"]),
-            *(
-                f"{float(row[n]):.3f} [{float(row[n + '_least']):.3f}, "
-                f"{float(row[n + '_most']):.3f}]"
-                for n in ("seconds", "ratio")
-            ),
+            *(row["variant"], row["batch"], ends(row, "seconds", 3), ends(row, "ratio", 3)),
             row["peak_mib"],
         )
         for row in rows
     )
     table = markdown(("variant", "batch", "s a step", "plain = 1", "peak MiB"), lines)
     blocks = f"Medians of {rows[0]['blocks']} blocks of {rows[0]['steps']} steps, with the least"
-    return f"{table}\n\n{blocks} and the most of them: {rows[0]['machine']}."
+    return f"{table}\n\n{blocks} and the most of them: {where(rows)}."
+
+
+def shared(rows: list[Row]) -> str:
+    """Return what the two questions share: a count, no measurement."""
+    lines = []
+    for row in rows:
+        part = int(row["shared"]) / int(row["operations"])
+        whole = f"{int(row['operations']) / 1e9:.1f}"
+        lines.append((row["model"], whole, f"{part:.1%}", f"{1 - part / 5:.3f}"))
+    header = ("model", "Gflop a row", "before the words", "a step with SuDe, shared")
+    return markdown(header, lines)
+
+
+def against(rows: list[Row]) -> str:
+    """Return our speed beside the script's, and what of its step are parts that we do without."""
+    lines = []
+    for row in rows:
+        if row["side"] == "diffusers":
+            parts = (f"{float(row[name]):.0%}" for name in ("VAE encoder", "text encoder", "AdamW"))
+        else:
+            parts = ("", "", f"{float(row['AdamW']):.0%}")
+        name = (row["model"], row["pixels"], row["batch"], row["side"], row["blocks"])
+        speeds = ends(row, "speed"), ends(row, "processor_speed")
+        lines.append((*name, ends(row, "seconds", 3), *speeds, *parts))
+    header = ("model", "pixels", "batch", "who", "blocks", "s a step", "speed")
+    header += ("by processor time", "VAE", "prompt", "AdamW")
+    scripts = ", ".join(sorted({row["script"] for row in rows}))
+    told = f"Medians of blocks, least and most; script of diffusers {scripts}: {where(rows)}."
+    return f"{markdown(header, lines)}\n\n{told}"
+
+
+def cold_start(rows: list[Row]) -> str:
+    """Return how long one waits for a command."""
+    lines = (
+        (
+            *(row["what"], row["times"]),
+            *(ends(row, "seconds"), ends(row, "processor_seconds"), ends(row, "ratio")),
+        )
+        for row in rows
+    )
+    header = ("what", "times", "s", "s of the processor", "of `import numpy`")
+    return f"{markdown(header, lines)}\n\nMedians, least and most: {where(rows)}."
+
+
+def busy(rows: list[Row]) -> str:
+    """Return steps with SuDe, alone and beside busy processes, by how threads wait."""
+    lines = (
+        (row["beside"], row["setting"], ends(row, "seconds", 1), ends(row, "ratio")) for row in rows
+    )
+    header = ("busy processes beside", "threads", f"s, {rows[0]['steps']} steps", "one thread = 1")
+    told = f"Medians of {rows[0]['rounds']} rounds, least and most: {where(rows)}."
+    return f"{markdown(header, lines)}\n\n{told}"
 
 
 TABLES: dict[str, dict[str, Callable[[list[Row]], str]]] = {
     "step_cost": {"steps": step_cost},
+    "shared": {"shares": shared},
+    "against_diffusers": {"speeds": against},
     "growth": {"powers": growth},
+    "cold_start": {"waiting": cold_start},
     "gpu": {"machine": machine, "steps": steps, "others": others},
+    "busy": {"settings": busy},
 }
 
 
@@ -147,8 +235,9 @@ def read(name: str, results: Path = RESULTS) -> list[Row]:
 
 
 if __name__ == "__main__":
-    new = page(PAGE.read_text(encoding="utf-8"))
-    if "--write" in sys.argv:
-        PAGE.write_text(new, encoding="utf-8")
-    else:
-        print(new)
+    for path in PAGES:
+        new = page(path.read_text(encoding="utf-8"))
+        if "--write" in sys.argv:
+            path.write_text(new, encoding="utf-8")
+        else:
+            print(new)

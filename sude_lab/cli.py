@@ -485,11 +485,12 @@ def _kept(command: Any) -> str:
     return "nothing was written"
 
 
-def _wait_asleep() -> None:
+def wait_asleep() -> None:
     """On a machine that others keep busy, let threads sleep while they wait for each other.
 
     Those that wait awake take the processor from those they wait for. The number of threads stays,
-    and with it every bit. OpenMP reads this once, when torch is loaded.
+    and with it every bit. OpenMP reads this once, when torch is loaded: the first cell of a lesson
+    calls it before.
     """
     said = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
@@ -506,7 +507,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    _wait_asleep()
+    wait_asleep()
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,7 @@ def run_demo(
     are kept when it is called again. A third run shows what eq. 9 is good for.
     """
     check_whole("--num-images", num_images, 1, MOST)
+    began, busy = time.perf_counter(), time.process_time()
     out, base, oracle = Path(out), open_backbone(), load_oracle()
     base.check_category(category)
     who, picture = subject("demo", seed, category), out / "subject.png"
@@ -106,7 +108,8 @@ def run_demo(
     strip = difference_figure(grids)
     with atomic_write(out / STRIP) as path:
         strip.savefig(path, bbox_inches="tight")
-    write_file(out / REPORT, report(who, table, grids, runs, seed))
+    spent = time.perf_counter() - began, time.process_time() - busy
+    write_file(out / REPORT, report(who, table, grids, runs, seed, spent))
     return table
 
 
@@ -145,7 +148,14 @@ def curves_figure(runs: dict[str, Run]) -> Figure:
     return figure
 
 
-def report(who: Subject, table: pd.DataFrame, grids: Grids, runs: dict[str, Run], seed: int) -> str:
+def report(
+    who: Subject,
+    table: pd.DataFrame,
+    grids: Grids,
+    runs: dict[str, Run],
+    seed: int,
+    spent: tuple[float, float],
+) -> str:
     """Return the report as one HTML page that needs no network."""
     means = table_with_intervals(table)
     settings = {
@@ -171,6 +181,7 @@ def report(who: Subject, table: pd.DataFrame, grids: Grids, runs: dict[str, Run]
         },
         settings=pd.DataFrame(settings).to_html(border=0),
         watched_every=WATCHED_EVERY,
+        spent=spent,
         version=__version__,
     )
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from IPython.core.inputtransformer2 import TransformerManager
 
 from studies import address
 
@@ -65,6 +67,17 @@ def test_a_lesson_has_the_address_that_the_maintainers_set_and_no_other(name: st
     report = address.addressed(linked, name, PLACE, f"{PLACE}/issues")
     assert f"[A mistake? Report it here]({PLACE}/issues)" in report
     assert address.addressed(report, name, PLACE) == linked
+
+
+def test_the_first_cell_lets_threads_sleep_on_a_busy_machine() -> None:
+    cell = TransformerManager().transform_cell(address.SETUP.format(address=""))
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    quiet = {name: value for name, value in os.environ.items() if name not in names}
+    for load, expected in ((1e6, "PASSIVE False"), (0.0, "None False")):
+        code = f"import os\nos.getloadavg = lambda: ({load}, 0.0, 0.0)\n{cell}\n"
+        code += "print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)"
+        said = subprocess.check_output([sys.executable, "-c", code], text=True, env=quiet)
+        assert said.strip() == expected
 
 
 @pytest.mark.skipif(

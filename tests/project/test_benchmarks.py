@@ -15,9 +15,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import tyro
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from studies import costs
 from sude_lab.io.files import atomic_write
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -69,6 +71,7 @@ def against(tmp_path: Path, tiny_folder: Path, decay: str, **settings: Any) -> t
     module = load("against_diffusers")
     args = module.Benchmark(
         script,
+        out=tmp_path,
         backbone=str(tiny_folder),
         train_batch_sizes=(2,),
         blocks=2,
@@ -94,6 +97,12 @@ def test_a_script_and_ours_take_turns_at_equal_work(
         (row,) = [line for line in said.splitlines() if line.startswith(part)]
         assert row.count("%") == 2
     assert "VAE encoder" not in said  # this script encodes no picture, and we do it once, before
+    rows = pd.read_csv(tmp_path / "against_diffusers.csv").set_index("side")
+    assert list(rows.index) == ["diffusers", "sude_lab"] and (rows.batch == 2).all()
+    assert (rows.speed_least <= rows.speed).all() and (rows.speed <= rows.speed_most).all()
+    assert rows.speed["diffusers"] == 1 and rows["VAE encoder"].eq(0).all()
+    parts = rows[["AdamW", "clipping", "UNet forward", "UNet backward"]]
+    assert (parts > 0).all(axis=None) and (parts.sum(axis=1) <= 1).all()
 
 
 def test_unequal_work_is_told_and_nothing_is_compared(
@@ -163,16 +172,22 @@ def test_growth_measures_every_point_and_draws_it(tmp_path: Path, tiny_folder: P
         "prompts": (2, 4),
         "drawing": (1, 2),
     }
-    few |= {"num_pairs": 2, "num_inference_steps": 1, "rounds": 1, "repeats": 1}
+    few |= {"num_pairs": 2, "num_inference_steps": 1, "rounds": 2, "repeats": 1}
     args = growth.Benchmark(out=tmp_path, backbone=str(tiny_folder), **few)
     growth.main(args)
     table = pd.read_csv(tmp_path / "growth.csv")
-    assert list(zip(table.panel, table.variant, table.x, strict=True)) == [
-        (panel, variant, x)
+    assert list(zip(table["round"], table.panel, table.variant, table.x, strict=True)) == [
+        (k, panel, variant, x)
+        for k in (1, 2)
         for panel in growth.PANELS
         for variant in growth.variants(panel)
         for x in few[panel]
     ]
+    assert table.machine.str.contains("1 thread of").all()
+    points = growth.medians(table)
+    assert len(points) == len(table) / 2
+    first_point = table[(table.panel == "picture") & (table.variant == "plain") & (table.x == 32)]
+    assert points.seconds[0] == pytest.approx(first_point.seconds.mean())
     assert (table[["seconds", "processor_seconds", "opened_mib"]] > 0).all(axis=None)
     assert (table.peak_mib >= table.opened_mib).all()
     first = (tmp_path / "growth.png").read_bytes()
@@ -198,13 +213,17 @@ def test_prompts_to_classify_differ_and_are_known(tiny_folder: Path) -> None:
 
 
 def test_cold_start_prints_ratios(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     cold_start = load("cold_start")
     pair = [(0.2, 0.1), (0.4, 0.3)]
     spent = iter([(1.0, 1.0)] * 4 + [*pair, *pair, (0.2, 0.1), (0.8, 0.3)] * 3)
-    monkeypatch.setattr(cold_start, "seconds_of", lambda command: next(spent))
-    cold_start.main(cold_start.Benchmark(pairs=3))
+    monkeypatch.setattr(cold_start, "seconds_of", lambda *command: next(spent))
+    monkeypatch.setattr(cold_start, "begun", lambda args: [])
+    cold_start.main(cold_start.Benchmark(pairs=3, demos=0, out=tmp_path))
+    written = pd.read_csv(tmp_path / "cold_start.csv").set_index("what")
+    assert list(written.index) == [cold_start.BASE, *cold_start.COMMANDS]
+    assert written.ratio.iloc[1:].tolist() == [2.0] * 3 and written.times.iloc[-1] == 3
     _, _, base, *rows = capsys.readouterr().out.splitlines()
     assert base.split()[-4:] == ["0.200", "0.100", "1.00", "1.00"]
     assert [row.split()[:2] for row in rows] == [
@@ -214,6 +233,35 @@ def test_cold_start_prints_ratios(
     ]
     for row in rows:  # the middle ratio of the clock's, least and most, and the processor's
         assert "0.400 0.300 2.00 2.00 to 4.00 3.00" in " ".join(row.split())
+
+
+def test_a_command_ends_when_the_model_is_asked(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cold_start = load("cold_start")
+    monkeypatch.setenv("SUDE_LAB_DATA", str(tiny_data))
+    what = "sude-lab classify, until it asks"
+    monkeypatch.setattr(cold_start, "BEGINNINGS", {what: cold_start.BEGINNINGS[what]})
+    (row,) = cold_start.begun(cold_start.Benchmark(starts=1))
+    assert row["what"] == what and 0 < row["processor_seconds"]
+
+
+def test_a_command_that_fails_is_not_timed() -> None:
+    with pytest.raises(SystemExit, match="no such reason"):
+        load("cold_start").seconds_of(["-c", "import sys; sys.exit('no such reason')"])
+
+
+def test_the_demo_s_own_clock_is_read_from_its_report(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cold_start = load("cold_start")
+    monkeypatch.setenv("SUDE_LAB_DATA", str(tiny_data))
+    few = ["--max-train-steps", "1", "--num-images", "1"]
+    monkeypatch.setattr(cold_start, "DEMO", [*cold_start.DEMO, *few])
+    whole, inside = cold_start.demo(cold_start.Benchmark(demos=1))
+    assert 0 <= inside["seconds"] <= whole["seconds"] + 1
+    assert inside["processor_seconds"] <= whole["processor_seconds"] + 1
+    assert cold_start.demo(cold_start.Benchmark(demos=0)) == []
 
 
 # --- a card ---------------------------------------------------------------------------------------
@@ -334,15 +382,19 @@ def test_a_card_where_one_measurement_fails_or_time_is_short(
 # --- what the two questions share -----------------------------------------------------------------
 
 
-def test_the_guide_says_what_the_two_questions_share(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_guide_says_what_the_two_questions_share(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     shared = load("shared")
-    shared.main(shared.Benchmark())
+    shared.main(shared.Benchmark(out=tmp_path))
+    stored = BENCHMARKS.parent / "data" / "results" / "shared.csv"
+    assert (tmp_path / "shared.csv").read_bytes() == stored.read_bytes()
     full_size, embedded = capsys.readouterr().out.splitlines()
     page = (BENCHMARKS.parent / "notebooks" / "guide" / "costs.md").read_text(encoding="utf-8")
     for line, name in ((full_size, "SD 1.5"), (embedded, "embedded")):
         share, left = re.findall(r"([\d.]+)(?:%| of what)", line)
         assert line.startswith(name)
-        assert f"{share} %" in page and left in page, line
+        assert f"{share}%" in page and left in page, line
 
 
 # --- a step ---------------------------------------------------------------------------------------
@@ -360,3 +412,61 @@ def test_step_costs_are_kept_with_their_spread_and_machine(
     assert (table["ratio_least"] <= table["ratio"]).all()
     assert (table["ratio"] <= table["ratio_most"]).all()
     assert table["machine"].str.contains(f"{torch.get_num_threads()} threads").all()
+
+
+# --- a busy machine -------------------------------------------------------------------------------
+
+
+def test_settings_take_turns_alone_and_beside_others(tiny_folder: Path, tmp_path: Path) -> None:
+    busy = load("busy")
+    names = ("one thread", "asleep")
+    sizes: dict[str, Any] = {"rounds": 2, "steps": 1, "others": 1, "settings": names}
+    busy.main(busy.Benchmark(out=tmp_path, backbone=str(tiny_folder), **sizes))
+    table = pd.read_csv(tmp_path / "busy.csv")
+    expected = [(number, name) for number in (0, 1) for name in names]
+    assert list(zip(table.beside, table.setting, strict=True)) == expected
+    assert (table.ratio[table.setting == "one thread"] == 1).all()
+    assert (table.seconds_least <= table.seconds).all() and (table.seconds > 0).all()
+
+
+def test_a_setting_reaches_its_process_and_others_end(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = load("busy")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    seen: list[dict[str, str]] = []
+    monkeypatch.setattr(busy.subprocess, "Popen", lambda *_, env, **__: seen.append(env))
+    for name in busy.SETTINGS:
+        busy.Worker(busy.Benchmark(), name)
+    assert [{k: v for k, v in env.items() if "OMP_" in k} for env in seen] == list(
+        busy.SETTINGS.values()
+    )
+    monkeypatch.undo()
+    kept: list[Any] = []
+    start = busy.subprocess.Popen
+    monkeypatch.setattr(busy.subprocess, "Popen", lambda *a: kept.append(start(*a)) or kept[-1])
+    with busy.others(2):
+        assert [process.poll() for process in kept] == [None, None]
+    assert all(process.poll() is not None for process in kept)
+
+
+# --- all of it ------------------------------------------------------------------------------------
+
+
+def test_one_command_measures_the_processor(tmp_path: Path) -> None:
+    """Every command of cpu.sh is one that its benchmark takes, and all stored files are written."""
+    said = tmp_path / "python"
+    said.write_text('#!/bin/sh\nprintf "%s\\037" "$@"; echo\n')
+    said.chmod(0o755)
+    run = ["bash", str(BENCHMARKS / "cpu.sh"), str(tmp_path), "train_dreambooth.py"]
+    here = os.environ | {"PYTHON": str(said)}
+    lines = subprocess.check_output(run, text=True, env=here).splitlines()
+    files = []
+    for line in lines:
+        path, *words = line.split("\037")[:-1]
+        args = tyro.cli(load(Path(path).stem).Benchmark, args=words)
+        assert args.out == tmp_path
+        files.append(Path(path).stem)
+    assert set(files) == {name for name in costs.TABLES if name not in ("gpu", "shared")}
+    fewer = subprocess.check_output(run[:-1], text=True, env=here).splitlines()
+    assert [line for line in lines if "against" not in line] == fewer

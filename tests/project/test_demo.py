@@ -78,6 +78,14 @@ def test_each_run_takes_the_steps_that_its_row_needs(demo: Path) -> None:
     assert "in every 4th step" in page and "<td>1</td>" in page
 
 
+def test_the_report_says_what_it_took(demo: Path) -> None:
+    page = (demo / REPORT).read_text(encoding="utf-8")
+    took = r"Tuning, drawing and judging took (\d+) s, (\d+) s of\s+the processor"
+    (spent,) = re.findall(took, page)
+    seconds = [Run.open(f).environment["seconds"] for f in (demo / "runs").iterdir()]
+    assert int(spent[0]) >= round(sum(seconds)) and int(spent[1]) > 0
+
+
 def test_a_second_call_keeps_finished_runs(demo: Path) -> None:
     weights = demo / "runs" / "sude" / "weights"
     before = {f: f.stat().st_mtime_ns for f in weights.iterdir()}
