@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measure this machine's cores while nothing else runs: bash benchmarks/cpu.sh DIR [train_dreambooth.py]
-# Each line writes its own file into DIR, in the order of value; then python -m studies.costs --write.
+# Each line writes its own file into DIR, in the order of value; then: python -m studies.costs --write
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=$1 script=${2:-}

@@ -123,9 +123,11 @@ def growth(rows: list[Row]) -> str:
             )
         )
     header = ("what grows", "variant", "from", "to", "s", "power")
-    rounds = f"Medians of {len(next(iter(lines.values())))} rounds, with the least and the most"
-    told = f"\n\n{rounds} of them: {where(rows)}." if "round" in rows[0] else ""
-    return markdown(header, cells) + told
+    told = "Medians of 7 rounds, whose spread and machine were not kept."
+    if "round" in rows[0]:
+        rounds = f"Medians of {len(next(iter(lines.values())))} rounds, with the least and the most"
+        told = f"{rounds} of them: {where(rows)}."
+    return f"{markdown(header, cells)}\n\n{told}"
 
 
 def within(values: list[float], middle: float | None = None) -> str:
