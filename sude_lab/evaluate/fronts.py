@@ -278,7 +278,10 @@ STYLES = {
 def draw(
     axes: Any, lines: dict[str, Line], title: str = "", shares: Sequence[float] = SHARES
 ) -> None:
-    """Draw the means of every line, its front drawn through, over the fidelities that are read."""
+    """Draw the means of every line over the fidelities that are read, its front drawn through.
+
+    Its hull is dotted.
+    """
     for name, (colour, mark) in STYLES.items():
         if name not in lines:
             continue
@@ -286,6 +289,8 @@ def draw(
         fidelity, alignment = one.fidelity.mean(0), one.alignment.mean(0)
         axes.plot(fidelity, alignment, mark, ms=4, alpha=0.4, color=colour)
         axes.plot(fidelity[front], alignment[front], f"{mark}-", color=colour, lw=2, label=name)
+        hull = hull_of(one).front()
+        axes.plot(fidelity[hull], alignment[hull], ":", color=colour, lw=1)
     whole = lines["less tuning"]
     end = end_of(whole, whole.subjects).mean()
     for share in shares:
