@@ -125,8 +125,8 @@ def growth(rows: list[Row]) -> str:
     header = ("what grows", "variant", "from", "to", "s", "power")
     told = "Medians of 7 rounds, whose spread and machine were not kept."
     if "round" in rows[0]:
-        rounds = f"Medians of {len(next(iter(lines.values())))} rounds, with the least and the most"
-        told = f"{rounds} of them: {where(rows)}."
+        number = len(next(iter(lines.values())))
+        told = f"Medians of {number} rounds, with the least and the most of them: {where(rows)}."
     return f"{markdown(header, cells)}\n\n{told}"
 
 
@@ -172,14 +172,15 @@ def against(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         if row["side"] == "diffusers":
-            parts = (f"{float(row[name]):.0%}" for name in ("VAE encoder", "text encoder", "AdamW"))
+            asked = ("VAE encoder", "text encoder", "AdamW")
+            parts = [f"{float(row[name]):.0%}" for name in asked]
         else:
-            parts = ("", "", f"{float(row['AdamW']):.0%}")
+            parts = ["", "", f"{float(row['AdamW']):.0%}"]
         name = (row["model"], row["pixels"], row["batch"], row["side"], row["blocks"])
         speeds = ends(row, "speed"), ends(row, "processor_speed")
         lines.append((*name, ends(row, "seconds", 3), *speeds, *parts))
-    header = ("model", "pixels", "batch", "who", "blocks", "s a step", "speed")
-    header += ("by processor time", "VAE", "prompt", "AdamW")
+    header = ["model", "pixels", "batch", "who", "blocks", "s a step", "speed"]
+    header += ["by processor time", "VAE", "prompt", "AdamW"]
     scripts = ", ".join(sorted({row["script"] for row in rows}))
     told = f"Medians of blocks, least and most; script of diffusers {scripts}: {where(rows)}."
     return f"{markdown(header, lines)}\n\n{told}"
