@@ -172,8 +172,7 @@ def against(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         if row["side"] == "diffusers":
-            asked = ("VAE encoder", "text encoder", "AdamW")
-            parts = [f"{float(row[name]):.0%}" for name in asked]
+            parts = [f"{float(row[name]):.0%}" for name in ("VAE encoder", "text encoder", "AdamW")]
         else:
             parts = ["", "", f"{float(row['AdamW']):.0%}"]
         name = (row["model"], row["pixels"], row["batch"], row["side"], row["blocks"])

@@ -489,8 +489,7 @@ def wait_asleep() -> None:
     """On a machine that others keep busy, let threads sleep while they wait for each other.
 
     Those that wait awake take the processor from those they wait for. The number of threads stays,
-    and with it every bit. OpenMP reads this once, when torch is loaded: the first cell of a lesson
-    calls it before.
+    and with it every bit. OpenMP reads this once, when torch is loaded: lessons call it first.
     """
     said = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0

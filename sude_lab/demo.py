@@ -108,8 +108,8 @@ def run_demo(
     strip = difference_figure(grids)
     with atomic_write(out / STRIP) as path:
         strip.savefig(path, bbox_inches="tight")
-    spent = time.perf_counter() - began, time.process_time() - busy
-    write_file(out / REPORT, report(who, table, grids, runs, seed, spent))
+    took = f"{time.perf_counter() - began:.0f} s, {time.process_time() - busy:.0f} s"
+    write_file(out / REPORT, report(who, table, grids, runs, took))
     return table
 
 
@@ -148,14 +148,7 @@ def curves_figure(runs: dict[str, Run]) -> Figure:
     return figure
 
 
-def report(
-    who: Subject,
-    table: pd.DataFrame,
-    grids: Grids,
-    runs: dict[str, Run],
-    seed: int,
-    spent: tuple[float, float],
-) -> str:
+def report(who: Subject, table: pd.DataFrame, grids: Grids, runs: dict[str, Run], took: str) -> str:
     """Return the report as one HTML page that needs no network."""
     means = table_with_intervals(table)
     settings = {
@@ -168,7 +161,7 @@ def report(
     look: dict[str, Any] = {"bbox_inches": "tight"}
     return pages.get_template("report.html.jinja").render(
         who=who,
-        seed=seed,
+        seed=runs[SUDE].config.seed,
         subject=plots.data_url(who.picture),
         strip=plots.data_url(difference_figure(grids), **look),
         measures=MEASURES,
@@ -181,7 +174,7 @@ def report(
         },
         settings=pd.DataFrame(settings).to_html(border=0),
         watched_every=WATCHED_EVERY,
-        spent=spent,
+        took=took,
         version=__version__,
     )
 

@@ -411,7 +411,8 @@ def test_step_costs_are_kept_with_their_spread_and_machine(
     assert list(table["variant"]) == list(step_cost.VARIANTS)
     assert (table["ratio_least"] <= table["ratio"]).all()
     assert (table["ratio"] <= table["ratio_most"]).all()
-    assert table["machine"].str.contains(f"{torch.get_num_threads()} threads").all()
+    assert table["machine"].str.contains(f"{torch.get_num_threads()} thread").all()
+    assert (table["load"] >= 0).all()
 
 
 # --- a busy machine -------------------------------------------------------------------------------
