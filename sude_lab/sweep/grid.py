@@ -365,7 +365,7 @@ def make_plan(grid: GridFile, out: Path | str, runs: Path | str | None = None) -
         image = who.image or out / "subjects" / f"{who.name}.png"
         about = {"image": image, "category": who.category, "method": method, "seed": seed}
         config, usual = _config(settings | variant | about | {"backbone": backbone})
-        key = _key(config, digests[who.name])
+        key = run_key(config, digests[who.name])
         if key in jobs:
             continue
         # Runs of one seed are drawn from the same noise, those of another from fresh.
@@ -435,8 +435,11 @@ def kind_of(config: CompleteConfig) -> str:
     return f"{Path(config.backbone).name}, {config.method}{train}, {sude}, batch {size}{side}"
 
 
-def _key(config: CompleteConfig, picture: str) -> str:
-    """Name a run by what it is: not by where its files lie, nor by the device it runs on."""
+def run_key(config: CompleteConfig, picture: str) -> str:
+    """Name a run by what it is: not by where its files lie, nor by the device it runs on.
+
+    `picture`: the digest of its first subject's.
+    """
     where = fields_of("place")
     # A field at its (first) default says nothing: later fields and defaults leave the names alone.
     silent = {f.name: f.default for f in fields(TuningConfig)} | {"optimizer": "adamw"}

@@ -52,12 +52,21 @@ from sude_lab.io.files import (
     require_own,
     write_file,
 )
-from sude_lab.io.identity import is_known
+from sude_lab.io.identity import digest, is_known
 from sude_lab.io.opening import open_backbone, resolve_source
 from sude_lab.io.reading import read_json
 from sude_lab.io.workers import worker_pool
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, run_tuning
-from sude_lab.sweep.grid import LABEL, SCORE, Job, Plan, kind_of, make_plan, read_grid
+from sude_lab.sweep.grid import (
+    LABEL,
+    SCORE,
+    Job,
+    Plan,
+    kind_of,
+    make_plan,
+    read_grid,
+    run_key,
+)
 from sude_lab.tuning import Step
 from sude_lab.world.judging import drawn_judge
 
@@ -126,6 +135,9 @@ def _tune_and_judge(job: Job, runs: Path, checkpoint_every: int) -> None:
         stamps.append(time.perf_counter())
 
     if not (folder / ENVIRONMENT).is_file():
+        if run_key(config, digest(config.image)) != job.key:
+            changed = "A picture or the regularizer of this run was changed after it was planned"
+            raise UserError(f"{changed}: give the command again.")
         quiet |= {"checkpoint_every": checkpoint_every, "resume": folder.is_dir()}
         quiet["keep_at"] = sorted({s.step for s in job.strengths if s.step})
         run_tuning(config, folder, backbone=fresh_backbone(config), on_step=stamp, **quiet)

@@ -382,6 +382,31 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(
     assert not list((out / "runs" / room.STATE).glob("*.failed.json"))
 
 
+def test_a_run_is_tuned_as_it_was_planned_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name is the hash of its files: one that is changed meanwhile would be another run."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "def regularizer(x_t, t, output, frozen):\n    return 0 * output.mean((1, 2, 3))\n"
+    )
+    settings = {"max_train_steps": 2, "device": "cpu", "regularizer_file": str(file)}
+    grid, out = write_grid(tmp_path, settings=settings, w_s=[1, 2]), tmp_path / "out"
+    real = room.run_tuning
+
+    def tuned(*args: Any, **how: Any) -> Any:
+        run = real(*args, **how)
+        file.write_text(file.read_text() + "# changed\n")
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "run_tuning", tuned)
+        (reason,) = sweep(grid, out, progress=False).values()  # of the second run
+    assert "was changed after it was planned: give the command again" in reason
+    assert not sweep(grid, out, progress=False)  # planned anew: runs of the file as it is
+    assert table(out)["run"].nunique() == 2
+
+
 def test_a_failure_of_another_process_stands(tmp_path: Path) -> None:
     plan = make_plan(read_grid(write_grid(tmp_path)), tmp_path / "out")
     room._write_plan(plan)
