@@ -89,7 +89,7 @@ class Line:
 
 
 class Hull(Line):
-    """A line whose front is convex: in the mean, one may also choose between two strengths by lot.
+    """A line read on its front's upper hull: between two strengths one may choose by lot.
 
     So a strength never lowers what is read, as on the front one does that hardly beats others.
     """
