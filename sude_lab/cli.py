@@ -40,7 +40,7 @@ class Demo:
     """What the subject is: any category of the embedded model."""
     num_images: int = 8
     """Pictures for every prompt."""
-    max_train_steps: int | None = None
+    max_train_steps: int = 100
 
     def execute(self) -> None:
         from sude_lab.demo import REPORT, run_demo, table_with_intervals

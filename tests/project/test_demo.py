@@ -11,9 +11,12 @@ import pytest
 from PIL import Image
 from refusals import content
 
-from sude_lab.cli import main
-from sude_lab.demo import REPORT, RESULTS, STRIP, run_demo, table_with_intervals
+from sude_lab.cli import Demo, main
+from sude_lab.demo import REPORT, RESULTS, STEPS, STRIP, run_demo, table_with_intervals
 from sude_lab.errors import UserError
+from sude_lab.evaluate.fronts import MARGIN
+from sude_lab.evaluate.statistics import mean_interval
+from sude_lab.evaluate.stored import RESULTS as STORED
 from sude_lab.runs.folder import ENVIRONMENT, Run
 
 COLUMNS = {
@@ -70,12 +73,26 @@ def test_each_run_takes_the_steps_that_its_row_needs(demo: Path) -> None:
     assert {name: len(run.metrics()) for name, run in runs.items()} == {
         "plain": 3,
         "sude": 3,
-        "never": 1,  # collapsed after a quarter
+        "never": 2,  # half of them
     }
     watched = {name: run.metrics()["rho"].notna().tolist() for name, run in runs.items()}
-    assert watched == {"plain": [True, False, False], "sude": [True] * 3, "never": [True]}
+    assert watched == {"plain": [True, False, False], "sude": [True] * 3, "never": [True] * 2}
     page = (demo / REPORT).read_text(encoding="utf-8")
-    assert "in every 4th step" in page and "<td>1</td>" in page
+    assert "in every 4th step" in page and "<td>2</td>" in page
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("arm", "weight_sude"), [("plain", 0.0), ("sude", 2.0)])
+def test_half_the_usual_steps_lose_nothing(arm: str, weight_sude: float) -> None:
+    """What the demo's 100 steps are based on, from the stored lines of 36 subjects."""
+    table = pd.read_csv(STORED / "fair.csv", keep_default_na=False)
+    line = table[(table["arm"] == arm) & (table["w_s"] == weight_sude)].set_index("subject")
+    short, usual = (line[line["strength"] == strength] for strength in (str(STEPS), ""))
+    assert (usual["steps"] == 200).all() and len(short) == len(usual) == 36
+    fidelity = mean_interval(short["subject_fidelity"] - usual["subject_fidelity"])
+    assert fidelity.low > -MARGIN
+    assert mean_interval(short["attribute_alignment"] - usual["attribute_alignment"]).low > 0
+    assert Demo(out=Path()).max_train_steps == STEPS
 
 
 def test_the_report_says_what_it_took(demo: Path) -> None:
