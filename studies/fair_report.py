@@ -224,8 +224,10 @@ def main(config: ReportConfig) -> str:
         sections[f"## {part}Where the lines are read"] = at
     for title, shown in sections.items():
         if "gain" in shown:
-            shown["gain"] = [gain.words("+.3f") for gain in shown["gain"]]
-        texts += [] if shown.empty else [title, shown.round(4).to_markdown(index=False)]
+            words = [gain.words("+.3f").removeprefix("+nan") for gain in shown["gain"]]
+            shown = shown.assign(gain=words)
+        shown = shown.round(4).astype(object).where(shown.notna(), "")
+        texts += [] if shown.empty else [title, shown.to_markdown(index=False)]
     groups = table.groupby(POINT, sort=False)
     means = groups[["subject_fidelity", "attribute_alignment", "category_alignment"]].mean()
     means["subjects"] = groups["subject"].nunique()

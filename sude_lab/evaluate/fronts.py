@@ -220,8 +220,7 @@ def family(
     if table.empty:
         return table
     is_area = table["fidelity"].str.contains("to")
-    read = table["p"].notna() & ~is_area
-    table.loc[read, "p, Holm"] = holm(table.loc[read, "p"].to_numpy())
+    table.loc[~is_area, "p, Holm"] = holm(table.loc[~is_area, "p"].to_numpy())
     table["says"] = [
         "" if area else says(gain, p)
         for gain, p, area in zip(table["gain"], table["p, Holm"], is_area, strict=True)

@@ -153,14 +153,15 @@ def sign_flip_p(
 def holm(p: Values) -> np.ndarray:
     """Return Holm's (1979) adjusted p-values, in the order given: max over j <= i of (m - j) p_(j).
 
-    Comparing them with 0.05 keeps the chance of any false claim among all m below 0.05.
+    Comparing them with 0.05 keeps the chance of any false claim among all m below 0.05. A nan (a
+    question that was asked and could not be answered) counts among the m, and stays nan.
     """
     x = np.asarray(p, dtype=float)
-    order = x.argsort(kind="stable")
-    stepped = np.maximum.accumulate(x[order] * (len(x) - np.arange(len(x))))
+    order = x.argsort(kind="stable")  # nan last
+    stepped = np.fmax.accumulate(x[order] * (len(x) - np.arange(len(x))))
     adjusted = np.empty_like(x)
     adjusted[order] = stepped.clip(max=1)
-    return adjusted
+    return np.where(np.isnan(x), math.nan, adjusted)
 
 
 def verdict(interval: Interval, *, p: float | None = None, margin: float | None = None) -> str:

@@ -1,5 +1,6 @@
 """Intervals, tests and verdicts: against tables, cases worked out by hand, simulated studies."""
 
+import math
 from itertools import product
 
 import numpy as np
@@ -151,6 +152,13 @@ def test_holm_by_hand() -> None:
     # 4 x 0.01, 3 x 0.02, 2 x 0.03 (no less than the one before), 1 x 0.04 (the same).
     assert holm([0.03, 0.01, 0.04, 0.02]).tolist() == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert holm([0.9, 0.6]).tolist() == [1, 1] and holm([0.2]).tolist() == [0.2]
+
+
+def test_a_question_without_an_answer_counts_in_holm() -> None:
+    """It was registered, and whether a line reaches a fidelity is seen in the data."""
+    adjusted = holm([math.nan, 0.02, 0.01, math.nan])  # 4 x 0.01, 3 x 0.02
+    assert adjusted.tolist() == pytest.approx([math.nan, 0.06, 0.04, math.nan], nan_ok=True)
+    assert np.isnan(holm([math.nan] * 2)).all() and holm([]).tolist() == []
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,9 @@ def test_a_fidelity_that_a_line_does_not_reach_is_no_gain() -> None:
     low = table[(table["arm"] == "plain") | (table["strength"] == "25")]
     shown = fair_report.family(fair_report.lines_of(low), fair_report.PRIMARY)
     assert list(shown["says"]) == ["not reached"] * 3 + [""]
+    more = {"arm": "one", "against": "other", "fidelity": "0.75", "gain": Interval(1, 0.1, 1.9, 9)}
+    shown = fair_report.family(fair_report.lines_of(low), fair_report.PRIMARY, [more | {"p": 0.02}])
+    assert shown["p, Holm"].iloc[-1] == pytest.approx(4 * 0.02)  # three more were asked
 
 
 def test_what_the_correction_takes_away_is_not_said() -> None:
