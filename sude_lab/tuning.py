@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -145,7 +144,8 @@ class Tuning:
         self.config = config = configure(config, backbone, method=method)
         self.backbone, self.classifier, self.regularizer = backbone, classifier, regularizer
         self.schedule = backbone.schedule.to(backbone.device)
-        self.processes = Processes(accelerator)
+        self.accelerator = accelerator
+        self._processes = accelerator.num_processes if accelerator else 1
         self.number = 0
         """The last step that was taken."""
         self._state = "running"
@@ -237,20 +237,20 @@ class Tuning:
         warm = min(1.0, number / max(1, config.lr_warmup_steps))
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * warm
-        samples = size * config.gradient_accumulation_steps * self.processes.number
-        whole = self.draws.draw(samples, step_generator(config.seed, number))
-        own = whole.rows(self.processes.part(len(whole.t)))
+        share = size * config.gradient_accumulation_steps
+        whole = self.draws.draw(share * self._processes, step_generator(config.seed, number))
+        first = share * self.accelerator.process_index if self._processes > 1 else 0
         asks = config.with_sude and (number - 1) % config.sude_every == 0
         self.optimizer.zero_grad(set_to_none=True)
         batches = []
-        for k in range(config.gradient_accumulation_steps):
-            batch = own.rows(slice(k * size, (k + 1) * size)).to(self.backbone.device)
+        for k in range(first, first + share, size):
+            batch = whole.rows(slice(k, k + size)).to(self.backbone.device)
             terms = self._losses(batch, asks)
             loss = terms["total"].mean() / config.gradient_accumulation_steps
             self.scaler.scale(loss).backward()
             columns = [term.detach().float() for term in terms.values()]
             batches.append(torch.stack(columns, dim=1))
-        rows = self._move(number, self.processes.gather(torch.cat(batches)))
+        rows = self._move(number, torch.cat(batches))
         shown = dict(zip(terms, rows.unbind(1), strict=True))
         self.number = number
         return Step(
@@ -341,12 +341,15 @@ class Tuning:
     def _move(self, number: int, rows: Tensor) -> Tensor:
         """Take the optimiser's step along the gradients, averaged over processes and clipped.
 
-        Returns the rows on the CPU: they and the gradient's norm come over together, the one moment
-        of a step at which the CPU waits for the device.
+        Returns the rows of all processes on the CPU: they and the gradient's norm come over
+        together, the one moment of a step at which the CPU waits for the device.
         """
         parameters = list(self.method.parameters.values())
         gradients = [p.grad for p in parameters if p.grad is not None]
-        self.processes.average(gradients)
+        if self._processes > 1:
+            rows = self.accelerator.gather(rows)
+            for gradient in gradients:
+                gradient.copy_(self.accelerator.reduce(gradient, reduction="mean"))
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm(gradients)
         values = torch.cat([rows.flatten(), norm.to(rows).reshape(1)]).cpu()
@@ -404,31 +407,3 @@ def make_optimizer(config: CompleteConfig, groups: list[dict[str, Any]]) -> torc
         package = "the package bitsandbytes: pip install bitsandbytes"
         raise UserError(f"--optimizer adamw8bit needs {package}.") from error
     return AdamW8bit(groups, weight_decay=config.adam_weight_decay)
-
-
-class Processes:
-    """The processes that share a run: one, or those of an Accelerator."""
-
-    def __init__(self, accelerator: Any = None) -> None:
-        self.accelerator = accelerator
-        self.number = accelerator.num_processes if accelerator else 1
-
-    def part(self, size: int) -> slice:
-        """Return the rows of this process among `size`."""
-        each = size // self.number
-        index = self.accelerator.process_index if self.accelerator else 0
-        return slice(index * each, (index + 1) * each)
-
-    def average(self, gradients: list[Tensor]) -> None:
-        """Replace gradients by their means over the processes."""
-        if self.number > 1:
-            for gradient in gradients:
-                gradient.copy_(self.accelerator.reduce(gradient, reduction="mean"))
-
-    def gather(self, values: Tensor) -> Tensor:
-        """Return the rows of all processes, in their order."""
-        return self.accelerator.gather(values) if self.number > 1 else values
-
-    def in_turn(self) -> AbstractContextManager[Any]:
-        """Return a context that the main process passes before the others."""
-        return self.accelerator.main_process_first() if self.number > 1 else nullcontext()

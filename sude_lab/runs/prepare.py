@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from sude_lab.io.pictures import load_picture
 from sude_lab.methods import configure
 from sude_lab.prompts import photo_of
 from sude_lab.runs.regularizer import load_regularizer
-from sude_lab.tuning import Processes, Regularizer, Tuning
+from sude_lab.tuning import Regularizer, Tuning
 
 Pictures = Image.Image | Sequence[Image.Image]
 LANCZOS = Image.Resampling.LANCZOS
@@ -43,12 +44,12 @@ def prepare(
     They are drawn, or found in the cache; of an accelerator's processes the first one draws.
     """
     backbone.use()
-    config, processes = configure(config, backbone), Processes(accelerator)
+    config = configure(config, backbone)
     images = _squares(config, backbone, pictures)
     latents = [picture_latents(config, backbone, image) for image in images]
     draws: Draws = FreshDraws(latents, backbone.schedule.num_timesteps, backbone.density)
     if config.prior_loss_weight:
-        with processes.in_turn():
+        with accelerator.main_process_first() if accelerator else nullcontext():
             class_images = [class_latents(config, backbone, s.category) for s in config.subjects]
         draws = WithClassImages(draws, class_images)
     return draws
