@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sude_lab.backbone import Backbone, Condition
-from sude_lab.config import CompleteConfig
+from sude_lab.config import CompleteConfig, TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.frozen import FrozenUNet
 from sude_lab.prompts import PLACEHOLDER, fill, placeholder
@@ -96,15 +96,17 @@ class Method:
             return cls.initializers[number % len(cls.initializers)]
         return config.subjects[number].category
 
+    @classmethod
+    def prompts(cls, config: TuningConfig) -> list[str]:
+        """Return the tuning prompt of every subject, with {S*}, for the second one {S*2}, ..."""
+        text, subjects = config.prompt or cls.template, enumerate(config.subjects)
+        numbered = [(text.replace(PLACEHOLDER, placeholder(k)), s.category) for k, s in subjects]
+        return [prompt.replace("{category}", category) for prompt, category in numbered]
+
     def subject_prompts(self) -> list[str]:
         """Return the prompt c_sub of every subject, with its token in place of {S*}."""
         tokens = [s.token for s in self.subjects]
-        prompts = []
-        for number, subject in enumerate(self.subjects):
-            # The template speaks of "the subject": for the second one that is {S*2}.
-            text = (self.config.prompt or self.template).replace(PLACEHOLDER, placeholder(number))
-            prompts.append(fill(text.replace("{category}", subject.category), *tokens))
-        return prompts
+        return [fill(prompt, *tokens) for prompt in self.prompts(self.config)]
 
     def subject_conditions(self) -> Condition:
         """Return the condition of every subject's prompt as it is now, one row each."""

@@ -17,8 +17,6 @@ from sude_lab.config import EMBEDDED_MODELS, TuningConfig, fields_of
 from sude_lab.generation import sampling_settings
 from sude_lab.io.opening import hub_id
 from sude_lab.io.weights import EMBEDDINGS, LORA_FILE
-from sude_lab.methods import get_method
-from sude_lab.prompts import PLACEHOLDER, placeholder
 
 CARD = "README.md"
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
@@ -83,15 +81,6 @@ def model_card(
         embedded=embedded,
     )
     return f"{card.rstrip()}\n"
-
-
-def default_prompts(config: TuningConfig) -> list[str]:
-    """Return the prompts of a run's sample grid: those it was tuned with."""
-    template = config.prompt or get_method(config.method).template
-    return [
-        template.replace(PLACEHOLDER, placeholder(k)).replace("{category}", s.category)
-        for k, s in enumerate(config.subjects)
-    ]
 
 
 def _drawing_code(

@@ -22,7 +22,8 @@ from sude_lab.errors import UserError, explained
 from sude_lab.io.files import atomic_folder, atomic_write, save_tensors, sole_writer
 from sude_lab.io.opening import FACTS_FILE
 from sude_lab.io.weights import LORA_FILE, VICO_FILE, shared_name
-from sude_lab.runs.card import CARD, PARTS, default_prompts, is_plain, model_card
+from sude_lab.methods import get_method
+from sude_lab.runs.card import CARD, PARTS, is_plain, model_card
 
 if TYPE_CHECKING:
     from sude_lab.runs.folder import Run
@@ -210,7 +211,7 @@ def export_pipeline(
         if backbone.facts:
             facts = json.dumps(backbone.facts, indent=1)
             (folder / FACTS_FILE).write_text(facts, encoding="utf-8")
-        prompts = [run.prompt(default_prompts(run.config)[0])]
+        prompts = [run.prompt(get_method(run.config.method).prompts(run.config)[0])]
         card = model_card(run.config, backbone, weights, prompts, grid=None, pipeline=True)
         (folder / CARD).write_text(card, encoding="utf-8")
     return Path(out)

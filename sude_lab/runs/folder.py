@@ -66,7 +66,7 @@ from sude_lab.io.reading import read_json
 from sude_lab.io.weights import load_weights, save_weights
 from sude_lab.methods import configure, get_method
 from sude_lab.prompts import PLACEHOLDER, checked, fill
-from sude_lab.runs.card import CARD, default_prompts, model_card
+from sude_lab.runs.card import CARD, model_card
 from sude_lab.runs.export import LORA_FILE, base_version
 from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.runs.regularizer import NAME, OwnRegularizer, load_regularizer
@@ -341,14 +341,15 @@ def run_tuning(
     if config.class_images is not None and not config.prior_loss_weight:
         raise UserError("--class-images is of no use where --prior-loss-weight is 0: leave it out.")
     sampled, watched = (listed(p or ()) for p in (sample_prompts, validation_prompts))
+    tuned_with = get_method(config.method).prompts(config)
     word = " ".join(["a"] * config.num_vectors)  # as many pieces as the subject's word has
-    for prompt in (*default_prompts(config), *sampled, *watched):
+    for prompt in (*tuned_with, *sampled, *watched):
         if rest := backbone.beyond_reach(fill(prompt, *(word for _ in config.subjects))):
             raise UserError(
                 f"The prompt {prompt[:80]!r} is too long, the model leaves out {rest[:80]!r}: "
                 "shorten it."
             )
-    samples = [filled(p, config) for p in sampled or default_prompts(config)]
+    samples = [filled(p, config) for p in sampled or tuned_with]
     validated = [filled(p, config) for p in watched] or samples
     side = side_of(config, backbone)
     pictures = []

@@ -80,8 +80,7 @@ def measure(
     for attribute in (None, *who.other_attributes):
         prompt = photo_of(f"{attribute or ''} {who.scene.category}".strip())
         if config is not None:
-            template = config.prompt or get_method(config.method).template
-            tuned = template.replace("{category}", who.scene.category)
+            tuned = get_method(config.method).prompts(config)[0]
             prompt = fill(with_attribute(tuned, attribute), config.token)
         with guide(attribute) if guide else nullcontext():
             images = generate(backbone, prompt, num_images=num_images, seed=seed, batch_size=16)

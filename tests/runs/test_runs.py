@@ -23,6 +23,7 @@ from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.io.files import sole_writer
 from sude_lab.io.pictures import load_picture
+from sude_lab.methods import get_method
 from sude_lab.runs import folder as runs
 from sude_lab.runs.card import CARD
 from sude_lab.runs.folder import (
@@ -36,7 +37,6 @@ from sude_lab.runs.folder import (
     VALIDATION,
     WEIGHTS,
     Run,
-    default_prompts,
     run_tuning,
 )
 from sude_lab.tuning import Step
@@ -165,7 +165,7 @@ def test_a_loaded_run_draws_its_sample_grid_again(
     from sude_lab.generation import generate
 
     run = tune_in(replace(config, **settings), tmp_path / "run")
-    (prompt,) = default_prompts(run.config)
+    (prompt,) = get_method(run.config.method).prompts(run.config)
     images = generate(run.load("cpu"), run.prompt(prompt), num_images=2, seed=run.config.seed)
     grid = np.int16(Image.open(run.folder / SAMPLES))
     for k, image in enumerate(images):
