@@ -265,7 +265,8 @@ class Backbone:
 
     def as_pieces(self, prompts: Any, tokenizer: Any) -> Any:
         """Return prompts in which a word of several vectors stands for all of them."""
-        return self.pipeline.maybe_convert_prompt(prompts, tokenizer)
+        convert = getattr(self.pipeline, "maybe_convert_prompt", None)  # transformers' have none
+        return convert(prompts, tokenizer) if convert else prompts
 
     def beyond_reach(self, prompt: str, *tokens: str) -> str:
         """Return the end of a prompt that is not read; a UserError where a token of it is not."""

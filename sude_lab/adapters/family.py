@@ -19,6 +19,8 @@ DISTILLED = (
     "denominator; take the base model that it was made from"
 )
 """Why such models are refused."""
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+"""The parts that a folder may do without."""
 SHARED = {"vae": r"diffusers AutoencoderKL", "scheduler": r"diffusers \w+Scheduler"}
 CLIP_WORDS = r"transformers CLIPTokenizer(Fast)?"
 CHAT_WORDS = r"transformers Qwen2Tokenizer(Fast)?"
@@ -31,9 +33,8 @@ class Family(Backbone):
     tag: ClassVar[str]
     """Its name among the tags of models on the Hub."""
     classes: ClassVar[dict[str, str]]
-    """The classes that its parts may have, patterns: a folder must not say which code is run."""
-    parts: ClassVar[tuple[str, ...]]
-    """The folders that must be there."""
+    """The classes that its parts may have, patterns: a folder must not say which code is run. All
+    must be there but the `OPTIONAL`."""
 
     @classmethod
     def refusal(cls, folder: Path, index: dict[str, Any], read: Callable[[str], Any]) -> str | None:
@@ -110,10 +111,6 @@ class FlowBackbone(Family):
         """Return the pipeline's arguments, with the number of words."""
         return settings | {"max_sequence_length": self.length}
 
-    def as_pieces(self, prompts: Any, tokenizer: Any) -> Any:
-        """Return the prompts as they are: no word has several vectors."""
-        return prompts
-
     def scaled(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
         """Return (latents - shift) * scale."""
         return super().scaled(mean - self.pipeline.vae.config.shift_factor, deviation)
@@ -155,9 +152,6 @@ class ChatBackbone(FlowBackbone):
     encoder's mean. The facts may say `resolution`, too.
     """
 
-    parts: ClassVar[tuple[str, ...]] = (
-        *("transformer", "vae", "text_encoder", "tokenizer", "scheduler"),
-    )
     encoders: ClassVar[tuple[str, ...]] = ()
     density: ClassVar[Literal["uniform", "logit_normal"]] = "uniform"
     unavailable: ClassVar[tuple[str, ...]] = ("custom_diffusion", "vico", "textual_inversion")
@@ -183,11 +177,6 @@ class ChatBackbone(FlowBackbone):
             kind = type(self.pipeline).__name__
             flags = "--train-text-encoder, --token-learning-rate"
             raise UserError(f"The language model of a {kind} is not trained: leave out {flags}.")
-
-    def tokenize(self, prompts: list[str], tokenizer: Any = None) -> Tensor:
-        """Return token ids (B, L), without the chat's marks, on the CPU."""
-        how = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        return self.tokenizer(prompts, max_length=self.length, **how).input_ids
 
     def beyond_reach(self, prompt: str, *tokens: str) -> str:
         """Return the end of a prompt, which is not read; "": all is."""

@@ -40,20 +40,14 @@ class StableDiffusion3(FlowBackbone):
     tag: ClassVar[str] = "stable-diffusion-3"
     classes: ClassVar[dict[str, str]] = SHARED | {
         "transformer": r"diffusers SD3Transformer2DModel",
-        **dict.fromkeys(
-            ("text_encoder", "text_encoder_2"), r"transformers CLIPTextModelWithProjection"
-        ),
+        "text_encoder": r"transformers CLIPTextModelWithProjection",
+        "text_encoder_2": r"transformers CLIPTextModelWithProjection",
         **dict.fromkeys(("tokenizer", "tokenizer_2"), CLIP_WORDS),
         "text_encoder_3": r"transformers T5EncoderModel",
         "tokenizer_3": r"transformers (T5Tokenizer(Fast)?|PreTrainedTokenizerFast)",
         "image_encoder": r"transformers SiglipVisionModel",
         "feature_extractor": r"transformers SiglipImageProcessor",
     }
-    parts: ClassVar[tuple[str, ...]] = (
-        *("transformer", "vae", "scheduler"),
-        *("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
-        *("text_encoder_3", "tokenizer_3"),
-    )
     words: ClassVar[int] = 256
     attention: ClassVar[tuple[str, ...]] = (".attn.", ".attn2.")
     lora_targets: ClassVar[tuple[str, ...]] = (

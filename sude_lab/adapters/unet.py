@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from sude_lab.adapters.family import CLIP_WORDS, SHARED, Family
 
+CLIP_TEXT = r"transformers CLIPTextModel(WithProjection)?"
+
 
 class StableDiffusion(Family):
     """Stable Diffusion 1 or 2."""
@@ -15,15 +17,12 @@ class StableDiffusion(Family):
     tag: ClassVar[str] = "stable-diffusion"
     classes: ClassVar[dict[str, str]] = SHARED | {
         "unet": r"diffusers UNet2DConditionModel",
-        **dict.fromkeys(
-            ("text_encoder", "text_encoder_2"), r"transformers CLIPTextModel(WithProjection)?"
-        ),
-        **dict.fromkeys(("tokenizer", "tokenizer_2"), CLIP_WORDS),
+        "text_encoder": CLIP_TEXT,
+        "tokenizer": CLIP_WORDS,
         "safety_checker": r"stable_diffusion StableDiffusionSafetyChecker",
         "feature_extractor": r"transformers CLIP(ImageProcessor|FeatureExtractor)",
         "image_encoder": r"transformers CLIPVisionModelWithProjection",
     }
-    parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
     def needed(self) -> dict[str, Any]:
         """Return what the UNet's configuration must say, by the other parts'."""
@@ -43,4 +42,7 @@ class StableDiffusionXL(StableDiffusion):
     """Stable Diffusion XL."""
 
     tag: ClassVar[str] = "stable-diffusion-xl"
-    parts: ClassVar[tuple[str, ...]] = (*StableDiffusion.parts, "text_encoder_2", "tokenizer_2")
+    classes: ClassVar[dict[str, str]] = StableDiffusion.classes | {
+        "text_encoder_2": CLIP_TEXT,
+        "tokenizer_2": CLIP_WORDS,
+    }

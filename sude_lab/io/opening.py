@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import nn
 
 from sude_lab.adapters import FAMILIES
-from sude_lab.adapters.family import DISTILLED, Family
+from sude_lab.adapters.family import DISTILLED, OPTIONAL, Family
 from sude_lab.backbone import Backbone
 from sude_lab.config import EMBEDDED, EMBEDDED_MODELS
 from sude_lab.errors import UserError, explained
@@ -232,9 +232,10 @@ def _check_source(folder: str) -> type[Family]:
     check_harmless(path)
     if refusal := family.refusal(path, content, lambda file: read_json(path / file)):
         raise UserError(f"{refusal}.")
-    for part in family.parts:
-        if not (path / part).is_dir():
-            raise UserError(f"{folder} lacks the folder {part}: the pipeline is not complete.")
+    parts = [part for part in family.classes if part not in OPTIONAL]
+    if lost := [part for part in parts if not (path / part).is_dir()]:
+        raise UserError(f"{folder} lacks the folder {lost[0]}: the pipeline is not complete.")
+    for part in parts:
         _check_weights(path / part)
         # transformers makes an empty tokenizer where there is none.
         words = ("tokenizer.json", "vocab.json", "spiece.model")
