@@ -43,25 +43,20 @@ class Condition:
     """Stable Diffusion 1 and 2: the tokens that were encoded, (B, L), on the CPU."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
-        """Apply a function to every tensor that the model is told; `ids` may lie then, and go."""
-        parts = (self.hidden, self.pooled, self.sizes)
-        return Condition(*(None if x is None else function(x) for x in parts))  # type: ignore[arg-type]
+        """Apply a function to every tensor."""
+        return Condition(**{k: function(x) for k, x in vars(self).items() if x is not None})
 
     def __getitem__(self, index: Any) -> Condition:
         """Return the conditions of some rows: an index tensor (on the CPU), a list or a slice."""
-
-        def rows(x: Tensor) -> Tensor:
-            return x[send(index, x.device) if isinstance(index, Tensor) else index]
-
-        return replace(self.map(rows), ids=None if self.ids is None else rows(self.ids))
+        on_cpu = isinstance(index, Tensor)
+        return self.map(lambda x: x[send(index, x.device) if on_cpu else index])
 
     def __len__(self) -> int:
         return len(self.hidden)
 
     def expand(self, size: int) -> Condition:
         """Return one condition as a batch of `size` equal rows."""
-        ids = None if self.ids is None else self.ids.expand(size, -1)
-        return replace(self.map(lambda x: x.expand(size, *x.shape[1:])), ids=ids)
+        return self.map(lambda x: x.expand(size, *x.shape[1:]))
 
     @property
     def arguments(self) -> dict[str, Any]:
