@@ -168,22 +168,17 @@ class ThresholdExplorer(Shown):
         self.controls = list(self.sliders.values())
         self._follow()
 
-    def read(self, t: int, category: str, seed: int, weight_sude: float) -> Reading:
-        """Return the numbers of one position."""
+    def update(self, t: int, category: str, seed: int, weight_sude: float) -> Reading:
+        """Redraw the figure for one position and return its numbers."""
         n, m, k = at = self._index(t, category, seed)
         loss, threshold, rho = (x[at].item() for x in (self.loss, self.threshold, self.rho))
         is_open, move = bool(self.gate[at]), self._move(n, m, k, weight_sude).item()
-        return Reading(t, category, seed, weight_sude, loss, threshold, is_open, rho, move)
-
-    def update(self, t: int, category: str, seed: int, weight_sude: float) -> Reading:
-        """Redraw the figure for one position and return its numbers; errors as `read`."""
-        reading = self.read(t, category, seed, weight_sude)
-        n, m, k = self._index(t, category, seed)
+        reading = Reading(t, category, seed, weight_sude, loss, threshold, is_open, rho, move)
         self._strip.set_data(plots.tile(self._cells(n, m, k, weight_sude), per_cell=1)[0])
         self._title.set_text(str(reading).replace("   w_s", "\nw_s"))
         self._curves.clear()
-        loss, threshold = (x[n, :, k].numpy() for x in (self.loss, self.threshold))
-        plots.gate_over_time(self._curves, self.grid.times, loss, threshold, now=t)
+        curves = (x[n, :, k].numpy() for x in (self.loss, self.threshold))
+        plots.gate_over_time(self._curves, self.grid.times, *curves, now=t)
         return reading
 
     def __str__(self) -> str:

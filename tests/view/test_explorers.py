@@ -69,7 +69,7 @@ def test_the_numbers_are_those_of_the_equations(explorer: ThresholdExplorer, gri
     for n, seed in enumerate(SEEDS):
         for m, t in enumerate(TIMES):
             for k, category in enumerate(CATEGORIES):
-                got = explorer.read(t, category, seed, 2.0)
+                got = explorer.update(t, category, seed, 2.0)
                 sub, null, cate = (
                     x.double().numpy().ravel()
                     for x in (grid.subject[n, m], grid.uncond[n, m], grid.category[n, m, k])
@@ -162,7 +162,7 @@ def test_the_sliders_stand_in_the_widget(explorer: ThresholdExplorer) -> None:
 
 
 def test_it_opens_where_the_gate_is_widest_open(explorer: ThresholdExplorer) -> None:
-    rhos = [explorer.read(t, CATEGORIES[0], SEEDS[0], 1.0).rho for t in TIMES]
+    rhos = [explorer.update(t, CATEGORIES[0], SEEDS[0], 1.0).rho for t in TIMES]
     assert explorer.sliders["t"].value == TIMES[int(np.argmin(rhos))]
 
 
