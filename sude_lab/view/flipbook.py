@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from typing import Any
 
 import ipywidgets
@@ -71,13 +70,11 @@ class Flipbook(Shown):
     def _drawn(self, rows: plots.Rows) -> bytes:
         """Return pages below each other, as a JPEG: a quarter of a PNG's size in a notebook."""
         across = self.per_cell * len(next(iter(rows.values())))
-        side = min(
-            1.0, (plots.WIDTH - 1.3) / across
-        )  # inches; small pictures gain nothing from more, files grow
+        # In inches; small pictures gain nothing from more, files grow.
+        side = min(1.0, (plots.WIDTH - 1.3) / across)
         size = (1.3 + side * across, 0.4 + 1.1 * side * len(rows))
-        dpi = SCALE * plots.DPI
-        figure, file = Figure(figsize=size, dpi=dpi, layout="constrained"), BytesIO()
+        figure = Figure(figsize=size, dpi=SCALE * plots.DPI, layout="constrained")
         plots.picture_table(figure.subplots(), rows, self.per_cell)
         how = {"quality": 85, "subsampling": 0}
-        figure.savefig(file, format="jpeg", bbox_inches="tight", pad_inches=0.05, pil_kwargs=how)
-        return file.getvalue()
+        edge: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.05}
+        return plots.encoded(figure, self.format, pil_kwargs=how, **edge)

@@ -45,7 +45,7 @@ def panels(columns: int = 1, height: float = 2.6, *, rows: int = 1, **how: Any) 
             look: dict[str, Any] = {"dpi": shown.SCALE * DPI, "bbox_inches": "tight"}
             shell: Any = InteractiveShell.instance()
             pages = shell.display_formatter.formatters["text/html"]
-            pages.for_type(plt.Figure, lambda one: shown.as_html(png(one, **look), in_words(one)))
+            pages.for_type(plt.Figure, lambda f: shown.as_html(encoded(f, **look), in_words(f)))
     size = (how.pop("width", WIDTH), height)
     _, axes = plt.subplots(rows, columns, figsize=size, dpi=DPI, layout="constrained", **how)
     return axes if rows * columns == 1 else axes.ravel()
@@ -102,7 +102,7 @@ def learning(ax: Axes, metrics: Mapping[str, pd.DataFrame], window: int = 25) ->
     """Draw L_sub over the steps, a line a run: single steps faint, their running mean strong."""
     how = {"legend": 9 * (len(metrics) > 1), "ylabel": "$L_{sub}$ (eq. 3), per dimension"}
     for name, table in metrics.items():
-        ax.plot(table["step"], table["loss_subject"], ".", ms=2, alpha=0.3, color=_colour(name))
+        ax.plot(table["step"], table["loss_subject"], ".", ms=2, alpha=0.3, color=COLOURS.get(name))
         _over_steps(ax, {name: table}, "loss_subject", "The subject's loss", window, **how)
     return ax
 
@@ -150,17 +150,17 @@ def picture_table(ax: Axes, rows: Rows, per_cell: int = 2) -> Axes:
     return ax
 
 
-def png(picture: Figure | Image.Image, **how: Any) -> bytes:
-    """Return a figure or a picture as the bytes of a PNG."""
+def encoded(picture: Figure | Image.Image, kind: str = "png", **how: Any) -> bytes:
+    """Return a figure or a picture as the bytes of a file, PNG or JPEG."""
     file = BytesIO()
     save = picture.save if isinstance(picture, Image.Image) else picture.savefig
-    save(file, format="png", **how)
+    save(file, format=kind, **how)
     return file.getvalue()
 
 
 def data_url(picture: Figure | Image.Image, **how: Any) -> str:
     """Return a figure or a picture as a PNG inside an address, for pages of one file."""
-    return f"data:image/png;base64,{b64encode(png(picture, **how)).decode()}"
+    return f"data:image/png;base64,{b64encode(encoded(picture, **how)).decode()}"
 
 
 def difference(before: Image.Image, after: Image.Image, times: float = 2.0) -> Image.Image:
@@ -179,7 +179,7 @@ def rule_lines(ax: Axes, table: pd.DataFrame, legend: int = 9) -> Axes:
     plain, others = table[table["rule"] == "plain"], table[table["rule"] != "plain"]
     marks: list[tuple[str, np.ndarray, str]] = []
     for k, (rule, part) in enumerate(others.groupby("rule", sort=False)):
-        part, colour = part.sort_values("strength"), _colour_of(k)
+        part, colour = part.sort_values("strength"), _SAFE[k % len(_SAFE)]
         line = pd.concat([plain, part])
         ax.plot(line[x], line[y], f"{_MARKS[k % 4]}{_DASHES[k % 4]}", color=colour, label=rule)
         places = zip(part["strength"], part[[x, y]].to_numpy(), strict=True)
@@ -205,7 +205,7 @@ def curves(
     `log` names the logarithmic axes; `mark` is an x worth a thin vertical line.
     """
     for k, (name, y) in enumerate(lines.items()):
-        ax.plot(x, np.asarray(y), label=name, color=_colour_of(k), ls=_DASHES[k % 4])
+        ax.plot(x, np.asarray(y), label=name, color=_SAFE[k % len(_SAFE)], ls=_DASHES[k % 4])
     if mark is not None:
         ax.axvline(mark, color="black", lw=0.7)
     ax.set(**{f"{axis}scale": "log" for axis in log})
@@ -242,7 +242,7 @@ def gains(ax: Axes, table: pd.DataFrame, measure: str, *, rows: str = "method") 
         y = [names.index(n) + 0.24 * (k - (len(parts) - 1) / 2) for n in part[rows]]
         ends = np.vstack([part["gain"] - part["low"], part["high"] - part["gain"]])
         ends = np.nan_to_num(ends).clip(min=0)
-        look: dict[str, Any] = {"color": _colour_of(k), "marker": _MARKS[k % len(_MARKS)]}
+        look: dict[str, Any] = {"color": _SAFE[k % len(_SAFE)], "marker": _MARKS[k % len(_MARKS)]}
         ax.errorbar(part["gain"], y, xerr=ends, ls="", capsize=3, label=variant, **look)
     ax.axvline(0.0, **_EDGE)
     ax.set_yticks(range(len(names)), names)
@@ -259,14 +259,6 @@ _SAFE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000
 _DASHES = ("-", "--", "-.", ":")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
 _EDGE: dict[str, Any] = {"color": "black", "lw": 0.8, "ls": "--"}
-
-
-def _colour(name: str) -> str | None:
-    return COLOURS.get(name, "#059669" if name.startswith("untuned") else None)
-
-
-def _colour_of(k: int) -> str:
-    return _SAFE[k % len(_SAFE)]
 
 
 def _name(ax: Axes, marks: Sequence[tuple[str, np.ndarray, str]]) -> None:
@@ -307,7 +299,7 @@ def _over_steps(
     ax: Axes, metrics: Mapping[str, pd.DataFrame], column: str, title: str, window: int, **how: Any
 ) -> Axes:
     for name, table in metrics.items():
-        ax.plot(table["step"], smooth(table[column], window), label=name, color=_colour(name))
+        ax.plot(table["step"], smooth(table[column], window), label=name, color=COLOURS.get(name))
     return finish(ax, f"{title},\nmean of {window} steps", xlabel="step", **how)
 
 
