@@ -22,12 +22,8 @@ MOST = 100_000
 """The most pictures of one prompt: more is a slip of the hand, and would fill the memory first."""
 
 
-def sampling_settings(backbone: Backbone | Mapping[str, Any], **chosen: Any) -> dict[str, Any]:
-    """Return the sampler's settings: those chosen (not None), the backbone's own, then SD's.
-
-    The facts of a backbone alone will do, where none is open.
-    """
-    facts = backbone.facts if isinstance(backbone, Backbone) else backbone
+def sampling_settings(facts: Mapping[str, Any], **chosen: Any) -> dict[str, Any]:
+    """Return the sampler's settings: those chosen (not None), a backbone's own facts, then SD's."""
     settings = STABLE_DIFFUSION | facts.get("generation", {})
     settings |= {key: value for key, value in chosen.items() if value is not None}
     steps, scale = settings["num_inference_steps"], settings["guidance_scale"]
@@ -73,9 +69,8 @@ def generate(
     Picture k starts from noise of (seed, k) alone, whatever the batch size: two models drawn with
     one seed start from the same noise. The prompt must have its subject's token filled in.
     """
-    settings = sampling_settings(
-        backbone, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
-    )
+    chosen = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    settings = sampling_settings(backbone.facts, **chosen)
     steps = settings["num_inference_steps"]
     for text in (prompt, negative_prompt or ""):
         if not isinstance(text, str):

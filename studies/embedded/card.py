@@ -81,7 +81,7 @@ def main(config: CardConfig) -> None:
     with atomic_write(folder / "alignment.csv") as path:
         table.to_csv(path, index=False)
     held = held_out_table()
-    settings = sampling_settings(open_backbone())
+    settings = sampling_settings(open_backbone().facts)
     size = sum(f.stat().st_size for f in folder.rglob("*.safetensors")) / 2**20
     text = f"""# The embedded model
 

@@ -162,7 +162,7 @@ def write_facts(out: Path, base: Backbone) -> dict[str, Any]:
         examples.paste(world.draw(scene, base.resolution), (k * base.resolution, 0))
     with atomic_write(out / "examples.png") as path:
         examples.save(path)
-    settings, sampler = sampling_settings(base), base.sampler()
+    settings, sampler = sampling_settings(base.facts), base.sampler()
     sampler.set_timesteps(settings["num_inference_steps"])
     schedule = base.schedule
     t = torch.arange(schedule.num_timesteps)

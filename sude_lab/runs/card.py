@@ -106,7 +106,7 @@ def _drawing_code(
         by_hand=not hasattr(backbone.pipeline, "load_textual_inversion"),
         ddim=isinstance(backbone.sampler(), DDIMScheduler),
         prompt=json.dumps(prompt, ensure_ascii=False),
-        sampling=backbone.call_arguments(**sampling_settings(backbone)),
+        sampling=backbone.call_arguments(**sampling_settings(backbone.facts)),
         seed=config.seed * 100_003,
     )
 

@@ -118,7 +118,7 @@ def drawn_class_images(
         "prompt": photo_of(category),
         "seed": seed,
         "number": number,
-        "sampling": sampling_settings(backbone),
+        "sampling": sampling_settings(backbone.facts),
     }
     folder = cache_folder() / "class_images" / hash_of(about)[:16]
     if not folder.is_dir():
