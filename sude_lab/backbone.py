@@ -83,6 +83,8 @@ class Backbone:
     Weights are kept in float32; `dtype` is the precision of the forward passes (autocast).
     """
 
+    tag: ClassVar[str] = "stable-diffusion"
+    """The family's name among the tags of models on the Hub."""
     part: ClassVar[str] = "unet"
     """The folder of the network that denoises and is tuned."""
     attention: ClassVar[tuple[str, ...]] = (".attn1.", ".attn2.")
@@ -157,11 +159,6 @@ class Backbone:
         config = self.denoiser.config
         return (config.in_channels, config.sample_size, config.sample_size)
 
-    @property
-    def known_words(self) -> tuple[str, ...]:
-        """The words the model was trained on, where its folder lists them; else empty."""
-        return tuple(self.facts.get("words", ()))
-
     def copy(self) -> Backbone:
         """Return a backbone with weights of its own, to be tuned while this one stays as it is."""
         return replace(self, pipeline=copy.deepcopy(self.pipeline))
@@ -202,10 +199,10 @@ class Backbone:
 
     def unknown_words(self, text: str) -> list[str]:
         """Return the words of `text` that the model was not trained on, where that is known."""
-        if not self.known_words:
+        if not (known := self.facts.get("words")):
             return []
         words = re.findall(r"[^\W\d_]+", re.sub(r"\{S\*\d*\}", " ", text).lower())
-        return [word for word in dict.fromkeys(words) if word not in self.known_words]
+        return [word for word in dict.fromkeys(words) if word not in known]
 
     def check_category(self, category: str) -> str:
         """Return the category in its plain form."""
@@ -219,7 +216,7 @@ class Backbone:
         if len(self.tokenizer(category).input_ids) > self.tokenizer.model_max_length // 2:
             raise UserError(f"The category {category[:40]!r}... is too long: use one or two words.")
         if unknown := self.unknown_words(category):
-            known = ", ".join(self.facts.get("categories") or self.known_words)
+            known = ", ".join(self.facts.get("categories") or self.facts["words"])
             never = f"This model has never met the word {unknown[0]!r}"
             raise UserError(f"{never}: choose a category among {known}, or another --backbone.")
         return category

@@ -46,7 +46,7 @@ def remarks(backbone: Backbone, prompts: Iterable[str], *tokens: str) -> Iterato
             prompt = by_itself(token).sub(" ", prompt)
         words += f" {prompt}"
     if unknown := backbone.unknown_words(words):
-        names, vocabulary = ", ".join(map(repr, unknown[:8])), ", ".join(backbone.known_words)
+        names, vocabulary = ", ".join(map(repr, unknown[:8])), ", ".join(backbone.facts["words"])
         yield f"The model has never met {names}; it knows: {vocabulary}."
 
 

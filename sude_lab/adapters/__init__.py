@@ -16,8 +16,3 @@ FAMILIES: dict[str, type[Family]] = {
     "ZImagePipeline": z_image.ZImage,
 }
 """By the class that a pipeline's `model_index.json` names."""
-
-
-def family_of(pipeline: object) -> type[Family]:
-    """Return the family of an open pipeline."""
-    return FAMILIES[type(pipeline).__name__]

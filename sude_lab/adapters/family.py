@@ -30,8 +30,6 @@ class Family(Backbone):
     """A kind of pipeline: what is known before one is opened, and checked when it is open."""
 
     title: ClassVar[str]
-    tag: ClassVar[str]
-    """Its name among the tags of models on the Hub."""
     classes: ClassVar[dict[str, str]]
     """The classes that its parts may have, patterns: a folder must not say which code is run. All
     must be there but the `OPTIONAL`."""

@@ -14,7 +14,6 @@ class StableDiffusion(Family):
     """Stable Diffusion 1 or 2."""
 
     title: ClassVar[str] = "Stable Diffusion"
-    tag: ClassVar[str] = "stable-diffusion"
     classes: ClassVar[dict[str, str]] = SHARED | {
         "unet": r"diffusers UNet2DConditionModel",
         "text_encoder": CLIP_TEXT,

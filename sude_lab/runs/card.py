@@ -11,7 +11,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from sude_lab import __version__
-from sude_lab.adapters import family_of
 from sude_lab.backbone import Backbone
 from sude_lab.config import EMBEDDED_MODELS, TuningConfig, fields_of
 from sude_lab.generation import sampling_settings
@@ -54,7 +53,6 @@ def model_card(
     lora = (weights / LORA_FILE).is_file() and not pipeline
     kind = "lora" if lora else config.method.replace("_", "-")
     tags = ["text-to-image", "diffusers", "diffusers-training", kind, "sude"]
-    family = family_of(backbone.pipeline).tag
     prompt = " ".join(prompts[0].split())  # a line of its own could end the head of the card
     about: dict[str, Any] = {"instance_prompt": prompt}
     if grid:
@@ -64,7 +62,7 @@ def model_card(
         library_name="diffusers",
         license="apache-2.0" if embedded else None,
         pipeline_tag="text-to-image",
-        tags=[*dict.fromkeys([*tags, config.method.replace("_", "-"), family])],
+        tags=[*dict.fromkeys([*tags, config.method.replace("_", "-"), backbone.tag])],
         **about,
     )
     card = _TEMPLATES.get_template("card.md.jinja").render(

@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 
-from sude_lab.adapters import family_of
 from sude_lab.backbone import Backbone
 from sude_lab.errors import UserError, explained
 from sude_lab.io.files import atomic_folder, atomic_write, save_tensors, sole_writer
@@ -45,7 +44,7 @@ XL = "sdxl_base_v1-0"
 def base_version(backbone: Backbone) -> str:
     """Return sd-scripts' name of the kind of model that a backbone is."""
     if backbone.part != "unet":
-        return family_of(backbone.pipeline).tag
+        return backbone.tag
     if backbone.is_xl:
         return XL
     predicts_v = backbone.pipeline.scheduler.config.get("prediction_type") == "v_prediction"

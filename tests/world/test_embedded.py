@@ -108,7 +108,7 @@ def test_the_tokenizer_knows_every_word_as_one_token(base: Backbone) -> None:
     for word in (*vocabulary(), *RARE_TOKENS):
         ids = base.tokenizer(word, add_special_tokens=False).input_ids
         assert len(ids) == 1, word
-    assert base.known_words == vocabulary()
+    assert tuple(base.facts["words"]) == vocabulary()
 
 
 def test_the_model_card_states_what_it_must() -> None:
