@@ -11,7 +11,7 @@ import hashlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, ClassVar
@@ -142,8 +142,6 @@ class _Prompt:
 
     places: dict[int, list[int]]
     end: int
-    plain: bool = False
-    """Since then a prompt without such a word has had the same hidden states."""
 
 
 @dataclass
@@ -193,7 +191,6 @@ class ImageAttention(nn.Module):
         self.subject_of = {i: k for k, ids in enumerate(token_ids) for i in ids}
         self.end_id = backbone.tokenizer.eos_token_id
         self._on = True
-        self._size: int | None = None
         self._named: dict[int, tuple[int, _Prompt]] | None = None
         self._record: list[Maps] | None = None
         self._prompts: dict[bytes, _Prompt] = {}
@@ -202,7 +199,7 @@ class ImageAttention(nn.Module):
             host.attn2.register_forward_pre_hook(self._look, with_kwargs=True)
             host.register_forward_hook(partial(self._attend, number), with_kwargs=True)
         backbone.unet.register_forward_pre_hook(self._add_references, with_kwargs=True)
-        backbone.unet.register_forward_hook(self._drop_references)
+        backbone.unet.register_forward_hook(self._drop_references, with_kwargs=True)
         backbone.text_encoder.register_forward_hook(self._read, with_kwargs=True)
 
     def weights(self) -> dict[str, nn.Parameter]:
@@ -256,17 +253,14 @@ class ImageAttention(nn.Module):
             return
         ids = args[0] if args else kwargs["input_ids"]
         for key, line in zip(_digests(output[0]), ids.tolist(), strict=True):
-            prompt, before = self._prompt(line), self._prompts.pop(key, None)
-            if prompt.places:
+            self._prompts.pop(key, None)  # what was read last comes last, or is no more
+            if (prompt := self._prompt(line)).places:
                 self._prompts[key] = prompt
-            elif before is not None:
-                self._prompts[key] = replace(before, plain=True)
         for key in list(islice(self._prompts, max(0, len(self._prompts) - PROMPTS_KEPT))):
             del self._prompts[key]
 
     def _add_references(self, unet: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Put the references below the batch."""
-        self._size = None
         if not self._on:
             return None
         inputs = inspect.signature(unet.forward).bind(*args, **kwargs).arguments
@@ -274,7 +268,7 @@ class ImageAttention(nn.Module):
         named = self._named
         if named is None:  # drawing: the first subject that a prompt names
             prompts = enumerate(map(self._prompts.get, _digests(hidden)))
-            named = {k: (next(iter(p.places)), p) for k, p in prompts if p and not p.plain}
+            named = {k: (next(iter(p.places)), p) for k, p in prompts if p}
         if not named:
             return None
         if self.references.device != sample.device:  # no part of the UNet, so not moved with it
@@ -290,15 +284,13 @@ class ImageAttention(nn.Module):
         size = sample.shape[2:]
         if references.shape[2:] != size:  # drawn at another size than tuned at
             references = F.interpolate(references, size, mode="bilinear", antialias=True)
-        self._size = len(sample)
         inputs["sample"] = torch.cat([sample, references])
         if isinstance(t, Tensor) and t.numel() > 1:  # one t for all needs no more rows
             inputs["timestep"] = torch.cat([t, t[rows]])
         # The layers learn of this call by the tensor that they are given anyway: gradient
         # checkpointing gives them the same one again, long after other calls were made.
         inputs["encoder_hidden_states"] = torch.cat([hidden, hidden[rows]])
-        call = _Call(self._size, rows, words, ends)
-        setattr(inputs["encoder_hidden_states"], _CALL, call)
+        setattr(inputs["encoder_hidden_states"], _CALL, _Call(len(sample), rows, words, ends))
         return (), inputs
 
     def _look(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -335,14 +327,14 @@ class ImageAttention(nn.Module):
         noisy = noisy.index_copy(0, call.rows, attended.to(noisy.dtype))
         return torch.cat([noisy, reference])
 
-    def _drop_references(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _drop_references(self, unet: Any, args: Any, kwargs: Any, output: Any) -> Any:
         """Return the batch's own rows of the UNet's answer."""
-        size, self._size = self._size, None
-        if size is None:
+        call = getattr(kwargs.get("encoder_hidden_states"), _CALL, None)
+        if call is None:
             return None
         if isinstance(output, tuple):
-            return (output[0][:size], *output[1:])
-        return type(output)(sample=output.sample[:size])
+            return (output[0][: call.size], *output[1:])
+        return type(output)(sample=output.sample[: call.size])
 
 
 def _digests(hidden: Tensor) -> list[bytes]:
