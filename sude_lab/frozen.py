@@ -104,9 +104,7 @@ def _speaks(layer: Any, name: str) -> bool:
     """Return whether an adapter changes what its layer answers."""
     if not any(name in getattr(layer, part, ()) for part in layer.adapter_layer_names):
         return False
-    if hasattr(layer, "lora_B"):
-        return name in layer.lora_B and bool(layer.lora_B[name].weight.any())
-    if hasattr(layer, "get_delta_weight"):  # LoHa, LoKr
+    if hasattr(layer, "get_delta_weight"):  # LoRA, LoHa, LoKr
         return bool(layer.get_delta_weight(name).any())
     return True  # IA3 and others: nothing tells
 
