@@ -290,9 +290,7 @@ class Sweep:
         if failed:
             key, reason = next(iter(failed.items()))
             first = f"{len(failed)} runs failed, the first one ({key}) because: {reason}"
-            again = (
-                "The column error of the table has all reasons; the same command tries them again."
-            )
+            again = "The table's column error has all reasons; the same command tries again."
             _warn(f"sude-lab: {first} {again}")
         return int(bool(failed))
 

@@ -131,29 +131,23 @@ def table_with_intervals(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def difference_figure(grids: Grids, per_cell: int = 2) -> Figure:
+def difference_figure(grids: Grids) -> Figure:
     """Return the picture of the difference: a row a model, a column a prompt."""
     columns = len(next(iter(grids.values())))
     size = (1.1 * columns + 1.4, 0.57 * len(grids) + 0.35)  # as wide as a page, so is its text
     figure = Figure(figsize=size, dpi=2 * plots.DPI, layout="constrained")
-    plots.picture_table(figure.subplots(), grids, per_cell)
-    return figure
-
-
-def curves_figure(runs: dict[str, Run]) -> Figure:
-    """Return the curves of the report: membership, open gates, loss against threshold."""
-    metrics = {name: run.metrics() for name, run in runs.items()}
-    figure = Figure(figsize=(13, 3.4), dpi=110, layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    plots.membership(left, metrics)
-    plots.open_gates(middle, metrics)
-    plots.loss_against_threshold(right, metrics["sude"])
+    plots.picture_table(figure.subplots(), grids)
     return figure
 
 
 def report(who: Subject, table: pd.DataFrame, grids: Grids, runs: dict[str, Run], took: str) -> str:
     """Return the report as one HTML page that needs no network."""
-    means = table_with_intervals(table)
+    metrics = {name: run.metrics() for name, run in runs.items()}
+    curves = Figure(figsize=(13, 3.4), dpi=110, layout="constrained")
+    left, middle, right = curves.subplots(1, 3)
+    plots.membership(left, metrics)
+    plots.open_gates(middle, metrics)
+    plots.loss_against_threshold(right, metrics[SUDE])
     settings = {
         name: {key: getattr(run.config, key) for key in SETTINGS}
         | {"seconds": run.environment.get("seconds")}
@@ -168,8 +162,8 @@ def report(who: Subject, table: pd.DataFrame, grids: Grids, runs: dict[str, Run]
         subject=plots.data_url(who.picture),
         strip=plots.data_url(difference_figure(grids), **look),
         measures=MEASURES,
-        means=means.to_dict("records"),
-        curves=plots.data_url(curves_figure(runs), **look),
+        means=table_with_intervals(table).to_dict("records"),
+        curves=plots.data_url(curves, **look),
         variants=list(grids),
         rows={
             attribute: [_cell(table, grids, name, attribute) for name in grids]
