@@ -99,9 +99,11 @@ class Method:
     @classmethod
     def prompts(cls, config: TuningConfig) -> list[str]:
         """Return the tuning prompt of every subject, with {S*}, for the second one {S*2}, ..."""
-        text, subjects = config.prompt or cls.template, enumerate(config.subjects)
-        numbered = [(text.replace(PLACEHOLDER, placeholder(k)), s.category) for k, s in subjects]
-        return [prompt.replace("{category}", category) for prompt, category in numbered]
+        text = config.prompt or cls.template
+        return [
+            text.replace(PLACEHOLDER, placeholder(k)).replace("{category}", s.category)
+            for k, s in enumerate(config.subjects)
+        ]
 
     def subject_prompts(self) -> list[str]:
         """Return the prompt c_sub of every subject, with its token in place of {S*}."""
