@@ -53,12 +53,12 @@ class Family(Backbone):
         if (self.schedule.sigmas is not None) != flow:
             yield f"its {kind} is {'no scheduler' if flow else 'for transformers'} of flow matching"
         for (name, encoder), words in zip(self.text_encoders.items(), self.tokenizers, strict=True):
-            if words is None:
-                continue
             tokenizer = name.replace("text_encoder", "tokenizer")
-            if words.model_max_length > (most := encoder.config.max_position_embeddings):
+            if words is None:
+                yield f"its model_index.json names no {tokenizer}"
+            elif words.model_max_length > (most := encoder.config.max_position_embeddings):
                 yield f"its {tokenizer} has no model_max_length of at most {most}"
-            if len(words) > (rows := encoder.get_input_embeddings().num_embeddings):
+            elif len(words) > (rows := encoder.get_input_embeddings().num_embeddings):
                 yield f"its {tokenizer} knows {len(words)} words, its {name} {rows}"
         for key, number in self.needed().items():
             own = getattr(self.denoiser.config, key)

@@ -4,6 +4,7 @@ The oracle is diffusers: a plain pipeline opened from the same folder, and numpy
 """
 
 import copy
+import json
 import math
 import shutil
 from dataclasses import dataclass, field, replace
@@ -575,3 +576,13 @@ def test_full_size_tokenizers_have_the_published_ends(tmp_path: Path) -> None:
     ids = tokenizer("photo of a dog", padding="max_length").input_ids
     assert len(tokenizer) == 49408 and len(ids) == 77
     assert (ids[0], ids[5], ids[6], ids[-1]) == (49406, 49407, 0, 0)
+
+
+def test_an_sdxl_whose_index_names_no_tokenizer_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    """diffusers opens it, since an SDXL may do without one of its text encoders."""
+    build(shrink(REAL["sdxl"])[0], tmp_path / "parts").save_pretrained(tmp_path / "sdxl")
+    index = tmp_path / "sdxl" / "model_index.json"
+    about = json.loads(index.read_text()) | {"tokenizer": [None, None]}
+    index.write_text(json.dumps(about))
+    with pytest.raises(UserError, match="names no tokenizer"):
+        open_backbone(tmp_path / "sdxl", device="cpu")
