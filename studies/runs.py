@@ -34,7 +34,7 @@ from sude_lab.sweep.grid import Job, Plan, make_plan, read_grid
 from sude_lab.sweep.sweep import sweep
 from sude_lab.tuning import TuningConfig
 from sude_lab.world import drawing as world
-from sude_lab.world.judging import drawn_judge
+from sude_lab.world.oracle import drawn_judge
 from sude_lab.world.subjects import KEYS, describe, strip_name
 
 GRIDS = data_folder() / "grids"

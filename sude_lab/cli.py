@@ -191,7 +191,7 @@ class Evaluate(_Drawing):
 
     def execute(self) -> None:
         from sude_lab.evaluate.evaluate import FOLDER, SCORES, TABLE, evaluate
-        from sude_lab.world.judging import drawn_judge
+        from sude_lab.world.oracle import drawn_judge
 
         settings = dict(vars(self))
         opening = {name: settings.pop(name) for name in ("dtype", "trust_backbone")}

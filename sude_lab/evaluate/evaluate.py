@@ -76,7 +76,7 @@ _SETTINGS = [f.name for f in fields(TuningConfig) if f.name not in _NO_SETTINGS 
 
 
 class Judge(Protocol):
-    """Who knows what a run's subject is, such as `sude_lab.world.judging.DrawnJudge`.
+    """Who knows what a run's subject is, such as `sude_lab.world.oracle.DrawnJudge`.
 
     `measures`: whether it can say anything of pictures; `attributes`: those that the subject's one
     picture does not show; `backgrounds`: the phrases of those that it can be asked for.
@@ -153,7 +153,7 @@ def evaluate(
         runs: Folders of finished runs; RUN@25, RUN@scale=0.5: see `sude_lab.runs.strength`.
         metrics: Names of `LEARNED`, or oracle; (): the paper's four, or where there is a judge the
             oracle, and what the encoders that are named can measure.
-        judges: Gives the judge of a run, such as `sude_lab.world.judging.drawn_judge`; None:
+        judges: Gives the judge of a run, such as `sude_lab.world.oracle.drawn_judge`; None:
             nobody knows better than the learned metrics.
         open_base: Opens the model that a run was tuned on, untuned; None: `Run.open_base`.
         opened_encoders: Encoders by name, to be used and added to; None: they are opened anew.

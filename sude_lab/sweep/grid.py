@@ -35,7 +35,7 @@ from sude_lab.methods import configure
 from sude_lab.runs.strength import Strength
 from sude_lab.world import subjects as study
 from sude_lab.world.drawing import Scene
-from sude_lab.world.judging import drawn_judge
+from sude_lab.world.oracle import drawn_judge
 
 MOST_RUNS = 100_000
 T = TypeVar("T")

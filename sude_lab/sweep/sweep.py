@@ -68,7 +68,7 @@ from sude_lab.sweep.grid import (
     run_key,
 )
 from sude_lab.tuning import Step
-from sude_lab.world.judging import drawn_judge
+from sude_lab.world.oracle import drawn_judge
 
 PLAN, RESULTS, TIMING, STATE = "plan.json", "results.parquet", "timing.json", ".sweep"
 COSTS = ("seconds_per_step", "seconds_per_picture", "megabytes_per_run", "megabytes_per_picture")

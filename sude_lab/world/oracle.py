@@ -1,4 +1,4 @@
-"""The oracle of the embedded world: one small network that names everything a picture shows.
+"""The oracle of the embedded world: a network names what pictures show, and judges runs by it.
 
 It was trained on drawings, whose truth is known, and on the same drawings as the embedded
 autoencoder renders them with a little latent noise, so that it reads the sampler's pictures too:
@@ -7,6 +7,8 @@ autoencoder renders them with a little latent noise, so that it reads the sample
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,8 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
-from sude_lab.io.opening import data_folder
+from sude_lab.io.opening import data_folder, is_embedded
 from sude_lab.world import drawing as world
 
 ALL_ATTRIBUTES = tuple(dict.fromkeys(a for values in world.ATTRIBUTES.values() for a in values))
@@ -99,15 +102,15 @@ def _block(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
 class Reading:
     """What the oracle says of a set of pictures: probabilities, each (B,).
 
-    Of the attribute among those that its category can have, of the category, of the parts of the
-    private look that a picture can show (their mean), and of the background (of none, where none is
-    asked for).
+    Of the attribute among those that its category can have, of the background or companion (of no
+    background, where none is asked for), of the category, and of the parts of the private look that
+    a picture can show (their mean).
     """
 
     attribute_alignment: Tensor
+    background_alignment: Tensor
     category_alignment: Tensor
     subject_fidelity: Tensor
-    background_alignment: Tensor
 
 
 def judge(
@@ -117,9 +120,13 @@ def judge(
     attribute: str | None = None,
     background: str | None = None,
 ) -> Reading:
-    """Judge pictures that should show `scene`'s subject; attribute, background: its own if None."""
+    """Judge pictures that should show `scene`'s subject; attribute, background: its own if None.
+
+    A companion may stand in the background's place.
+    """
     attribute = attribute or scene.attribute
-    where = HEADS["background"].index(background or scene.background or "none")
+    background = background or scene.background or "none"
+    head = "companion" if background in world.COMPANIONS else "background"
     read = oracle.read(images)
     among = read["attribute"][:, _allowed(scene.category)]
     among = among / among.sum(-1, keepdim=True).clamp_min(1e-12)
@@ -128,9 +135,9 @@ def judge(
     look = [read[part][:, truth[part]] for part in LOOK if truth[part] >= 0]
     return Reading(
         among[:, wanted],
+        read[head][:, HEADS[head].index(background)],
         read["category"][:, HEADS["category"].index(scene.category)],
         torch.stack(look).mean(0),
-        read["background"][:, where],
     )
 
 
@@ -163,3 +170,70 @@ def load_oracle(folder: Path | None = None) -> Oracle:
         oracle = Oracle()
     oracle.load_state_dict(load_file(folder / "oracle.safetensors"))
     return oracle.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class DrawnJudge:
+    """What a drawn subject can be asked for, and, with an oracle, what pictures of it show."""
+
+    scene: world.Scene
+    """What the subject's one picture shows."""
+    oracle: Oracle | None = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether it can say anything of pictures: it has an oracle."""
+        return self.oracle is not None
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """The attributes that the one picture does not show: what it shows is no test."""
+        of_category = world.ATTRIBUTES[self.scene.category]
+        return tuple(a for a in of_category if a != self.scene.attribute)
+
+    @property
+    def backgrounds(self) -> tuple[str, ...]:
+        """The phrases of all backgrounds."""
+        return tuple(world.BACKGROUNDS.values())
+
+    def measure(
+        self, images: Sequence[Image.Image], text: str, attribute: str, background: str
+    ) -> dict[str, list[float | None]]:
+        """Return the oracle's measures of pictures of one prompt; None where nothing was asked."""
+        assert self.oracle is not None
+        of_category = world.ATTRIBUTES[self.scene.category]
+        name = attribute or _mentioned(text, of_category)
+        places = world.BACKGROUNDS | world.COMPANIONS  # a background goes before a companion
+        phrase = _mentioned(f"{text} {background}", places.values())
+        asked = {
+            "attribute": name if name in of_category else None,
+            "background": next((k for k, v in places.items() if v == phrase), None),
+        }
+        reading = judge(self.oracle, list(images), self.scene, **asked)
+        nothing = {f"{k}_alignment": [None] * len(images) for k, v in asked.items() if v is None}
+        return {k: v.tolist() for k, v in vars(reading).items()} | nothing
+
+
+def drawn_judge(
+    config: TuningConfig, references: Iterable[Image.Image], *, scene: world.Scene | None = None
+) -> DrawnJudge | None:
+    """Return the judge of a run; None where neither its model nor its subject is of this world.
+
+    The oracle judges runs of the embedded models. Without a known `scene` it reads it from the
+    references.
+    """
+    if not is_embedded(config.backbone):
+        return DrawnJudge(scene) if scene else None
+    oracle = load_oracle()
+    if scene is None:
+        if config.category not in world.ATTRIBUTES:
+            raise UserError(
+                f"The oracle does not know the category {config.category!r}: it knows "
+                f"{', '.join(world.CATEGORIES)}."
+            )
+        scene = read_scene(oracle, list(references), config.category)
+    return DrawnJudge(scene, oracle)
+
+
+def _mentioned(text: str, phrases: Iterable[str]) -> str | None:
+    return next((p for p in phrases if re.search(rf"\b{re.escape(p)}\b", text)), None)

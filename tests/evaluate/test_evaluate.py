@@ -27,8 +27,7 @@ from sude_lab.evaluate.metrics import PAIR, compare
 from sude_lab.generation import generate
 from sude_lab.runs.folder import Run, run_tuning
 from sude_lab.world import drawing as world
-from sude_lab.world.judging import drawn_judge
-from sude_lab.world.oracle import HEADS, judge, load_oracle, read_scene
+from sude_lab.world.oracle import HEADS, drawn_judge, judge, load_oracle, read_scene
 
 ROOT = Path(__file__).resolve().parents[2]
 METRICS = ("CLIP-I", "CLIP-T", "DINO-I")

@@ -217,8 +217,7 @@ def test_each_strength_draws_something_else_and_has_its_own_scores(
 
 def _oracle() -> Any:
     """The drawn world's judge, whatever the model is."""
-    from sude_lab.world.judging import DrawnJudge
-    from sude_lab.world.oracle import load_oracle, read_scene
+    from sude_lab.world.oracle import DrawnJudge, load_oracle, read_scene
 
     def judges(config: TuningConfig, references: Any) -> DrawnJudge:
         oracle = load_oracle()
