@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -336,18 +335,6 @@ def after_steps(rho: Tensor, strength: float, n: int) -> Tensor:
     """Check after_steps(rho, strength, n): 1 - (1 - g)^n (1 - rho) if rho < 1, else rho; (B,)."""
     left = (1 - strength) ** n * (1 - rho)
     return torch.where(rho < 1, 1 - left, rho)
-
-
-def _line_call(draw: Draw) -> Call:
-    fidelity = np.array([0.8, 0.6, 0.4, 0.28, 0.2]) + 0.02 * draw.rng.uniform(size=5)
-    alignment = np.array([0.3, 0.55, 0.7, 0.95, 0.85]) + 0.02 * draw.rng.uniform(size=5)
-    return alignment, fidelity, draw.number(0.46, 0.49) + 0.06 * (draw.seed < 10)
-
-
-@check(_line_call)
-def at_fidelity(alignment: np.ndarray, fidelity: np.ndarray, goal: float) -> float:
-    """Check at_fidelity(alignment, fidelity, goal): alignment where a rule keeps `goal`."""
-    return np.interp(goal, fidelity[::-1], alignment[::-1])
 
 
 def my_dog(schedule: Schedule) -> Predict:
