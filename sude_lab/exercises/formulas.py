@@ -4,7 +4,7 @@ Equations are those of arXiv 2403.06775 unless named; losses and logarithms are 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -183,14 +183,18 @@ def hinge(tau: Tensor, rho: Tensor) -> Tensor:
     return -2 * tau * (1 - rho).clamp(min=0)
 
 
+def _directions(draw: Draw, rhos: Sequence[float] = (-0.5, 0.3, 1.4, 0.8)) -> tuple[Tensor, Tensor]:
+    """Return a and d, (B, 4), of given rho."""
+    a, d = draw.normal(len(rhos), 4), draw.normal(len(rhos), 4)
+    # so long that rho, <a, d> and <a, d> / ||d|| are not all on the same side of 1
+    d = draw.uniform(1.7, 2.3, len(rhos), 1) * d / d.norm(dim=1, keepdim=True)
+    return a - along.right(a, d) + torch.tensor(rhos).double()[:, None] * d, d
+
+
 def _targets(draw: Draw) -> list[Call]:
-    uncond, d, across = draw.normal(6, 5), draw.normal(6, 5), draw.normal(6, 5)
-    d = draw.uniform(1.8, 2.2, 6, 1) * d / d.norm(dim=1, keepdim=True)
-    start = torch.tensor([-0.9, 0.1, 0.7, 1.4, 0.3, 2.0]).double()[:, None]
-    of_look = (across * d).sum(1, keepdim=True) / d.square().sum(1, keepdim=True)
-    target = uncond + across + (start - of_look) * d
+    uncond, (a, d) = draw.normal(6, 4), _directions(draw, [-0.9, 0.1, 0.7, 1.4, 0.3, 2.0])
     weights = draw.number(0.7, 0.9), draw.number(0.25, 0.35)
-    return [(target, uncond + d, uncond, weight) for weight in weights]
+    return [(uncond + a, uncond + d, uncond, weight) for weight in weights]
 
 
 def _moved_along_d(answer: Answer, call: Call) -> Tensor:
@@ -202,10 +206,9 @@ def _moved_along_d(answer: Answer, call: Call) -> Tensor:
     if not bool((given.abs() <= 1e4).all()):
         raise Mistake("It runs away: descend, s - learning rate x gradient, in steps of 0.02.")
     d, moved = eps_class - eps_uncond, given - target
-    along = (moved * d).sum(1) / d.square().sum(1)
-    if bool(((moved - along[:, None] * d).norm(dim=1) > 0.1 * d.norm(dim=1)).any()):
+    if bool(((moved - along.right(moved, d)).norm(dim=1) > 0.1 * d.norm(dim=1)).any()):
         raise Mistake("Some samples moved across d: L_sude pushes along each sample's own d.")
-    return along
+    return (moved * d).sum(1) / d.square().sum(1)
 
 
 @check(
@@ -299,15 +302,6 @@ def tuned(
 
 
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
-def _directions(draw: Draw) -> tuple[Tensor, Tensor]:
-    """a and d, (B, 4), with given rho."""
-    a, d = draw.normal(4, 4), draw.normal(4, 4)
-    # so long that rho, <a, d> and <a, d> / ||d|| are not all on the same side of 1
-    d = draw.uniform(1.7, 2.3, 4, 1) * d / d.norm(dim=1, keepdim=True)
-    rho = torch.tensor([-0.5, 0.3, 1.4, 0.8]).double()[:, None]
-    return a + (rho - (a * d).sum(1, keepdim=True) / d.square().sum(1, keepdim=True)) * d, d
 
 
 @check(lambda draw: (*_directions(draw), draw.uniform(0.1, 0.8, 4)))
