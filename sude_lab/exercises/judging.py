@@ -121,7 +121,7 @@ class Check:
                             raise Mistake(says)
                     raise Mistake(f"{difference(one, value, self.tolerance)} {self.hint}".strip())
             if self.learns:
-                judge_gradients(answer, call, self.learns, self.fixed)
+                self._judge_gradients(answer, call)
 
     def _read(self, answer: Answer, call: Call, right: list[Any]) -> list[Any]:
         given = self._parts(self.run(answer, call))
@@ -165,6 +165,23 @@ class Check:
                 others = [(*call[:k], min(values - {call[k]}), *call[k + 1 :]) for call in calls]
                 says = "makes no difference: is it used, or does a number of your own stand there?"
                 yield f"`{name}` {says}", results(answer, others)
+
+    def _judge_gradients(self, answer: Answer, call: Call) -> None:
+        """Check that a gradient of answer(*call) reaches what learns and not what is fixed."""
+        names = [*self.learns, *self.fixed]
+        leaves = {n: x.clone().requires_grad_() for n, x in zip(names, call, strict=False)}
+        value, reached = answer(*leaves.values(), *call[len(names) :]), set()
+        if isinstance(value, Tensor) and value.requires_grad:
+            slopes = torch.autograd.grad(
+                value.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
+            reached = {name for name, slope in zip(names, slopes, strict=True) if slope.any()}
+        for name in set(self.learns) - reached:
+            says = f"no gradient reaches {name}, which is what learns."
+            raise Mistake(f"The values are right, but {says}")
+        if reached & set(self.fixed):
+            says = f"a gradient reaches {' or '.join(self.fixed)}: the bar over theta means"
+            raise Mistake(f"The values are right, but {says} `.detach()`.")
 
     def _parts(self, given: Any) -> list[Any]:
         if not self.two:
@@ -233,23 +250,3 @@ def difference(given: Any, right: Any, tolerance: float = 1e-6) -> str:
     where = tuple((~torch.isclose(given, right, rtol=1e-4, atol=tolerance)).nonzero()[0].tolist())
     place = f" at {list(where)}" if where else ""
     return f"The value{place} is {given[where]:.5g} and should be {right[where]:.5g}."
-
-
-def judge_gradients(
-    answer: Answer, arguments: Sequence[Any], learns: Sequence[str], fixed: Sequence[str]
-) -> None:
-    """Check that a gradient of answer(*arguments) reaches `learns` and not `fixed`, the first."""
-    names = [*learns, *fixed]
-    leaves = {n: x.clone().requires_grad_() for n, x in zip(names, arguments, strict=False)}
-    value, reached = answer(*leaves.values(), *arguments[len(names) :]), set()
-    if isinstance(value, Tensor) and value.requires_grad:
-        slopes = torch.autograd.grad(
-            value.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
-        )
-        reached = {name for name, slope in zip(names, slopes, strict=True) if slope.any()}
-    for name in set(learns) - reached:
-        says = f"no gradient reaches {name}, which is what learns."
-        raise Mistake(f"The values are right, but {says}")
-    if reached & set(fixed):
-        says = f"a gradient reaches {' or '.join(fixed)}: the bar over theta means `.detach()`."
-        raise Mistake(f"The values are right, but {says}")

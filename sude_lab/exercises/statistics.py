@@ -1,4 +1,4 @@
-"""Checks of what tables of results allow to say, the exercises to lessons 05 and 08-10."""
+"""Checks of what tables of results allow to say, the exercises to lessons 00, 05 and 08-10."""
 
 from itertools import product
 from typing import Any
@@ -53,6 +53,20 @@ def made_up_sweep(seed: int = 0) -> pd.DataFrame:
                 measured = dict(zip(MEASURES, values, strict=True))
                 rows.append(common | {"attribute": attribute} | measured)
     return pd.DataFrame(rows)
+
+
+def _study_call(draw: Draw) -> Call:
+    table = made_up_sweep(draw.seed).query("weight_sude <= 0.5").replace("weight_sude=0.5", "sude")
+    return (table.sample(frac=1.0, random_state=draw.seed, ignore_index=True),)
+
+
+@check(_study_call)
+def paired_gain(table: pd.DataFrame) -> pd.Series:
+    """Check paired_gain(table): alignment that SuDe wins over plain, a Series by subject."""
+    changed = table[table["attribute"].notna()]
+    pairs = changed.groupby(["subject", "variant"])["attribute_alignment"]
+    means = pairs.mean().unstack("variant")
+    return means["sude"] - means["plain"]
 
 
 @check(lambda draw: [(made_up_sweep(draw.seed), measure) for measure in MEASURES[:2]])

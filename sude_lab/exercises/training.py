@@ -8,7 +8,6 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -94,24 +93,6 @@ def training_step(
     loss.backward()
     optimizer.step()
     return loss.detach()
-
-
-def _study_call(draw: Draw) -> Call:
-    levels = (["dog", "cat", "candle"], [0, 1], ["plain", "sude"], [None, "a", "b", "c"], [0, 1])
-    names = ["subject", "seed", "variant", "attribute", "image"]
-    table = pd.MultiIndex.from_product(levels, names=names).to_frame(index=False)
-    for measure in ("attribute_alignment", "subject_fidelity"):
-        table[measure] = draw.rng.random(len(table))
-    return (table.sample(frac=1.0, random_state=draw.seed, ignore_index=True),)
-
-
-@check(_study_call)
-def paired_gain(table: pd.DataFrame) -> pd.Series:
-    """Check paired_gain(table): alignment that SuDe wins over plain, a Series by subject."""
-    changed = table[table["attribute"].notna()]
-    pairs = changed.groupby(["subject", "variant"])["attribute_alignment"]
-    means = pairs.mean().unstack("variant")
-    return means["sude"] - means["plain"]
 
 
 Prior = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
