@@ -153,13 +153,11 @@ def name_categories(
     times = grid.expand(len(pictures), -1)
     sizes = (len(pictures), len(grid), len(prompts))
     rows = torch.cartesian_prod(*(torch.arange(size) for size in sizes))
-    size = len(grid) * len(prompts)  # a picture a batch
-    answers = predictions(
-        backbone, x_0, times, noise, encode_all(backbone, prompts), rows, batch_size=size
-    )
+    about = (backbone, x_0, times, noise, encode_all(backbone, prompts))
     result = []
     losses = torch.zeros(sizes, dtype=torch.float64)
-    for n, batch in enumerate(answers):
+    for n, part in enumerate(rows.split(len(grid) * len(prompts))):  # a picture a batch
+        batch = predictions(*about, part)
         x_t, eps, t = batch.x_t, batch.eps, batch.t
         target = training_target(x_0[n].expand_as(eps), eps, t, schedule)
         distance = squared_distance(batch.output, target).double().cpu()

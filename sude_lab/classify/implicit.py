@@ -137,9 +137,7 @@ def _less_neighbours(x: Tensor) -> Tensor:
     return torch.cat([ends[0], inner, ends[1]])
 
 
-def still_in(
-    losses: Tensor, times: Tensor, *, caution: float = 2.5, keep: int = 1_000_000
-) -> Tensor:
+def still_in(losses: Tensor, times: Tensor, *, caution: float, keep: int) -> Tensor:
     """Say which prompts may still be the best; the others are hopeless; bool (K,).
 
     Hopeless is what is more than `caution` standard errors behind the best, D_k > caution
@@ -152,9 +150,7 @@ def still_in(
     near = torch.ones_like(behind, dtype=torch.bool)
     if int(compared.counts.max()) > 1:
         near = behind <= caution**2 * compared.noise / compared.counts
-    if keep < len(behind):
-        near &= behind <= behind.kthvalue(keep).values
-    return near
+    return near & (behind <= behind.kthvalue(min(keep, len(behind))).values)
 
 
 def posterior(
@@ -333,8 +329,8 @@ class ImplicitClassifier:
 
         def losses_of(rows: Tensor) -> Tensor:
             parts = []
-            batches = predictions(*about, rows, batch_size=self.batch_size)
-            for part, batch in zip(rows.split(self.batch_size), batches, strict=True):
+            for part in rows.split(self.batch_size):
+                batch = predictions(*about, part)
                 picture = x_0[part[:, 0].to(x_0.device)]
                 target = training_target(picture, batch.eps, batch.t, batch.schedule)
                 parts.append(squared_distance(batch.output, target).cpu())

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sude_lab.backbone import Backbone, Condition, concatenate
 from sude_lab.classifier import squared_distance
@@ -51,7 +50,6 @@ def answers(
     *,
     seed: int = 0,
     batch_size: int = 64,
-    progress: bool = False,
 ) -> Iterator[Answers]:
     """Yield what the model predicts of N noised pictures at M timesteps under K prompts.
 
@@ -73,8 +71,9 @@ def answers(
     generators = [noise_generator(seed, n) for n in range(len(x_0))]
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     rows = torch.cartesian_prod(*map(torch.arange, (len(x_0), len(times), len(prompts))))
-    about = (backbone, x_0, times.expand(len(x_0), -1), noise, condition, rows.view(-1, 3))
-    yield from predictions(*about, batch_size=batch_size, progress=progress)
+    about = (backbone, x_0, times.expand(len(x_0), -1), noise, condition)
+    for part in rows.view(-1, 3).split(batch_size):
+        yield predictions(*about, part)
 
 
 @torch.no_grad()
@@ -105,27 +104,21 @@ def predictions(
     noise: Tensor,
     condition: Condition,
     rows: Tensor,
-    *,
-    batch_size: int = 64,
-    progress: bool = False,
-) -> Iterator[Answers]:
-    """Yield what the model says of rows of (picture n, pair m, prompt k), in their order.
+) -> Answers:
+    """Return what the model says of a batch of rows of (picture n, pair m, prompt k).
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, arXiv 2403.06775, eq. 1, with t = times[n, m] and
-    eps = noise[n, m], the same for every prompt. One evaluation of the denoiser a row, `batch_size`
-    at a time.
+    eps = noise[n, m], the same for every prompt. One evaluation of the denoiser a row.
 
     Args: latents x_0 (N, C, h, w); times (N, M) long; noise (N, M, C, h, w); condition of K
     prompts; rows (R, 3) long.
     """
     schedule, device = backbone.schedule, backbone.device
-    parts = rows.split(batch_size)
-    for part in tqdm(parts, desc="asking", unit="batch", disable=not progress):
-        n, m, k = part.unbind(1)
-        t, eps = times[n, m].to(device), noise[n, m].to(device)
-        x_t = add_noise(x_0[n.to(device)], eps, t, schedule)
-        output = backbone.predict(x_t, t, condition[k.to(device)])
-        yield Answers(x_t, eps, t, output, schedule)
+    n, m, k = rows.unbind(1)
+    t, eps = times[n, m].to(device), noise[n, m].to(device)
+    x_t = add_noise(x_0[n.to(device)], eps, t, schedule)
+    output = backbone.predict(x_t, t, condition[k.to(device)])
+    return Answers(x_t, eps, t, output, schedule)
 
 
 def prompt_errors(
