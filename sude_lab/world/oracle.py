@@ -61,15 +61,13 @@ class Oracle(nn.Module):
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
-        w = width
-        blocks = (_block(a, b) for a, b in pairwise((3, w, 2 * w, 3 * w, 4 * w)))
-        self.features = nn.Sequential(
-            *(layer for block in blocks for layer in block),
-            nn.Flatten(),
-            nn.Dropout(0.1),
-            nn.Linear(4 * w * (world.RESOLUTION // 16) ** 2, 8 * w),
-            nn.SiLU(),
-        )
+        w, layers = width, list[nn.Module]()
+        for inputs, outputs in pairwise((3, w, 2 * w, 3 * w, 4 * w)):
+            halved = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
+            grouped = nn.Conv2d(outputs, outputs, 3, padding=1, groups=8)
+            layers += [halved, nn.GroupNorm(8, outputs), nn.SiLU(), grouped, nn.SiLU()]
+        last = nn.Linear(4 * w * (world.RESOLUTION // 16) ** 2, 8 * w)
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.1), last, nn.SiLU())
         self.heads = nn.ModuleDict({k: nn.Linear(8 * w, len(v)) for k, v in HEADS.items()})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -86,16 +84,6 @@ class Oracle(nn.Module):
             images = to_tensor(np.stack(arrays))
         self.eval()
         return {name: logits.softmax(-1) for name, logits in self(images).items()}
-
-
-def _block(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
-    return (
-        nn.Conv2d(inputs, outputs, 3, stride=2, padding=1),
-        nn.GroupNorm(8, outputs),
-        nn.SiLU(),
-        nn.Conv2d(outputs, outputs, 3, padding=1, groups=8),
-        nn.SiLU(),
-    )
 
 
 @dataclass(frozen=True)
