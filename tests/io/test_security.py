@@ -96,8 +96,7 @@ def complaints(source: str) -> list[str]:
 
 RUN = {
     "benchmarks/against_diffusers.py": ["run_path"],
-    "sude_lab/exercises/judging.py": ["eval"],
-    "sude_lab/exercises/slips.py": ["exec", "compile"],
+    "sude_lab/exercises/judging.py": ["exec", "compile", "eval"],
     "sude_lab/runs/regularizer.py": ["exec", "compile"],
 }
 """The benchmark runs the script of diffusers that its user names, the exercises run the wrong

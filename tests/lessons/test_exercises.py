@@ -28,8 +28,17 @@ from sude_lab.cli import main
 from sude_lab.evaluate.metrics import image_similarity, per_run
 from sude_lab.evaluate.prompts import structured
 from sude_lab.exercises import Mistake, check_letter, judging
-from sude_lab.exercises.judging import Check, ask, changed, difference, same, slips_of
-from sude_lab.exercises.slips import made, one_change_slips, source_of
+from sude_lab.exercises.judging import (
+    Check,
+    ask,
+    changed,
+    difference,
+    made,
+    one_change_slips,
+    same,
+    slips_of,
+    source_of,
+)
 from sude_lab.prompts import caption
 
 ROOT = Path(__file__).resolve().parents[2]
