@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -82,21 +82,8 @@ def spread_times(number: int, weights: Tensor, shift: float) -> Tensor:
     return times.clamp_max(len(weights) - 1)
 
 
-class Comparison(NamedTuple):
-    """How K prompts compare over the pairs that they share, by `compare`'s letters."""
-
-    differences: Tensor
-    """D_k, (K,)."""
-    parts: Tensor
-    """u_ik, (M, K)."""
-    noise: Tensor
-    """v, the variance of a single pair's difference over the difference, pooled; ()."""
-    counts: Tensor
-    """How many pairs each prompt was asked, (K,)."""
-
-
-def compare(losses: Tensor, times: Tensor) -> Comparison:
-    """Compare prompts by paired differences.
+def compare(losses: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how prompts compare over the pairs that they share: D (K,), u (M, K) and v ().
 
     D_k = mean_i (l_ik - l_ir) with l_ik = (sum_t w_t) ||eps_i - eps_theta(c_k)||^2, over the pairs
     that k was asked, estimates L(c_k) - L(c_r); the leader r is the best of the prompts that were
@@ -127,7 +114,7 @@ def compare(losses: Tensor, times: Tensor) -> Comparison:
     variance = (parts.square().sum(0) * counts)[often].sum()
     noise = variance / size if size > 0 else torch.zeros((), dtype=torch.float64)
     parts[0] = torch.where(often, parts[0], (noise * differences.abs()).sqrt())
-    return Comparison(differences, parts, noise, counts)
+    return differences, parts, noise
 
 
 def _less_neighbours(x: Tensor) -> Tensor:
@@ -145,30 +132,25 @@ def still_in(losses: Tensor, times: Tensor, *, caution: float, keep: int) -> Ten
 
     Args: as `compare`.
     """
-    compared = compare(losses, times)
-    behind = compared.differences - compared.differences.min()
-    near = torch.ones_like(behind, dtype=torch.bool)
-    if int(compared.counts.max()) > 1:
-        near = behind <= caution**2 * compared.noise / compared.counts
+    differences, _, noise = compare(losses, times)
+    behind, counts = differences - differences.min(), (~losses.isnan()).sum(0)
+    near = (counts.max() < 2) | (behind <= caution**2 * noise / counts)
     return near & (behind <= behind.kthvalue(min(keep, len(behind))).values)
 
 
-def posterior(
-    losses: Tensor, times: Tensor, *, draws: int = 1000, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def posterior(losses: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
     """Return p(c_k | x) and its standard error, (K,) each, from what every prompt was asked.
 
     p = softmax_k [-D_k], the classifier of arXiv 2303.16203. The error is the root mean
-    square distance from p of `draws` p of a multiplier bootstrap: every pair's part in D times a
+    square distance from p of 1,000 p of a multiplier bootstrap: every pair's part in D times a
     standard normal number, the same for all prompts.
 
     Args: as `compare`.
     """
-    compared = compare(losses, times)
-    logits = -compared.differences
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn((draws, len(losses)), generator=generator, dtype=torch.float64)
-    p, drawn = logits.softmax(0), (logits - z @ compared.parts).softmax(1)
+    differences, parts, _ = compare(losses, times)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn((1000, len(losses)), generator=generator, dtype=torch.float64)
+    p, drawn = (-differences).softmax(0), (-differences - z @ parts).softmax(1)
     return p, (drawn - p).square().mean(0).sqrt()
 
 
@@ -324,7 +306,6 @@ class ImplicitClassifier:
         condition = self.condition
         x_0 = latents_of(self.backbone, pictures, self.batch_size)
         times, noise = self.pairs(x_0.shape[1:], len(pictures))
-        scale = self.weights.sum()
         about = (self.backbone, x_0, times, noise, condition)
 
         def losses_of(rows: Tensor) -> Tensor:
@@ -335,7 +316,7 @@ class ImplicitClassifier:
                 target = training_target(picture, batch.eps, batch.t, batch.schedule)
                 parts.append(squared_distance(batch.output, target).cpu())
                 bar.update(len(part))
-            return scale * torch.cat(parts)
+            return self.weights.sum() * torch.cat(parts)
 
         rule: dict[str, Any] = {"prune": self.prune, "caution": self.caution}
         with tqdm(desc="asking", unit="evaluation", disable=not progress) as bar:

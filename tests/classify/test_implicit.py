@@ -310,11 +310,11 @@ def test_more_caution_asks_more() -> None:
 
 def test_a_prompt_that_was_asked_once_has_the_noise_of_the_others() -> None:
     losses = torch.tensor([[0.0, 1.0, 9.0], [0.0, 3.0, torch.nan], [0.0, 2.0, torch.nan]])
-    found = compare(losses, torch.tensor([0, 2, 1]))
-    assert found.differences.tolist() == [0, 2, 9] and found.counts.tolist() == [3, 3, 1]
+    differences, parts, noise = compare(losses, torch.tensor([0, 2, 1]))
+    assert differences.tolist() == [0, 2, 9]
     # 1, 2, 3 in the order of t: ends -1 / sqrt 2 and 1 / sqrt 2, middle 0, variance 1 / 3 * 1
-    assert found.noise.item() == pytest.approx((0.5 + 0.5) / 9 * 3 / 2)
-    assert found.parts[0, 2].item() == pytest.approx(math.sqrt(9 * found.noise.item()))
+    assert noise.item() == pytest.approx((0.5 + 0.5) / 9 * 3 / 2)
+    assert parts[0, 2].item() == pytest.approx(math.sqrt(9 * noise.item()))
 
 
 # --- refusals ------------------------------------------------------------------------------------
