@@ -215,10 +215,8 @@ def drawn_judge(
     oracle = load_oracle()
     if scene is None:
         if config.category not in world.ATTRIBUTES:
-            raise UserError(
-                f"The oracle does not know the category {config.category!r}: it knows "
-                f"{', '.join(world.CATEGORIES)}."
-            )
+            says = f"The oracle does not know the category {config.category!r}: it knows"
+            raise UserError(f"{says} {', '.join(world.CATEGORIES)}.")
         scene = read_scene(oracle, list(references), config.category)
     return DrawnJudge(scene, oracle)
 

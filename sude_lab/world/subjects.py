@@ -68,7 +68,7 @@ def measure(
     seed: int,
     num_images: int,
     grids: dict[str, list[Image.Image]] | None = None,
-    guide: Callable[[str | None], AbstractContextManager[Any]] | None = None,
+    guide: Callable[[str | None], AbstractContextManager[Any]] = nullcontext,
 ) -> list[dict[str, Any]]:
     """Draw the subject under its tuning prompt and every other attribute; return a row a picture.
 
@@ -82,7 +82,7 @@ def measure(
         if config is not None:
             tuned = get_method(config.method).prompts(config)[0]
             prompt = fill(with_attribute(tuned, attribute), config.token)
-        with guide(attribute) if guide else nullcontext():
+        with guide(attribute):
             images = generate(backbone, prompt, num_images=num_images, seed=seed, batch_size=16)
         reading = judge(oracle, images, who.scene, attribute)
         if grids is not None:
