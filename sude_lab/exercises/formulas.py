@@ -319,11 +319,7 @@ def corrected(a: Tensor, d: Tensor, strength: float) -> Tensor:
 
 
 @check(
-    lambda draw: (
-        draw.near([-0.6, 0.2, 0.7, 1.5], 0.1),
-        draw.number(0.2, 0.4),
-        3 + draw.seed // 10,
-    )
+    lambda draw: (draw.near([-0.6, 0.2, 0.7, 1.5], 0.1), draw.number(0.2, 0.4), 3 + draw.seed // 10)
 )
 def after_steps(rho: Tensor, strength: float, n: int) -> Tensor:
     """Check after_steps(rho, strength, n): 1 - (1 - g)^n (1 - rho) if rho < 1, else rho; (B,)."""

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
 
 from sude_lab.diffusion import Schedule, add_noise
 from sude_lab.exercises.judging import Answer, Call, Draw, Mistake, ask, check
@@ -67,7 +68,7 @@ def _three_steps(step: Answer, call: Call, *asked: Any) -> Tensor:
     """Return losses and weights of three step(model, *asked, optimizer, x_0, ..., generator)."""
     seed, x_0, *rest = call
     model = TinyDenoiser(x_0.shape[1], hidden=16, seed=seed)
-    optimizer, generator = torch.optim.SGD(model.parameters(), lr=0.1), torch.Generator()
+    optimizer, generator = torch.optim.SGD(model.parameters(), lr=0.1), Generator()
     taken = partial(step, model, *asked, optimizer, x_0, *rest, generator.manual_seed(seed))
     losses = [torch.as_tensor(ask(taken, ())).detach().reshape(1) for _ in range(3)]
     return torch.cat([nn.utils.parameters_to_vector(model.parameters()).detach(), *losses])
@@ -78,11 +79,7 @@ def _three_steps(step: Answer, call: Call, *asked: Any) -> Tensor:
     run=_three_steps,
 )
 def training_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    x_0: Tensor,
-    schedule: Schedule,
-    generator: torch.Generator,
+    model: nn.Module, optimizer: Optimizer, x_0: Tensor, schedule: Schedule, generator: Generator
 ) -> Tensor:
     """Check training_step(model, optimizer, x_0, schedule, generator), eq. 3 in eps-space."""
     t = torch.randint(schedule.num_timesteps, (len(x_0),), generator=generator)
@@ -111,11 +108,11 @@ def lora_count(layers: Sequence[tuple[int, int]], rank: int) -> int:
 
 def _latent_call(draw: Draw) -> Call:
     mean, deviation = draw.normal(2, 3, 3).float(), draw.uniform(0.1, 0.9, 2, 3, 3).float()
-    return mean, deviation, 4 + draw.seed // 10, torch.Generator().manual_seed(draw.seed + 1)
+    return mean, deviation, 4 + draw.seed // 10, Generator().manual_seed(draw.seed + 1)
 
 
 @check(_latent_call)
-def latent_batch(mean: Tensor, deviation: Tensor, size: int, generator: torch.Generator) -> Tensor:
+def latent_batch(mean: Tensor, deviation: Tensor, size: int, generator: Generator) -> Tensor:
     """Check latent_batch(mean, deviation, size, generator): mean + deviation z, x_0 of eq. 1."""
     noise = torch.randn(size, *mean.shape, generator=generator)
     return mean + deviation * noise
@@ -173,11 +170,11 @@ def _dog_call(draw: Draw) -> Call:
 def sude_step(
     model: nn.Module,
     prior: Prior,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     x_0: Tensor,
     schedule: Schedule,
     weight_sude: float,
-    generator: torch.Generator,
+    generator: Generator,
 ) -> Tensor:
     """Check sude_step(model, prior, optimizer, x_0, schedule, weight_sude, generator), eq. 10."""
     t = torch.randint(schedule.num_timesteps, (len(x_0),), generator=generator)
@@ -285,7 +282,7 @@ def plug_batch(
     along: (B,), where the subjects lie between "nothing", 0, and "dog", 1.
     """
     along = torch.linspace(-0.5, 2, 5) if along is None else along
-    generator, unet, size = torch.Generator().manual_seed(seed), TinyPlugUNet(seed), len(along)
+    generator, unet, size = Generator().manual_seed(seed), TinyPlugUNet(seed), len(along)
     dog, nothing = (2 * torch.randn(1, 4, 3, generator=generator) for _ in range(2))
     x_t = torch.randn(size, 2, 4, 4, generator=generator)
     t = torch.randint(100, (size,), generator=generator)
