@@ -220,21 +220,17 @@ def drawings_interval(
     """
     x = np.asarray(values, dtype=float)
     rng = np.random.default_rng(seed)
-    indices, weights = [], []
-    for factor in (prompts, noises):
-        levels, index = np.unique(np.asarray(factor), return_inverse=True)
-        n = len(levels)
-        alone = np.ones((resamples, n))
-        weights.append(rng.multinomial(n, np.full(n, 1 / n), resamples) if n > 1 else alone)
-        indices.append(index)
+    factors = [np.unique(np.asarray(f), return_inverse=True) for f in (prompts, noises)]
+    shape = [len(levels) for levels, _ in factors]
     mean = float(x.mean()) if len(x) else math.nan
-    shape = (weights[0].shape[1], weights[1].shape[1])
     if max(shape) < 2:
         return Interval(mean, math.nan, math.nan, len(x))
+    weights = [rng.multinomial(n, np.full(n, 1 / n), resamples) for n in shape]
     sums, counts = np.zeros(shape), np.zeros(shape)
-    np.add.at(sums, tuple(indices), x)
-    np.add.at(counts, tuple(indices), 1)
-    totals, numbers = (((weights[0] @ cells) * weights[1]).sum(1) for cells in (sums, counts))
+    cells = tuple(index for _, index in factors)
+    np.add.at(sums, cells, x)
+    np.add.at(counts, cells, 1)
+    totals, numbers = (((weights[0] @ each) * weights[1]).sum(1) for each in (sums, counts))
     # Where cells are empty a resample may hit nothing but those: it says nothing.
     means = totals[numbers > 0] / numbers[numbers > 0]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
