@@ -17,7 +17,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -164,22 +163,6 @@ def parts_of(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     }
 
 
-def figure(parts: dict[str, dict[str, Line]], path: Path, shares: Sequence[float]) -> None:
-    """Draw the means of every line, its front drawn through, over the fidelities that are read."""
-    import matplotlib.pyplot as plt
-
-    size = (max(7 * len(parts) ** 0.5, 4.9 * len(parts)), 4)
-    fig, row = plt.subplots(
-        1, len(parts), figsize=size, layout="constrained", dpi=160, sharey=True, squeeze=False
-    )
-    for axes, (title, lines) in zip(row[0], parts.items(), strict=True):
-        draw(axes, lines, title, shares)
-    row[0, 0].set_ylabel("attribute alignment: as asked?")
-    with atomic_write(path) as file:
-        fig.savefig(file, format="png")
-    plt.close(fig)
-
-
 @dataclass(frozen=True)
 class ReportConfig:
     """Whose table to read."""
@@ -238,7 +221,7 @@ def main(config: ReportConfig) -> str:
     text = "\n\n".join(texts) + "\n"
     with atomic_write(RESULTS / f"{group.table}.md") as path:
         path.write_text(text, encoding="utf-8")
-    figure(parts, RESULTS / f"{group.table}.png", group.shares)
+    draw(RESULTS / f"{group.table}.png", parts, group.shares)
     return text
 
 

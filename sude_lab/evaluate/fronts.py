@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from sude_lab.evaluate.statistics import (
     sign_flip_p,
     verdict,
 )
+from sude_lab.io.files import atomic_write
 
 ALIGNMENT, FIDELITY, _ = MEASURES
 Fidelity = float | np.ndarray
@@ -46,17 +48,33 @@ class Line:
     strengths: tuple[str, ...]
     fidelity: np.ndarray
     alignment: np.ndarray
+    on_hull: bool = False
+    """Read it on its front's upper hull: between two strengths one may choose by lot, so that a
+    strength which hardly beats others lowers nothing."""
 
     def front(self, rows: Rows = EVERYONE) -> np.ndarray:
         """Return the indices of the strengths that no other one beats, by rising mean fidelity.
 
         A strength is beaten where another keeps more of the subject and of the category, or as much
-        of one and more of the other. `rows`: indices of the subjects that are there.
+        of one and more of the other; `on_hull` also where a mixture of two others does. `rows`:
+        indices of the subjects that are there.
         """
         f, a = self.fidelity[rows].mean(0), self.alignment[rows].mean(0)
         order = np.lexsort((a, f))[::-1]  # by falling fidelity, of equal ones the best one first
         best = np.maximum.accumulate(np.concatenate([[-np.inf], a[order]]))[:-1]
-        return order[a[order] > best][::-1]
+        front = order[a[order] > best][::-1]
+        if not self.on_hull:
+            return front
+        points = np.column_stack([f, a])
+        hull: list[int] = []
+        for k in front.tolist():
+            while len(hull) > 1:
+                (x, y), (u, v) = points[hull[-1]] - points[hull[-2]], points[k] - points[hull[-2]]
+                if x * v < y * u:  # the last one lies above the way from the one before to this one
+                    break
+                hull.pop()
+            hull.append(k)
+        return np.array(hull)
 
     def of(self, subjects: Sequence[str]) -> Line:
         """Return the line of these subjects alone."""
@@ -88,29 +106,9 @@ class Line:
         return self.alignment[rows] @ self.weights(fidelity, rows)
 
 
-class Hull(Line):
-    """A line read on its front's upper hull: between two strengths one may choose by lot.
-
-    So a strength never lowers what is read, as on the front one does that hardly beats others.
-    """
-
-    def front(self, rows: Rows = EVERYONE) -> np.ndarray:
-        """Return the indices of the strengths which no mixture of two others beats."""
-        points = np.column_stack([self.fidelity[rows].mean(0), self.alignment[rows].mean(0)])
-        hull: list[int] = []
-        for k in super().front(rows).tolist():
-            while len(hull) > 1:
-                (x, y), (u, v) = points[hull[-1]] - points[hull[-2]], points[k] - points[hull[-2]]
-                if x * v < y * u:  # the last one lies above the way from the one before to this one
-                    break
-                hull.pop()
-            hull.append(k)
-        return np.array(hull)
-
-
-def hull_of(one: Line) -> Hull:
+def hull_of(one: Line) -> Line:
     """Return a line to be read on its hull."""
-    return Hull(**vars(one))
+    return replace(one, on_hull=True)
 
 
 def line(name: str, table: pd.DataFrame, by: str) -> Line:
@@ -210,12 +208,11 @@ def family(
     lines: dict[str, Line],
     pairs: Sequence[tuple[str, str]],
     more: Sequence[dict[str, Any]] = (),
-    shares: Sequence[float] = SHARES,
 ) -> pd.DataFrame:
     """Return the contrasts of pairs of lines, and `more`: all at a fidelity corrected together."""
     there = [(a, b) for a, b in pairs if a in lines and b in lines]
     whole = lines["less tuning"]
-    rows = [row for a, b in there for row in contrast(lines[a], lines[b], whole, shares)]
+    rows = [row for a, b in there for row in contrast(lines[a], lines[b], whole)]
     table = pd.DataFrame([*rows, *more])
     if table.empty:
         return table
@@ -274,26 +271,31 @@ STYLES = {
 """Colour and mark of the lines that are drawn."""
 
 
-def draw(
-    axes: Any, lines: dict[str, Line], title: str = "", shares: Sequence[float] = SHARES
-) -> None:
-    """Draw the means of every line over the fidelities that are read, its front drawn through.
+def draw(file: Path, parts: dict[str, dict[str, Line]], shares: Sequence[float] = SHARES) -> None:
+    """Draw the means of every line, its front drawn through and its hull dotted, as a PNG file.
 
-    Its hull is dotted.
+    Dotted upright are the fidelities that are read. `parts`: lines by what their panel begins with.
     """
-    for name, (colour, mark) in STYLES.items():
-        if name not in lines:
-            continue
-        one, front = lines[name], lines[name].front()
-        fidelity, alignment = one.fidelity.mean(0), one.alignment.mean(0)
-        axes.plot(fidelity, alignment, mark, ms=4, alpha=0.4, color=colour)
-        axes.plot(fidelity[front], alignment[front], f"{mark}-", color=colour, lw=2, label=name)
-        hull = hull_of(one).front()
-        axes.plot(fidelity[hull], alignment[hull], ":", color=colour, lw=1)
-    whole = lines["less tuning"]
-    end = end_of(whole, whole.subjects).mean()
-    for share in shares:
-        axes.axvline(share * end, color="grey", lw=0.8, ls=":")
-    subjects = f"(mean of {len(whole.subjects)} subjects)"
-    axes.set_xlabel(f"{title}subject fidelity: is it mine? {subjects}")
-    axes.legend(loc="lower left")
+    from matplotlib.figure import Figure
+
+    size = (max(7 * len(parts) ** 0.5, 4.9 * len(parts)), 4)
+    figure = Figure(figsize=size, layout="constrained", dpi=160)
+    panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+    for axes, (title, lines) in zip(panels, parts.items(), strict=True):
+        for name in filter(lines.get, STYLES):
+            (colour, mark), one, front = STYLES[name], lines[name], lines[name].front()
+            fidelity, alignment = one.fidelity.mean(0), one.alignment.mean(0)
+            axes.plot(fidelity, alignment, mark, ms=4, alpha=0.4, color=colour)
+            axes.plot(fidelity[front], alignment[front], f"{mark}-", color=colour, lw=2, label=name)
+            hull = hull_of(one).front()
+            axes.plot(fidelity[hull], alignment[hull], ":", color=colour, lw=1)
+        whole = lines["less tuning"]
+        for share in shares:
+            end = end_of(whole, whole.subjects).mean()
+            axes.axvline(share * end, color="grey", lw=0.8, ls=":")
+        subjects = f"(mean of {len(whole.subjects)} subjects)"
+        axes.set_xlabel(f"{title}subject fidelity: is it mine? {subjects}")
+        axes.legend(loc="lower left")
+    panels[0].set_ylabel("attribute alignment: as asked?")
+    with atomic_write(file) as path:
+        figure.savefig(path, format="png")

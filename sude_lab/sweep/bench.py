@@ -27,7 +27,7 @@ from sude_lab.errors import UserError
 from sude_lab.evaluate.fronts import Line, draw, family, line, places, points
 from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.evaluate.stored import read
-from sude_lab.io.files import atomic_write, require_own, write_file, write_table
+from sude_lab.io.files import require_own, write_file, write_table
 from sude_lab.io.identity import digest
 from sude_lab.io.opening import data_folder
 from sude_lab.runs.prepare import prepared_tuning
@@ -127,7 +127,7 @@ def bench(
     table = pd.concat([stored, own], ignore_index=True).fillna({"strength": ""})
     table["asks"] = 1 + table["arm"].map({"plain": 0.0, "sude": 2.0, "own": passes})
     write_table(out / TABLE, table.round(5))
-    _figure(_lines(table), out / FIGURE)
+    draw(out / FIGURE, {"": _lines(table)})
     about = f"size {size}, w_s {', '.join(f'{w:g}' for w in weights)}, seed {seed}"
     for name in ("token_learning_rate", "train_text_encoder"):
         about += f", {name} {settings[name]}" if name in settings else ""
@@ -159,17 +159,6 @@ def _tried(content: dict[str, Any], own: OwnRegularizer) -> float:
             "use output, or frozen.subject with --token-learning-rate or --train-text-encoder."
         )
     return tuning.frozen.passes / (TRIED * config.train_batch_size)
-
-
-def _figure(lines: dict[str, Line], file: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained", dpi=160)
-    axes = figure.subplots()
-    draw(axes, lines)
-    axes.set_ylabel("attribute alignment: as asked?")
-    with atomic_write(file) as path:
-        figure.savefig(path, format="png")
 
 
 def _lines(table: pd.DataFrame) -> dict[str, Line]:
