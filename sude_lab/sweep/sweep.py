@@ -57,16 +57,7 @@ from sude_lab.io.opening import open_backbone, resolve_source
 from sude_lab.io.reading import read_json
 from sude_lab.io.workers import worker_pool
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, run_tuning
-from sude_lab.sweep.grid import (
-    LABEL,
-    SCORE,
-    Job,
-    Plan,
-    kind_of,
-    make_plan,
-    read_grid,
-    run_key,
-)
+from sude_lab.sweep.grid import LABEL, SCORE, Job, Plan, kind_of, make_plan, read_grid, run_key
 from sude_lab.tuning import Step
 from sude_lab.world.oracle import drawn_judge
 
@@ -156,7 +147,7 @@ def _tune_and_judge(job: Job, runs: Path, checkpoint_every: int) -> None:
     steps = len(stamps) - 2  # without the first one, which opens what is slow
     a_step = (stamps[-1] - stamps[1]) / steps if steps > 0 else None
     costs = (
-        a_step or timing(folder).get("seconds_per_step"),  # of another sweep
+        a_step or _noted(folder / TIMING).get("seconds_per_step"),  # of another sweep
         (now - tuned) / job.pictures,
         _megabytes(p for p in folder.rglob("*") if p.suffix != ".png"),
         _megabytes(folder.rglob("seed-*/*.png")) / job.pictures,
@@ -189,13 +180,13 @@ def fresh_backbone(config: TuningConfig) -> Backbone:
     return backbone
 
 
-def timing(folder: Path) -> dict[str, Any]:
-    """Return what a run took, as its folder tells; nothing where its file is damaged or missing."""
+def _noted(path: Path) -> dict[str, Any]:
+    """Return what a JSON file says in texts and numbers; nothing where it is damaged or missing."""
     try:
-        about = read_json(folder / TIMING).items()
-        return {name: value for name, value in about if isinstance(value, str | int | float)}
+        about = read_json(path).items()
     except (OSError, ValueError, AttributeError):
         return {}
+    return {name: value for name, value in about if isinstance(value, str | int | float)}
 
 
 def _megabytes(files: Iterable[Path]) -> float:
@@ -208,10 +199,7 @@ def _beside(runs: Path, key: str, what: str) -> Path:
 
 
 def _failure(runs: Path, key: str) -> str:
-    try:
-        return str(read_json(_beside(runs, key, "failed.json"))["reason"])
-    except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: it is tried again
-        return ""
+    return str(_noted(_beside(runs, key, "failed.json")).get("reason", ""))
 
 
 def _record(runs: Path, key: str, error: BaseException) -> Standing:
@@ -272,16 +260,15 @@ def sweep(
         raise UserError(f"{text}: run with a connection, or name a pipeline folder.")
     todo = [job for job in plan.jobs if not job.scores(plan.runs).is_file()]
     failed: dict[str, str] = {}
-    total = len(plan.jobs)
-    about = {"total": total, "initial": total - len(todo), "disable": not progress}
-    bar = tqdm(desc="sweep", unit="run", **about)
-    settings = {"runs": plan.runs, "checkpoint_every": checkpoint_every}
+    about = {"total": len(plan.jobs), "initial": len(plan.jobs) - len(todo)}
+    bar = tqdm(desc="sweep", unit="run", disable=not progress, **about)
 
-    def ended(jobs: list[Job], **settings: Any) -> Iterator[tuple[Job, Standing]]:
+    def ended(jobs: list[Job], wait: bool) -> Iterator[tuple[Job, Standing]]:
         """Attempt jobs, and yield how each one ended."""
+        settings: dict[str, Any] = {"runs": plan.runs, "wait": wait}
+        settings["checkpoint_every"] = checkpoint_every
         if submit is None:
-            for job in jobs:
-                yield job, perform(job, **settings)
+            yield from ((job, perform(job, **settings)) for job in jobs)
             return
         running = {submit(job, **settings): job for job in jobs}
         for future in as_completed(running):
@@ -300,7 +287,7 @@ def sweep(
         took, written = _write_table(plan), time.monotonic()
         for wait in (False, True):  # what others are at comes last
             busy = []
-            for job, (status, reason) in ended(todo, wait=wait, **settings):
+            for job, (status, reason) in ended(todo, wait):
                 if status == "running":
                     busy.append(job)
                     continue
@@ -431,9 +418,7 @@ def describe(plan: Plan) -> str:
         [(kind_of(job.config), 1, job.config.max_train_steps, job.pictures) for job in todo],
         columns=["kind of run", "runs", "steps", "pictures"],
     )
-    took = pd.DataFrame(
-        [timing(path.parent) for path in plan.runs.glob(f"*/{TIMING}")], columns=["kind", *COSTS]
-    )
+    took = pd.DataFrame(map(_noted, plan.runs.glob(f"*/{TIMING}")), columns=["kind", *COSTS])
     took[[*COSTS]] = took[[*COSTS]].apply(pd.to_numeric, errors="coerce")
     finished = took.dropna().groupby("kind")
     table = work.groupby("kind of run", sort=False).sum()
