@@ -106,13 +106,12 @@ def bench(
     require_own(out, NAME, "", (GRID, TABLE, PAGE, FIGURE))
     if not weights or not all(0 < w < math.inf for w in weights):
         raise UserError("--weights are numbers above 0: a weight of 0 is plain tuning.")
+    asked = {"token_learning_rate": token_learning_rate, "train_text_encoder": train_text_encoder}
+    trained = {n: v for n, v in asked.items() if v is not None and v is not False}
     settings = {"max_train_steps": chosen.steps, "regularizer_file": str(kept.absolute())}
-    settings |= {"train_text_encoder": True} if train_text_encoder else {}
-    if token_learning_rate is not None:
-        settings["token_learning_rate"] = token_learning_rate
     content = yaml.safe_load((data_folder() / "grids" / "fair" / "sude.yaml").read_text("utf-8"))
     content |= {"subjects": [chosen.subjects], "seeds": [seed], "w_s": list(weights)}
-    content |= {"settings": settings, "strengths": [{}, {"step": list(chosen.kept)}]}
+    content |= {"settings": settings | trained, "strengths": [{}, {"step": list(chosen.kept)}]}
     passes = _tried(content, source)
     write_file(kept, source.source)
     write_file(out / GRID, yaml.safe_dump(content))
@@ -129,8 +128,7 @@ def bench(
     write_table(out / TABLE, table.round(5))
     draw(out / FIGURE, {"": _lines(table)})
     about = f"size {size}, w_s {', '.join(f'{w:g}' for w in weights)}, seed {seed}"
-    for name in ("token_learning_rate", "train_text_encoder"):
-        about += f", {name} {settings[name]}" if name in settings else ""
+    about += "".join(f", {name} {value}" for name, value in trained.items())
     cited = f"sude_lab {__version__}, bench, {about}; {file.name}, SHA-256 {digest(kept)}"
     text = _page(table, chosen, cited)
     write_file(out / PAGE, text)
