@@ -73,13 +73,10 @@ class Pinned:
     """Tokens of a text that are read; 0: the encoder reads no texts."""
 
 
-def _pinned(preprocessing: dict[str, Any], **about: Any) -> Pinned:
-    return Pinned(**about, preprocessing=Preprocessing(**preprocessing))
-
-
 _FILE = Path(__file__).with_suffix(".yaml")
 ENCODERS: dict[str, Pinned] = {
-    name: _pinned(**about) for name, about in yaml.safe_load(_FILE.read_text("utf-8")).items()
+    name: Pinned(**about | {"preprocessing": Preprocessing(**about["preprocessing"])})
+    for name, about in yaml.safe_load(_FILE.read_text("utf-8")).items()
 }
 """By name: clip, clip-large, dino, dinov2, blip."""
 

@@ -118,19 +118,18 @@ def compare(scores: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
-    runs = scores[["settings", "variant"]].drop_duplicates()
-    first = tuple(runs.iloc[0])
-    variants = set(runs.itertuples(index=False, name=None))
-    for keys, group in scores.groupby(["settings", "variant", "kind", "metric"], sort=False):
-        settings, variant, kind, metric = keys
-        row = dict(zip(("settings", "variant", "kind", "metric"), keys, strict=True))
+    names = ["settings", "variant", "kind", "metric"]
+    groups = dict(iter(scores.groupby(names, sort=False)))
+    variants = list(dict.fromkeys(keys[:2] for keys in groups))
+    for keys, group in groups.items():
+        row = dict(zip(names, keys, strict=True))
         ends, over = interval_of(group, group["value"])
         row |= {"pictures": len(group), "over": over}
         row |= {"mean": ends.mean, "low": ends.low, "high": ends.high}
-        base = (settings, "plain") if (settings, "plain") in variants else first
-        if base != (settings, variant):
-            other = scores[(scores["settings"] == base[0]) & (scores["variant"] == base[1])]
-            other = other[(other["kind"] == kind) & (other["metric"] == metric)]
+        plain = (keys[0], "plain")
+        base = plain if plain in variants else variants[0]
+        if base != keys[:2]:
+            other = groups.get((*base, *keys[2:]), scores[:0])
             pairs = group.merge(other[[*PAIR, "value"]], on=PAIR, suffixes=("", "_base"))
             row |= {"against": ", ".join(filter(None, base)), "pairs": len(pairs)}
             if len(pairs):

@@ -48,7 +48,5 @@ def truncation() -> pd.DataFrame:
         "prior=current": "stops at rho = 1, prior current",
         "prior=current,truncate=false": "never stops, prior current",
     }
-    rows = edits(read("truncation"))
-    rows = rows[rows["variant"].isin(names)]
-    rows = rows.sort_values("variant", key=lambda v: v.map(list(names).index), kind="stable")
-    return rows.assign(variant=rows["variant"].map(names))
+    rows = edits(read("truncation")).groupby("variant")
+    return pd.concat([rows.get_group(v).assign(variant=name) for v, name in names.items()])
