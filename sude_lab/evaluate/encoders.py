@@ -42,14 +42,11 @@ class Preprocessing:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return the picture as (3, side, side) float32: (value / 255 - mean) / deviation."""
-        image = image.convert("RGB")
-        if self.stretch:
-            image = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
-        else:
-            width, height = (int(self.resize * x / min(image.size)) for x in image.size)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-            left, top = (width - self.side) // 2, (height - self.side) // 2
-            image = image.crop((left, top, left + self.side, top + self.side))
+        whole = [int(self.resize * x / min(image.size)) for x in image.size]
+        width, height = (self.side, self.side) if self.stretch else whole
+        image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - self.side) // 2, (height - self.side) // 2
+        image = image.crop((left, top, left + self.side, top + self.side))
         x = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
         mean, deviation = (torch.tensor(v)[:, None, None] for v in (self.mean, self.deviation))
         return (x - mean) / deviation
