@@ -180,9 +180,7 @@ def _text_features(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
 def open_encoder(name: str, source: str | Path | None = None, *, device: str = "auto") -> Encoder:
     """Open an encoder by its name in `ENCODERS`: from the hub, or from a folder of the same kind.
 
-    Args:
-        name: clip, clip-large, dino, dinov2 or blip.
-        source: A folder as transformers' `save_pretrained` writes it; None: the pinned weights.
+    `source`: a folder as transformers' `save_pretrained` writes it; None: the pinned weights.
     """
     if name not in ENCODERS:
         raise UserError(f"There is no encoder {name!r}: choose one of {', '.join(ENCODERS)}.")

@@ -218,10 +218,8 @@ def family(
         return table
     is_area = table["fidelity"].str.contains("to")
     table.loc[~is_area, "p, Holm"] = holm(table.loc[~is_area, "p"].to_numpy())
-    table["says"] = [
-        "" if area else says(gain, p)
-        for gain, p, area in zip(table["gain"], table["p, Holm"], is_area, strict=True)
-    ]
+    table["says"] = list(map(says, table["gain"], table["p, Holm"]))
+    table.loc[is_area, "says"] = ""
     return table
 
 

@@ -64,7 +64,6 @@ from sude_lab.world.oracle import drawn_judge
 PLAN, RESULTS, TIMING, STATE = "plan.json", "results.parquet", "timing.json", ".sweep"
 COSTS = ("seconds_per_step", "seconds_per_picture", "megabytes_per_run", "megabytes_per_picture")
 """What timing.json says of a run, beside its kind and its seconds."""
-_FULL = "No space is left on the disk: free some, and give the command again."
 
 # --- one run -------------------------------------------------------------------------------------
 
@@ -105,7 +104,8 @@ def perform(job: Job, runs: Path, *, wait: bool = True, checkpoint_every: int = 
             _tune_and_judge(job, runs, checkpoint_every)
         except Exception as error:  # of any class: the other runs go on
             if _is_full(error):
-                raise DiskFullError(_FULL) from error
+                text = "No space is left on the disk: free some, and give the command again."
+                raise DiskFullError(text) from error
             return _record(runs, job.key, error)
         finally:
             gc.collect()
@@ -211,18 +211,13 @@ def _record(runs: Path, key: str, error: BaseException) -> Standing:
 
 
 def _is_full(error: BaseException | None) -> bool:
-    while error is not None:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or isinstance(error, DiskFullError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    if error is None or isinstance(error, DiskFullError):
+        return error is not None
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return full or _is_full(error.__cause__ or error.__context__)
 
 
 # --- all runs ------------------------------------------------------------------------------------
-
-Submit = Callable[..., Future[Standing]]
-"""Give `submit(job, wait=...)` to another process: `perform` for it."""
 
 
 def sweep(
@@ -275,7 +270,7 @@ def sweep(
             yield running[future], _outcome(future, plan.runs, running[future].key)
 
     with bar, ExitStack() as stack:
-        submit: Submit | None = None  # this process alone
+        submit: Callable[..., Future[Standing]] | None = None  # `perform`, in another process
         if cluster is not None:
             submit = stack.enter_context(_on_ray(plan, cluster))
         elif workers > 1:
@@ -318,7 +313,7 @@ def _outcome(future: Future[Standing], runs: Path, key: str) -> Standing:
 
 
 @contextmanager
-def _on_ray(plan: Plan, cluster: str) -> Iterator[Submit]:
+def _on_ray(plan: Plan, cluster: str) -> Iterator[Callable[..., Future[Standing]]]:
     """Give the jobs to Ray, which queues, places and restarts them; a restarted run resumes."""
     try:
         import ray
