@@ -460,7 +460,7 @@ def _scored(
 
     images = [image for of_prompt in pictures for image in of_prompt]
     asked = list(product(enumerate(job.prompts), range(job.num_images)))
-    columns: dict[str, tuple[str, Sequence[float | None]]] = {}
+    columns: dict[str, tuple[str, list[float | None]]] = {}
     for name in job.metrics:
         if name in LEARNED:
             encoder, compares_text = LEARNED[name]
@@ -473,12 +473,10 @@ def _scored(
                 similarities = m.image_similarity(features, reader.images(job.references).numpy())
             columns[name] = (reader.identity, similarities.tolist())
     if ORACLE in job.metrics and job.judge is not None:
-        judged: dict[str, list[float | None]] = {}
         for prompt, of_prompt in zip(job.prompts, pictures, strict=True):
             about = (prompt.text, prompt.attribute, prompt.background)
             for name, measured in job.judge.measure(of_prompt, *about).items():
-                judged.setdefault(name, []).extend(measured)
-        columns |= {name: (ORACLE, values) for name, values in judged.items()}
+                columns.setdefault(name, (ORACLE, []))[1].extend(measured)
     rows = []
     folders = [_folder(job, p).relative_to(job.run.folder).as_posix() for p in job.prompts]
     for i, ((number, prompt), k) in enumerate(asked):

@@ -156,11 +156,6 @@ def gain_at(
     return jackknife_interval(read, len(a.subjects))
 
 
-def mean_gain(a: Line, b: Line, low: Fidelity, high: Fidelity) -> Interval:
-    """Return `gain_at` over fidelities from `low` to `high`: the area between lines, by length."""
-    return gain_at(a, b, *np.linspace(low, high, 41))
-
-
 # --- the registered reading (data/grids/fair.md) ---
 
 POINT = ["arm", "settings", "variant", "strength"]
@@ -196,7 +191,8 @@ def contrast(
         flip = math.nan if np.isnan(dots).any() else sign_flip_p(dots)
         rows.append((f"{share:g}", gain_at(a, b, share * end), flip))
     low, high = min(shares), max(shares)
-    rows.append((f"{low:g} to {high:g}", mean_gain(a, b, low * end, high * end), math.nan))
+    area = gain_at(a, b, *np.linspace(low * end, high * end, 41))  # by its length
+    rows.append((f"{low:g} to {high:g}", area, math.nan))
     about = {"arm": a.name, "against": b.name}
     return [
         about | {"fidelity": at, "gain": gain, "p": gain.p, "sign flip": flip}

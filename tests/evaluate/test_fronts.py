@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sude_lab.evaluate.fronts import Line, gain_at, hull_of, line, mean_gain, paired
+from sude_lab.evaluate.fronts import Line, gain_at, hull_of, line, paired
 
 
 def table(values: dict[str, list[tuple[float, float]]]) -> pd.DataFrame:
@@ -95,7 +95,7 @@ def test_the_gain_is_read_at_equal_fidelity_and_not_at_equal_strength() -> None:
     assert abs(gain_at(b, a, 0.3).mean) < 1e-12
     better = gain_at(made("c", np.linspace(0, 1, 6), bonus=0.1), a, 0.3)
     assert better.mean == pytest.approx(0.1) and better.low == pytest.approx(0.1)
-    area = mean_gain(made("c", np.linspace(0, 1, 6), bonus=0.1), a, 0.1, 0.9)
+    area = gain_at(made("c", np.linspace(0, 1, 6), bonus=0.1), a, *np.linspace(0.1, 0.9, 41))
     assert area.mean == pytest.approx(0.1)
     assert math.isnan(gain_at(b, a, 0.8).mean)
     shares = np.linspace(0.1, 0.5, 8)  # a fidelity a subject: their mean is meant, here 0.3
