@@ -23,8 +23,8 @@ from sude_lab.draws import Batch, Draws, FreshDraws, one_of_each, picture_latent
 from sude_lab.errors import UserError, explained
 from sude_lab.generation import generate, sampling_settings
 from sude_lab.io.files import atomic_folder
-from sude_lab.io.identity import hash_of
 from sude_lab.io.pictures import load_picture
+from sude_lab.io.reading import hash_of
 from sude_lab.methods import configure
 from sude_lab.prompts import photo_of
 from sude_lab.runs.regularizer import load_regularizer
