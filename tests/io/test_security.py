@@ -543,7 +543,7 @@ def test_a_picture_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """EPS is drawn by Ghostscript, where there is one."""
     import subprocess
 
-    from sude_lab.io.pictures import PictureError, load_picture
+    from sude_lab.io.pictures import load_picture
 
     def started(*args: object, **kwargs: object) -> None:
         pytest.fail("a program was started")
@@ -553,5 +553,5 @@ def test_a_picture_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyP
     Image.new("RGB", (64, 64)).save(file, "EPS")
     for name in ("figure.eps", "figure.png"):
         (tmp_path / name).write_bytes(file.getvalue())
-        with pytest.raises(PictureError, match="can be read here"):
+        with pytest.raises(UserError, match="can be read here"):
             load_picture(tmp_path / name, resolution=32)
