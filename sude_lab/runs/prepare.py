@@ -31,7 +31,6 @@ from sude_lab.runs.regularizer import load_regularizer
 from sude_lab.tuning import Processes, Regularizer, Tuning
 
 Pictures = Image.Image | Sequence[Image.Image]
-LANCZOS = Image.Resampling.LANCZOS
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -44,8 +43,8 @@ def prepare(
     """
     backbone.use()
     config, processes = configure(config, backbone), Processes(accelerator)
-    images = _squares(config, backbone, pictures)
-    latents = [picture_latents(config, backbone, image) for image in images]
+    squares = _squares(config, backbone, pictures)
+    latents = [picture_latents(config, backbone, square) for square in squares]
     draws: Draws = FreshDraws(latents, backbone.schedule.num_timesteps, backbone.density)
     if config.prior_loss_weight:
         with processes.in_turn():
@@ -67,13 +66,12 @@ def prepared_tuning(
 
     Without a `regularizer` the settings' own file is run, where they name one.
     """
-    regularizer = regularizer or load_regularizer(config.regularizer_file)
     return Tuning(
         config,
         backbone,
         _squares(configure(config, backbone), backbone, pictures),
+        regularizer=regularizer or load_regularizer(config.regularizer_file),
         draws=prepare(config, backbone, pictures, accelerator=accelerator),
-        regularizer=regularizer,
         state=state,
         accelerator=accelerator,
     )
@@ -109,7 +107,7 @@ def fingerprint(backbone: Backbone) -> str:
 
 
 def drawn_class_images(
-    backbone: Backbone, category: str, *, number: int, seed: int, progress: bool = False
+    backbone: Backbone, category: str, *, number: int, seed: int
 ) -> list[Image.Image]:
     """Return `number` pictures of the category that this model draws; kept in the cache."""
     about: dict[str, Any] = {
@@ -123,10 +121,8 @@ def drawn_class_images(
     if not folder.is_dir():
         try:
             with atomic_folder(folder) as unfinished:
-                images = generate(
-                    backbone, about["prompt"], num_images=number, seed=seed, progress=progress
-                )
-                for k, image in enumerate(images):
+                settings: dict[str, Any] = {"num_images": number, "seed": seed, "progress": True}
+                for k, image in enumerate(generate(backbone, about["prompt"], **settings)):
                     image.save(unfinished / f"{k:04d}.png")
                 text = json.dumps(about, indent=1)
                 (unfinished / "about.json").write_text(text, encoding="utf-8")
@@ -157,11 +153,10 @@ def class_latents(config: CompleteConfig, backbone: Backbone, category: str) -> 
         images = [load_picture(path, resolution=side).image for path in paths]
     else:
         number, seed = config.num_class_images, config.seed + 10_000
-        images = drawn_class_images(backbone, category, number=number, seed=seed, progress=True)
+        images = drawn_class_images(backbone, category, number=number, seed=seed)
     # Drawn at the model's own size; the subject's picture may be tuned at another.
-    images = [i if i.size == (side, side) else i.resize((side, side), LANCZOS) for i in images]
-    means = [backbone.encode_pictures([image])[0].cpu() for image in images]
-    return torch.cat(means)
+    images = [image.resize((side, side), Image.Resampling.LANCZOS) for image in images]
+    return torch.cat([backbone.encode_pictures([image])[0].cpu() for image in images])
 
 
 @dataclass(frozen=True)
