@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor
@@ -69,26 +69,19 @@ def kohya_weights(
     }
     tensors = convert_state_dict_to_kohya(convert_all_state_dict_to_peft(named))
     if version == XL:
+        # diffusers counts layers block by block, the authors all the layers on one way through;
+        # each block below the last ends in a layer that halves the side.
         ups = [int(m[1]) for n in tensors if (m := re.match(r".*up_blocks_\d_attentions_(\d)", n))]
-        tensors = {sgm_name(n, max(ups, default=2)): value for n, value in tensors.items()}
+        layers = max(ups, default=2) + 1
+
+        def renamed(match: re.Match[str]) -> str:
+            number = int(match["block"] or 0) * layers + int(match["layer"])
+            blocks = {"down": f"input_blocks_{number + 1}", "up": f"output_blocks_{number}"}
+            return f"lora_unet_{blocks.get(match['way'], 'middle_block')}_1_"
+
+        place = r"(?P<way>down|mid|up)_blocks?_((?P<block>\d+)_)?attentions_(?P<layer>\d+)_"
+        tensors = {re.sub(f"lora_unet_{place}", renamed, n): v for n, v in tensors.items()}
     return {name: value.to(dtype).contiguous() for name, value in tensors.items()}
-
-
-def sgm_name(name: str, layers_per_block: int = 2) -> str:
-    """Return a kohya name of an attention in SDXL's UNet with its authors' name of the block.
-
-    diffusers counts layers block by block, the authors all the layers on one way through; each
-    block below the last ends in a layer that halves the side.
-    """
-
-    def renamed(match: re.Match[str]) -> str:
-        way, block, layer = match["way"], int(match["block"] or 0), int(match["layer"])
-        number = block * (layers_per_block + 1) + layer
-        blocks = {"down": f"input_blocks_{number + 1}", "up": f"output_blocks_{number}"}
-        return f"lora_unet_{blocks.get(way, 'middle_block')}_1_"
-
-    pattern = r"lora_unet_(?P<way>down|mid|up)_blocks?_((?P<block>\d+)_)?attentions_(?P<layer>\d+)_"
-    return re.sub(pattern, renamed, name)
 
 
 def write_kohya(run: Run, path: Path | str, dtype: Precision = "float16") -> Path:
@@ -234,9 +227,7 @@ def open_to_earlier_versions(pipeline: Path) -> None:
     for path in pipeline.glob("text_encoder*/model.safetensors"):
         if "CLIP" not in (path.parent / "config.json").read_text(encoding="utf-8"):
             continue
-        tensors = load_file(path)
+        tensors = load(path.read_bytes())  # into memory: the file is written over
         named = {shared_name("text_encoder", name): tensor for name, tensor in tensors.items()}
         if named.keys() != tensors.keys():
-            # Clones, because what was loaded lies in the file that is written over.
-            copies = {name: tensor.clone() for name, tensor in named.items()}
-            save_tensors(copies, path, metadata={"format": "pt"})
+            save_tensors(named, path, metadata={"format": "pt"})
