@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,59 +29,40 @@ from sude_lab.io.reading import hash_of
 from sude_lab.methods import configure
 from sude_lab.prompts import photo_of
 from sude_lab.runs.regularizer import load_regularizer
-from sude_lab.tuning import Processes, Regularizer, Tuning
+from sude_lab.tuning import Regularizer, Tuning
 
-Pictures = Image.Image | Sequence[Image.Image]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def prepare(
-    config: TuningConfig, backbone: Backbone, pictures: Pictures, *, accelerator: Any = None
-) -> Draws:
-    """Return what a run draws from, with class images beside where `prior_loss_weight` is above 0.
-
-    They are drawn, or found in the cache; of an accelerator's processes the first one draws.
-    """
-    backbone.use()
-    config, processes = configure(config, backbone), Processes(accelerator)
-    squares = _squares(config, backbone, pictures)
-    latents = [picture_latents(config, backbone, square) for square in squares]
-    draws: Draws = FreshDraws(latents, backbone.schedule.num_timesteps, backbone.density)
-    if config.prior_loss_weight:
-        with processes.in_turn():
-            class_images = [class_latents(config, backbone, s.category) for s in config.subjects]
-        draws = WithClassImages(draws, class_images)
-    return draws
 
 
 def prepared_tuning(
     config: TuningConfig,
     backbone: Backbone,
-    pictures: Pictures,
+    pictures: Image.Image | Sequence[Image.Image],
     *,
     regularizer: Regularizer | None = None,
     state: dict[str, Any] | None = None,
     accelerator: Any = None,
 ) -> Tuning:
-    """Return a run with all that `prepare` makes for it; arguments and errors are `Tuning`'s.
+    """Return a run with all that is made before it; arguments and errors are `Tuning`'s.
 
-    Without a `regularizer` the settings' own file is run, where they name one.
+    Pictures get the care of files: upright, RGB, cut to squares. Where `prior_loss_weight` is above
+    0, class images are drawn, or found in the cache; of an accelerator's processes the first one
+    draws. Without a `regularizer` the settings' own file is run, where they name one.
     """
-    return Tuning(
-        config,
-        backbone,
-        _squares(configure(config, backbone), backbone, pictures),
-        regularizer=regularizer or load_regularizer(config.regularizer_file),
-        draws=prepare(config, backbone, pictures, accelerator=accelerator),
-        state=state,
-        accelerator=accelerator,
-    )
-
-
-def _squares(config: CompleteConfig, backbone: Backbone, pictures: Pictures) -> list[Image.Image]:
-    """Return the subjects' pictures with the care that files get: upright, RGB, cut to squares."""
+    backbone.use()
+    regularizer = regularizer or load_regularizer(config.regularizer_file)
+    config = configure(config, backbone)
     side = side_of(config, backbone)
-    return [load_picture(p, resolution=side).image for p in one_of_each(config, pictures)]
+    squares = [load_picture(p, resolution=side).image for p in one_of_each(config, pictures)]
+    draws: Draws | None = None
+    if config.prior_loss_weight:
+        with accelerator.main_process_first() if accelerator else nullcontext():
+            class_images = [class_latents(config, backbone, s.category) for s in config.subjects]
+        latents = [picture_latents(config, backbone, square) for square in squares]
+        fresh = FreshDraws(latents, backbone.schedule.num_timesteps, backbone.density)
+        draws = WithClassImages(fresh, class_images)
+    made: dict[str, Any] = {"draws": draws, "regularizer": regularizer}
+    return Tuning(config, backbone, squares, **made, state=state, accelerator=accelerator)
 
 
 # --- class images --------------------------------------------------------------------------------
