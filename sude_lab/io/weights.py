@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sude_lab.backbone import Backbone
@@ -162,10 +161,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"The run's weights {path} are not there: tune it anew.")
     cure = "the file is damaged, so take the run's weights from a copy, or tune again"
-    with explained(f"{path} could not be read as safetensors", cure):
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-        return load_file(path), about
+    with explained(f"{path} could not be read as safetensors", cure), safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
 
 
 def _read_token(backbone: Backbone, path: Path) -> tuple[str, list[Tensor]]:
