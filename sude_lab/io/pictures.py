@@ -79,18 +79,10 @@ def _read(source: AnyPicture, notes: list[str]) -> tuple[Image.Image, Path]:
             raise UserError(f"The picture is an array that is none ({error}).") from error
     if isinstance(source, Image.Image):
         path = Path(getattr(source, "filename", "") or "The picture")
-        image = _to_rgb(ImageOps.exif_transpose(source), path, notes)
-    else:
-        path = Path(source)
-        if wrong := no_file(path):  # a pipe or a device may never end
-            raise UserError(f"{path} {wrong}: name one picture file.")
-        image = _decode(path, notes)
-    image.info.clear()  # what it says of colours and turns has been done
-    return image, path
-
-
-def _decode(path: Path, notes: list[str]) -> Image.Image:
-    """The first frame, upright, as RGB; every failure of Pillow becomes a sentence."""
+        return _to_rgb(ImageOps.exif_transpose(source), path, notes), path
+    path = Path(source)
+    if wrong := no_file(path):  # a pipe or a device may never end
+        raise UserError(f"{path} {wrong}: name one picture file.")
     try:
         with warnings.catch_warnings():
             # Pillow only warns up to twice its limit: the limit is the limit here.
@@ -103,7 +95,7 @@ def _decode(path: Path, notes: list[str]) -> Image.Image:
                     notes.append(f"{path.name} holds {frames} pictures: only the first is used.")
                 # A frame counter may have moved on through the file.
                 file.seek(0)
-                return _to_rgb(ImageOps.exif_transpose(file), path, notes)
+                return _to_rgb(ImageOps.exif_transpose(file), path, notes), path
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -130,7 +122,9 @@ def _to_rgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
         return Image.alpha_composite(white, colours).convert("RGB")
     if image.mode not in ("CMYK", "L", "RGB"):
         image = image.convert("RGB")
-    return _to_srgb(image, profile, path, notes)
+    image = _to_srgb(image, profile, path, notes)
+    image.info.clear()  # what it says of colours and turns has been done
+    return image
 
 
 def _to_8_bit(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
