@@ -522,7 +522,7 @@ def test_the_report_of_the_demo_escapes_every_text(finished: Run) -> None:
 def test_the_card_of_a_run_quotes_what_it_says(finished: Run, tiny: Backbone) -> None:
     import yaml
 
-    from sude_lab.runs.card import model_card
+    from sude_lab.runs.export import model_card
 
     prompt = 'a {S*}"\n---\nlicense: mit\n'
     config = replace(finished.config, category="<img src=x onerror=alert(1)> [a](b) dog")

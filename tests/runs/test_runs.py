@@ -24,7 +24,7 @@ from sude_lab.errors import UserError
 from sude_lab.io.files import sole_writer
 from sude_lab.io.pictures import load_picture
 from sude_lab.runs import folder as runs
-from sude_lab.runs.card import CARD
+from sude_lab.runs.export import CARD
 from sude_lab.runs.folder import (
     CHECKPOINT,
     CONFIG,
