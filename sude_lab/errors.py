@@ -184,12 +184,3 @@ def checked_picture(image: Any, *, square: bool = False) -> Any:
         cure = "load_picture of sude_lab.io.pictures makes one"
         raise UserError(f"A picture must be {plain}: {cure}.")
     return image
-
-
-def check_batch(x_t: Any, t: Any, output: Any, classes: Any) -> None:
-    """Check that what a loop hands over is one batch, of tensors and conditions."""
-    n = len(output)
-    if (len(x_t), tuple(t.shape)) != (n, (n,)) or len(classes) not in (1, n):
-        rows = f"x_t has {len(x_t)} rows, t the shape {tuple(t.shape)}, the class {len(classes)}"
-        half = "with prior preservation hand over the subject's half of each, x_t[:n] and t[:n]"
-        raise UserError(f"{rows} and the model's output {n}: {half}.")
