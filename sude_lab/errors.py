@@ -96,6 +96,9 @@ def flag(name: str) -> str:
     return name.replace("_", "-")
 
 
+_hints = cache(get_type_hints)
+
+
 def check_types(settings: Any) -> None:
     """Check that every field of a dataclass holds what its type says; a whole number is a number.
 
@@ -109,7 +112,9 @@ def check_types(settings: Any) -> None:
         elif isinstance(value, str) and Path in kinds:
             object.__setattr__(settings, f.name, Path(value))
         elif not any(_fits(value, kind) for kind in kinds):
-            raise UserError(f"--{flag(f.name)} is {value!r}: it takes {taken(kinds)}.")
+            choices = [c for kind in kinds for c in get_args(kind) if get_origin(kind) is Literal]
+            taken = ", ".join(map(str, choices)) or _NAMES.get(kinds[0], "another kind of value")
+            raise UserError(f"--{flag(f.name)} is {value!r}: it takes {taken}.")
 
 
 def check_whole(what: str, value: Any, least: int, most: int | None = None) -> None:
@@ -127,20 +132,9 @@ _NAMES: dict[Any, str] = {
 }
 
 
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
 def kinds_of(hint: Any) -> tuple[Any, ...]:
     """Return what a type may be: (int, None's type) for int | None."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def taken(kinds: tuple[Any, ...]) -> str:
-    """Say what a setting of these kinds takes: its choices, or the first kind in words."""
-    choices = [c for kind in kinds for c in get_args(kind) if get_origin(kind) is Literal]
-    return ", ".join(map(str, choices)) or _NAMES.get(kinds[0], "another kind of value")
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -190,12 +184,3 @@ def checked_picture(image: Any, *, square: bool = False) -> Any:
         cure = "load_picture of sude_lab.io.pictures makes one"
         raise UserError(f"A picture must be {plain}: {cure}.")
     return image
-
-
-def check_batch(x_t: Any, t: Any, output: Any, classes: Any) -> None:
-    """Check that what a loop hands over is one batch, of tensors and conditions."""
-    n = len(output)
-    if (len(x_t), tuple(t.shape)) != (n, (n,)) or len(classes) not in (1, n):
-        rows = f"x_t has {len(x_t)} rows, t the shape {tuple(t.shape)}, the class {len(classes)}"
-        half = "with prior preservation hand over the subject's half of each, x_t[:n] and t[:n]"
-        raise UserError(f"{rows} and the model's output {n}: {half}.")

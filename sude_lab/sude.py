@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sude_lab.backbone import Condition, concatenate
 from sude_lab.diffusion import Schedule
-from sude_lab.errors import UserError, check_batch
+from sude_lab.errors import UserError
 from sude_lab.frozen import FrozenUNet, require_silent
 from sude_lab.losses import (
     gate,
@@ -203,7 +203,11 @@ class SudeRegularizer:
         if isinstance(self.model, FrozenUNet):
             self.model.check()
         category = self.category if class_embeds is None else _condition(class_embeds)
-        check_batch(x_t, t, model_output, category)
+        n, classes = len(model_output), len(category)
+        if (len(x_t), tuple(t.shape)) != (n, (n,)) or classes not in (1, n):
+            rows = f"x_t has {len(x_t)} rows, t the shape {tuple(t.shape)}, the class {classes}"
+            half = "with prior preservation hand over the subject's half of each, x_t[:n] and t[:n]"
+            raise UserError(f"{rows} and the model's output {n}: {half}.")
         schedule = self.schedule(x_t.device)
         if t.is_floating_point() and schedule.sigmas is None:
             edm = "a loop in EDM's style; leave --do_edm_style_training out"

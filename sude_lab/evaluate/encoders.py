@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sude_lab.errors import UserError, explained
-from sude_lab.io.identity import digest, hash_of
 from sude_lab.io.opening import check_harmless, pick_device, quiet
+from sude_lab.io.reading import digest, hash_of
 
 
 @dataclass(frozen=True)

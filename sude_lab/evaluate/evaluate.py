@@ -40,10 +40,9 @@ from sude_lab.evaluate.prompts import Prompt, prompt_for, read_prompts
 from sude_lab.evaluate.statistics import Interval
 from sude_lab.generation import MOST, generate, remarks, sampling_settings
 from sude_lab.io.files import atomic_write, in_utf_8, require_own, write_file, write_table
-from sude_lab.io.identity import digest, hash_of
 from sude_lab.io.opening import read_facts
 from sude_lab.io.pictures import open_picture
-from sude_lab.io.reading import is_file
+from sude_lab.io.reading import digest, hash_of, is_file
 from sude_lab.methods import get_method
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, filled
 from sude_lab.runs.strength import guidance_for

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sude_lab.adapters.family import DISTILLED, OPTIONAL, Family
 from sude_lab.backbone import Backbone
 from sude_lab.config import EMBEDDED, EMBEDDED_MODELS
 from sude_lab.errors import UserError, explained
-from sude_lab.io.reading import is_dir, is_file, read_json
+from sude_lab.io.reading import digest, hash_of, is_dir, is_file, read_json
 
 FACTS_FILE = "sude_lab.json"
 _CODE = (".py", ".pyc", ".pyd", ".so")
@@ -59,6 +60,35 @@ def hub_id(source: str | Path) -> tuple[str, str | None] | None:
     """Return id and revision (None: the newest) of "owner/name@revision"; None: it is a folder."""
     parts = _HUB_ID.fullmatch(str(source))
     return None if parts is None or is_dir(source) else (parts["id"], parts["revision"])
+
+
+def backbone_identity(source: str) -> str | None:
+    """Return a hash of a pipeline folder's files, or a hub id with the commit that it stands for.
+
+    None: neither the hub nor its cache knows the id.
+    """
+    return _identity(resolve_source(source))
+
+
+@cache
+def _identity(source: str) -> str | None:
+    folder = Path(source)
+    if folder.is_dir():
+        kinds = (".json", ".txt", ".safetensors", ".model")
+        files = [path for path in sorted(all_files(folder)) if path.suffix in kinds]
+        return hash_of([(p.relative_to(folder).as_posix(), digest(p)) for p in files])
+    name, revision = hub_id(source) or ("", None)
+    if re.fullmatch("[0-9a-f]{40}", revision or ""):
+        return source
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    with suppress(Exception):  # no connection, no such model: errors of any class
+        return f"{name}@{HfApi().model_info(name, revision=revision, timeout=10).sha}"
+    with suppress(ValueError):  # no id of a repository at all
+        cached = try_to_load_from_cache(name, "model_index.json", revision=revision)
+        if isinstance(cached, str):
+            return f"{name}@{Path(cached).parent.name}"
+    return None
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -23,10 +23,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "MPO", "AVIF", "JPEG2000
 AnyPicture = Path | str | Image.Image | np.ndarray
 
 
-class PictureError(UserError):
-    """A picture cannot be used: one sentence that names the file, the reason and what to do."""
-
-
 @dataclass(frozen=True)
 class Picture:
     """A picture ready for the model: square, RGB, 8 bit, upright."""
@@ -46,7 +42,7 @@ def load_picture(path: AnyPicture, *, resolution: int) -> Picture:
     `path`: a file, or a picture in memory, of Pillow or as an array.
 
     Raises:
-        PictureError: it is no file, no picture, damaged, larger than `PIL.Image.MAX_IMAGE_PIXELS`,
+        UserError: it is no file, no picture, damaged, larger than `PIL.Image.MAX_IMAGE_PIXELS`,
             a single pixel, or a thin strip.
     """
     check_whole("The resolution", resolution, 1)
@@ -54,16 +50,16 @@ def load_picture(path: AnyPicture, *, resolution: int) -> Picture:
     image, path = _read(path, notes)
     width, height = image.size
     if max(image.size) == 1:
-        raise PictureError(f"{path} is a single pixel: use a larger picture.")
+        raise UserError(f"{path} is a single pixel: use a larger picture.")
     if min(image.size) == 1 or max(image.size) > MAX_ASPECT * min(image.size):
-        raise PictureError(f"{path} is a strip of {width} x {height} pixels: crop it to a square.")
+        raise UserError(f"{path} is a strip of {width} x {height} pixels: crop it to a square.")
     if min(image.size) < resolution:
         notes.append(
             f"{path.name} is {width} x {height} pixels, smaller than the model's "
             f"{resolution} x {resolution}: it is enlarged and will look soft."
         )
     square = ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.LANCZOS)
-    return Picture(image=square, notes=tuple(notes), source=path)
+    return Picture(square, tuple(notes), path)
 
 
 def open_picture(path: AnyPicture) -> Image.Image:
@@ -80,21 +76,13 @@ def _read(source: AnyPicture, notes: list[str]) -> tuple[Image.Image, Path]:
         try:
             source = Image.fromarray(source)
         except (TypeError, ValueError) as error:
-            raise PictureError(f"The picture is an array that is none ({error}).") from error
+            raise UserError(f"The picture is an array that is none ({error}).") from error
     if isinstance(source, Image.Image):
         path = Path(getattr(source, "filename", "") or "The picture")
-        image = _to_rgb(ImageOps.exif_transpose(source), path, notes)
-    else:
-        path = Path(source)
-        if wrong := no_file(path):  # a pipe or a device may never end
-            raise PictureError(f"{path} {wrong}: name one picture file.")
-        image = _decode(path, notes)
-    image.info.clear()  # what it says of colours and turns has been done
-    return image, path
-
-
-def _decode(path: Path, notes: list[str]) -> Image.Image:
-    """The first frame, upright, as RGB; every failure of Pillow becomes a sentence."""
+        return _to_rgb(ImageOps.exif_transpose(source), path, notes), path
+    path = Path(source)
+    if wrong := no_file(path):  # a pipe or a device may never end
+        raise UserError(f"{path} {wrong}: name one picture file.")
     try:
         with warnings.catch_warnings():
             # Pillow only warns up to twice its limit: the limit is the limit here.
@@ -107,19 +95,19 @@ def _decode(path: Path, notes: list[str]) -> Image.Image:
                     notes.append(f"{path.name} holds {frames} pictures: only the first is used.")
                 # A frame counter may have moved on through the file.
                 file.seek(0)
-                return _to_rgb(ImageOps.exif_transpose(file), path, notes)
-    except PictureError:
+                return _to_rgb(ImageOps.exif_transpose(file), path, notes), path
+    except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         most = f"{Image.MAX_IMAGE_PIXELS:,} pixels, the most that is read"
-        raise PictureError(f"{path} has more than {most}: make it smaller first.") from error
+        raise UserError(f"{path} has more than {most}: make it smaller first.") from error
     except UnidentifiedImageError as error:
         what = "is not a picture that can be read here (HEIC and SVG are not, for example)"
-        raise PictureError(f"{path} {what}: save it as JPEG or PNG.") from error
+        raise UserError(f"{path} {what}: save it as JPEG or PNG.") from error
     except PermissionError as error:
-        raise PictureError(f"{path} may not be read: change its permissions.") from error
+        raise UserError(f"{path} may not be read: change its permissions.") from error
     except Exception as error:  # decoders meet damaged bytes with errors of every class
-        raise PictureError(f"{path} is damaged or cut short ({error}): copy it again.") from error
+        raise UserError(f"{path} is damaged or cut short ({error}): copy it again.") from error
 
 
 def _to_rgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
@@ -134,7 +122,9 @@ def _to_rgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
         return Image.alpha_composite(white, colours).convert("RGB")
     if image.mode not in ("CMYK", "L", "RGB"):
         image = image.convert("RGB")
-    return _to_srgb(image, profile, path, notes)
+    image = _to_srgb(image, profile, path, notes)
+    image.info.clear()  # what it says of colours and turns has been done
+    return image
 
 
 def _to_8_bit(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
@@ -142,7 +132,7 @@ def _to_8_bit(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
     values = np.asarray(image, dtype=np.float64)
     low, high = values.min(), values.max()
     if not np.isfinite(low + high):
-        raise PictureError(f"{path} has values that are not finite: save it as 8-bit PNG.")
+        raise UserError(f"{path} has values that are not finite: save it as 8-bit PNG.")
     white = 1.0 if image.mode == "F" else 65535.0
     if low < 0 or high > white:  # neither format says what white is
         notes.append(

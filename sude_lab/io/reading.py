@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -27,6 +28,19 @@ def no_file(path: Path) -> str | None:
         return "is not a regular file" if path.exists() else "does not exist"
     except OSError as error:  # a name too long, a folder without permission
         return f"cannot be opened ({error.strerror})"
+
+
+def hash_of(content: Any) -> str:
+    """Return the SHA-256 of what JSON can say; other values as their text."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def digest(content: Path | bytes) -> str:
+    """Return the SHA-256 of bytes, or of a file's."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: Path | str, what: str, instead: str) -> str:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sude_lab.backbone import Backbone
@@ -95,49 +94,42 @@ def load_weights(
     if method == "vico" and scale != 1:
         raise UserError("ViCo's weights begin at no image attention at all: draw them at scale 1.")
     with explained(f"The weights in {folder} are damaged, or do not fit this model", _ELSEWHERE):
-        _load(method, backbone, folder, scale, initializers)
-
-
-def _load(
-    method: str, backbone: Backbone, folder: Path, scale: float, initializers: Sequence[str]
-) -> None:
-    if method == "custom_diffusion":
-        path = folder / "unet.safetensors"
-        # A smaller model's weights would fit some layers of a larger one: all or nothing.
-        if read_tensors(path)[0].keys() != keys_and_values(backbone.unet).keys():
-            raise UserError(f"The run's keys and values do not fit this model: {_ELSEWHERE}.")
-    if method == "vico":
-        check_one_text_encoder(backbone)
-        read_tensors(folder / VICO_FILE)  # before anything is changed
-    # In the subjects' order (-2 before -10), which is the order of the ids.
-    paths = sorted(folder.glob(EMBEDDINGS), key=lambda path: (len(path.name), path.name))
-    saved = [_read_token(backbone, path) for path in paths]
-    backbone.use(f"holds the weights of a run ({folder})")
-    tokens: list[tuple[Any, list[int], Tensor]] = []
-    encoders = backbone.text_encoders.values()
-    for number, (token, vectors) in enumerate(saved):
-        start = initializers[number] if number < len(initializers) else "photo"
-        words = token_words(token, len(vectors[0]))
-        added = [backbone.add_token(word, start) for word in words]
-        rows = [list(of_encoder) for of_encoder in zip(*added, strict=True)]
-        for encoder, ids, end in zip(encoders, rows, vectors, strict=True):
-            table = encoder.get_input_embeddings().weight
-            tokens.append((encoder, ids, _between(table[ids].detach(), end, scale)))
-    for part, module in ((backbone.part, backbone.denoiser), *backbone.text_encoders.items()):
-        path = folder / f"{part}.safetensors"
-        if path.is_file():
-            _load_part(module, path, scale)
-    # Last, because a trained text encoder's table has rows for the tokens, too.
-    for encoder, ids, rows_of in tokens:
-        encoder.get_input_embeddings().weight.data[ids] = rows_of
-    if (folder / LORA_FILE).is_file():
-        with quiet():  # it misses a LoRA of the text encoders, which there is none of
-            backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
-        if scale != 1:
-            names = list(backbone.denoiser.peft_config)
-            backbone.pipeline.set_adapters(names, [scale] * len(names))
-    if method == "vico":
-        _load_images(backbone, folder / VICO_FILE)
+        if method == "custom_diffusion":
+            path = folder / "unet.safetensors"
+            # A smaller model's weights would fit some layers of a larger one: all or nothing.
+            if read_tensors(path)[0].keys() != keys_and_values(backbone.unet).keys():
+                raise UserError(f"The run's keys and values do not fit this model: {_ELSEWHERE}.")
+        if method == "vico":
+            check_one_text_encoder(backbone)
+            read_tensors(folder / VICO_FILE)  # before anything is changed
+        # In the subjects' order (-2 before -10), which is the order of the ids.
+        paths = sorted(folder.glob(EMBEDDINGS), key=lambda path: (len(path.name), path.name))
+        saved = [_read_token(backbone, path) for path in paths]
+        backbone.use(f"holds the weights of a run ({folder})")
+        tokens: list[tuple[Any, list[int], Tensor]] = []
+        encoders = backbone.text_encoders.values()
+        for number, (token, vectors) in enumerate(saved):
+            start = initializers[number] if number < len(initializers) else "photo"
+            words = token_words(token, len(vectors[0]))
+            added = [backbone.add_token(word, start) for word in words]
+            rows = [list(of_encoder) for of_encoder in zip(*added, strict=True)]
+            for encoder, ids, end in zip(encoders, rows, vectors, strict=True):
+                table = encoder.get_input_embeddings().weight
+                tokens.append((encoder, ids, _between(table[ids].detach(), end, scale)))
+        for part, module in ((backbone.part, backbone.denoiser), *backbone.text_encoders.items()):
+            path = folder / f"{part}.safetensors"
+            if path.is_file():
+                _load_part(module, path, scale)
+        # Last, because a trained text encoder's table has rows for the tokens, too.
+        for encoder, ids, rows_of in tokens:
+            encoder.get_input_embeddings().weight.data[ids] = rows_of
+        if (folder / LORA_FILE).is_file():
+            with quiet():  # it misses a LoRA of the text encoders, which there is none of
+                backbone.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
+            if scale != 1:
+                backbone.pipeline.set_adapters(list(backbone.denoiser.peft_config), scale)
+        if method == "vico":
+            _load_images(backbone, folder / VICO_FILE)
 
 
 def _load_images(backbone: Backbone, path: Path) -> None:
@@ -169,10 +161,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"The run's weights {path} are not there: tune it anew.")
     cure = "the file is damaged, so take the run's weights from a copy, or tune again"
-    with explained(f"{path} could not be read as safetensors", cure):
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-        return load_file(path), about
+    with explained(f"{path} could not be read as safetensors", cure), safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
 
 
 def _read_token(backbone: Backbone, path: Path) -> tuple[str, list[Tensor]]:

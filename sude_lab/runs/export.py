@@ -1,33 +1,156 @@
-"""What a run is for other programs: a LoRA for the web UIs, a pipeline, a folder to share."""
+"""What a run is for others: its card, a LoRA for the web UIs, a pipeline, a folder to share."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import load_file
+from jinja2 import Environment, FileSystemLoader
+from safetensors.torch import load, load_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 
+from sude_lab import __version__
 from sude_lab.backbone import Backbone
+from sude_lab.config import EMBEDDED_MODELS, TuningConfig, fields_of
 from sude_lab.errors import UserError, explained
+from sude_lab.generation import sampling_settings
 from sude_lab.io.files import atomic_folder, atomic_write, save_tensors, sole_writer
-from sude_lab.io.opening import FACTS_FILE
-from sude_lab.io.weights import LORA_FILE, VICO_FILE, shared_name
+from sude_lab.io.opening import FACTS_FILE, hub_id
+from sude_lab.io.weights import EMBEDDINGS, LORA_FILE, VICO_FILE, shared_name
 from sude_lab.methods import get_method
-from sude_lab.runs.card import CARD, PARTS, is_plain, model_card
 
 if TYPE_CHECKING:
     from sude_lab.runs.folder import Run
 
 Precision = Literal["float32", "bfloat16", "float16"]
+
+# --- the model card: what a run is, how plain diffusers loads it, how it was made -----------------
+
+CARD = "README.md"
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+"""The parts of a pipeline that a run may have trained."""
+_NO_SETTINGS = (*fields_of("place"), "category", "token", "initializer", "prompt", "dtype")
+"""What a card's table leaves out: it stands elsewhere in the card, or is of one machine."""
+_CLONED = {name: f"data/{folder}" for name, folder in EMBEDDED_MODELS.items()}
+"""Where the embedded models are in a clone; the whole path differs from machine to machine."""
+
+
+def is_plain(weights: Path) -> bool:
+    """Whether plain diffusers has a place for everything in a run's folder of weights."""
+    plain = {LORA_FILE, *(f"{part}.safetensors" for part in PARTS)}
+    return all(p.match(EMBEDDINGS) or p.name in plain for p in weights.iterdir())
+
+
+def model_card(
+    config: TuningConfig,
+    backbone: Backbone,
+    weights: Path,
+    prompts: Sequence[str],
+    *,
+    grid: str | None = "samples.png",
+    pipeline: bool = False,
+) -> str:
+    """Return the model card of a run, which depends on the settings alone.
+
+    `prompts` are those of the `grid` beside the card, with the tokens filled in; None: there is no
+    grid. `pipeline`: the card lies in a whole pipeline's folder, in place of the weights'.
+    """
+    from huggingface_hub import ModelCardData
+
+    embedded = config.backbone in _CLONED
+    hub = hub_id(config.backbone)
+    lora = (weights / LORA_FILE).is_file() and not pipeline
+    kind = "lora" if lora else config.method.replace("_", "-")
+    tags = ["text-to-image", "diffusers", "diffusers-training", kind, "sude"]
+    prompt = " ".join(prompts[0].split())  # a line of its own could end the head of the card
+    about: dict[str, Any] = {"instance_prompt": prompt}
+    if grid:
+        about["widget"] = [{"text": prompt, "output": {"url": grid}}]
+    data = ModelCardData(
+        base_model=hub[0] if hub else None,
+        library_name="diffusers",
+        license="apache-2.0" if embedded else None,
+        pipeline_tag="text-to-image",
+        tags=[*dict.fromkeys([*tags, config.method.replace("_", "-"), backbone.tag])],
+        **about,
+    )
+    card = _TEMPLATES.get_template("card.md.jinja").render(
+        config=config,
+        card_data=data.to_yaml(),
+        prompts=prompts,
+        grid=grid,
+        fits=is_plain(weights),
+        drawing=_drawing_code(config, backbone, weights, prompts[0], pipeline),
+        base=_CLONED.get(config.backbone, config.backbone),
+        version=__version__,
+        pipeline=pipeline,
+        no_settings=_NO_SETTINGS,
+        embedded=embedded,
+    )
+    return f"{card.rstrip()}\n"
+
+
+def _drawing_code(
+    config: TuningConfig, backbone: Backbone, weights: Path, prompt: str, pipeline: bool
+) -> str:
+    """Return the lines that draw the upper left picture of samples.png, as `generate` does.
+
+    They stand in the run's folder. In plain diffusers the tokens come first: a trained text encoder
+    has a row for each of them.
+    """
+    from diffusers import DDIMScheduler
+
+    plain = is_plain(weights)
+    names = [EMBEDDINGS.replace("*", f"-{k + 1}" if k else "") for k in range(len(config.subjects))]
+    words = zip(names, (json.dumps(s.token) for s in config.subjects), strict=True)
+    return _TEMPLATES.get_template("draw.py.jinja").render(
+        source='"."' if pipeline else _source(config, backbone) if plain else None,
+        loads=plain and not pipeline,
+        tokens=[(name, token) for name, token in words if (weights / name).is_file()],
+        parts=[part for part in PARTS if (weights / f"{part}.safetensors").is_file()],
+        lora=(weights / LORA_FILE).is_file() and LORA_FILE,
+        backbone=backbone,
+        by_hand=not hasattr(backbone.pipeline, "load_textual_inversion"),
+        ddim=isinstance(backbone.sampler(), DDIMScheduler),
+        prompt=json.dumps(prompt, ensure_ascii=False),
+        sampling=backbone.call_arguments(**sampling_settings(backbone.facts)),
+        seed=config.seed * 100_003,
+    )
+
+
+def _plain(text: str) -> str:
+    """Return a text for Markdown, where none of its characters means anything."""
+    return re.sub(r"([\\`*_{}\[\]<>()#|!&~])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """Return a text as code in Markdown: between more backticks than it has in a row."""
+    text = " ".join(text.split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
+
+
+def _source(config: TuningConfig, backbone: Backbone) -> str:
+    """The arguments that open the base model in plain diffusers, at the commit that was tuned."""
+    hub = hub_id(config.backbone)
+    if hub is None:
+        return json.dumps(_CLONED.get(config.backbone, config.backbone))
+    name, revision = json.dumps(hub[0]), backbone.commit or hub[1]
+    return f"{name}, revision={json.dumps(revision)}" if revision else name
+
+
+_TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True)
+_TEMPLATES.filters |= {"plain": _plain, "code": _code}
+
 
 # --- LoRA for the web UIs ------------------------------------------------------------------------
 
@@ -69,26 +192,19 @@ def kohya_weights(
     }
     tensors = convert_state_dict_to_kohya(convert_all_state_dict_to_peft(named))
     if version == XL:
+        # diffusers counts layers block by block, the authors all the layers on one way through;
+        # each block below the last ends in a layer that halves the side.
         ups = [int(m[1]) for n in tensors if (m := re.match(r".*up_blocks_\d_attentions_(\d)", n))]
-        tensors = {sgm_name(n, max(ups, default=2)): value for n, value in tensors.items()}
+        layers = max(ups, default=2) + 1
+
+        def renamed(match: re.Match[str]) -> str:
+            number = int(match["block"] or 0) * layers + int(match["layer"])
+            blocks = {"down": f"input_blocks_{number + 1}", "up": f"output_blocks_{number}"}
+            return f"lora_unet_{blocks.get(match['way'], 'middle_block')}_1_"
+
+        place = r"(?P<way>down|mid|up)_blocks?_((?P<block>\d+)_)?attentions_(?P<layer>\d+)_"
+        tensors = {re.sub(f"lora_unet_{place}", renamed, n): v for n, v in tensors.items()}
     return {name: value.to(dtype).contiguous() for name, value in tensors.items()}
-
-
-def sgm_name(name: str, layers_per_block: int = 2) -> str:
-    """Return a kohya name of an attention in SDXL's UNet with its authors' name of the block.
-
-    diffusers counts layers block by block, the authors all the layers on one way through; each
-    block below the last ends in a layer that halves the side.
-    """
-
-    def renamed(match: re.Match[str]) -> str:
-        way, block, layer = match["way"], int(match["block"] or 0), int(match["layer"])
-        number = block * (layers_per_block + 1) + layer
-        blocks = {"down": f"input_blocks_{number + 1}", "up": f"output_blocks_{number}"}
-        return f"lora_unet_{blocks.get(way, 'middle_block')}_1_"
-
-    pattern = r"lora_unet_(?P<way>down|mid|up)_blocks?_((?P<block>\d+)_)?attentions_(?P<layer>\d+)_"
-    return re.sub(pattern, renamed, name)
 
 
 def write_kohya(run: Run, path: Path | str, dtype: Precision = "float16") -> Path:
@@ -234,9 +350,7 @@ def open_to_earlier_versions(pipeline: Path) -> None:
     for path in pipeline.glob("text_encoder*/model.safetensors"):
         if "CLIP" not in (path.parent / "config.json").read_text(encoding="utf-8"):
             continue
-        tensors = load_file(path)
+        tensors = load(path.read_bytes())  # into memory: the file is written over
         named = {shared_name("text_encoder", name): tensor for name, tensor in tensors.items()}
         if named.keys() != tensors.keys():
-            # Clones, because what was loaded lies in the file that is written over.
-            copies = {name: tensor.clone() for name, tensor in named.items()}
-            save_tensors(copies, path, metadata={"format": "pt"})
+            save_tensors(named, path, metadata={"format": "pt"})

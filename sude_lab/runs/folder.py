@@ -66,8 +66,7 @@ from sude_lab.io.reading import read_json
 from sude_lab.io.weights import load_weights, save_weights
 from sude_lab.methods import configure, get_method
 from sude_lab.prompts import PLACEHOLDER, checked, fill
-from sude_lab.runs.card import CARD, model_card
-from sude_lab.runs.export import LORA_FILE, base_version
+from sude_lab.runs.export import CARD, LORA_FILE, base_version, model_card
 from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.runs.regularizer import NAME, OwnRegularizer, load_regularizer
 from sude_lab.runs.strength import Strength, split

@@ -24,66 +24,45 @@ from sude_lab.draws import Batch, Draws, FreshDraws, one_of_each, picture_latent
 from sude_lab.errors import UserError, explained
 from sude_lab.generation import generate, sampling_settings
 from sude_lab.io.files import atomic_folder
-from sude_lab.io.identity import hash_of
 from sude_lab.io.pictures import load_picture
+from sude_lab.io.reading import hash_of
 from sude_lab.methods import configure
 from sude_lab.prompts import photo_of
 from sude_lab.runs.regularizer import load_regularizer
 from sude_lab.tuning import Regularizer, Tuning
 
-Pictures = Image.Image | Sequence[Image.Image]
-LANCZOS = Image.Resampling.LANCZOS
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def prepare(
-    config: TuningConfig, backbone: Backbone, pictures: Pictures, *, accelerator: Any = None
-) -> Draws:
-    """Return what a run draws from, with class images beside where `prior_loss_weight` is above 0.
-
-    They are drawn, or found in the cache; of an accelerator's processes the first one draws.
-    """
-    backbone.use()
-    config = configure(config, backbone)
-    images = _squares(config, backbone, pictures)
-    latents = [picture_latents(config, backbone, image) for image in images]
-    draws: Draws = FreshDraws(latents, backbone.schedule.num_timesteps, backbone.density)
-    if config.prior_loss_weight:
-        with accelerator.main_process_first() if accelerator else nullcontext():
-            class_images = [class_latents(config, backbone, s.category) for s in config.subjects]
-        draws = WithClassImages(draws, class_images)
-    return draws
 
 
 def prepared_tuning(
     config: TuningConfig,
     backbone: Backbone,
-    pictures: Pictures,
+    pictures: Image.Image | Sequence[Image.Image],
     *,
     regularizer: Regularizer | None = None,
     state: dict[str, Any] | None = None,
     accelerator: Any = None,
 ) -> Tuning:
-    """Return a run with all that `prepare` makes for it; arguments and errors are `Tuning`'s.
+    """Return a run with all that is made before it; arguments and errors are `Tuning`'s.
 
-    Without a `regularizer` the settings' own file is run, where they name one.
+    Pictures get the care of files: upright, RGB, cut to squares. Where `prior_loss_weight` is above
+    0, class images are drawn, or found in the cache; of an accelerator's processes the first one
+    draws. Without a `regularizer` the settings' own file is run, where they name one.
     """
+    backbone.use()
     regularizer = regularizer or load_regularizer(config.regularizer_file)
-    return Tuning(
-        config,
-        backbone,
-        _squares(configure(config, backbone), backbone, pictures),
-        draws=prepare(config, backbone, pictures, accelerator=accelerator),
-        regularizer=regularizer,
-        state=state,
-        accelerator=accelerator,
-    )
-
-
-def _squares(config: CompleteConfig, backbone: Backbone, pictures: Pictures) -> list[Image.Image]:
-    """Return the subjects' pictures with the care that files get: upright, RGB, cut to squares."""
+    config = configure(config, backbone)
     side = side_of(config, backbone)
-    return [load_picture(p, resolution=side).image for p in one_of_each(config, pictures)]
+    squares = [load_picture(p, resolution=side).image for p in one_of_each(config, pictures)]
+    draws: Draws | None = None
+    if config.prior_loss_weight:
+        with accelerator.main_process_first() if accelerator else nullcontext():
+            class_images = [class_latents(config, backbone, s.category) for s in config.subjects]
+        latents = [picture_latents(config, backbone, square) for square in squares]
+        fresh = FreshDraws(latents, backbone.schedule.num_timesteps, backbone.density)
+        draws = WithClassImages(fresh, class_images)
+    made: dict[str, Any] = {"draws": draws, "regularizer": regularizer}
+    return Tuning(config, backbone, squares, **made, state=state, accelerator=accelerator)
 
 
 # --- class images --------------------------------------------------------------------------------
@@ -110,7 +89,7 @@ def fingerprint(backbone: Backbone) -> str:
 
 
 def drawn_class_images(
-    backbone: Backbone, category: str, *, number: int, seed: int, progress: bool = False
+    backbone: Backbone, category: str, *, number: int, seed: int
 ) -> list[Image.Image]:
     """Return `number` pictures of the category that this model draws; kept in the cache."""
     about: dict[str, Any] = {
@@ -124,10 +103,8 @@ def drawn_class_images(
     if not folder.is_dir():
         try:
             with atomic_folder(folder) as unfinished:
-                images = generate(
-                    backbone, about["prompt"], num_images=number, seed=seed, progress=progress
-                )
-                for k, image in enumerate(images):
+                settings: dict[str, Any] = {"num_images": number, "seed": seed, "progress": True}
+                for k, image in enumerate(generate(backbone, about["prompt"], **settings)):
                     image.save(unfinished / f"{k:04d}.png")
                 text = json.dumps(about, indent=1)
                 (unfinished / "about.json").write_text(text, encoding="utf-8")
@@ -158,11 +135,10 @@ def class_latents(config: CompleteConfig, backbone: Backbone, category: str) -> 
         images = [load_picture(path, resolution=side).image for path in paths]
     else:
         number, seed = config.num_class_images, config.seed + 10_000
-        images = drawn_class_images(backbone, category, number=number, seed=seed, progress=True)
+        images = drawn_class_images(backbone, category, number=number, seed=seed)
     # Drawn at the model's own size; the subject's picture may be tuned at another.
-    images = [i if i.size == (side, side) else i.resize((side, side), LANCZOS) for i in images]
-    means = [backbone.encode_pictures([image])[0].cpu() for image in images]
-    return torch.cat(means)
+    images = [image.resize((side, side), Image.Resampling.LANCZOS) for image in images]
+    return torch.cat([backbone.encode_pictures([image])[0].cpu() for image in images])
 
 
 @dataclass(frozen=True)

@@ -108,10 +108,7 @@ def guidance_for(
     for number, subject in enumerate(config.subjects):
         prompt = by_itself(subject.token).sub(placeholder(number), prompt)
     words = caption(prompt, *(subject.category for subject in config.subjects))
-    pipeline, own = backbone.pipeline, has_adapters(backbone.denoiser)
-    if own and not config.train_text_encoder:
-        if backbone.part == "unet":
-            return sude_guidance(pipeline, None, words, share, hinge=hinge)
+    if has_adapters(backbone.denoiser) and not config.train_text_encoder:
         frozen, asked = None, backbone
     else:
         where = {"device": str(backbone.device), "dtype": config.dtype}
@@ -119,4 +116,4 @@ def guidance_for(
         frozen = asked.denoiser
     with torch.no_grad():
         classes, null = asked.encode_prompts([words]), asked.null_condition()
-    return sude_guidance(pipeline, frozen, classes, share, null=null, hinge=hinge)
+    return sude_guidance(backbone.pipeline, frozen, classes, share, null=null, hinge=hinge)

@@ -17,20 +17,23 @@ class Trackers:
     """The trackers of a run, by accelerate's names and classes; nothing is imported for none."""
 
     def __init__(self, report_to: str) -> None:
-        self.kinds: dict[str, Any] = {}
+        self.kinds: list[Any] = []
         self.begun: list[Any] = []
         if report_to == "none":
             return
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+        from accelerate.utils import LoggerType
 
         if report_to not in (choices := ("none", "all", *LOGGER_TYPE_TO_CLASS)):
             choose = f"choose --report-to among {', '.join(choices)}"
             raise UserError(f"There is no tracker {report_to!r}: {choose}.")
-        found = map(str, filter_trackers([report_to], "."))
-        self.kinds = {name: LOGGER_TYPE_TO_CLASS[name] for name in found}
-        if not self.kinds:
+        # Not accelerate's `filter_trackers`: of a missing one it tells an Accelerator, if there is.
+        here = [str(name) for name in get_available_trackers()]
+        names = here if report_to == "all" else [report_to]
+        if not names or report_to in {*map(str, LoggerType)} - {*here, "all"}:
             cure = f"pip install {report_to}, or use --report-to none"
             raise UserError(f"No {report_to} here: {cure}.")
+        self.kinds = [LOGGER_TYPE_TO_CLASS[name] for name in names]
 
     def begin(self, folder: Path, config: TuningConfig, first: int) -> None:
         """Start the trackers; what they write on this machine goes into `folder`."""
@@ -41,12 +44,12 @@ class Trackers:
         }
         plain = (bool, int, float, str)
         settings = {k: v if isinstance(v, plain) else str(v) for k, v in asdict(config).items()}
-        for name, kind in self.kinds.items():
+        for kind in self.kinds:
             folder.mkdir(exist_ok=True)
             where = [str(folder)] if kind.requires_logging_directory else []
             cure = "set it up, or --resume with --report-to none"
-            with explained(f"The tracker {name} could not be started", cure):
-                tracker = kind("sude_lab", *where, **own.get(name, {}))
+            with explained(f"The tracker {kind.name} could not be started", cure):
+                tracker = kind("sude_lab", *where, **own.get(kind.name, {}))
                 tracker.start()
                 tracker.store_init_configuration(settings)
             self.begun.append(tracker)

@@ -28,8 +28,8 @@ from sude_lab.evaluate.fronts import Line, draw, family, line, places, points
 from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.evaluate.stored import read
 from sude_lab.io.files import require_own, write_file, write_table
-from sude_lab.io.identity import digest
 from sude_lab.io.opening import data_folder
+from sude_lab.io.reading import digest
 from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.runs.regularizer import NAME, OwnRegularizer, load_regularizer
 from sude_lab.sweep.grid import grid_of, make_plan

@@ -27,10 +27,9 @@ from sude_lab.config import EMBEDDED, RENAMED, CompleteConfig, TuningConfig, fie
 from sude_lab.errors import UserError
 from sude_lab.evaluate.dreambench import load_dreambench
 from sude_lab.evaluate.evaluate import FOLDER, prompts_of, settings_and_variants, subject_name
-from sude_lab.io.identity import backbone_identity, digest, hash_of
-from sude_lab.io.opening import read_facts
+from sude_lab.io.opening import backbone_identity, read_facts
 from sude_lab.io.pictures import load_picture, open_picture
-from sude_lab.io.reading import is_file, read_text, read_yaml
+from sude_lab.io.reading import digest, hash_of, is_file, read_text, read_yaml
 from sude_lab.methods import configure
 from sude_lab.runs.strength import Strength
 from sude_lab.world import subjects as study
@@ -457,4 +456,5 @@ def run_key(config: CompleteConfig, picture: str) -> str:
         own = list(map(digest, files))
     if config.regularizer_file is not None:
         own.append({"regularizer": digest(config.regularizer_file)})
-    return hash_of([about, picture, others, own, backbone_identity(config.backbone)])[:16]
+    model = backbone_identity(config.backbone) or config.backbone
+    return hash_of([about, picture, others, own, model])[:16]

@@ -52,9 +52,8 @@ from sude_lab.io.files import (
     require_own,
     write_file,
 )
-from sude_lab.io.identity import digest, is_known
-from sude_lab.io.opening import open_backbone, resolve_source
-from sude_lab.io.reading import read_json
+from sude_lab.io.opening import backbone_identity, open_backbone, resolve_source
+from sude_lab.io.reading import digest, read_json
 from sude_lab.io.workers import worker_pool
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, run_tuning
 from sude_lab.sweep.grid import LABEL, SCORE, Job, Plan, kind_of, make_plan, read_grid, run_key
@@ -250,7 +249,7 @@ def sweep(
         if folder.is_file():
             raise UserError(f"{folder} is a file: name a folder.")
     require_own(plan.out, PLAN, '{\n "runs": ', (RESULTS,))
-    if unknown := [source for source in plan.grid.backbone if not is_known(source)]:
+    if unknown := [source for source in plan.grid.backbone if not backbone_identity(source)]:
         text = f"The backbone {unknown[0]} is neither on the hub nor in its cache"
         raise UserError(f"{text}: run with a connection, or name a pipeline folder.")
     todo = [job for job in plan.jobs if not job.scores(plan.runs).is_file()]

@@ -29,7 +29,7 @@ from sude_lab.generation import generate
 from sude_lab.io.opening import open_backbone
 from sude_lab.io.weights import LORA_FILE, load_weights, save_weights
 from sude_lab.methods import configure
-from sude_lab.runs.card import _drawing_code
+from sude_lab.runs.export import _drawing_code
 from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.runs.strength import Strength, guidance_for
 from sude_lab.sude import SudeRegularizer

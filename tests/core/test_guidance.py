@@ -204,13 +204,14 @@ def test_the_class_prompt_says_the_category_once(
 def test_the_class_prompt_is_the_same_where_the_prompt_has_the_token_itself(
     tiny: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words: list[str] = []
-    monkeypatch.setattr(strength, "sude_guidance", lambda *about, **_: words.append(about[2]))
+    classes: list[Condition] = []
+    monkeypatch.setattr(strength, "sude_guidance", lambda *about, **_: classes.append(about[2]))
     monkeypatch.setattr(strength, "has_adapters", lambda unet: True)  # its own frozen base
     config = TuningConfig(Path("dog.png"), "dog", token="og")
     for prompt in ("photo of a running {S*} dog", "photo of a running og dog"):
         strength.guidance_for(config, tiny, prompt, Strength(sude_guidance=1))
-    assert words == ["photo of a running dog"] * 2
+    expected = tiny.encode_prompts(["photo of a running dog"]).hidden
+    assert [torch.equal(condition.hidden, expected) for condition in classes] == [True] * 2
 
 
 # --- in a pipeline -------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from sude_lab.cli import main
-from sude_lab.runs.card import CARD
+from sude_lab.runs.export import CARD
 from sude_lab.runs.folder import (
     CHECKPOINT,
     CONFIG,

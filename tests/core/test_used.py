@@ -16,7 +16,7 @@ from sude_lab.io.opening import open_backbone
 from sude_lab.io.weights import load_weights, save_weights
 from sude_lab.methods import configure
 from sude_lab.runs.folder import Run, run_tuning
-from sude_lab.runs.prepare import prepare
+from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.tuning import Tuning, tune
 
 Fresh = Callable[[], Backbone]
@@ -40,7 +40,7 @@ def test_a_second_run_on_one_backbone_is_refused(fresh: Fresh, picture: Image.Im
         with pytest.raises(UserError, match=rf"has been tuned \(dreambooth, dog\).*{CURE}"):
             tune(settings, backbone, picture)
     with pytest.raises(UserError, match=CURE):
-        prepare(config(), backbone, picture)
+        prepared_tuning(config(), backbone, picture)
 
 
 def test_a_run_that_was_left_has_used_its_backbone(fresh: Fresh, picture: Image.Image) -> None:

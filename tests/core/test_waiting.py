@@ -26,8 +26,7 @@ from sude_lab.adapters.family import FlowBackbone
 from sude_lab.backbone import Backbone, send
 from sude_lab.config import TuningConfig
 from sude_lab.io.opening import open_backbone
-from sude_lab.methods import configure
-from sude_lab.runs.prepare import prepare
+from sude_lab.runs.prepare import prepared_tuning
 from sude_lab.tuning import Tuning
 
 FAR = torch.device("meta")
@@ -155,14 +154,13 @@ def check_waits(
     config = TuningConfig(subject_picture, "dog", **usual | settings)
     picture, backbone = Image.open(subject_picture).convert("RGB"), fresh()
     pictures = [picture, ImageOps.invert(picture)][: 1 + len(config.more_subjects)]
-    draws = prepare(configure(config, backbone), backbone, pictures)
-    here = Tuning(config, fresh(), pictures, draws=draws)
+    here = prepared_tuning(config, fresh(), pictures)
     with Device() as device:
         backbone = far_away(backbone)
         if isinstance(backbone, FlowBackbone):  # the text of its runs is encoded once, before
             encode = here.backbone.encode_prompts
             backbone.encode_prompts = lambda *args: encode(*args).map(to_far)  # type: ignore[method-assign]
-        there = Tuning(config, backbone, pictures, draws=draws)
+        there = Tuning(config, backbone, pictures, draws=here.draws)
         next(here), next(there)  # the first step asks for the end of the schedule's table, too
         device.waits.clear()
         step = next(there)

@@ -11,12 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from sude_lab.errors import UserError
-from sude_lab.io.pictures import (
-    Picture,
-    PictureError,
-    load_picture,
-    open_picture,
-)
+from sude_lab.io.pictures import Picture, load_picture, open_picture
 
 ROOT = Path(__file__).parents[2]
 PHOTO = ROOT / ".." / "shared" / "dreambench" / "dataset" / "dog" / "00.jpg"
@@ -62,7 +57,7 @@ def test_a_picture_may_be_opened_whole(tmp_path: Path) -> None:
     whole = open_picture(tmp_path / "turned.png")
     assert whole.mode == "RGB" and whole.size == (40, 90)
     assert whole.tobytes() == image.rotate(-90, expand=True).tobytes()
-    with pytest.raises(PictureError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         open_picture(tmp_path / "missing.png")
 
 
@@ -285,7 +280,7 @@ def test_a_picture_in_memory_gets_the_care_of_one_in_a_file(tmp_path: Path) -> N
     ids=lambda values: f"{values.shape} {values.dtype}",
 )
 def test_an_array_that_is_no_picture_is_refused(values: np.ndarray) -> None:
-    with pytest.raises(PictureError) as error:
+    with pytest.raises(UserError) as error:
         load_picture(values, resolution=32)
     assert str(error.value).startswith("The picture") and str(error.value).endswith(".")
 
@@ -444,7 +439,7 @@ def pipe(path: Path) -> None:
 def test_refusal(tmp_path: Path, make: Callable[[Path], None], word: str) -> None:
     path = tmp_path / "broken picture.jpg"
     make(path)
-    with pytest.raises(PictureError) as error:
+    with pytest.raises(UserError) as error:
         load_picture(path, resolution=64)
     assert_one_sentence(error, path)
     assert word in str(error.value)
@@ -463,7 +458,7 @@ def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lim
     path = tmp_path / "bomb.png"
     Image.new("RGB", (80, 80)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(PictureError) as error:
+    with pytest.raises(UserError) as error:
         load_picture(path, resolution=64)
     assert_one_sentence(error, path)
     assert f"{limit:,} pixels" in str(error.value)
@@ -471,7 +466,7 @@ def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lim
 
 def test_name_that_is_too_long(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 300 + ".png")
-    with pytest.raises(PictureError) as error:
+    with pytest.raises(UserError) as error:
         load_picture(path, resolution=64)
     assert_one_sentence(error, path)
 

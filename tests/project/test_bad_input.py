@@ -25,7 +25,7 @@ from sude_lab import cli
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError, one_line
 from sude_lab.evaluate.prompts import prompt_for
-from sude_lab.io.pictures import PictureError, load_picture
+from sude_lab.io.pictures import load_picture
 from sude_lab.prompts import PLACEHOLDER, caption, checked, fill
 from sude_lab.runs.folder import CONFIG, ENVIRONMENT, Run, run_tuning
 
@@ -226,7 +226,7 @@ def test_a_damaged_file_is_a_picture_or_a_sentence(
     path.write_bytes(bytes(data[: int(keep * len(data)) or len(data)]) + tail)
     try:
         picture = load_picture(path, resolution=32)
-    except PictureError as error:
+    except UserError as error:
         assert str(error).endswith(".") and path.name in str(error)
     else:
         assert picture.image.size == (32, 32) and picture.image.mode == "RGB"

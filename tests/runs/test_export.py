@@ -26,12 +26,14 @@ from sude_lab.errors import UserError
 from sude_lab.generation import generate
 from sude_lab.io.opening import FACTS_FILE, open_backbone
 from sude_lab.io.weights import LORA_FILE
-from sude_lab.runs.card import CARD, is_plain, model_card
 from sude_lab.runs.export import (
+    CARD,
     XL,
     base_version,
     export_pipeline,
+    is_plain,
     kohya_weights,
+    model_card,
     share,
     write_kohya,
 )

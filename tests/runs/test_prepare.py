@@ -11,14 +11,14 @@ from torch import Tensor
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.draws import FreshDraws
-from sude_lab.runs.prepare import prepare, prepared_tuning
+from sude_lab.runs.prepare import prepared_tuning
 
 
 def test_pictures_in_memory_get_the_care_of_files(fresh: Callable[[], Backbone]) -> None:
     config = TuningConfig(Path("dog.png"), "dog", weight_sude=0.0, max_train_steps=1)
 
     def latents(picture: Image.Image) -> Tensor:
-        draws = prepare(config, fresh(), picture)
+        draws = prepared_tuning(config, fresh(), picture).draws
         assert isinstance(draws, FreshDraws)
         return draws.latents[0][0]
 

@@ -25,7 +25,7 @@ from sude_lab.io.files import sole_writer
 from sude_lab.io.pictures import load_picture
 from sude_lab.methods import get_method
 from sude_lab.runs import folder as runs
-from sude_lab.runs.card import CARD
+from sude_lab.runs.export import CARD
 from sude_lab.runs.folder import (
     CHECKPOINT,
     CONFIG,
@@ -835,8 +835,9 @@ def test_a_tracker_that_is_missing_is_one_sentence(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from accelerate import tracking
+    from accelerate import PartialState, tracking
 
+    monkeypatch.setattr(PartialState, "_shared_state", {})  # a run that no launcher started
     with pytest.raises(UserError, match="no tracker 'paper': choose --report-to among none, all"):
         tune_in(config, tmp_path / "run", report_to="paper")
     monkeypatch.setattr(tracking, "get_available_trackers", list)
