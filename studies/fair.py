@@ -17,84 +17,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
 import tyro
 import yaml
 
+from studies.registered import BACKGROUNDS, GROUPS, SAME, On
 from studies.runs import GRIDS, SWEEPS
 from sude_lab.errors import UserError
-from sude_lab.evaluate.fronts import SHARES
 from sude_lab.evaluate.stored import RESULTS
 from sude_lab.io.files import atomic_write
-from sude_lab.sweep.bench import SIZES, subject_rows
+from sude_lab.sweep.bench import subject_rows
 from sude_lab.sweep.sweep import sweep
-
-On = Literal[
-    "held-out",
-    "development",
-    "confirm",
-    "flow",
-    "flow-development",
-    "others",
-    "others-development",
-    "preservation",
-]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Subjects, and the arms that are run on them."""
-
-    subjects: str
-    table: str
-    """Name of the stored table."""
-    page: str = "fair"
-    """The page in `data/grids` that says what was fixed beforehand, and the folder of the arms."""
-    arms: tuple[str, ...] = ("plain", "sude", "drawn", "rate", "sude_rate")
-    """The first stage, which decides the question, and the second one."""
-    shares: tuple[float, ...] = SHARES
-    """Of plain tuning's own fidelity: where the lines are read."""
-    hull: bool = False
-    """Whether they are read on their hull; else on their front, and the hull is exploration."""
-
-
-BACKGROUNDS = "_backgrounds"
-"""Ends the name of an arm that draws what another one tuned, on backgrounds."""
-SAME = ["subject", "variant", "w_s", "strength"]
-TRIED = (
-    *("plain", "sude", "rate", "rate_half", "sude_rate", "lora", "lazy"),
-    *("margin", "weighting", "class_images", "sude_class_images", "semantic"),
-)
-FLOW = "flow", ("plain", "sude", "lora_plain", "lora_sude")
-METHODS = "custom_diffusion", "textual_inversion", "vico"
-ARMS = tuple(f"{method}_{arm}" for method in METHODS for arm in ("plain", "sude"))
-OTHERS = "others", ARMS, (0.7, 0.8, 0.9), True
-GROUPS: dict[On, Group] = {
-    "held-out": Group(SIZES["whole"].subjects, "fair"),
-    "development": Group(SIZES["hour"].subjects, "fair_development", "fair", TRIED),
-    "confirm": Group(
-        "held-out " + " ".join(map(str, range(300, 372))),
-        *("confirm", "confirm"),
-        arms=("plain", "sude", "plain_backgrounds", "sude_backgrounds"),
-        shares=(0.85, 0.9, 0.95),
-    ),
-    "flow": Group("held-out 200 201 202 203 204 205 206 207 208", "flow", *FLOW),
-    "flow-development": Group("development 200 206", "flow_development", *FLOW),
-    "others": Group("held-out 400 401 402 403 404 405 406 407 408", "others", *OTHERS),
-    "others-development": Group("development 100 104", "others_development", *OTHERS),
-    "preservation": Group(
-        "held-out " + " ".join(map(str, range(300, 318))),
-        *("preservation", "others"),
-        arms=("plain", "sude", "rate_class_images", "rate_semantic"),
-        shares=(0.75, 0.85, 0.95),
-        hull=True,
-    ),
-}
-"""Held-out: four subjects a category (to confirm eight, of flow and others one), whom nobody had
-looked at before the page was committed; preservation: two of confirm's eight, whose plain and SuDe
-runs are there. Development: others, who chose everything in it."""
 
 
 def grid_file(arm: str, on: On, folder: Path) -> Path:

@@ -7,8 +7,8 @@
     python -m studies.fair_report --on others          three more methods
     python -m studies.fair_report --on preservation    class images, and ClassDiffusion's term
 
-It reads what `python -m studies.fair` kept. Lines, fidelities, margin and contrasts stand here as
-they are registered there.
+It reads what `python -m studies.fair` kept. Lines, fidelities and contrasts are those of
+`studies.registered`.
 """
 
 from __future__ import annotations
@@ -16,61 +16,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import tyro
 
-from studies.fair import GROUPS, METHODS, On
-from sude_lab.evaluate.fronts import (
-    END,
-    POINT,
-    Line,
-    contrast,
-    draw,
-    family,
-    gain_at,
-    hull_of,
-    line,
-    places,
-    points,
-)
+from studies.registered import FAMILIES, FAMILIES_OF, GROUPS, HIGHER, LINES, PARTS, On
+from sude_lab.evaluate import fronts
+from sude_lab.evaluate.fronts import POINT, Line
 from sude_lab.evaluate.stored import RESULTS, read
 from sude_lab.io.files import atomic_write
-
-_END = "strength == ''"
-_PLAIN_END = f"(arm == 'plain' and {_END})"
-_STEPS = f"({_END} or strength.str.isdigit())"
-LINES = {
-    "less tuning": "arm == 'plain'",
-    "SuDe": "arm == 'sude'",
-    "plain, steps": f"arm == 'plain' and {_STEPS}",
-    "plain, scale": f"arm == 'plain' and ({_END} or strength.str.startswith('scale'))",
-    "SuDe 1, steps": "arm == 'sude' and w_s == 1",
-    "SuDe 2, steps": "arm == 'sude' and w_s == 2",
-    "SuDe 50, w_s": "arm == 'sude' and strength == '50'",
-    "plain, composition": f"{_PLAIN_END} or strength.str.startswith('compose')",
-    "plain, lower rate": "arm == 'rate'",
-    "SuDe, lower rate": "arm == 'sude_rate'",
-    "best plain": "arm in ('plain', 'rate')",
-    "SuDe without training": f"{_PLAIN_END} or strength.str.startswith('sude_guidance')",
-    "class images": "arm == 'rate_class_images'",
-    "semantic preservation": "arm == 'rate_semantic'",
-    **{
-        f"SuDe every {k}": f"arm == 'lazy' and variant.str.endswith('every {k}')"
-        for k in (1, 2, 4, 8)
-    },
-}
-"""Every way of tuning, over its strengths: rows of the table."""
 
 
 def lines_of(table: pd.DataFrame, hull: bool = False) -> dict[str, Line]:
     """Return the lines of a table of `studies.fair`, as far as their runs are there."""
-    table = table.assign(point=points(table))
+    table = table.assign(point=fronts.points(table))
     rows = {name: table.query(asked, engine="python") for name, asked in LINES.items()}
-    made = {n: line(n, r, "point") for n, r in rows.items() if r["point"].nunique() > 1}
-    return {n: hull_of(one) if hull else one for n, one in made.items()}
+    made = {n: fronts.line(n, r, "point") for n, r in rows.items() if r["point"].nunique() > 1}
+    return {n: fronts.hull_of(one) if hull else one for n, one in made.items()}
 
 
 def asks(table: pd.DataFrame) -> pd.Series:
@@ -94,61 +57,13 @@ def other_rows(
     """Return contrasts of the alignment with something else, at the same strengths."""
     rows = []
     for a, b in pairs if all(name in lines for pair in pairs for name in pair) else ():
-        end = lines[b].fidelity[:, lines[b].strengths.index(END)]
+        end = lines[b].fidelity[:, lines[b].strengths.index(fronts.END)]
         of = other[a].alignment, other[b].alignment
         for share in shares:
-            gain = gain_at(lines[a], lines[b], share * end, of=of)
+            gain = fronts.gain_at(lines[a], lines[b], share * end, of=of)
             about = {"arm": f"{a}: {what}", "against": b, "fidelity": f"{share:g}"}
             rows.append(about | {"gain": gain, "p": gain.p, "sign flip": math.nan})
     return rows
-
-
-PRIMARY = [("SuDe", "less tuning")]
-SECONDARY = [
-    *product(("SuDe 1, steps", "SuDe 2, steps"), ("plain, steps", "plain, scale")),
-    ("SuDe 50, w_s", "plain, steps"),
-    ("SuDe", "plain, composition"),
-    ("SuDe without training", "less tuning"),
-]
-LOWER = [("SuDe, lower rate", "best plain")]
-SECOND = [
-    ("SuDe, lower rate", "plain, lower rate"),
-    ("SuDe, lower rate", "SuDe"),
-    ("plain, lower rate", "less tuning"),
-]
-LAZY = [(f"SuDe every {k}", "SuDe every 1") for k in (2, 4, 8)]
-HIGHER = (0.85, 0.95, 1.05)
-"""Shares of the second stage."""
-
-
-class Family(NamedTuple):
-    """Contrasts that are corrected together, with those of category and background for some."""
-
-    title: str
-    pairs: Sequence[tuple[str, str]]
-    shares: Sequence[float] = ()
-    """None: those of the group."""
-    of_others: Sequence[tuple[str, str]] = ()
-
-
-FAMILIES = (
-    Family("Primary", PRIMARY),
-    Family("Secondary", SECONDARY, of_others=PRIMARY),
-    Family("Second stage, primary", LOWER, HIGHER),
-    Family("Second stage, secondary", SECOND, HIGHER, LOWER),
-    Family("Lazy SuDe", LAZY),
-)
-KEPT = "class images", "semantic preservation"
-FAMILIES_OF: dict[str, Sequence[Family]] = {
-    "others": (Family("Primary", PRIMARY), Family("Secondary", (), of_others=PRIMARY)),
-    "preservation": (
-        Family("Primary", [*product(KEPT, ("less tuning", "SuDe"))]),
-        Family("Secondary", (), of_others=[(one, "less tuning") for one in KEPT]),
-    ),
-}
-"""By the table: of what is not `FAMILIES`; of others, all methods are one family."""
-PARTS = {"lora_": "LoRA: ", **{f"{m}_": f"{m.replace('_', ' ')}: " for m in METHODS}}
-"""How arms begin that are read for themselves, and what their titles begin with."""
 
 
 def parts_of(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -193,17 +108,18 @@ def main(config: ReportConfig) -> str:
         readings += [(other_way, one, again) for one in families if one.title.endswith("rimary")]
         for how, (title, pairs, shares, of_others), here in readings:
             shares = shares or group.shares
-            there = [(a, b) for a, b in pairs if a in here and b in here]
-            end = here["less tuning"]
-            found = [row for a, b in there for row in contrast(here[a], here[b], end, shares)]
+            there = [(here[a], here[b]) for a, b in pairs if a in here and b in here]
+            whole = here["less tuning"]
+            found = [row for a, b in there for row in fronts.contrast(a, b, whole, shares)]
             for what, other in others.items():
                 found += other_rows(here, other, of_others, shares, what)
             together = families is not FAMILIES
             title, arm = (title, part) if together else (f"{part}{title}", "")
             of_title = contrasts.setdefault(title := f"## {title} contrasts{how}", [])
             of_title += [row | {"arm": f"{arm}{row['arm']}"} for row in found]
-            sections[title] = family(here, [], of_title)
-        at = places(lines, others["category"], rows, asks(rows), sorted({*group.shares, *HIGHER}))
+            sections[title] = fronts.family(here, [], of_title)
+        read_at = sorted({*group.shares, *HIGHER})
+        at = fronts.places(lines, others["category"], rows, asks(rows), read_at)
         sections[f"## {part}Where the lines are read"] = at
     for title, shown in sections.items():
         if "gain" in shown:
@@ -221,7 +137,7 @@ def main(config: ReportConfig) -> str:
     text = "\n\n".join(texts) + "\n"
     with atomic_write(RESULTS / f"{group.table}.md") as path:
         path.write_text(text, encoding="utf-8")
-    draw(RESULTS / f"{group.table}.png", parts, group.shares)
+    fronts.draw(RESULTS / f"{group.table}.png", parts, group.shares)
     return text
 
 

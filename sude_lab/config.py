@@ -23,10 +23,6 @@ EMBEDDED = "embedded"
 """The name of the Stable Diffusion in `data/`."""
 EMBEDDED_MODELS = {EMBEDDED: "embedded", "embedded-flow": "embedded_flow"}
 """The folders in `data/` of the models that are there, by their names."""
-RENAMED = {"regularizer": "prior_preservation"}
-"""Fields that had another name in files of earlier days."""
-REMOVED = {"prior_bank": 0, "prior_bank_dtype": "float16"}
-"""Fields of earlier days, with the values that said nothing."""
 Prior = Literal["current", "pretrained"]
 Weighting = Literal["exact", "simple", "reference"]
 Train = Literal["unet", "attention", "lora"]
@@ -194,9 +190,6 @@ def read_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     names = {f.name for f in fields(TuningConfig)}
     settings: dict[str, Any] = {}
     for name, value in values.items():
-        name = RENAMED.get(name, name)
-        if name in REMOVED and value == REMOVED[name]:
-            continue
         if name not in names:
             raise UserError(f"There is no setting {name!r}.")
         settings[name] = tuple(value) if isinstance(value, list) else value

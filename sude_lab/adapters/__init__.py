@@ -5,12 +5,12 @@ packing, the prompt of no condition, what guidance means), and what a folder of 
 core imports none of them; `sude_lab.io.opening` finds a pipeline's family in `FAMILIES`.
 """
 
-from sude_lab.adapters import klein, sd3, z_image
-from sude_lab.adapters.family import Family, StableDiffusion, StableDiffusionXL
+from sude_lab.adapters import klein, sd3, unet, z_image
+from sude_lab.adapters.family import Family
 
 FAMILIES: dict[str, type[Family]] = {
-    "StableDiffusionPipeline": StableDiffusion,
-    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusionPipeline": unet.StableDiffusion,
+    "StableDiffusionXLPipeline": unet.StableDiffusionXL,
     "StableDiffusion3Pipeline": sd3.StableDiffusion3,
     "Flux2KleinPipeline": klein.Klein,
     "ZImagePipeline": z_image.ZImage,

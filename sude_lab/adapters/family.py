@@ -1,7 +1,4 @@
-"""Stable Diffusion, and what other families share: flow matching, a chat in place of a prompt.
-
-Stable Diffusion 1, 2 and XL have a UNet, whose conventions are those of `Backbone` itself.
-"""
+"""What families share: what is asked of a folder, flow matching, a chat in place of a prompt."""
 
 from __future__ import annotations
 
@@ -25,7 +22,6 @@ DISTILLED = (
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 """The parts that a folder may do without."""
 SHARED = {"vae": r"diffusers AutoencoderKL", "scheduler": r"diffusers \w+Scheduler"}
-CLIP_TEXT = r"transformers CLIPTextModel(WithProjection)?"
 CLIP_WORDS = r"transformers CLIPTokenizer(Fast)?"
 CHAT_WORDS = r"transformers Qwen2Tokenizer(Fast)?"
 
@@ -64,43 +60,6 @@ class Family(Backbone):
             own = getattr(self.denoiser.config, key)
             if any(one != number for one in (own if isinstance(own, list | tuple) else [own])):
                 yield f"its {self.part}'s {key} is {own}, and its other parts need {number}"
-
-
-class StableDiffusion(Family):
-    """Stable Diffusion 1 or 2."""
-
-    title: ClassVar[str] = "Stable Diffusion"
-    classes: ClassVar[dict[str, str]] = SHARED | {
-        "unet": r"diffusers UNet2DConditionModel",
-        "text_encoder": CLIP_TEXT,
-        "tokenizer": CLIP_WORDS,
-        "safety_checker": r"stable_diffusion StableDiffusionSafetyChecker",
-        "feature_extractor": r"transformers CLIP(ImageProcessor|FeatureExtractor)",
-        "image_encoder": r"transformers CLIPVisionModelWithProjection",
-    }
-
-    def needed(self) -> dict[str, Any]:
-        """Return what the UNet's configuration must say, by the other parts'."""
-        channels = self.pipeline.vae.config.latent_channels
-        width = sum(encoder.config.hidden_size for encoder in self.text_encoders.values())
-        return {"in_channels": channels, "out_channels": channels, "cross_attention_dim": width}
-
-    def misfits(self) -> Iterator[str]:
-        """Yield which parts do not fit each other."""
-        side = self.unet.config.sample_size
-        if not isinstance(side, int) or side < 1:
-            yield f"its UNet's sample_size is {side}, which must be a whole number"
-        yield from super().misfits()
-
-
-class StableDiffusionXL(StableDiffusion):
-    """Stable Diffusion XL."""
-
-    tag: ClassVar[str] = "stable-diffusion-xl"
-    classes: ClassVar[dict[str, str]] = StableDiffusion.classes | {
-        "text_encoder_2": CLIP_TEXT,
-        "tokenizer_2": CLIP_WORDS,
-    }
 
 
 class FlowBackbone(Family):

@@ -25,7 +25,7 @@ from sude_lab.io.files import save_tensors
 from sude_lab.io.opening import quiet
 from sude_lab.methods import Method, ViCo
 from sude_lab.methods.base import token_words
-from sude_lab.methods.baselines import keys_and_values
+from sude_lab.methods.custom_diffusion import keys_and_values
 from sude_lab.methods.vico import REFERENCES, ImageAttention, check_one_text_encoder
 
 EMBEDDINGS = "learned_embeds*.safetensors"

@@ -13,7 +13,9 @@ from sude_lab.backbone import Backbone
 from sude_lab.config import PRESETS, CompleteConfig, TuningConfig, read_settings
 from sude_lab.errors import UserError, check_tokens
 from sude_lab.methods.base import Method
-from sude_lab.methods.baselines import CustomDiffusion, DreamBooth, TextualInversion
+from sude_lab.methods.custom_diffusion import CustomDiffusion
+from sude_lab.methods.dreambooth import DreamBooth
+from sude_lab.methods.textual_inversion import TextualInversion
 from sude_lab.methods.vico import ViCo
 
 METHODS: dict[str, type[Method]] = {

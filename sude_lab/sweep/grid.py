@@ -23,7 +23,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
-from sude_lab.config import EMBEDDED, RENAMED, CompleteConfig, TuningConfig, fields_of
+from sude_lab.config import EMBEDDED, CompleteConfig, TuningConfig, fields_of
 from sude_lab.errors import UserError
 from sude_lab.evaluate.dreambench import load_dreambench
 from sude_lab.evaluate.evaluate import FOLDER, prompts_of, settings_and_variants, subject_name
@@ -442,9 +442,8 @@ def run_key(config: CompleteConfig, picture: str) -> str:
     where = fields_of("place")
     # A field at its (first) default says nothing: later fields and defaults leave the names alone.
     silent = {f.name: f.default for f in fields(TuningConfig)} | {"optimizer": "adamw"}
-    first = {new: old for old, new in RENAMED.items()}
     about = {
-        first.get(f.name, f.name): getattr(config, f.name)
+        f.name: getattr(config, f.name)
         for f in fields(TuningConfig)
         if f.name not in where and getattr(config, f.name) != silent[f.name]
     }

@@ -71,7 +71,7 @@ def test_embedded_is_only_another_name_of_a_folder(
 
 @pytest.mark.parametrize(
     "name",
-    ["backbone", "tuning", "generation", "runs/folder", "methods/base", "methods/baselines"],
+    ["backbone", "tuning", "generation", "runs/folder", "methods/base", "methods/dreambooth"],
 )
 def test_no_room_below_the_door_treats_the_embedded_model_specially(name: str) -> None:
     """`EMBEDDED` may name a default, and `resolve_source` may compare with it; nothing else."""

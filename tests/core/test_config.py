@@ -71,15 +71,13 @@ def test_what_a_complete_configuration_fills_is_what_may_be_none_before() -> Non
         assert said | method.defaults.keys() == filled
 
 
-def test_settings_of_a_file_are_read_with_their_types_and_old_names() -> None:
+def test_settings_of_a_file_are_read_with_their_types() -> None:
     values = {"image": "dog.png", "category": "dog", "more_subjects": ["cat=<c>=c.png"]}
-    settings = TuningConfig(**read_settings(values | {"regularizer": "teacher", "prior_bank": 0}))
+    settings = TuningConfig(**read_settings(values | {"prior_preservation": "teacher"}))
     assert settings.image == Path("dog.png") and settings.more_subjects == ("cat=<c>=c.png",)
     assert settings.prior_preservation == "teacher"
     with pytest.raises(UserError, match="no setting 'learning_speed'"):
         read_settings({"learning_speed": 1})
-    with pytest.raises(UserError, match="no setting 'prior_bank'"):
-        read_settings({"prior_bank": 8})
 
 
 def test_settings_may_be_written_as_people_write_python() -> None:

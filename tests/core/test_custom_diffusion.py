@@ -21,7 +21,7 @@ from sude_lab.generation import generate
 from sude_lab.io.opening import open_backbone
 from sude_lab.io.weights import load_weights, save_weights
 from sude_lab.methods import configure
-from sude_lab.methods.baselines import CustomDiffusion
+from sude_lab.methods.custom_diffusion import CustomDiffusion
 from sude_lab.runs.prepare import prepared_tuning as tune
 from sude_lab.tuning import Step
 

@@ -20,7 +20,7 @@ from PIL import Image
 from refusals import content, generated, say
 
 from sude_lab import demo
-from sude_lab.adapters.family import StableDiffusion
+from sude_lab.adapters.unet import StableDiffusion
 from sude_lab.backbone import Backbone
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from studies import fair, fair_report, stopping, where
+from studies import fair, fair_report, registered, stopping, where
 from studies.runs import GRIDS
 from sude_lab.evaluate import fronts, stored
 from sude_lab.evaluate.metrics import MEASURES
@@ -46,7 +46,7 @@ def rows(bonus: float, n: int = 36) -> pd.DataFrame:
 def test_the_report_says_what_the_rows_hold(bonus: float, says: str) -> None:
     lines = fair_report.lines_of(rows(bonus))
     assert "plain, composition" not in lines  # its runs are not there
-    table = fair_report.family(lines, fair_report.PRIMARY)
+    table = fronts.family(lines, registered.PRIMARY)
     assert list(table["fidelity"]) == ["0.75", "0.85", "0.95", "0.75 to 0.95"]
     assert list(table["says"]) == [says] * 3 + [""]
     assert table["gain"].map(lambda gain: abs(gain.mean - bonus) < 0.02).all()
@@ -58,10 +58,10 @@ def test_category_and_cost_are_read_where_alignment_is() -> None:
     table.loc[table["arm"] == "sude", "category_alignment"] = 0.7
     lines = fair_report.lines_of(table)
     category = fair_report.lines_of(table.assign(attribute_alignment=table["category_alignment"]))
-    about = lines, category, fair_report.PRIMARY, fair.SHARES
+    about = lines, category, registered.PRIMARY, fronts.SHARES
     gains = [row["gain"].mean for row in fair_report.other_rows(*about)]
     assert gains == pytest.approx([-0.2] * 3)
-    at = fair_report.places(lines, category, table, fair_report.asks(table)).set_index(
+    at = fronts.places(lines, category, table, fair_report.asks(table)).set_index(
         ["line", "fidelity"]
     )
     passes = at.loc["plain, steps", "passes"]
@@ -75,10 +75,10 @@ def test_category_and_cost_are_read_where_alignment_is() -> None:
 def test_a_fidelity_that_a_line_does_not_reach_is_no_gain() -> None:
     table = rows(0.1)
     low = table[(table["arm"] == "plain") | (table["strength"] == "25")]
-    shown = fair_report.family(fair_report.lines_of(low), fair_report.PRIMARY)
+    shown = fronts.family(fair_report.lines_of(low), registered.PRIMARY)
     assert list(shown["says"]) == ["not reached"] * 3 + [""]
     more = {"arm": "one", "against": "other", "fidelity": "0.75", "gain": Interval(1, 0.1, 1.9, 9)}
-    shown = fair_report.family(fair_report.lines_of(low), fair_report.PRIMARY, [more | {"p": 0.02}])
+    shown = fronts.family(fair_report.lines_of(low), registered.PRIMARY, [more | {"p": 0.02}])
     assert shown["p, Holm"].iloc[-1] == pytest.approx(4 * 0.02)  # three more were asked
 
 
@@ -127,9 +127,9 @@ def test_the_report_is_written_with_its_figure(
     ],
 )
 def test_the_registered_grids_are_of_as_many_subjects_a_category(
-    on: fair.On, arm: str, each: int, points: int, tmp_path: Path
+    on: registered.On, arm: str, each: int, points: int, tmp_path: Path
 ) -> None:
-    assert arm in fair.GROUPS[on].arms
+    assert arm in registered.GROUPS[on].arms
     grid = fair.grid_file(arm, on, tmp_path)
     plan = make_plan(read_grid(grid), tmp_path / "out")
     of = {job.label["subject"]: job.label["category"] for job in plan.jobs}
@@ -163,7 +163,7 @@ def test_preservation_is_compared_with_the_confirmations_own_runs(tmp_path: Path
 
 
 def test_subjects_of_the_groups_are_new_or_said_to_be_shared() -> None:
-    of = {on: set(group.subjects.split()) for on, group in fair.GROUPS.items()}
+    of = {on: set(group.subjects.split()) for on, group in registered.GROUPS.items()}
     before = set().union(*(of[on] for on in of if on != "others"))
     assert of["others"] & before == {"held-out"}
     assert of["preservation"] < of["confirm"]
@@ -192,7 +192,7 @@ def test_three_methods_are_one_family(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(stored, "RESULTS", tmp_path)
     monkeypatch.setattr(fair_report, "RESULTS", tmp_path)
     tables = []
-    for method, bonus in zip(fair.METHODS, (0.0, 0.3, -0.3), strict=True):
+    for method, bonus in zip(registered.METHODS, (0.0, 0.3, -0.3), strict=True):
         tables.append(rows(bonus, 9).assign(settings=method))
         tables[-1]["arm"] = f"{method}_" + tables[-1]["arm"]
     pd.concat(tables).to_csv(tmp_path / "others.csv", index=False)
