@@ -122,11 +122,7 @@ def main(config: ReportConfig) -> str:
         at = fronts.places(lines, others["category"], rows, asks(rows), read_at)
         sections[f"## {part}Where the lines are read"] = at
     for title, shown in sections.items():
-        if "gain" in shown:
-            words = [gain.words("+.3f").removeprefix("+nan") for gain in shown["gain"]]
-            shown = shown.assign(gain=words)
-        shown = shown.round(4).astype(object).where(shown.notna(), "")
-        texts += [] if shown.empty else [title, shown.to_markdown(index=False)]
+        texts += [] if shown.empty else [title, fronts.as_markdown(shown)]
     groups = table.groupby(POINT, sort=False)
     means = groups[["subject_fidelity", "attribute_alignment", "category_alignment"]].mean()
     means["subjects"] = groups["subject"].nunique()
@@ -137,7 +133,9 @@ def main(config: ReportConfig) -> str:
     text = "\n\n".join(texts) + "\n"
     with atomic_write(RESULTS / f"{group.table}.md") as path:
         path.write_text(text, encoding="utf-8")
-    fronts.draw(RESULTS / f"{group.table}.png", parts, group.shares)
+    shown_as = {"": "all weights"} if len(parts) > 1 else {}
+    named = {shown_as.get(part, part): lines for part, lines in parts.items()}
+    fronts.draw(RESULTS / f"{group.table}.png", named, group.shares)
     return text
 
 

@@ -219,6 +219,14 @@ def family(
     return table
 
 
+def as_markdown(table: pd.DataFrame) -> str:
+    """Return contrasts or places as Markdown: gains in words, nothing where there is no number."""
+    if "gain" in table:
+        words = [gain.words("+.3f").removeprefix("+nan") for gain in table["gain"]]
+        table = table.assign(gain=words)
+    return table.round(4).astype(object).where(table.notna(), "").to_markdown(index=False)
+
+
 def says(gain: Interval, p: float) -> str:
     """Return the verdict: better or worse after the correction, else no difference, or neither."""
     if math.isnan(p):  # of the gain itself, or of one without a subject
@@ -272,10 +280,13 @@ def draw(file: Path, parts: dict[str, dict[str, Line]], shares: Sequence[float] 
     """
     from matplotlib.figure import Figure
 
-    size = (max(7 * len(parts) ** 0.5, 4.9 * len(parts)), 4)
-    figure = Figure(figsize=size, layout="constrained", dpi=160)
-    panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
-    for axes, (title, lines) in zip(panels, parts.items(), strict=True):
+    columns = min(2, len(parts))  # a page's width: labels of three beside each other are too small
+    rows = math.ceil(len(parts) / columns)
+    figure = Figure(figsize=(7 + columns - 1, 4 * rows), layout="constrained", dpi=160)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for spare in panels[len(parts) :]:
+        spare.remove()
+    for axes, (title, lines) in zip(panels, parts.items(), strict=False):
         for name in filter(lines.get, STYLES):
             (colour, mark), one, front = STYLES[name], lines[name], lines[name].front()
             fidelity, alignment = one.fidelity.mean(0), one.alignment.mean(0)
@@ -287,9 +298,9 @@ def draw(file: Path, parts: dict[str, dict[str, Line]], shares: Sequence[float] 
         for share in shares:
             end = end_of(whole, whole.subjects).mean()
             axes.axvline(share * end, color="grey", lw=0.8, ls=":")
-        subjects = f"(mean of {len(whole.subjects)} subjects)"
-        axes.set_xlabel(f"{title}subject fidelity: is it mine? {subjects}")
+        axes.set_title(title.removesuffix(": "))
+        axes.set_xlabel(f"subject fidelity: is it mine?\n(mean of {len(whole.subjects)} subjects)")
+        axes.set_ylabel("attribute alignment: as asked?")
         axes.legend(loc="lower left")
-    panels[0].set_ylabel("attribute alignment: as asked?")
     with atomic_write(file) as path:
         figure.savefig(path, format="png")

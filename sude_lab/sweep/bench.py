@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from sude_lab import __version__
 from sude_lab.errors import UserError
-from sude_lab.evaluate.fronts import Line, draw, family, line, places, points
+from sude_lab.evaluate.fronts import Line, as_markdown, draw, family, line, places, points
 from sude_lab.evaluate.metrics import MEASURES
 from sude_lab.evaluate.stored import read
 from sude_lab.io.files import require_own, write_file, write_table
@@ -171,8 +171,7 @@ def _page(table: pd.DataFrame, chosen: Size, cited: str) -> str:
     decides, gains = chosen.stored == "fair", {}
     for title, other in {"Gain at equal fidelity": LESS, "Beside SuDe, exploration": SUDE}.items():
         shown = family(lines, [(OWN, other)]).drop(columns=[] if decides else ["says"])
-        shown["gain"] = [gain.words("+.3f") for gain in shown["gain"]]
-        gains[title] = shown.round(4).to_markdown(index=False)
+        gains[title] = as_markdown(shown)
     at = places(lines, category, table, table["asks"])
     arms = table.assign(arm=table["arm"].map(ARMS)).groupby(["arm", "w_s", "strength"])
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True)
