@@ -18,8 +18,6 @@ import ipywidgets
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sude_lab.view import plots
-
 SCALE = 2
 """Pixels of a picture to one of the page: figures are drawn at twice the page's resolution."""
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -57,7 +55,9 @@ class Shown:
 
     def picture(self) -> bytes:
         """Return the picture as it is now, in `format`, packed quickly rather than tightly."""
-        return plots.encoded(self.figure, pil_kwargs={"compress_level": 1})
+        file = BytesIO()
+        self.figure.savefig(file, format="png", pil_kwargs={"compress_level": 1})
+        return file.getvalue()
 
     def still(self) -> bytes:
         """Return the picture for pages on which nothing moves."""
