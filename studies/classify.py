@@ -26,7 +26,6 @@ so there is no grid to sweep.) The tables are those of `studies/classify_tables.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,38 +33,16 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 import tyro
-from PIL import Image
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from studies.classify_tables import (
-    ALL,
-    ATTRIBUTES,
-    CATEGORIES,
-    CAUTIONS,
-    FIRST,
-    ONE_STEP,
-    ONE_STEP_MEAN,
-    ORACLE,
-    PRUNED,
-    beside,
-    report,
-)
-from sude_lab.backbone import Backbone
-from sude_lab.classifier import class_log_posterior, squared_distance
-from sude_lab.classify.implicit import ImplicitClassifier, ask_in_rounds, posterior, spread_times
-from sude_lab.classify.probe import encode_all, latents_of, noise_generator, predictions
+from studies.classify_tables import beside, report
+from studies.naming import SHOWN, Weighting, name_attributes, name_by_oracle, name_categories
 from sude_lab.config import EMBEDDED
-from sude_lab.diffusion import posterior_mean, posterior_variance, reverse_mean, training_target
 from sude_lab.errors import UserError
 from sude_lab.io.files import atomic_write
 from sude_lab.io.opening import open_backbone
-from sude_lab.prompts import photo_of
 from sude_lab.world import drawing as world
-from sude_lab.world.oracle import HEADS, Oracle, load_oracle
-
-SHOWN = tuple((c, a) for c in world.CATEGORIES for a in world.ATTRIBUTES[c])[::2]
-"""The (category, attribute) of the 20 prompts."""
+from sude_lab.world.oracle import load_oracle
 
 
 @dataclass(frozen=True)
@@ -80,7 +57,7 @@ class ClassifyConfig:
     """Pairs for each of the 20 prompts."""
     num_times: int = 6
     """Timesteps of the grid for the 9 categories, one pair each; 0 leaves them out."""
-    weighting: Literal["elbo", "simple"] = "elbo"
+    weighting: Weighting = "elbo"
     seed: int = 0
     """Seed of the noise."""
     device: str = "auto"
@@ -94,125 +71,6 @@ def scene(group: str, number: int) -> world.Scene:
     rng = random.Random(f"classify-{group}-{number}")
     category, attribute = SHOWN[number % len(SHOWN)]
     return replace(world.sample_scene(rng, category), attribute=attribute)
-
-
-def name_attributes(
-    backbone: Backbone, pictures: Sequence[Image.Image], config: ClassifyConfig, first: int
-) -> list[dict[str, Any]]:
-    """Return a row for each of the pictures `first`, `first` + 1, ... and each way of asking."""
-    classifier = ImplicitClassifier(
-        backbone,
-        [photo_of(f"{a} {c}") for c, a in SHOWN],
-        num_pairs=config.num_pairs,
-        weighting=config.weighting,
-        prune=False,
-        seed=1000 * config.seed + first,
-    )
-    losses, times = classifier.losses(pictures)
-    pruned = {form: replay(losses, times, caution) for form, caution in CAUTIONS.items()}
-    paid = -(-(~pruned[PRUNED].isnan()).sum((1, 2)) // len(SHOWN))
-    rows = []
-    for n in range(len(pictures)):
-        few = slice(None, max(1, int(paid[n])))
-        ways = {ALL: losses[n], FIRST: losses[n, few]}
-        ways |= {form: kept[n] for form, kept in pruned.items()}
-        for form, some in ways.items():
-            p, error = posterior(some, times[n, : len(some)])
-            rows.append(_row(first + n, ATTRIBUTES, form, p, error, (~some.isnan()).sum()))
-    return rows
-
-
-def replay(losses: Tensor, times: Tensor, caution: float = 2.5) -> Tensor:
-    """Prune as `ImplicitClassifier` does, with answers that are known already; (N, M, K), nan."""
-
-    def losses_of(rows: Tensor) -> Tensor:
-        return losses[rows.unbind(1)]
-
-    return ask_in_rounds(losses_of, times, losses.shape[2], caution=caution)
-
-
-@torch.no_grad()
-def name_categories(
-    backbone: Backbone, pictures: Sequence[Image.Image], config: ClassifyConfig, first: int
-) -> list[dict[str, Any]]:
-    """Return a row for each picture: all steps of the grid together, and eq. 5 at each."""
-    schedule = backbone.schedule
-    prompts = [photo_of(c) for c in world.CATEGORIES]
-    classifier = ImplicitClassifier(backbone, prompts, weighting=config.weighting)
-    weights = classifier.weights
-    # The middles of equal parts of the sum of the weights; no density has a value at t = 0.
-    parts = (torch.arange(config.num_times) + 0.5) / config.num_times
-    grid = torch.stack([spread_times(1, weights, p.item())[0] for p in parts]).clamp_min(1)
-    x_0 = latents_of(backbone, pictures)
-    shape = (2, config.num_times, *x_0.shape[1:])
-    drawn = [
-        torch.randn(shape, generator=noise_generator(config.seed, 500_000 + first + n))
-        for n in range(len(pictures))
-    ]
-    noise, again = torch.stack(drawn, dim=1)
-    times = grid.expand(len(pictures), -1)
-    sizes = (len(pictures), len(grid), len(prompts))
-    rows = torch.cartesian_prod(*(torch.arange(size) for size in sizes))
-    about = (backbone, x_0, times, noise, encode_all(backbone, prompts))
-    result = []
-    losses = torch.zeros(sizes, dtype=torch.float64)
-    for n, part in enumerate(rows.split(len(grid) * len(prompts))):  # a picture a batch
-        batch = predictions(*about, part)
-        x_t, eps, t = batch.x_t, batch.eps, batch.t
-        target = training_target(x_0[n].expand_as(eps), eps, t, schedule)
-        distance = squared_distance(batch.output, target).double().cpu()
-        losses[n] = weights.sum() * distance.reshape(sizes[1:])
-        means = reverse_mean(batch.output.double().cpu(), x_t.double().cpu(), t.cpu(), schedule)
-        means = means.unflatten(0, sizes[1:])
-        variance = posterior_variance(grid, schedule)
-        one_x_t = x_t.double().cpu()[:: len(prompts)]
-        middle = posterior_mean(one_x_t, x_0[n].double().cpu().expand_as(one_x_t), grid, schedule)
-        step = variance.sqrt().reshape(-1, 1, 1, 1) * again[n].double()
-        for form, x_prev in ((ONE_STEP, middle + step), (ONE_STEP_MEAN, middle)):
-            for m, p in enumerate(class_log_posterior(x_prev, means, variance).exp()):
-                row = _row(first + n, CATEGORIES, form, p, None, len(prompts))
-                result.append(row | {"t": int(grid[m])})
-    for n in range(len(pictures)):
-        p, error = posterior(losses[n], grid)
-        result.append(_row(first + n, CATEGORIES, ALL, p, error, losses[n].numel()))
-    return result
-
-
-def name_by_oracle(
-    oracle: Oracle, pictures: Sequence[Image.Image], first: int
-) -> list[dict[str, Any]]:
-    """Return the oracle's answers among the same prompts, two rows a picture."""
-    probabilities = oracle.read(list(pictures))
-    category = probabilities["category"]
-    index = [(HEADS["category"].index(c), HEADS["attribute"].index(a)) for c, a in SHOWN]
-    both = torch.stack([category[:, c] * probabilities["attribute"][:, a] for c, a in index], dim=1)
-    rows = []
-    for n in range(len(pictures)):
-        p = both[n] / both[n].sum()
-        rows.append(_row(first + n, ATTRIBUTES, ORACLE, p, None, 0))
-        rows.append(_row(first + n, CATEGORIES, ORACLE, category[n], None, 0))
-    return rows
-
-
-def _row(
-    picture: int, prompts: str, form: str, p: Tensor, error: Tensor | None, evaluations: Any
-) -> dict[str, Any]:
-    shown = picture % len(SHOWN)
-    names = [f"{a} {c}" for c, a in SHOWN] if prompts == ATTRIBUTES else list(world.CATEGORIES)
-    truth = shown if prompts == ATTRIBUTES else world.CATEGORIES.index(SHOWN[shown][0])
-    best = int(p.argmax())
-    return {
-        "picture": picture,
-        "prompts": prompts,
-        "form": form,
-        "t": "",
-        "truth": names[truth],
-        "named": names[best],
-        "right": int(best == truth),
-        "probability": round(p[best].item(), 4),
-        "standard_error": "" if error is None else round(error[best].item(), 4),
-        "evaluations": int(evaluations),
-    }
 
 
 def run_study(config: ClassifyConfig, chunk: int = 5) -> pd.DataFrame:
@@ -232,10 +90,12 @@ def run_study(config: ClassifyConfig, chunk: int = 5) -> pd.DataFrame:
             if not set(numbers) & set(missing):
                 continue
             pictures = [world.draw(scene(config.group, k)) for k in numbers]
+            how: dict[str, Any] = {"weighting": config.weighting, "seed": config.seed}
+            about = backbone, pictures, start
             rows = name_by_oracle(oracle, pictures, start)
-            rows += name_attributes(backbone, pictures, config, start)
+            rows += name_attributes(*about, num_pairs=config.num_pairs, **how)
             if config.num_times:
-                rows += name_categories(backbone, pictures, config, start)
+                rows += name_categories(*about, num_times=config.num_times, **how)
             rows = [row for row in rows if row["picture"] not in done]
             table = pd.concat([table, pd.DataFrame(rows)], ignore_index=True)
             with atomic_write(config.out) as path:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import Normal
 from torch.testing import assert_close
 
-from studies.compare_guidance import summarize
+from studies.guidance_tables import summarize
 from sude_lab.classifier import (
     checked_variance,
     class_log_posterior,

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from studies.compare_guidance import summarize
+from studies.guidance_tables import summarize
 from sude_lab.evaluate.metrics import (
     MEASURES,
     compare,

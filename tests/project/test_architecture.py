@@ -33,8 +33,12 @@ TOO_LONG: set[str] = set()
 PRIVATE_ACROSS: set[str] = set()
 
 
+def text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
 def lines(path: Path) -> int:
-    return len(path.read_text(encoding="utf-8").splitlines())
+    return len(text(path).splitlines())
 
 
 def core(*without: str) -> dict[str, int]:
@@ -52,6 +56,13 @@ def test_the_core_can_be_read_in_one_sitting() -> None:
 
 def test_the_package_is_small() -> None:
     assert sum(map(lines, PACKAGE.rglob("*.py"))) <= 14_500
+
+
+def test_a_study_is_a_grid_or_a_short_script() -> None:
+    """Not what serves all of them: the runner of grids, their report, the guide's tables."""
+    scripts = {p.stem: lines(p) for p in (ROOT / "studies").glob("*.py") if "__main__" in text(p)}
+    assert {"classify", "compare_guidance", "fair", "fair_report", "where"} <= scripts.keys()
+    assert {name for name, number in scripts.items() if number > 150} <= {"runs", "report", "costs"}
 
 
 def test_the_readme_is_short() -> None:

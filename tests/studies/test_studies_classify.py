@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from studies import classify as study
+from studies import naming
 from studies.classify_tables import accuracy_table, beside
 from sude_lab.backbone import Backbone
 from sude_lab.prompts import photo_of
@@ -16,9 +17,9 @@ from sude_lab.world import drawing as world
 
 
 def test_drawings_show_the_twenty_prompts_in_turn() -> None:
-    assert len(set(study.SHOWN)) == 20 and {c for c, _ in study.SHOWN} == set(world.CATEGORIES)
+    assert len(set(naming.SHOWN)) == 20 and {c for c, _ in naming.SHOWN} == set(world.CATEGORIES)
     shown = [study.scene("reported", k) for k in range(40)]
-    assert [(s.category, s.attribute) for s in shown] == [*study.SHOWN] * 2
+    assert [(s.category, s.attribute) for s in shown] == [*naming.SHOWN] * 2
     assert shown[0] == study.scene("reported", 0)
     assert shown[0] not in (shown[20], study.scene("development", 0))
 
@@ -62,9 +63,9 @@ def test_every_way_is_asked_once_and_kept(
 
 
 def test_one_step_is_eq_5_written_out(tiny: Backbone) -> None:
-    config = study.ClassifyConfig(out=Path("none.csv"), num_pairs=2, num_times=2, seed=3)
     pictures = [world.draw(study.scene("reported", 7))]
-    rows = [r for r in study.name_categories(tiny, pictures, config, 7) if r["form"] != "all pairs"]
+    every = naming.name_categories(tiny, pictures, 7, num_times=2, seed=3)
+    rows = [row for row in every if row["form"] != "all pairs"]
     generator = torch.Generator().manual_seed(3 * 1_000_003 + 500_007)
     noise, again = torch.randn((2, 2, 4, 16, 16), generator=generator).double().numpy()
     abar = np.asarray(tiny.pipeline.scheduler.alphas_cumprod, dtype=np.float64)

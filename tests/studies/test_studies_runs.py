@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from studies import compare_guidance, gallery, paper, runs
+from studies import compare_guidance, gallery, guidance_tables, paper, runs
 from sude_lab.config import TuningConfig
 from sude_lab.errors import UserError
 from sude_lab.evaluate import stored
@@ -102,7 +102,7 @@ def test_rules_are_compared_on_the_models_of_a_grid_and_go_on(
     weights = table.groupby("variant")["weight_sude"].first()
     assert weights["plain"] == weights["guidance 1"] == 0 and weights["sude-tuned 1"] == 1
     assert table[table["rule"] == "guidance"]["rho"].notna().all()
-    equal = compare_guidance.at_equal_fidelity(table)
+    equal = guidance_tables.at_equal_fidelity(table)
     assert list(equal["rule"]) == ["guidance", "composition"] and equal["subjects"].eq(1).all()
 
     drawn: list[tuple[Any, ...]] = []

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from studies import tables
-from studies.compare_guidance import at_equal_fidelity, rule_name
+from studies.guidance_tables import at_equal_fidelity, rule_name
 from studies.runs import scores
 from sude_lab.errors import UserError
 from sude_lab.evaluate import stored
