@@ -3,8 +3,8 @@
     python benchmarks/busy.py --out data/results      # busy.csv; nothing else may run
 
 Threads that wait for each other awake take the processor from those they wait for. Each setting is
-a process of its own; all take turns, a block of steps each, first alone, then beside as many
-busy processes as there are cores. `ratio` is a block's time over that of one thread in the same
+a process of its own; all take turns, a block of steps each: alone, beside one busy process, and
+beside as many as there are cores. `ratio` is a block's time over that of one thread in the same
 round and situation. On a busy machine `sude-lab` and the first cell of a lesson set "asleep".
 """
 
@@ -49,8 +49,8 @@ class Benchmark:
     rounds: int = 3
     steps: int = 40
     """Steps with SuDe in a block."""
-    others: int = os.cpu_count() or 1
-    """Busy processes beside it."""
+    others: tuple[int, ...] = (1, os.cpu_count() or 1)
+    """How many busy processes are beside it, one situation after another."""
     worker: bool = False
     """Internal: this process takes the steps of one setting."""
 
@@ -112,7 +112,7 @@ def main(args: Benchmark) -> None:
     found: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for k in range(args.rounds):
         order = [*args.settings[k % len(workers) :], *args.settings[: k % len(workers)]]
-        for number in (0, args.others):
+        for number in (0, *args.others):
             with others(number):
                 for name in order:
                     times = workers[name].block(args.steps)

@@ -53,7 +53,7 @@ PANELS: dict[str, tuple[str, str]] = {
     "prompts": ("classify one picture", "prompts"),
     "drawing": ("generate", "pictures drawn"),
 }
-"""What each column of the figure measures, against what."""
+"""What each row of the figure measures, against what."""
 TUNING: dict[str, dict[str, Any]] = {"plain": {"weight_sude": 0.0}, "SuDe": {}}
 COLOURS = ("#777777", "#c2410c")
 
@@ -223,7 +223,7 @@ def exponent(x: Any, y: Any, last: int = 3) -> float:
 
 
 def figure(table: pd.DataFrame) -> Figure:
-    """Draw growth.csv: a column for what grows, time above, memory below, log-log."""
+    """Draw growth.csv: a row for what grows, time on the left, memory on the right, log-log."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
@@ -231,19 +231,19 @@ def figure(table: pd.DataFrame) -> Figure:
     clock = "seconds" if cuda else "processor_seconds"
     table = medians(table)
     table = table.assign(memory=table.peak_mib - table.opened_mib)
-    page = Figure(figsize=(12.5, 6), dpi=80, layout="constrained")
-    axes = page.subplots(2, len(PANELS))
-    for column, (panel, (what, against)) in zip(axes.T, PANELS.items(), strict=True):
+    page = Figure(figsize=(8, 11), dpi=120, layout="constrained")
+    axes = page.subplots(len(PANELS), 2)
+    for row, (panel, (what, against)) in zip(axes, PANELS.items(), strict=True):
         here = table[table.panel == panel]
         for ax, value, unit in (
-            (column[0], clock, "seconds" if cuda else "processor seconds"),
-            (column[1], "memory", "MiB more than idle"),
+            (row[0], clock, "seconds" if cuda else "processor seconds"),
+            (row[1], "memory", "MiB more than idle"),
         ):
             for variant, colour in zip(variants(panel), COLOURS, strict=True):
                 line = here[(here.variant == variant) & (here[value] > 0)].sort_values("x")
                 label = f"{variant}: power {exponent(line.x, line[value]):.2f}"
                 ax.plot(line.x, line[value], "o-", ms=4, color=colour, label=label)
-            ax.set(xscale="log", yscale="log", ylabel=unit if panel == "picture" else "")
+            ax.set(xscale="log", yscale="log", xlabel=against, ylabel=unit)
             ax.xaxis.set_major_locator(FixedLocator(sorted(here.x.unique())))
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             for axis in (ax.xaxis, ax.yaxis):
@@ -252,9 +252,8 @@ def figure(table: pd.DataFrame) -> Figure:
             low, high = ax.get_ylim()
             ax.set_ylim(low, high * (high / low) ** 0.3)  # room for the legend
             ax.grid(alpha=0.3)
-            ax.legend(loc="upper left", frameon=False, fontsize=8)
-        column[0].set_title(what, fontsize=10)
-        column[1].set_xlabel(against)
+            ax.legend(loc="upper left", frameon=False, fontsize=9)
+        row[0].set_title(what, fontsize=10)
     return page
 
 

@@ -421,10 +421,10 @@ def test_step_costs_are_kept_with_their_spread_and_machine(
 def test_settings_take_turns_alone_and_beside_others(tiny_folder: Path, tmp_path: Path) -> None:
     busy = load("busy")
     names = ("one thread", "asleep")
-    sizes: dict[str, Any] = {"rounds": 2, "steps": 1, "others": 1, "settings": names}
+    sizes: dict[str, Any] = {"rounds": 2, "steps": 1, "others": (1, 2), "settings": names}
     busy.main(busy.Benchmark(out=tmp_path, backbone=str(tiny_folder), **sizes))
     table = pd.read_csv(tmp_path / "busy.csv")
-    expected = [(number, name) for number in (0, 1) for name in names]
+    expected = [(number, name) for number in (0, 1, 2) for name in names]
     assert list(zip(table.beside, table.setting, strict=True)) == expected
     assert (table.ratio[table.setting == "one thread"] == 1).all()
     assert (table.seconds_least <= table.seconds).all() and (table.seconds > 0).all()
